@@ -1,0 +1,29 @@
+"""pydeq: fast, trustworthy solvers for deep equilibrium models in PyTorch."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
+
+from pydeq import ops
+from pydeq.compiled import kernels
+from pydeq.fixed_point import fixed_point
+from pydeq.protocol import Status
+from pydeq.solution import ConvergenceError, Solution
+from pydeq.solvers import Anderson, Broyden, Picard
+
+try:
+    __version__ = version("pydeq")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "Picard",
+    "Solution",
+    "Status",
+    "fixed_point",
+    "kernels",
+    "ops",
+]

@@ -1,0 +1,5 @@
+import sys
+
+from pydeq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,39 @@
+"""The command line: ``python -m pydeq <command>``, or ``pydeq <command>`` once installed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from pydeq.compiled import kernels
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Print what runs: kernels, versions, machine."""
+    print(kernels())
+    rows = {
+        "Python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "platform": platform.platform(),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+    }
+    print("\n".join(f"{name:<14}{value}" for name, value in rows.items()))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
+    top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
+    commands = top.add_subparsers(title="commands", dest="command", required=True)
+    command = commands.add_parser("info", help="say which kernels run, on which versions and machine")
+    command.set_defaults(run=info)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    arguments = parser().parse_args(argv)
+    return arguments.run(arguments)

@@ -1,0 +1,86 @@
+"""Calling fn: on the whole batch, or on the samples that still need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydeq.protocol import RUNNING, Counter, Progress
+from pydeq.solvers.base import Workspace
+from pydeq.state import Layout
+
+
+class Evaluator:
+    """Calls ``fn`` on flat states, counts the calls and checks what comes back.
+
+    Args:
+        fn: The map; fn(z, *context) -> like z.
+        context: Passed on after z.
+        layout: The shapes of z.
+        cast: Whether autocast is on, so that another floating dtype may come back.
+    """
+
+    def __init__(self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool) -> None:
+        self.fn, self.context, self.layout, self.cast = fn, context, layout, cast
+        self.calls = 0
+        # Tensors made in inference mode do not count their versions.
+        self.watch = not torch.is_inference_mode_enabled()
+
+    def evaluate(self, workspace: Workspace, k: int) -> Tensor:
+        """The images of the iterates of step ``k``, contiguous [B, D]."""
+        return self.call(workspace.z[k % 2], self.layout, self.context)
+
+    def call(self, z: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
+        version = z._version if self.watch else 0
+        self.calls += 1
+        result = self.fn(layout.view(z), *context)
+        if self.watch and z._version != version:
+            raise ValueError("fn must not modify z in place: work on a copy, z.clone()")
+        return layout.flatten(layout.check(result, self.cast))
+
+
+class CompactingEvaluator(Evaluator):
+    """Calls ``fn`` on the running samples alone, and on what of the context belongs to them.
+
+    The set shrinks when at least half of it has stopped: gathering context costs a copy, and few batch sizes, log2(B) at
+    most, keep the caches and compilers behind fn warm.
+
+    Args:
+        batched: For each entry of the context whether it carries the batch in its first dimension.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool, batched: Sequence[bool]
+    ) -> None:
+        super().__init__(fn, context, layout, cast)
+        self.batched = batched
+        self.rows: Tensor | None = None  # None: all of them
+        self.part, self.part_context = layout, context
+        self.images: Tensor | None = None
+
+    def evaluate(self, workspace: Workspace, k: int) -> Tensor:
+        running = int(workspace.progress[Progress.RUNNING]) if k else self.layout.batch
+        if 2 * running <= self.part.batch:
+            rows = (workspace.counters[:, Counter.STATUS] == RUNNING).nonzero()[:, 0]
+            self.rows, self.part = rows, self.layout.with_batch(len(rows))
+            self.part_context = [
+                gather(entry, rows) if batched else entry
+                for entry, batched in zip(self.context, self.batched, strict=True)
+            ]
+        z = workspace.z[k % 2]
+        if self.rows is None:
+            return self.call(z, self.layout, self.context)
+        if self.images is None:
+            self.images = torch.zeros_like(z)  # rows outside the set are frozen: never read
+        part = self.call(z.index_select(0, self.rows), self.part, self.part_context)
+        return self.images.index_copy_(0, self.rows, part)
+
+
+def gather(entry: Any, rows: Tensor) -> Any:
+    """Rows of a tensor, or of every tensor in a (nested) tuple or list."""
+    if isinstance(entry, Tensor):
+        return entry.index_select(0, rows)
+    return type(entry)(gather(part, rows) for part in entry)

@@ -1,0 +1,172 @@
+"""One step of Anderson mixing, type II (Anderson 1965; Walker and Ni 2011), on each sample.
+
+With residuals g_j = f(z_j) - z_j of the last columns, the coefficients minimize ||sum_j a_j g_j|| subject to sum_j a_j = 1:
+
+    (Gram + ridge * diag(Gram)) a = 1, normalized to sum a = 1;   Gram[i, j] = <g_i, g_j>
+    z' = sum_j a_j (f(z_j) - (1 - damping) g_j)
+
+The ridge is relative, so that scaling f scales the iterates and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.protocol import COEFFICIENT_LIMIT, Counter
+from pydeq.termination import judge, report, settle
+
+
+def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Solve the small system of each sample, without its oldest columns where they spoil it.
+
+    Args:
+        gram: Gram matrices with the newest column first, float64 [B, M, M].
+        count: Valid columns of each sample, int [B], at least 1.
+        ridge: Relative to the diagonal.
+
+    Returns:
+        The coefficients [B, M], zero beyond the columns used, and the number used, [B].
+    """
+    batch, memory, _ = gram.shape
+    age = torch.arange(memory, device=gram.device)
+    length = gram.diagonal(dim1=1, dim2=2).sqrt()  # [B, M] ||g_j||
+    chosen, used = torch.zeros_like(length), torch.zeros_like(count)
+    for columns in range(memory, 0, -1):
+        open_ = (used == 0) & (count >= columns)
+        if not open_.any():
+            continue
+        # Work on the correlation matrix: its diagonal is 1 whatever the scale.
+        inside = (age < columns).expand(batch, memory)
+        safe = torch.where(inside & (length > 0), length, 1.0)
+        system = gram / safe[:, :, None] / safe[:, None, :]
+        system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0.0)
+        system.diagonal(dim1=1, dim2=2).copy_(torch.where(inside, 1.0 + ridge, 1.0))
+        factor, failed = torch.linalg.cholesky_ex(system.nan_to_num(0.0, 0.0, 0.0))
+        right = torch.where(inside, length[:, :1] / safe, 0.0)
+        solution = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0] * right
+        total = solution.sum(1)
+        a = solution / total[:, None]
+        sound = system.isfinite().all(2).all(1) & (failed == 0) & (a.abs().sum(1) <= COEFFICIENT_LIMIT)
+        if columns == 1:
+            a, sound = inside.to(a.dtype), torch.ones_like(sound)
+        accept = open_ & sound
+        chosen = torch.where(accept[:, None], a, chosen)
+        used = torch.where(accept, columns, used)
+    return chosen, used
+
+
+def anderson_step_reference(
+    z: Tensor,  # [B, D]
+    f: Tensor,  # [B, D]
+    next: Tensor,  # [B, D]
+    best: Tensor,  # [2, B, D]
+    residuals: Tensor,  # [B, S, D]
+    values: Tensor,  # [B, S, D]
+    gram: Tensor,  # [B, S, S]
+    scalars: Tensor,  # [B, len(Scalar)]
+    counters: Tensor,  # [B, len(Counter)]
+    progress: Tensor,  # [len(Progress)]
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    memory: int,
+    damping: float,
+    ridge: float,
+) -> None:
+    slots = values.shape[1]
+    sample = torch.arange(z.shape[0], device=z.device)
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    head, count = counters[:, Counter.HEAD].long(), counters[:, Counter.COUNT].long()
+    settle(z, f, next, best, verdict, values[sample, (head - 1) % slots], damping)
+    count = torch.where(verdict.retry, 0, count)
+    counters[:, Counter.COUNT] = count.int()
+
+    rows = verdict.proceed.nonzero()[:, 0]
+    if len(rows):
+        compute = torch.promote_types(z.dtype, torch.float32)
+        slot = head[rows]
+        residuals[rows, slot] = (f[rows].to(compute) - z[rows].to(compute)).to(z.dtype)
+        values[rows, slot] = f[rows]
+        columns = torch.clamp(count[rows] + 1, max=memory)
+        age = torch.arange(memory, device=z.device)
+        by_age = (slot[:, None] - age) % slots  # [R, memory], newest first
+        valid = age < columns[:, None]
+        history = torch.where(valid[:, :, None], residuals[rows[:, None], by_age], 0).double()  # [R, memory, D]
+        row = torch.einsum("bd,bmd->bm", history[:, 0], history)
+        old = gram[rows, slot]
+        new = old.scatter(1, by_age, torch.where(valid, row, old.gather(1, by_age)))
+        gram[rows, slot] = new
+        gram[rows, :, slot] = new
+        ordered = gram[rows[:, None, None], by_age[:, :, None], by_age[:, None, :]]
+        ordered = torch.where(valid[:, :, None] & valid[:, None, :], ordered, 0.0)
+        a, used = mixing_coefficients(ordered, columns, ridge)
+        mixed = torch.where(a[:, :, None] != 0, values[rows[:, None], by_age], 0).to(compute)
+        if damping != 1.0:
+            mixed = mixed - (1.0 - damping) * torch.where(
+                a[:, :, None] != 0, residuals[rows[:, None], by_age], 0
+            ).to(compute)
+        next[rows] = torch.einsum("bm,bmd->bd", a.to(compute), mixed).to(z.dtype)
+        counters[rows, Counter.COUNT] = used.int()
+        counters[rows, Counter.HEAD] = ((slot + 1) % slots).int()
+        # Mixing one column is a plain step, and from a new best it is the one a retry would take.
+        counters[rows, Counter.TRIED] |= ((used == 1) & verdict.improved[rows]).int()
+    report(progress, counters, step)
+
+
+_anderson_step = define(
+    "anderson_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) residuals, Tensor(e!) values,"
+    " Tensor(f!) gram, Tensor(g!) scalars, Tensor(h!) counters, Tensor(i!) progress, int step, float rtol, float atol,"
+    " float eps, bool freeze, bool stall, bool last, int memory, float damping, float ridge) -> ()",
+    anderson_step_reference,
+    returns_nothing,
+)
+
+
+def anderson_step(
+    z: Tensor,
+    f: Tensor,
+    next: Tensor,
+    best: Tensor,
+    residuals: Tensor,
+    values: Tensor,
+    gram: Tensor,
+    scalars: Tensor,
+    counters: Tensor,
+    progress: Tensor,
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    memory: int,
+    damping: float,
+    ridge: float,
+) -> None:
+    """Measure f(z), decide for each sample whether it is done, and mix the next iterates.
+
+    Args:
+        z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last: As in
+            :func:`pydeq.ops.picard_step`.
+        residuals: Ring of g = f(z) - z, [B, S, D], with S >= max(memory, 2) slots.
+        values: Ring of f(z), [B, S, D].
+        gram: <g_i, g_j> by slot, float64 [B, S, S].
+        memory: Columns mixed, at least 1.
+        damping: In (0, 1].
+        ridge: Relative to the diagonal of the Gram matrix, at least 0.
+
+    Raises:
+        RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
+    """
+    refuse_gradients("anderson_step", z, f)
+    _anderson_step(
+        z, f, next, best, residuals, values, gram, scalars, counters, progress,
+        step, rtol, atol, eps, freeze, stall, last, memory, damping, ridge,
+    )  # fmt: skip

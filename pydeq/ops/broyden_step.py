@@ -1,0 +1,222 @@
+"""One step of good Broyden with unit steps from H0 = -I, kept in steps alone, on each sample.
+
+With unit steps the inverse Jacobian's factors need no vectors but the steps s_j = z_{j+1} - z_j (Kelley 2003, ``brsola``):
+
+    -H_k g = (I + w_{k-1} s_{k-1}^T) ... (I + w_0 s_0^T) g,    w_j = theta_j s_{j+1} / ||s_j||^2
+
+so that for g = f(z) - z, t = S^T g and G = S^T S the next step s_{k+1} comes from
+
+    c_j = theta_j (t_j + sum_{i<j} c_i G[j, i+1]) / G[j, j]                  j < k
+    v   = g + sum_{j<k} c_j s_{j+1}
+    a   = s_k^T v / ||s_k||^2,   s_{k+1} = v / (1 - theta_k a)
+
+theta_k = 1 while |1 - a| >= 0.1, else it holds the update's denominator at 0.1 (More and Trangenstein 1976).
+
+A full memory restarts from the newest pair (s, y), which keeps the secant condition: w_0 is then stored explicitly,
+
+    w_0 = theta (s + y) / (||s||^2 (1 - theta + theta gamma)),   gamma = -s^T y / ||s||^2
+
+and s becomes s_0. Row j of G keeps <s_j, w_0> in column 0, which is free for j > 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.protocol import DENOMINATOR_LIMIT, Counter
+from pydeq.termination import judge, report, settle
+
+
+def denominator_damping(d: Tensor) -> Tensor:
+    """theta such that |1 - theta + theta d| >= 0.1; [B] -> [B]."""
+    sign = torch.where(d < 0, -1.0, 1.0).to(d.dtype)
+    return torch.where(d.abs() >= DENOMINATOR_LIMIT, 1.0, (1.0 - DENOMINATOR_LIMIT * sign) / (1.0 - d))
+
+
+@dataclass(frozen=True)
+class _History:
+    """The steps of some samples that have equally many, and what a new step adds to them."""
+
+    rows: Tensor  # [R] which samples
+    steps: Sequence[Tensor]  # each [B, D]
+    restart: Tensor  # [B, D], or empty
+    gram: Tensor  # [B, K, K]
+    thetas: Tensor  # [B, K]
+    counters: Tensor  # [B, len(Counter)]
+    memory: int
+
+    def append(self, slot: int, new: Tensor, g: Tensor, restarted: bool, w0: Tensor | None) -> None:
+        """Store step ``new`` [R, D] in ``slot`` with its row of the Gram matrix."""
+        rows, wide = self.rows, new.double()
+        self.steps[slot][rows] = new
+        for j in range(1 if slot else 0, slot + 1):
+            self.gram[rows, slot, j] = (wide * self.steps[j][rows].double()).sum(1)
+        if restarted and w0 is not None:
+            self.gram[rows, slot, 0] = (wide * w0.double()).sum(1)
+        if self.restart.numel():
+            if slot == self.memory:  # the next step restarts, and needs this residual for y
+                self.restart[rows] = g
+            elif w0 is not None:
+                self.restart[rows] = w0
+        self.counters[rows, Counter.COUNT] = slot + 1
+        self.counters[rows, Counter.RESTARTED] = int(restarted)
+
+
+def _first_step(history: _History, g: Tensor) -> Tensor:
+    history.append(0, g, g, False, None)
+    return g
+
+
+def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tuple[Tensor, Tensor]:
+    """The new step [R, D] from ``count`` old ones, and whether it is sound, [R]; stored either way."""
+    rows, k = history.rows, count - 1
+    G, theta = history.gram[rows], history.thetas[rows]
+    s = [history.steps[j][rows].double() for j in range(count)]
+    w0 = history.restart[rows] if restarted else None
+    v, c = g.double(), []
+    for j in range(count):
+        total = (s[j] * g.double()).sum(1)
+        for i in range(j):
+            total = total + c[i] * G[:, j, 0 if restarted and i == 0 else i + 1]
+        if j < k:
+            c.append(total if restarted and j == 0 else theta[:, j] * total / G[:, j, j])
+            v = v + c[j][:, None] * (w0.double() if w0 is not None and j == 0 else s[j + 1])
+    a = total / G[:, k, k]
+    theta_new = denominator_damping(1.0 - a)
+    new = v / (1.0 - theta_new * a)[:, None]
+    sound = (theta_new * a).isfinite() & new.isfinite().all(1)
+    history.thetas[rows, k] = theta_new
+    history.append(count, new.to(g.dtype), g, restarted, w0)
+    return new.to(g.dtype), sound
+
+
+def _restarted_step(history: _History, g: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``_next_step``, where the memory is full: the newest pair alone is kept."""
+    rows, newest = history.rows, history.memory
+    s, squared = history.steps[newest][rows], history.gram[rows, newest, newest]
+    y = g.double() - history.restart[rows].double()
+    gamma = -(s.double() * y).sum(1) / squared
+    theta = denominator_damping(gamma)
+    scale = theta / (squared * (1.0 - theta + theta * gamma))
+    w0 = (scale[:, None] * (s.double() + y)).to(g.dtype)
+    new = (g.double() + (s.double() * g.double()).sum(1)[:, None] * w0.double()).to(g.dtype)
+    history.steps[0][rows] = s
+    history.gram[rows, 0, 0] = squared
+    history.append(1, new, g, True, w0)
+    return new, scale.isfinite() & new.isfinite().all(1)
+
+
+def broyden_step_reference(
+    z: Tensor,  # [B, D]
+    f: Tensor,  # [B, D]
+    next: Tensor,  # [B, D]
+    best: Tensor,  # [2, B, D]
+    iterate: Tensor,  # [B, D] float32 for half states, else empty
+    steps: Sequence[Tensor],  # each [B, D]
+    restart: Tensor,  # [B, D], or empty where no restart can come
+    gram: Tensor,  # [B, K, K]
+    thetas: Tensor,  # [B, K]
+    scalars: Tensor,  # [B, len(Scalar)]
+    counters: Tensor,  # [B, len(Counter)]
+    progress: Tensor,  # [len(Progress)]
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    memory: int,
+) -> None:
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    settle(z, f, next, best, verdict, None, 1.0)
+    exact = iterate.numel() > 0  # then z is the rounding of iterate
+    counters[verdict.retry, Counter.COUNT] = 0
+    if exact:
+        iterate.copy_(torch.where(verdict.retry[:, None], next.to(iterate.dtype), iterate))
+
+    compute = torch.promote_types(z.dtype, torch.float32)
+    position = iterate if exact else z
+    samples = verdict.proceed.nonzero()[:, 0]
+    kinds = counters[samples][:, [Counter.COUNT, Counter.RESTARTED]]
+    for count, restarted in kinds.unique(dim=0).tolist():
+        rows = samples[((kinds[:, 0] == count) & (kinds[:, 1] == restarted))]
+        history = _History(rows, steps, restart, gram, thetas, counters, memory)
+        g = f[rows].to(compute) - position[rows]
+        if count == 0:
+            new, sound = g, torch.zeros(len(rows), dtype=torch.bool, device=z.device)
+        elif count == memory + 1:
+            new, sound = _restarted_step(history, g)
+        else:
+            new, sound = _next_step(history, g, count, bool(restarted))
+        plain = ~sound
+        if plain.any():
+            history = _History(rows[plain], steps, restart, gram, thetas, counters, memory)
+            new[plain] = _first_step(history, g[plain])
+        moved = position[rows] + new
+        if exact:
+            iterate[rows] = moved
+        next[rows] = moved.to(z.dtype)
+        # From a new best a plain step is the one a retry would take.
+        counters[rows, Counter.TRIED] |= (plain & verdict.improved[rows]).int()
+    report(progress, counters, step)
+
+
+_broyden_step = define(
+    "broyden_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) iterate, Tensor(e!)[] steps,"
+    " Tensor(f!) restart, Tensor(g!) gram, Tensor(h!) thetas, Tensor(i!) scalars, Tensor(j!) counters,"
+    " Tensor(k!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last, int memory) -> ()",
+    broyden_step_reference,
+    returns_nothing,
+)
+
+
+def broyden_step(
+    z: Tensor,
+    f: Tensor,
+    next: Tensor,
+    best: Tensor,
+    iterate: Tensor,
+    steps: Sequence[Tensor],
+    restart: Tensor,
+    gram: Tensor,
+    thetas: Tensor,
+    scalars: Tensor,
+    counters: Tensor,
+    progress: Tensor,
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    memory: int,
+) -> None:
+    """Measure f(z), decide for each sample whether it is done, and take Broyden's step.
+
+    Args:
+        z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last: As in
+            :func:`pydeq.ops.picard_step`.
+        iterate: The iterates in float32 where z is of a half type, [B, D]; else of no elements.
+        steps: s_0, s_1, ..., each [B, D], float32 for half states; at least min(step, memory) + 1 of them unless
+            ``last``.
+        restart: w_0 and, before a restart, the previous residual, [B, D] like the steps. Of no elements where the solve
+            ends before a restart could come.
+        gram: S^T S, lower triangle, float64 [B, K, K] with K the largest number of steps.
+        thetas: Damping of each update, float64 [B, K].
+        memory: Pairs kept, at least 1.
+
+    Raises:
+        RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
+    """
+    refuse_gradients("broyden_step", z, f)
+    _broyden_step(
+        z, f, next, best, iterate, steps, restart, gram, thetas, scalars, counters, progress,
+        step, rtol, atol, eps, freeze, stall, last, memory,
+    )  # fmt: skip

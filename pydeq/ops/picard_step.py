@@ -1,0 +1,89 @@
+"""One step of damped fixed-point iteration: z' = z + damping * (f(z) - z)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.protocol import Counter
+from pydeq.termination import judge, report, settle
+
+
+def picard_step_reference(
+    z: Tensor,  # [B, D]
+    f: Tensor,  # [B, D]
+    next: Tensor,  # [B, D]
+    best: Tensor,  # [2, B, D]
+    scalars: Tensor,  # [B, len(Scalar)]
+    counters: Tensor,  # [B, len(Counter)]
+    progress: Tensor,  # [len(Progress)]
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    damping: float,
+) -> None:
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    # Without damping z is the image of the previous iterate.
+    settle(z, f, next, best, verdict, z if damping == 1.0 else None, damping)
+    proceed = verdict.proceed[:, None]
+    if damping == 1.0:
+        next.copy_(torch.where(proceed, f, next))
+    else:
+        compute = torch.promote_types(z.dtype, torch.float32)
+        wide = z.to(compute)
+        next.copy_(torch.where(proceed, wide + damping * (f.to(compute) - wide), next))
+    # Every step is a plain one: from a new best it is the one a retry would take.
+    counters[:, Counter.TRIED] |= (verdict.proceed & verdict.improved).int()
+    report(progress, counters, step)
+
+
+_picard_step = define(
+    "picard_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) scalars, Tensor(e!) counters,"
+    " Tensor(f!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last, float damping) -> ()",
+    picard_step_reference,
+    returns_nothing,
+)
+
+
+def picard_step(
+    z: Tensor,
+    f: Tensor,
+    next: Tensor,
+    best: Tensor,
+    scalars: Tensor,
+    counters: Tensor,
+    progress: Tensor,
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    damping: float,
+) -> None:
+    """Measure f(z), decide for each sample whether it is done, and write the next iterates.
+
+    Args:
+        z: Iterates, [B, D], contiguous like every tensor here. Rows of samples that stop become their best iterate.
+        f: Their images, [B, D].
+        next: [B, D]. On entry the previous iterates, on exit the next ones.
+        best: The best iterates and their images, [2, B, D]; complete for samples that are done.
+        scalars: float64 [B, len(Scalar)].
+        counters: int32 [B, len(Counter)].
+        progress: int64 [len(Progress)] on the CPU.
+        step: Steps done before this one.
+        rtol, atol, eps, freeze, stall: See :class:`pydeq.termination.Rules`.
+        last: Whether this evaluation is the last; running samples end as MAX_STEPS.
+        damping: In (0, 1]; 1 is plain iteration.
+
+    Raises:
+        RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
+    """
+    refuse_gradients("picard_step", z, f)
+    _picard_step(z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last, damping)

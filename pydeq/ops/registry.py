@@ -1,0 +1,47 @@
+"""How an operation is registered: schema, reference and fake kernel from Python, compiled kernels on top.
+
+The schema is defined once, here. The reference serves every device that has no compiled kernel
+(CompositeExplicitAutograd); ``csrc/ops/<op>.cpp`` overrides it for the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("pydeq", "DEF")
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register one operation and return its callable overload.
+
+    Args:
+        schema: ``name(args) -> returns``, without defaults.
+        reference: What the operation means, in plain torch.
+        fake: Output shapes and dtypes alone, for torch.compile.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pydeq::{name}", fake, lib=_library)
+    return getattr(torch.ops.pydeq, name).default
+
+
+def returns_nothing(*args: Any) -> None:
+    """The fake kernel of an operation that only mutates its workspace."""
+
+
+def refuse_gradients(name: str, *tensors: Tensor) -> None:
+    """Raise if autograd would have to differentiate through a solver's step.
+
+    Raises:
+        RuntimeError: If gradients are on and an input requires grad.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{name} is not differentiable, but an input requires grad: differentiate a solve with pydeq.DEQ, or call"
+            f" it under torch.no_grad()"
+        )

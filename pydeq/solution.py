@@ -1,0 +1,105 @@
+"""What a solve returns: the value, how it ended, and what it cost."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pydeq.protocol import Counter, Scalar, Status
+from pydeq.state import State
+
+ADVICE = {
+    Status.MAX_STEPS: "increase max_steps, loosen rtol, or make fn more contractive (pydeq.jacobian_penalty)",
+    Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
+    Status.DIVERGED: "lower the solver's damping, start closer, or make fn more contractive (pydeq.jacobian_penalty)",
+    Status.NONFINITE: "fn returned NaN or Inf: look at its inputs and parameters, or start closer",
+}
+
+
+class Solution:
+    """The solution of a batch of fixed-point problems.
+
+    Attributes:
+        value: Per sample the iterate z with the smallest residual seen, or the one that met the tolerance; like z0.
+        image: fn(value), kept from the solve; like z0.
+        nfe: How often fn was called.
+        trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
+        backward: The adjoint's solution once backward has run; set by :class:`pydeq.DEQ`.
+    """
+
+    def __init__(
+        self, value: State, image: State, nfe: int, scalars: Tensor, counters: Tensor, trace: Tensor | None
+    ) -> None:
+        self.value = value
+        self.image = image
+        self.nfe = nfe
+        self.trace = trace
+        self.backward: Solution | None = None
+        self._scalars = scalars  # [B, len(Scalar)]
+        self._counters = counters  # [B, len(Counter)]
+
+    @cached_property
+    def status(self) -> Tensor:
+        """How each sample ended, int8 [B]; values of :class:`pydeq.Status`."""
+        return self._counters[:, Counter.STATUS].to(torch.int8)
+
+    @cached_property
+    def converged(self) -> Tensor:
+        """Whether each sample met the tolerance, bool [B]."""
+        return self._counters[:, Counter.STATUS] == Status.CONVERGED
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """||fn(value) - value|| of each sample, [B]; float64 for float64 states, else float32."""
+        return self._scalars[:, Scalar.BEST].to(self._dtype)
+
+    @cached_property
+    def relative_residual(self) -> Tensor:
+        """||fn(value) - value|| / ||fn(value)|| of each sample, [B]; 0 for 0/0, inf for r/0."""
+        residual = self._scalars[:, Scalar.BEST]
+        return relative(residual, self._scalars[:, Scalar.BEST_NORM]).to(self._dtype)
+
+    @cached_property
+    def sample_nfe(self) -> Tensor:
+        """Evaluations spent on each sample, int64 [B]."""
+        return self._counters[:, Counter.EVALUATIONS].long()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        value = self.value if isinstance(self.value, Tensor) else self.value[0]
+        return torch.promote_types(value.dtype, torch.float32)
+
+    def advice(self) -> str:
+        """What to change about the samples that did not converge; empty if all did."""
+        counts = _count_statuses(self.status)
+        return "; ".join(f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts)
+
+    def __repr__(self) -> str:
+        batch = len(self.status)
+        counts = _count_statuses(self.status)
+        text = f"{counts.get(Status.CONVERGED, 0)} of {batch} samples converged, nfe={self.nfe}"
+        if batch:
+            relative = self.relative_residual.double()
+            text += f", relative residual median {relative.median():.2g}, max {relative.max():.2g}"
+        advice = self.advice()
+        return f"Solution({text})" + (f"\n  {advice}" if advice else "")
+
+
+class ConvergenceError(RuntimeError):
+    """Raised under ``throw=True`` when a sample did not converge; ``solution`` has what was reached."""
+
+    def __init__(self, solution: Solution) -> None:
+        super().__init__(repr(solution))
+        self.solution = solution
+
+
+def relative(residual: Tensor, norm: Tensor) -> Tensor:
+    """residual / norm, 0 for 0/0 and inf for r/0; NaN norms give inf."""
+    return torch.where(residual == 0, 0.0, residual / norm).nan_to_num(torch.inf, torch.inf)
+
+
+def _count_statuses(status: Tensor) -> dict[Status, int]:
+    codes, counts = status.unique(return_counts=True)
+    return {Status(code): count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)}

@@ -1,0 +1,8 @@
+"""Solvers: how the next iterate comes from the ones before. This is the list of them."""
+
+from pydeq.solvers.anderson import Anderson
+from pydeq.solvers.base import Solver
+from pydeq.solvers.broyden import Broyden
+from pydeq.solvers.picard import Picard
+
+__all__ = ["Anderson", "Broyden", "Picard", "Solver"]

@@ -1,0 +1,69 @@
+"""Anderson mixing (Anderson 1965), type II; the step is in :mod:`pydeq.ops.anderson_step`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydeq.keywords import suggests_keywords
+from pydeq.ops import anderson_step
+from pydeq.solvers.base import Solver, Workspace, check_damping, check_memory
+from pydeq.termination import Rules
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """Anderson mixing: the next iterate combines the last ones so that their residuals cancel best.
+
+    (Gram + ridge * diag(Gram)) a = 1, sum a = 1;   z' = sum_j a_j (f(z_j) - (1 - damping) g_j),   g_j = f(z_j) - z_j
+
+    Args:
+        memory: Columns mixed, at least 1 (which is Picard iteration).
+        damping: In (0, 1].
+        ridge: Relative to the diagonal of the Gram matrix, at least 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal. 49 (2011).
+    """
+
+    memory: int = 5
+    damping: float = 1.0
+    ridge: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory)
+        check_damping(self.damping)
+        if not (self.ridge >= 0.0 and math.isfinite(self.ridge)):
+            raise ValueError(f"ridge must be at least 0, got {self.ridge}")
+
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        return _AndersonWorkspace(flat, rules, max_steps, self)
+
+
+class _AndersonWorkspace(Workspace):
+    """2 * memory + 4 state vectors beside f: two rings, two iterates, the best and its image."""
+
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
+        super().__init__(flat, rules, max_steps)
+        self.solver = solver
+        self.memory = min(solver.memory, max_steps)
+        batch, size = flat.shape
+        slots = max(self.memory, 2)  # the image of the previous iterate must outlive the next evaluation
+        self.residuals = flat.new_empty(batch, slots, size)
+        self.values = flat.new_empty(batch, slots, size)
+        self.gram = flat.new_zeros(batch, slots, slots, dtype=torch.float64)
+
+    def step(self, f: Tensor, k: int) -> None:
+        rules, parity, solver = self.rules, k % 2, self.solver
+        anderson_step(
+            self.z[parity], f, self.z[1 - parity], self.best, self.residuals, self.values, self.gram,
+            self.scalars, self.counters, self.progress,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
+            self.memory, solver.damping, solver.ridge,
+        )  # fmt: skip

@@ -1,0 +1,60 @@
+"""What a solver is: hyperparameters, and a workspace for one solve."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from pydeq.protocol import RUNNING, Counter, Progress, Scalar
+from pydeq.termination import Rules
+
+
+class Workspace(ABC):
+    """The buffers of one solve, allocated once.
+
+    The iterates of step k are in ``z[k % 2]``, and the step writes the next ones to the other buffer, so that the previous
+    iterate is still there when it turns out to have been the best.
+
+    Args:
+        flat: Initial iterates, [B, D], contiguous.
+        rules: When a sample stops.
+        max_steps: Evaluations of each sample at most.
+    """
+
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int) -> None:
+        batch = flat.shape[0]
+        self.z = (flat.clone(memory_format=torch.contiguous_format), torch.empty_like(flat))
+        self.best = flat.new_empty(2, *flat.shape)
+        self.scalars = flat.new_zeros(batch, len(Scalar), dtype=torch.float64)
+        self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)
+        self.counters[:, Counter.STATUS] = RUNNING
+        self.progress = torch.zeros(len(Progress), dtype=torch.int64)
+        self.rules = rules
+        self.max_steps = max_steps
+
+    @abstractmethod
+    def step(self, f: Tensor, k: int) -> None:
+        """Take step ``k`` with the images ``f`` [B, D] of ``z[k % 2]``."""
+
+
+class Solver(ABC):
+    """Hyperparameters of a fixed-point solver; frozen, without state."""
+
+    @abstractmethod
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        """Allocate the workspace of one solve from initial iterates [B, D]."""
+
+
+def check_memory(memory: int) -> None:
+    if not isinstance(memory, int) or isinstance(memory, bool):
+        raise TypeError(f"memory must be an int, got {type(memory).__name__}")
+    if memory < 1:
+        raise ValueError(f"memory must be at least 1, got {memory}")
+
+
+def check_damping(damping: float) -> None:
+    if not 0.0 < damping <= 1.0:
+        raise ValueError(f"damping must be in (0, 1], got {damping}")
+

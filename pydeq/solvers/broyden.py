@@ -1,0 +1,66 @@
+"""Broyden's good method (Broyden 1965), stored in steps alone; the step is in :mod:`pydeq.ops.broyden_step`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydeq.keywords import suggests_keywords
+from pydeq.ops import broyden_step
+from pydeq.solvers.base import Solver, Workspace, check_memory
+from pydeq.termination import Rules
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class Broyden(Solver):
+    """Good Broyden with unit steps from H0 = -I: rank-one updates of an inverse Jacobian of g(z) = f(z) - z.
+
+    Args:
+        memory: Pairs (step, change of residual) kept, at least 1. A full memory restarts from the newest pair. Vectors are
+            allocated as they are used: k steps take k of them.
+
+    Raises:
+        ValueError: If memory < 1.
+
+    Source: Kelley, Solving Nonlinear Equations with Newton's Method, SIAM 2003, section 4; More and Trangenstein, Math.
+    Comp. 30 (1976), for vanishing denominators.
+    """
+
+    memory: int = 30
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory)
+
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        return _BroydenWorkspace(flat, rules, max_steps, self)
+
+
+class _BroydenWorkspace(Workspace):
+    """k + 4 state vectors beside f after k steps, and one more once the memory is full; float32 steps for half states."""
+
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Broyden) -> None:
+        super().__init__(flat, rules, max_steps)
+        self.memory = solver.memory
+        self.wide = torch.promote_types(flat.dtype, torch.float32)
+        self.iterate = flat.to(self.wide) if self.wide != flat.dtype else flat.new_empty(0)
+        self.restart = flat.new_empty(0, dtype=self.wide)
+        self.steps: list[Tensor] = []
+        # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
+        capacity = max(1, min(solver.memory + 1, max_steps - 1))
+        self.gram = flat.new_zeros(flat.shape[0], capacity, capacity, dtype=torch.float64)
+        self.thetas = flat.new_zeros(flat.shape[0], capacity, dtype=torch.float64)
+
+    def step(self, f: Tensor, k: int) -> None:
+        rules, parity, last = self.rules, k % 2, k + 1 == self.max_steps
+        if not last and k <= self.memory:
+            self.steps.append(torch.empty_like(f, dtype=self.wide))
+            if k == self.memory and k + 2 < self.max_steps:  # the next step restarts
+                self.restart = torch.empty_like(self.steps[0])
+        broyden_step(
+            self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.steps, self.restart,
+            self.gram, self.thetas, self.scalars, self.counters, self.progress,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.memory,
+        )  # fmt: skip

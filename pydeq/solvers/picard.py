@@ -1,0 +1,50 @@
+"""Picard iteration: z' = z + damping * (f(z) - z)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pydeq.keywords import suggests_keywords
+from pydeq.ops import picard_step
+from pydeq.solvers.base import Solver, Workspace, check_damping
+from pydeq.termination import Rules
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class Picard(Solver):
+    """Plain fixed-point iteration; converges where ``fn`` is a contraction.
+
+    z' = z + damping * (f(z) - z)
+
+    Args:
+        damping: In (0, 1]; below 1 it also converges for some maps that overshoot.
+
+    Raises:
+        ValueError: If damping is outside (0, 1].
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        return _PicardWorkspace(flat, rules, max_steps, self)
+
+
+class _PicardWorkspace(Workspace):
+    """4 state vectors beside f: two iterates, the best and its image."""
+
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Picard) -> None:
+        super().__init__(flat, rules, max_steps)
+        self.solver = solver
+
+    def step(self, f: Tensor, k: int) -> None:
+        rules, parity = self.rules, k % 2
+        picard_step(
+            self.z[parity], f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps, self.solver.damping,
+        )  # fmt: skip

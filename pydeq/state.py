@@ -1,0 +1,143 @@
+"""One flat (batch, state) view over a tensor or a tuple of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = "Tensor | tuple[Tensor, ...]"
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shapes behind a flat state.
+
+    Args:
+        shapes: Shape of each part without the batch; one part unless ``is_tuple``.
+        batch: B.
+        dtype, device: Shared by all parts.
+        is_tuple: Whether the state is a tuple, be it of one part.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    is_tuple: bool
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each part, per sample."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """D, entries of state per sample."""
+        return sum(self.sizes)
+
+    def with_batch(self, batch: int) -> Layout:
+        return Layout(self.shapes, batch, self.dtype, self.device, self.is_tuple)
+
+    def view(self, flat: Tensor) -> State:
+        """[B, D] -> the state, as views."""
+        if not self.is_tuple:
+            return flat.view(self.batch, *self.shapes[0])
+        parts = flat.split(self.sizes, dim=1)
+        return tuple(part.view(self.batch, *shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    def flatten(self, state: State) -> Tensor:
+        """The state -> contiguous [B, D]; a view where that is possible."""
+        if isinstance(state, Tensor):
+            return state.reshape(self.batch, self.size).contiguous()
+        if len(state) == 1:
+            return state[0].reshape(self.batch, self.size).contiguous()
+        return torch.cat([part.reshape(self.batch, -1) for part in state], dim=1)
+
+    def check(self, state: Any, cast: bool) -> State:
+        """Hold what ``fn`` returned against the state it was given.
+
+        Args:
+            state: What came back.
+            cast: Under autocast: another floating dtype is cast instead of refused.
+
+        Raises:
+            TypeError: If it is not a tensor, or not a tuple where the state is one.
+            ValueError: If its shape, dtype or device is another.
+        """
+        if not self.is_tuple:
+            return self._check_part(state, self.shapes[0], "", cast)
+        if not isinstance(state, tuple | list):
+            raise TypeError(
+                f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {type(state).__name__}"
+            )
+        if len(state) != len(self.shapes):
+            raise ValueError(f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {len(state)}")
+        return tuple(
+            self._check_part(part, shape, f"[{i}]", cast)
+            for i, (part, shape) in enumerate(zip(state, self.shapes, strict=True))
+        )
+
+    def _check_part(self, part: Any, shape: torch.Size, index: str, cast: bool) -> Tensor:
+        if not isinstance(part, Tensor):
+            raise TypeError(f"fn must return a tensor like z0{index}, got {type(part).__name__}")
+        if part.shape != (self.batch, *shape):
+            raise ValueError(
+                f"fn must return the shape of z0{index}, expected {(self.batch, *shape)}, got {tuple(part.shape)}"
+            )
+        if part.device != self.device:
+            raise ValueError(f"fn must return a tensor on the device of z0{index}, {self.device}, got {part.device}")
+        if part.dtype != self.dtype:
+            if not (cast and part.is_floating_point()):
+                raise ValueError(
+                    f"fn must return the dtype of z0{index}, {self.dtype}, got {part.dtype}: cast its result, or z0"
+                )
+            part = part.to(self.dtype)
+        return part.detach() if part.requires_grad else part
+
+
+def layout_of(z0: Any) -> Layout:
+    """Validate an initial state and describe it.
+
+    Raises:
+        TypeError: If z0 is neither a tensor nor a tuple of tensors.
+        ValueError: If it is an empty tuple, has no batch dimension, batch sizes, dtypes or devices that disagree, or a
+            dtype that is not one of ``DTYPES``.
+    """
+    if isinstance(z0, Tensor):
+        parts: Sequence[Any] = (z0,)
+    elif isinstance(z0, tuple):
+        parts = z0
+        if not parts:
+            raise ValueError("z0 must have at least one tensor, got an empty tuple")
+    else:
+        raise TypeError(f"z0 must be a tensor or a tuple of tensors, got {type(z0).__name__}")
+    for i, part in enumerate(parts):
+        name = f"z0[{i}]" if isinstance(z0, tuple) else "z0"
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
+        if part.dim() == 0:
+            raise ValueError(f"{name} must have a batch dimension, got a 0-d tensor: (B,) is B scalar states")
+        if part.dtype not in DTYPES:
+            expected = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"{name} must be of dtype {expected}, got {part.dtype}")
+        for what, first, here in (
+            ("batch size", parts[0].shape[0], part.shape[0]),
+            ("dtype", parts[0].dtype, part.dtype),
+            ("device", parts[0].device, part.device),
+        ):
+            if first != here:
+                raise ValueError(f"{name} must have the {what} of z0[0], {first}, got {here}")
+    return Layout(
+        tuple(part.shape[1:] for part in parts),
+        parts[0].shape[0],
+        parts[0].dtype,
+        parts[0].device,
+        isinstance(z0, tuple),
+    )
