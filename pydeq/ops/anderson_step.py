@@ -83,16 +83,19 @@ def anderson_step_reference(
     sample = torch.arange(z.shape[0], device=z.device)
     verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
     head, count = counters[:, Counter.HEAD].long(), counters[:, Counter.COUNT].long()
+    before = z.clone()  # settling moves the iterates of stopped samples
     settle(z, f, next, best, verdict, values[sample, (head - 1) % slots], damping)
     count = torch.where(verdict.retry, 0, count)
     counters[:, Counter.COUNT] = count.int()
 
+    compute = torch.promote_types(z.dtype, torch.float32)
+    if not last:  # the slot is free: a sample that does not proceed leaves its head where it is
+        rows = verdict.active.nonzero()[:, 0]
+        residuals[rows, head[rows]] = (f[rows].to(compute) - before[rows].to(compute)).to(z.dtype)
+        values[rows, head[rows]] = f[rows]
     rows = verdict.proceed.nonzero()[:, 0]
     if len(rows):
-        compute = torch.promote_types(z.dtype, torch.float32)
         slot = head[rows]
-        residuals[rows, slot] = (f[rows].to(compute) - z[rows].to(compute)).to(z.dtype)
-        values[rows, slot] = f[rows]
         columns = torch.clamp(count[rows] + 1, max=memory)
         age = torch.arange(memory, device=z.device)
         by_age = (slot[:, None] - age) % slots  # [R, memory], newest first

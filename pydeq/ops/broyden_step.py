@@ -89,7 +89,7 @@ def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tup
     a = total / G[:, k, k]
     theta_new = denominator_damping(1.0 - a)
     new = v / (1.0 - theta_new * a)[:, None]
-    sound = (theta_new * a).isfinite() & new.isfinite().all(1)
+    sound = (theta_new * a).isfinite()
     history.thetas[rows, k] = theta_new
     history.append(count, new.to(g.dtype), g, restarted, w0)
     return new.to(g.dtype), sound
@@ -108,7 +108,7 @@ def _restarted_step(history: _History, g: Tensor) -> tuple[Tensor, Tensor]:
     history.steps[0][rows] = s
     history.gram[rows, 0, 0] = squared
     history.append(1, new, g, True, w0)
-    return new, scale.isfinite() & new.isfinite().all(1)
+    return new, scale.isfinite()
 
 
 def broyden_step_reference(

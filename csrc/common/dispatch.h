@@ -1,0 +1,58 @@
+// The dtypes of states, and how a kernel gets from a run-time dtype to a compile-time type. The only list of them.
+#pragma once
+
+#include <cstdint>
+
+namespace pydeq {
+
+enum class Dtype { float64, float32, float16, bfloat16 };
+
+// Storage of the half types: bits only. Arithmetic happens in float.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What a type is computed in.
+template <class T>
+struct ComputeOf {
+  using Type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using Type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::Type;
+
+template <class T>
+constexpr bool is_half = sizeof(T) == 2;
+
+}  // namespace pydeq
+
+// Runs the statement with `T` standing for the type of `dtype`.
+#define PYDEQ_DISPATCH(dtype, T, ...)    \
+  switch (dtype) {                       \
+    case ::pydeq::Dtype::float64: {      \
+      using T = double;                  \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::pydeq::Dtype::float32: {      \
+      using T = float;                   \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::pydeq::Dtype::float16: {      \
+      using T = ::pydeq::Float16;        \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::pydeq::Dtype::bfloat16: {     \
+      using T = ::pydeq::BFloat16;       \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+  }

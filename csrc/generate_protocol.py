@@ -1,0 +1,57 @@
+"""Writes ``pydeq_protocol.h`` from ``pydeq/protocol.py``, so that no number stands in both languages.
+
+``class CounterColumn(IntEnum)`` with a member ``STATUS = 0`` becomes ``COUNTER_COLUMN_STATUS``, and
+``COUNTER_COLUMN_SIZE`` says how many members there are. A number in capitals keeps its name, as an int64_t or a double.
+"""
+
+import re
+import runpy
+import sys
+from enum import IntEnum
+from pathlib import Path
+
+
+def declarations(protocol: dict[str, object]) -> dict[str, tuple[str, str]]:
+    """The constants by name, each with its C++ type and value."""
+    constants: dict[str, tuple[str, str]] = {}
+
+    def declare(name: str, kind: str, value: str) -> None:
+        if name in constants:
+            raise SystemExit(f"{name} would be declared twice in pydeq_protocol.h: rename one in pydeq/protocol.py")
+        constants[name] = (kind, value)
+
+    for name, value in protocol.items():
+        if isinstance(value, type) and issubclass(value, IntEnum) and value is not IntEnum:
+            prefix = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).upper()
+            for member in value:
+                declare(f"{prefix}_{member.name}", "int", str(int(member)))
+            declare(f"{prefix}_SIZE", "int", str(len(value)))
+        elif name.isupper() and isinstance(value, (int, float)) and not isinstance(value, bool):
+            # repr of a float is the shortest text that reads back as the same double, in C++ too.
+            declare(name, "double" if isinstance(value, float) else "int64_t", repr(value))
+    return constants
+
+
+def header(constants: dict[str, tuple[str, str]]) -> str:
+    lines = [f"constexpr {kind} {name} = {value};" for name, (kind, value) in constants.items()]
+    return "\n".join(
+        [
+            "// Generated from pydeq/protocol.py, which says what these mean.",
+            "#pragma once",
+            "",
+            "#include <cstdint>",
+            "",
+            "namespace pydeq {",
+            "namespace protocol {",
+            *lines,
+            "}  // namespace protocol",
+            "}  // namespace pydeq",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(header(declarations(runpy.run_path(str(source)))))

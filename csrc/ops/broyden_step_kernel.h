@@ -1,0 +1,252 @@
+// c[j]      = theta[j] (<s_j, g> + sum_{i<j} c[i] <s_j, u_i>) / ||s_j||^2      u_i: s_{i+1}, and w_0 for i = 0 after a restart
+// s_{k+1}   = (g + sum_{j<k} c[j] u_j) / (1 - theta[k] a)                      a: as c[k], without theta
+// next[b,d] = z[b,d] + s_{k+1}[b,d]
+//
+// With k + 1 steps stored: reads z and f (twice, the second time from the cache while a sample fits it), s_0..s_k in the first
+// pass and u_0..u_{k-1} in the second, which also forms the new row of the Gram matrix; writes the new step, next and the
+// image of an improved iterate.
+#pragma once
+
+#include "common/small_solve.h"
+#include "common/step.h"
+#include "ops/broyden_step.h"
+
+namespace pydeq {
+namespace PYDEQ_ISA {
+namespace {
+
+// v[i] += sum_j c[j] rows[j][i], four rows at a time so that v passes through the registers less often.
+template <class A>
+inline void accumulate(A* v, const A* const* rows, const double* c, int64_t count, int64_t n) {
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    const A c0 = A(c[j]), c1 = A(c[j + 1]), c2 = A(c[j + 2]), c3 = A(c[j + 3]);
+    const A *r0 = rows[j], *r1 = rows[j + 1], *r2 = rows[j + 2], *r3 = rows[j + 3];
+    for_blocks(n, [&](int64_t i, auto part) {
+      Lanes<A> x = part.template load<A>(v + i);
+      x = x + c0 * part.template load<A>(r0 + i);
+      x = x + c1 * part.template load<A>(r1 + i);
+      x = x + c2 * part.template load<A>(r2 + i);
+      x = x + c3 * part.template load<A>(r3 + i);
+      part.store(v + i, x);
+    });
+  }
+  for (; j < count; ++j) {
+    const A cj = A(c[j]);
+    const A* r = rows[j];
+    for_blocks(n, [&](int64_t i, auto part) {
+      part.store(v + i, part.template load<A>(v + i) + cj * part.template load<A>(r + i));
+    });
+  }
+}
+
+template <class T>
+struct BroydenStep {
+  using A = Compute<T>;
+  enum class Kind { first, next, restart };
+  struct Plan {
+    Verdict verdict;
+    Kind kind;
+    int64_t slot;    // of the new step
+    bool restarted;  // factor 0 is the explicit one
+    bool wide;       // sums of float products left their range: form them in double
+    double* c;       // [slot] coefficients of u_0, u_1, ...
+    double scale;    // next: 1 / (1 - theta a); restart: w_0 = scale (s + y)
+    double weight;   // restart: <s, g>
+  };
+  const BroydenStepArgs& args;
+
+  // ||g||^2 and ||f||^2, <s, g_previous> before a restart, then <s_j, g>.
+  int64_t sums() const { return 3 + args.stored; }
+  int64_t products() const { return args.stored; }
+  int64_t coefficients() const { return args.stored + 1; }
+
+  A* row_of(void* rows, int64_t b) const { return static_cast<A*>(rows) + b * args.step.state; }
+  A* step_row(int64_t j, int64_t b) const { return row_of(args.steps[j], b); }
+  bool full(int64_t count) const { return count == args.memory + 1; }
+
+  // g = f - z of a chunk, z taken before it was rounded.
+  void residual(const Rows<T>& row, int64_t b, int64_t begin, int64_t n, A* g) const {
+    if constexpr (is_half<T>) {
+      const A* iterate = row_of(args.iterate, b) + begin;
+      for_blocks(n, [&](int64_t i, auto part) {
+        part.store(g + i, part.template load<A>(row.f + begin + i) - part.template load<A>(iterate + i));
+      });
+    } else {
+      for_blocks(n, [&](int64_t i, auto part) {
+        part.store(g + i, part.template load<A>(row.f + begin + i) - part.template load<A>(row.z + begin + i));
+      });
+    }
+  }
+
+  template <class Sum>
+  void dots(int64_t b, int64_t count, const A* g, int64_t begin, int64_t n, double* sums) const {
+    const int64_t newest = count - 1;
+    if (full(count)) {
+      const A* s = step_row(newest, b) + begin;
+      sums[2] = dot<Sum>(s, row_of(args.restart, b) + begin, n);
+      sums[3 + newest] = dot<Sum>(s, g, n);
+      return;
+    }
+    for (int64_t j = 0; j < count; ++j) sums[3 + j] = dot<Sum>(step_row(j, b) + begin, g, n);
+  }
+
+  void reduce(int64_t b, int64_t begin, int64_t n, double* sums) const {
+    const Rows<T> row(args.step, b);
+    A g[kChunk];
+    Lanes<A> rr = splat(A(0)), ff = splat(A(0));
+    for_blocks(n, [&](int64_t i, auto part) {
+      const Lanes<A> f = part.template load<A>(row.f + begin + i);
+      const Lanes<A> difference = f - part.template load<A>(row.z + begin + i);
+      rr = rr + difference * difference;
+      ff = ff + f * f;
+      part.store(g + i, difference);
+    });
+    for (int64_t i = 0; i < this->sums(); ++i) sums[i] = 0.0;
+    sums[0] = sum(rr);
+    sums[1] = sum(ff);
+    if (args.step.rules.last) return;
+    if (is_half<T>) residual(row, b, begin, n, g);
+    dots<A>(b, row.counters[protocol::COUNTER_COUNT], g, begin, n, sums);
+  }
+
+  void decide(int64_t b, double* sums, Plan& plan, double* coefficients) const {
+    using namespace protocol;
+    const Rows<T> row(args.step, b);
+    int32_t* counters = row.counters;
+    double norm_g, norm_f;
+    const bool fits = norms(row, args.step.state, sums[0], sums[1], &norm_g, &norm_f);
+    plan.verdict = judge(norm_g, norm_f, row.scalars, counters, args.step.rules);
+    plan.wide = !fits && sizeof(T) < 8;
+    if (plan.verdict.retry) counters[COUNTER_COUNT] = 0;
+    if (!plan.verdict.proceed) return;
+
+    const int64_t count = counters[COUNTER_COUNT], k = count - 1, K = args.capacity;
+    double *gram = args.gram + b * K * K, *theta = args.thetas + b * K;
+    if (plan.wide && count > 0) sum_again(row, b, count, sums);
+    const double* t = sums + 3;
+    plan.c = coefficients;
+    plan.restarted = counters[COUNTER_RESTARTED];
+    bool sound = false;
+    if (full(count)) {
+      plan.kind = Kind::restart;
+      const double squared = gram[k * K + k], gamma = -(t[k] - sums[2]) / squared;
+      const double damping = denominator_damping(gamma);
+      plan.scale = damping / (squared * (1.0 - damping + damping * gamma));
+      plan.weight = t[k];
+      plan.slot = 1;
+      sound = finite(plan.scale);
+      gram[0] = squared;
+    } else if (count > 0) {
+      plan.kind = Kind::next;
+      double a = 0.0;
+      for (int64_t j = 0; j < count; ++j) {
+        double total = t[j];
+        for (int64_t i = 0; i < j; ++i) total += plan.c[i] * gram[j * K + (plan.restarted && i == 0 ? 0 : i + 1)];
+        a = total / gram[j * K + j];
+        plan.c[j] = plan.restarted && j == 0 ? total : theta[j] * a;
+      }
+      theta[k] = denominator_damping(1.0 - a);
+      plan.scale = 1.0 / (1.0 - theta[k] * a);
+      plan.slot = count;
+      sound = finite(theta[k] * a);
+    }
+    if (!sound) {
+      plan.kind = Kind::first;
+      plan.slot = 0;
+      // From a new best a plain step is the one a retry would take.
+      if (plan.verdict.improved) counters[COUNTER_TRIED] = 1;
+    }
+    if (plan.kind != Kind::next) plan.restarted = plan.kind == Kind::restart;
+    counters[COUNTER_COUNT] = static_cast<int32_t>(plan.slot + 1);
+    counters[COUNTER_RESTARTED] = plan.restarted;
+  }
+
+  void sum_again(const Rows<T>& row, int64_t b, int64_t count, double* sums) const {
+    A g[kChunk];
+    for (int64_t i = 2; i < this->sums(); ++i) sums[i] = 0.0;
+    for (int64_t begin = 0; begin < args.step.state; begin += kChunk) {
+      const int64_t left = args.step.state - begin, n = left < kChunk ? left : kChunk;
+      residual(row, b, begin, n, g);
+      for (int64_t j = full(count) ? count - 1 : 0; j < count; ++j) {
+        sums[3 + j] += dot<double>(step_row(j, b) + begin, g, n);
+      }
+      if (full(count)) sums[2] += dot<double>(step_row(count - 1, b) + begin, row_of(args.restart, b) + begin, n);
+    }
+  }
+
+  double product(const Plan& plan, const A* x, const A* y, int64_t n) const {
+    return plan.wide ? dot<double>(x, y, n) : dot<A>(x, y, n);
+  }
+
+  void apply(int64_t b, const Plan& plan, int64_t begin, int64_t n, double* products) const {
+    const Rows<T> row(args.step, b);
+    settle<T>(row, plan.verdict, nullptr, 1.0, begin, n);
+    A* iterate = is_half<T> ? row_of(args.iterate, b) + begin : nullptr;
+    if (is_half<T> && plan.verdict.retry) {
+      for_blocks(n, [&](int64_t i, auto part) {
+        part.store(iterate + i, part.template load<A>(row.next + begin + i));
+      });
+    }
+    if (!plan.verdict.proceed) return;
+
+    A g[kChunk], v[kChunk];
+    residual(row, b, begin, n, g);
+    copy(v, g, n);
+    A* w0 = args.restart ? row_of(args.restart, b) + begin : nullptr;
+    if (plan.kind == Kind::restart) {
+      const A* s = step_row(args.memory, b) + begin;
+      A* kept = step_row(0, b) + begin;
+      const A scale = A(plan.scale), weight = A(plan.weight);
+      for_blocks(n, [&](int64_t i, auto part) {
+        const Lanes<A> newest = part.template load<A>(s + i), x = part.template load<A>(g + i);
+        const Lanes<A> w = scale * (newest + (x - part.template load<A>(w0 + i)));
+        part.store(kept + i, newest);
+        part.store(w0 + i, w);
+        part.store(v + i, x + weight * w);
+      });
+    } else if (plan.kind == Kind::next) {
+      const A* u[4];  // u_j, four at a time
+      for (int64_t j = 0; j < plan.slot - 1; j += 4) {
+        const int64_t group = plan.slot - 1 - j < 4 ? plan.slot - 1 - j : 4;
+        for (int64_t i = 0; i < group; ++i) u[i] = step_row(j + i + 1, b) + begin;
+        if (j == 0 && plan.restarted) u[0] = w0;
+        accumulate(v, u, plan.c + j, group, n);
+      }
+      const A scale = A(plan.scale);
+      for_blocks(n, [&](int64_t i, auto part) { part.store(v + i, scale * part.template load<A>(v + i)); });
+    }
+
+    A* stored = step_row(plan.slot, b) + begin;
+    for_blocks(n, [&](int64_t i, auto part) {
+      const Lanes<A> s = part.template load<A>(v + i);
+      part.store(stored + i, s);
+      if constexpr (is_half<T>) {
+        const Lanes<A> moved = part.template load<A>(iterate + i) + s;
+        part.store(iterate + i, moved);
+        part.store(row.next + begin + i, moved);
+      } else {
+        part.store(row.next + begin + i, part.template load<A>(row.z + begin + i) + s);
+      }
+    });
+    if (plan.restarted) products[0] = product(plan, v, w0, n);
+    for (int64_t j = 1; j < plan.slot; ++j) products[j] = product(plan, v, step_row(j, b) + begin, n);
+    products[plan.slot] = product(plan, v, v, n);
+    if (w0 && plan.slot == args.memory) copy(w0, g, n);  // the next step restarts, and needs this residual
+  }
+
+  void close(int64_t b, const Plan& plan, const double* products) const {
+    if (!plan.verdict.proceed) return;
+    double* gram = args.gram + (b * args.capacity + plan.slot) * args.capacity;
+    for (int64_t j = plan.slot > 0 && !plan.restarted ? 1 : 0; j <= plan.slot; ++j) gram[j] = products[j];
+  }
+};
+
+}  // namespace
+
+void broyden_step(const BroydenStepArgs& args) {
+  PYDEQ_DISPATCH(args.step.dtype, T, BroydenStep<T> step{args}; run_step(step, args.step));
+}
+
+}  // namespace PYDEQ_ISA
+}  // namespace pydeq
