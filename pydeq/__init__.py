@@ -5,8 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
 
 from pydeq import ops
+from pydeq.adjoints import Implicit
 from pydeq.compiled import kernels
 from pydeq.fixed_point import fixed_point
+from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_radius
+from pydeq.layer import DEQ
 from pydeq.protocol import Status
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Broyden, Picard
@@ -17,13 +20,18 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "DEQ",
     "Anderson",
     "Broyden",
     "ConvergenceError",
+    "Implicit",
     "Picard",
     "Solution",
     "Status",
     "fixed_point",
+    "frobenius_norm_squared",
+    "jacobian_penalty",
     "kernels",
     "ops",
+    "spectral_radius",
 ]

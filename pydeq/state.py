@@ -60,19 +60,20 @@ class Layout:
             return state[0].reshape(self.batch, self.size).contiguous()
         return torch.cat([part.reshape(self.batch, -1) for part in state], dim=1)
 
-    def check(self, state: Any, cast: bool) -> State:
+    def check(self, state: Any, cast: bool, detach: bool = True) -> State:
         """Hold what ``fn`` returned against the state it was given.
 
         Args:
             state: What came back.
             cast: Under autocast: another floating dtype is cast instead of refused.
+            detach: Leave out the graph that a result may carry even with gradients off.
 
         Raises:
             TypeError: If it is not a tensor, or not a tuple where the state is one.
             ValueError: If its shape, dtype or device is another.
         """
         if not self.is_tuple:
-            return self._check_part(state, self.shapes[0], "", cast)
+            return self._check_part(state, self.shapes[0], "", cast, detach)
         if not isinstance(state, tuple | list):
             raise TypeError(
                 f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {type(state).__name__}"
@@ -80,11 +81,11 @@ class Layout:
         if len(state) != len(self.shapes):
             raise ValueError(f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {len(state)}")
         return tuple(
-            self._check_part(part, shape, f"[{i}]", cast)
+            self._check_part(part, shape, f"[{i}]", cast, detach)
             for i, (part, shape) in enumerate(zip(state, self.shapes, strict=True))
         )
 
-    def _check_part(self, part: Any, shape: torch.Size, index: str, cast: bool) -> Tensor:
+    def _check_part(self, part: Any, shape: torch.Size, index: str, cast: bool, detach: bool) -> Tensor:
         if not isinstance(part, Tensor):
             raise TypeError(f"fn must return a tensor like z0{index}, got {type(part).__name__}")
         if part.shape != (self.batch, *shape):
@@ -99,7 +100,7 @@ class Layout:
                     f"fn must return the dtype of z0{index}, {self.dtype}, got {part.dtype}: cast its result, or z0"
                 )
             part = part.to(self.dtype)
-        return part.detach() if part.requires_grad else part
+        return part.detach() if detach and part.requires_grad else part
 
 
 def layout_of(z0: Any) -> Layout:

@@ -1,0 +1,36 @@
+"""What an adjoint is: how a layer's output is computed so that gradients flow."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydeq.solution import Solution
+from pydeq.state import State
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One forward call of a layer.
+
+    Args:
+        fn: fn(z, *context) -> like z, differentiable.
+        z0: Initial state.
+        context: What fn is given after z.
+        options: Keywords of :func:`pydeq.fixed_point`.
+    """
+
+    fn: Callable[..., Any]
+    z0: State
+    context: Sequence[Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Adjoint(ABC):
+    """How to differentiate a fixed point; frozen, without state."""
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> tuple[State, Solution]:
+        """The layer's output, attached to the graph, and the solution. Gradients are on."""
