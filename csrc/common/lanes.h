@@ -208,17 +208,36 @@ inline void for_blocks(int64_t n, Body body) {
   if (i < n) body(i, Tail{n - i});
 }
 
+// Halves a register down to its sum: lane l += lane l + width / 2, and so on.
+template <class A, int width, class Vector>
+inline A halve(Vector v) {
+  if constexpr (width == 1) {
+    return v[0];
+  } else {
+    typedef A Half __attribute__((vector_size(width / 2 * sizeof(A))));
+    Half low, high;
+    if constexpr (width == 16) {
+      low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+      high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else if constexpr (width == 8) {
+      low = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+      high = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    } else if constexpr (width == 4) {
+      low = __builtin_shufflevector(v, v, 0, 1);
+      high = __builtin_shufflevector(v, v, 2, 3);
+    } else {
+      return v[0] + v[1];
+    }
+    return halve<A, width / 2>(Half(low + high));
+  }
+}
+
 template <class A>
 inline double sum(Lanes<A> x) {
   PYDEQ_UNROLL for (int half = x.kCount / 2; half > 0; half /= 2) {
     PYDEQ_UNROLL for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
   }
-  A lane[Lanes<A>::kWidth];
-  std::memcpy(lane, &x.v[0], sizeof lane);
-  for (int half = Lanes<A>::kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+  return halve<A, Lanes<A>::kWidth>(x.v[0]);
 }
 
 // sum_i x[i] y[i] of one chunk, n <= kChunk.

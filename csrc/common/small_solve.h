@@ -15,33 +15,35 @@ namespace {
 // gram(i, j): <g_i, g_j>. work: [count * count + 3 * count]. a: [count].
 template <class Gram>
 PYDEQ_HOST_DEVICE inline int64_t mixing_coefficients(Gram gram, int64_t count, double ridge, double* work, double* a) {
-  double* factor = work;                          // [count, count], lower triangle
-  double* length = work + count * count;          // [count] ||g_i||
-  double* right = length + count;                 // [count] the right side, in units of the newest column
-  double* forward = right + count;                // [count] factor^-1 right
-  int64_t sound = 0;                              // columns that the factorization got through
-  for (int64_t i = 0; i < count; ++i) length[i] = __builtin_sqrt(gram(i, i));
+  double* factor = work;                    // [count, count], lower triangle; the diagonal inverted
+  double* inverse = work + count * count;   // [count] 1 / ||g_i||
+  double* right = inverse + count;          // [count] the right side, in units of the newest column
+  double* forward = right + count;          // [count] factor^-1 right
+  int64_t sound = 0;                        // columns that the factorization got through
+  for (int64_t i = 0; i < count; ++i) inverse[i] = 1.0 / __builtin_sqrt(gram(i, i));
+  const double newest = __builtin_sqrt(gram(0, 0));
   for (int64_t i = 0; i < count; ++i, ++sound) {
     // Correlations: the diagonal is 1 whatever the scale of the residuals.
-    for (int64_t j = 0; j <= i; ++j) {
-      double s = j == i ? 1.0 + ridge : gram(i, j) / length[i] / length[j];
+    for (int64_t j = 0; j < i; ++j) {
+      double s = gram(i, j) * inverse[i] * inverse[j];
       for (int64_t k = 0; k < j; ++k) s -= factor[i * count + k] * factor[j * count + k];
-      factor[i * count + j] = j == i ? __builtin_sqrt(s) : s / factor[j * count + j];
+      factor[i * count + j] = s * factor[j * count + j];
     }
-    const double pivot = factor[i * count + i];
-    if (!(pivot > 0.0) || !finite(pivot)) break;
-    right[i] = length[0] / length[i];
+    double pivot = 1.0 + ridge;
+    for (int64_t k = 0; k < i; ++k) pivot -= factor[i * count + k] * factor[i * count + k];
+    right[i] = newest * inverse[i];
     double s = right[i];
     for (int64_t k = 0; k < i; ++k) s -= factor[i * count + k] * forward[k];
-    forward[i] = s / pivot;
-    if (!finite(forward[i])) break;
+    factor[i * count + i] = 1.0 / __builtin_sqrt(pivot);
+    forward[i] = s * factor[i * count + i];
+    if (!(pivot > 0.0) || !finite(forward[i])) break;
   }
   for (int64_t columns = sound; columns > 1; --columns) {
     double total = 0.0, magnitude = 0.0;
     for (int64_t i = columns - 1; i >= 0; --i) {
       double s = forward[i];
       for (int64_t k = i + 1; k < columns; ++k) s -= factor[k * count + i] * a[k];
-      a[i] = s / factor[i * count + i];
+      a[i] = s * factor[i * count + i];
     }
     for (int64_t i = 0; i < columns; ++i) {
       a[i] *= right[i];

@@ -12,7 +12,6 @@
 #endif
 
 namespace pydeq {
-namespace {
 
 struct Rules {
   double rtol, atol, eps;
@@ -28,6 +27,8 @@ struct Verdict {
   bool stopped;      // done now: its rows hold its value from here on
   bool materialize;  // the best iterate is this one and must be saved now
 };
+
+namespace {  // compiled for several instruction sets: never one copy for all
 
 PYDEQ_HOST_DEVICE inline bool finite(double x) { return x - x == 0.0; }
 
