@@ -61,8 +61,10 @@ class Implicit(Adjoint):
         y = problem.fn(z if layout.is_tuple else z[0], *problem.context)
         cast = torch.is_autocast_enabled(layout.device.type)
         y = as_tuple(layout.check(y, cast, detach=False))
-        if any(part.requires_grad for part in y):
+        if _reaches_beyond(y, z):
             y = _Attach.apply(_Adjoint(self, layout, solution), *y, *z)
+        else:  # everything is frozen: no adjoint to solve
+            y = tuple(part.detach() for part in y)
         return (y if layout.is_tuple else y[0]), solution
 
 
@@ -120,6 +122,23 @@ class _Attach(torch.autograd.Function):
         y, z = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         u = ctx.adjoint.solve(y, z, cotangents)
         return None, *u, *[None] * len(z)
+
+
+def _reaches_beyond(y: tuple[Tensor, ...], z: tuple[Tensor, ...]) -> bool:
+    """Whether the graph of ``y`` ends in a leaf that is not one of ``z``."""
+    nodes = [part.grad_fn for part in y if part.grad_fn is not None]
+    if any(part.requires_grad and part.is_leaf and all(part is not leaf for leaf in z) for part in y):
+        return True
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and all(leaf is not part for part in z):
+            return True
+        new = [following for following, _ in node.next_functions if following is not None and following not in seen]
+        seen.update(new)
+        nodes.extend(new)
+    return False
 
 
 def as_tuple(state: State) -> tuple[Tensor, ...]:
