@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydeq.protocol import RUNNING, Counter, Progress
 from pydeq.solvers.base import Workspace
-from pydeq.state import Layout
+from pydeq.state import Layout, State
 
 
 class Evaluator:
@@ -26,17 +26,21 @@ class Evaluator:
     def __init__(self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool) -> None:
         self.fn, self.context, self.layout, self.cast = fn, context, layout, cast
         self.calls = 0
+        self.views: list[State] = []  # of the workspace's two buffers
         # Tensors made in inference mode do not count their versions.
         self.watch = not torch.is_inference_mode_enabled()
 
     def evaluate(self, workspace: Workspace, k: int) -> Tensor:
         """The images of the iterates of step ``k``, contiguous [B, D]."""
-        return self.call(workspace.z[k % 2], self.layout, self.context)
+        if not self.views:
+            self.views = [self.layout.view(z) for z in workspace.z]
+        return self.call(workspace.z[k % 2], self.views[k % 2], self.layout, self.context)
 
-    def call(self, z: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
+    def call(self, z: Tensor, view: State, layout: Layout, context: Sequence[Any]) -> Tensor:
+        """``fn`` at the flat ``z``, of which ``view`` is the state."""
         version = z._version if self.watch else 0
         self.calls += 1
-        result = self.fn(layout.view(z), *context)
+        result = self.fn(view, *context)
         if self.watch and z._version != version:
             raise ValueError("fn must not modify z in place: work on a copy, z.clone()")
         return layout.flatten(layout.check(result, self.cast))
@@ -72,10 +76,11 @@ class CompactingEvaluator(Evaluator):
             ]
         z = workspace.z[k % 2]
         if self.rows is None:
-            return self.call(z, self.layout, self.context)
+            return super().evaluate(workspace, k)
         if self.images is None:
             self.images = torch.zeros_like(z)  # rows outside the set are frozen: never read
-        part = self.call(z.index_select(0, self.rows), self.part, self.part_context)
+        gathered = z.index_select(0, self.rows)
+        part = self.call(gathered, self.part.view(gathered), self.part, self.part_context)
         return self.images.index_copy_(0, self.rows, part)
 
 

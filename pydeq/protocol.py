@@ -13,19 +13,19 @@ from typing import Final
 class Status(IntEnum):
     """How the solve of one sample ended."""
 
-    CONVERGED = 0
+    CONVERGED = 1
     """The residual met the tolerance."""
-    MAX_STEPS = 1
+    MAX_STEPS = 2
     """The evaluations were used up before the tolerance was met."""
-    STALLED = 2
+    STALLED = 3
     """No progress any more, at a residual that rounding explains."""
-    DIVERGED = 3
+    DIVERGED = 4
     """The residual grew far beyond the first one."""
-    NONFINITE = 4
+    NONFINITE = 5
     """``fn`` returned NaN or Inf, also after a plain step from the best iterate."""
 
 
-RUNNING: Final = -1
+RUNNING: Final = 0
 """In the status column while a sample is still iterated; users never see it."""
 
 

@@ -55,6 +55,8 @@ class Layout:
     def flatten(self, state: State) -> Tensor:
         """The state -> contiguous [B, D]; a view where that is possible."""
         if isinstance(state, Tensor):
+            if state.is_contiguous():
+                return state if state.dim() == 2 else state.view(self.batch, self.size)
             return state.reshape(self.batch, self.size).contiguous()
         if len(state) == 1:
             return state[0].reshape(self.batch, self.size).contiguous()

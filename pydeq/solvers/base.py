@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from pydeq.protocol import RUNNING, Counter, Progress, Scalar
+from pydeq.protocol import Counter, Progress, Scalar
 from pydeq.termination import Rules
 
 
@@ -28,8 +28,7 @@ class Workspace(ABC):
         self.z = (flat.clone(memory_format=torch.contiguous_format), torch.empty_like(flat))
         self.best = flat.new_empty(2, *flat.shape)
         self.scalars = flat.new_zeros(batch, len(Scalar), dtype=torch.float64)
-        self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)
-        self.counters[:, Counter.STATUS] = RUNNING
+        self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)  # RUNNING is 0
         self.progress = torch.zeros(len(Progress), dtype=torch.int64)
         self.rules = rules
         self.max_steps = max_steps
