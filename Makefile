@@ -1,0 +1,49 @@
+# make test    make bench    make lint    make wheel    make clean
+# Everything runs in an environment of its own, VENV, made with PYTHON on the first call.
+
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_PROFILE ?= quick
+PYTEST_ARGS ?=
+bin := $(VENV)/bin
+sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pydeq/protocol.py
+formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test bench lint format wheel clean
+.DELETE_ON_ERROR:
+
+test: $(VENV)/test.installed $(VENV)/pydeq.installed
+	PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/bench.installed $(VENV)/pydeq.installed
+	PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m benchmarks --profile $(BENCH_PROFILE)
+
+lint: $(VENV)/lint.installed $(VENV)/bench.installed
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/pyright --pythonpath $(bin)/python
+	$(bin)/clang-format --dry-run --Werror $(formatted)
+
+format: $(VENV)/lint.installed
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(formatted)
+
+wheel: $(VENV)/build.installed
+	$(bin)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info pydeq/_C.*.so pydeq/no_kernels.txt $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One set of requirements each; the files include each other, so any change installs anew what has changed.
+$(VENV)/%.installed: requirements/%.txt $(wildcard requirements/*.txt) | $(VENV)/bin/python
+	$(bin)/python -m pip install --requirement $<
+	touch $@
+
+# Python files need no reinstall: the package is imported from this folder.
+$(VENV)/pydeq.installed: $(sources) $(VENV)/build.installed
+	PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m pip install --no-build-isolation --no-deps --editable .
+	touch $@
