@@ -104,6 +104,8 @@ class BuildKernels(build_ext):
                 "(the same results, more slowly), set PYDEQ_WITH_KERNELS=0"
             ) from error
         library.parent.mkdir(parents=True, exist_ok=True)
+        # A new file, not new bytes in the old one, which a running process may have mapped.
+        library.unlink(missing_ok=True)
         shutil.copy2(build / library.name, library)
 
 

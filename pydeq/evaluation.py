@@ -49,8 +49,8 @@ class Evaluator:
 class CompactingEvaluator(Evaluator):
     """Calls ``fn`` on the running samples alone, and on what of the context belongs to them.
 
-    The set shrinks when at least half of it has stopped: gathering context costs a copy, and few batch sizes, log2(B) at
-    most, keep the caches and compilers behind fn warm.
+    The set shrinks when at least half of it has stopped: gathering context costs a copy, and few batch sizes, log2(B)
+    at most, keep the caches and compilers behind fn warm.
 
     Args:
         batched: For each entry of the context whether it carries the batch in its first dimension.

@@ -39,14 +39,15 @@ def fixed_point(
 ) -> Solution:
     """Find z with z = fn(z, *context), each sample of the batch on its own; no gradient.
 
-    A sample is CONVERGED once ||fn(z) - z|| <= atol + rtol * ||fn(z)|| and, after the first evaluation, the residual is also
-    below 0.9 of the first one; see :class:`pydeq.Status` for the other ends. Not converging is a status, not an error.
+    A sample is CONVERGED once ||fn(z) - z|| <= atol + rtol * ||fn(z)|| and, after the first evaluation, the residual
+    is also below 0.9 of the first one; see :class:`pydeq.Status` for the other ends. Not converging is a status, not
+    an error.
 
     Args:
         fn: The map, fn(z, *context) -> like z. The z it is given is valid during the call only, and is not to be
             modified; what it returns may be a view or a reused buffer.
-        z0: Where to start: a tensor with the batch first, shape (batch, *state), or a tuple of such tensors of one dtype.
-            (batch,) is a batch of scalars.
+        z0: Where to start: a tensor with the batch first, shape (batch, *state), or a tuple of such tensors of one
+            dtype. (batch,) is a batch of scalars.
         context: Passed on to fn.
         solver: :class:`pydeq.Anderson` by default.
         rtol: Relative tolerance; by default 1e-3, and 1e-2 for half states or under half autocast.
@@ -56,8 +57,8 @@ def fixed_point(
         throw: Raise if a sample did not converge.
         freeze: Leave samples alone once they are done. False iterates on until the worst one is.
         stall: Stop samples that rounding keeps from the tolerance.
-        compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and take
-            what it needs per sample through ``context``.
+        compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and
+            take what it needs per sample through ``context``.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
 
     Returns:

@@ -11,7 +11,6 @@ from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Problem
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import unknown_keyword
-from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State
 
@@ -66,9 +65,7 @@ class DEQ(nn.Module):
         self.rtol = None if rtol is None else check_tolerance("rtol", rtol)
         self.atol = check_tolerance("atol", atol)
         self.max_steps = check_max_steps("max_steps", max_steps)
-        self.eval_max_steps = (
-            None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
-        )
+        self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
 
     def forward(
         self,

@@ -77,9 +77,7 @@ class Layout:
         if not self.is_tuple:
             return self._check_part(state, self.shapes[0], "", cast, detach)
         if not isinstance(state, tuple | list):
-            raise TypeError(
-                f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {type(state).__name__}"
-            )
+            raise TypeError(f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {type(state).__name__}")
         if len(state) != len(self.shapes):
             raise ValueError(f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {len(state)}")
         return tuple(

@@ -1,7 +1,7 @@
 """When a sample is done: the reference of ``csrc/common/termination.h``.
 
-One rule for every solver. A step measures the residual g = f(z) - z of each sample, ``judge`` turns it into a verdict, and
-``settle`` does what every solver does with one: it keeps the best iterate and places stopped samples.
+One rule for every solver. A step measures the residual g = f(z) - z of each sample, ``judge`` turns it into a verdict,
+and ``settle`` does what every solver does with one: it keeps the best iterate and places stopped samples.
 
 Shapes: B samples, D entries of state. ``z``, ``f`` and ``next`` are [B, D], ``best`` is [2, B, D] (iterate, image).
 """
@@ -144,13 +144,9 @@ def judge(
     ended = done if freeze else (status >= Status.DIVERGED) | lost | (running & (verdict == Status.DIVERGED))
     stopped = active & (ended | last)
     retry = active & ~finite & ~stopped
-    counters[:, Counter.TRIED] = torch.where(
-        active, (retry | (tried & ~improved)).int(), counters[:, Counter.TRIED]
-    )
+    counters[:, Counter.TRIED] = torch.where(active, (retry | (tried & ~improved)).int(), counters[:, Counter.TRIED])
     materialize = improved & (done | last)
-    counters[:, Counter.FRESH] = torch.where(
-        active, (improved & ~materialize).int(), counters[:, Counter.FRESH]
-    )
+    counters[:, Counter.FRESH] = torch.where(active, (improved & ~materialize).int(), counters[:, Counter.FRESH])
     return Verdict(active, improved, displaced, active & ~retry & ~stopped, retry, stopped, materialize)
 
 

@@ -43,9 +43,7 @@ class Problem:
         )
 
 
-def linear_map(
-    rho: float, dim: int, *, batch: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Problem:
+def linear_map(rho: float, dim: int, *, batch: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
     """f(z, x) = A z + x with A symmetric, its eigenvalues spread evenly over [-rho, rho].
 
     Args:
@@ -67,9 +65,7 @@ def linear_map(
     return Problem(lambda z, x: z @ A.T + x, torch.zeros_like(x), (x,), solution.to(dtype))
 
 
-def tanh_map(
-    rho: float, dim: int, *, batch: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Problem:
+def tanh_map(rho: float, dim: int, *, batch: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
     """f(z, x) = tanh(W z + x), the smallest deep equilibrium model, with Gaussian W and x.
 
     Args:
@@ -183,3 +179,27 @@ def assert_close(
             f"entry {where} is {float(actual[where])!r}, expected {float(expected[where])!r}: off by"
             f" {float(error.max()):.3g}, allowed {allowed:.3g} ({int((error > allowed).sum())} of {error.numel()} are off)"
         )
+
+
+def assert_identical(actual: Solution, expected: Solution, rows: Any = slice(None)) -> None:
+    """Fail unless the solutions are the same to the last bit, NaNs included.
+
+    Args:
+        actual: A solution of some of the samples that ``expected`` is of, in some order.
+        expected: A solution.
+        rows: Which samples of ``expected`` are those of ``actual``; an index of a tensor's first dimension.
+
+    Raises:
+        AssertionError: Naming what differs, and for which samples.
+    """
+    for name in ("status", "sample_nfe", "residual", "relative_residual", "value", "image"):
+        one, other = getattr(actual, name), getattr(expected, name)
+        parts = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
+        for here, there in parts:
+            there = there[rows]
+            differs = (here != there) & ~((here != here) & (there != there))
+            if differs.any():
+                samples = differs.flatten(1).any(1) if differs.dim() > 1 else differs
+                raise AssertionError(
+                    f"{name} differs in samples {samples.nonzero()[:, 0].tolist()}: {here[samples]}, expected {there[samples]}"
+                )

@@ -36,7 +36,8 @@ def test_output_without_gradients_is_the_image_and_costs_no_extra_call(z0, x):
     deq = pydeq.DEQ(Cell())
     with torch.no_grad():
         z, solution = deq(z0, x, return_solution=True)
-    assert torch.equal(z, solution.image) and not z.requires_grad
+    assert torch.equal(z, solution.image)
+    assert not z.requires_grad
     assert deq.cell.calls == solution.nfe
 
 
@@ -94,7 +95,9 @@ def test_frozen_parameters_and_inputs_give_an_output_without_a_graph(z0, x):
 
 def test_parameters_used_twice_get_both_gradients(z0, x):
     cell = Cell()
-    deq = pydeq.DEQ(lambda z, x: 0.5 * cell(z, x) + 0.5 * cell(0.5 * z, x), rtol=1e-6, adjoint=pydeq.Implicit(rtol=1e-6))
+    deq = pydeq.DEQ(
+        lambda z, x: 0.5 * cell(z, x) + 0.5 * cell(0.5 * z, x), rtol=1e-6, adjoint=pydeq.Implicit(rtol=1e-6)
+    )
     deq(z0, x).sum().backward()
     implicit = cell.linear.weight.grad.clone()
     cell.linear.weight.grad = None

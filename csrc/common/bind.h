@@ -21,8 +21,8 @@ inline std::string describe(const Tensor& t) {
 
 // Raises unless `t` is a contiguous CPU tensor of this dtype and shape.
 inline void expect(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  bool fits = t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype &&
-              t.dim() == static_cast<int64_t>(shape.size());
+  bool fits =
+      t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(shape.size());
   int64_t i = 0;
   for (int64_t size : shape) fits = fits && t.size(i++) == size;
   if (fits) return;

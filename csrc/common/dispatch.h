@@ -33,26 +33,26 @@ constexpr bool is_half = sizeof(T) == 2;
 }  // namespace pydeq
 
 // Runs the statement with `T` standing for the type of `dtype`.
-#define PYDEQ_DISPATCH(dtype, T, ...)    \
-  switch (dtype) {                       \
-    case ::pydeq::Dtype::float64: {      \
-      using T = double;                  \
-      __VA_ARGS__;                       \
-      break;                             \
-    }                                    \
-    case ::pydeq::Dtype::float32: {      \
-      using T = float;                   \
-      __VA_ARGS__;                       \
-      break;                             \
-    }                                    \
-    case ::pydeq::Dtype::float16: {      \
-      using T = ::pydeq::Float16;        \
-      __VA_ARGS__;                       \
-      break;                             \
-    }                                    \
-    case ::pydeq::Dtype::bfloat16: {     \
-      using T = ::pydeq::BFloat16;       \
-      __VA_ARGS__;                       \
-      break;                             \
-    }                                    \
+#define PYDEQ_DISPATCH(dtype, T, ...) \
+  switch (dtype) {                    \
+    case ::pydeq::Dtype::float64: {   \
+      using T = double;               \
+      __VA_ARGS__;                    \
+      break;                          \
+    }                                 \
+    case ::pydeq::Dtype::float32: {   \
+      using T = float;                \
+      __VA_ARGS__;                    \
+      break;                          \
+    }                                 \
+    case ::pydeq::Dtype::float16: {   \
+      using T = ::pydeq::Float16;     \
+      __VA_ARGS__;                    \
+      break;                          \
+    }                                 \
+    case ::pydeq::Dtype::bfloat16: {  \
+      using T = ::pydeq::BFloat16;    \
+      __VA_ARGS__;                    \
+      break;                          \
+    }                                 \
   }

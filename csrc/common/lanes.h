@@ -244,9 +244,8 @@ inline double sum(Lanes<A> x) {
 template <class A, class T, class U>
 inline double dot(const T* x, const U* y, int64_t n) {
   Lanes<A> total = splat(A(0));
-  for_blocks(n, [&](int64_t i, auto part) {
-    total = total + part.template load<A>(x + i) * part.template load<A>(y + i);
-  });
+  for_blocks(
+      n, [&](int64_t i, auto part) { total = total + part.template load<A>(x + i) * part.template load<A>(y + i); });
   return sum(total);
 }
 

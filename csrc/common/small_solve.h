@@ -15,11 +15,11 @@ namespace {
 // gram(i, j): <g_i, g_j>. work: [count * count + 3 * count]. a: [count].
 template <class Gram>
 PYDEQ_HOST_DEVICE inline int64_t mixing_coefficients(Gram gram, int64_t count, double ridge, double* work, double* a) {
-  double* factor = work;                    // [count, count], lower triangle; the diagonal inverted
-  double* inverse = work + count * count;   // [count] 1 / ||g_i||
-  double* right = inverse + count;          // [count] the right side, in units of the newest column
-  double* forward = right + count;          // [count] factor^-1 right
-  int64_t sound = 0;                        // columns that the factorization got through
+  double* factor = work;                   // [count, count], lower triangle; the diagonal inverted
+  double* inverse = work + count * count;  // [count] 1 / ||g_i||
+  double* right = inverse + count;         // [count] the right side, in units of the newest column
+  double* forward = right + count;         // [count] factor^-1 right
+  int64_t sound = 0;                       // columns that the factorization got through
   for (int64_t i = 0; i < count; ++i) inverse[i] = 1.0 / __builtin_sqrt(gram(i, i));
   const double newest = __builtin_sqrt(gram(0, 0));
   for (int64_t i = 0; i < count; ++i, ++sound) {
@@ -59,7 +59,8 @@ PYDEQ_HOST_DEVICE inline int64_t mixing_coefficients(Gram gram, int64_t count, d
   return 1;
 }
 
-// Keeps the denominator 1 - theta + theta d of a Broyden update at DENOMINATOR_LIMIT or more (More and Trangenstein 1976).
+// Keeps the denominator 1 - theta + theta d of a Broyden update at DENOMINATOR_LIMIT or more (More and Trangenstein
+// 1976).
 PYDEQ_HOST_DEVICE inline double denominator_damping(double d) {
   if (__builtin_fabs(d) >= protocol::DENOMINATOR_LIMIT) return 1.0;
   return (1.0 - (d < 0.0 ? -protocol::DENOMINATOR_LIMIT : protocol::DENOMINATOR_LIMIT)) / (1.0 - d);

@@ -1,8 +1,9 @@
-// What the steps of all solvers share: the arguments, the rows, the norms, keeping the best iterate, and the order of work.
+// What the steps of all solvers share: the arguments, the rows, the norms, keeping the best iterate, and the order of
+// work.
 //
-// A step is two passes over the state of each active sample. The first reduces: it forms g = f - z and sums of products.
-// From the totals one thread decides and solves. The second applies: it writes the next iterate. Passes go chunk by
-// chunk, and totals are sums over chunks in order, so the result does not depend on threads.
+// A step is two passes over the state of each active sample. The first reduces: it forms g = f - z and sums of
+// products. From the totals one thread decides and solves. The second applies: it writes the next iterate. Passes go
+// chunk by chunk, and totals are sums over chunks in order, so the result does not depend on threads.
 #pragma once
 
 #include <cstdlib>
@@ -106,8 +107,8 @@ inline bool norms(const Rows<T>& row, int64_t state, double rr, double ff, doubl
   return g_fits;
 }
 
-// Saves the best iterate where it would be lost, places stopped samples, starts retries; [begin, begin + n) of a sample.
-// previous_image is null where the solver does not keep it: every improvement then saves its image at once.
+// Saves the best iterate where it would be lost, places stopped samples, starts retries; [begin, begin + n) of a
+// sample. previous_image is null where the solver does not keep it: every improvement then saves its image at once.
 template <class T>
 inline void settle(const Rows<T>& row, const Verdict& verdict, const T* previous_image, double damping, int64_t begin,
                    int64_t n) {
@@ -152,10 +153,10 @@ struct Runner {
   Step& step;
   const StepArgs& args;
   int64_t chunks, sums, products, coefficients;
-  int64_t* samples;              // [active]
-  typename Step::Plan* plans;    // [active]
-  double* plan_coefficients;     // [active, coefficients]
-  double* partial;               // [active, chunks, max(sums, products)] where chunks are spread over threads
+  int64_t* samples;            // [active]
+  typename Step::Plan* plans;  // [active]
+  double* plan_coefficients;   // [active, coefficients]
+  double* partial;             // [active, chunks, max(sums, products)] where chunks are spread over threads
 
   int64_t length(int64_t chunk) const {
     const int64_t left = args.state - chunk * kChunk;
@@ -218,8 +219,16 @@ struct Runner {
 template <class Step>
 inline void run_step(Step& step, const StepArgs& args) {
   using Plan = typename Step::Plan;
-  Runner<Step> run{step, args, (args.state + kChunk - 1) / kChunk, step.sums(), step.products(), step.coefficients(),
-                   nullptr, nullptr, nullptr, nullptr};
+  Runner<Step> run{step,
+                   args,
+                   (args.state + kChunk - 1) / kChunk,
+                   step.sums(),
+                   step.products(),
+                   step.coefficients(),
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   nullptr};
   run.samples = static_cast<int64_t*>(std::malloc(args.batch * sizeof(int64_t) + 1));
   int64_t active = 0;
   for (int64_t b = 0; b < args.batch; ++b) {

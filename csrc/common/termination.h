@@ -60,8 +60,8 @@ PYDEQ_HOST_DEVICE inline Verdict judge(double residual, double norm, double* sca
   const bool meets = is_finite && residual <= rules.atol + rules.rtol * norm && (begins || contracted);
 
   Verdict verdict{};
-  verdict.improved = begins || (is_finite && ((running && meets) ||
-                                              (residual < scalars[SCALAR_BEST] && (running || meets))));
+  verdict.improved =
+      begins || (is_finite && ((running && meets) || (residual < scalars[SCALAR_BEST] && (running || meets))));
   verdict.displaced = !verdict.improved && counters[COUNTER_FRESH];
   const bool tried = counters[COUNTER_TRIED];
   if (verdict.improved) {

@@ -21,8 +21,9 @@ void anderson_step_cpu(const Tensor& z, const Tensor& f, const Tensor& next, con
   expect(values, "values", z.scalar_type(), {shared.batch, slots, shared.state});
   expect(residuals, "residuals", z.scalar_type(), {shared.batch, slots, shared.state});
   expect(gram, "gram", ScalarType::Double, {shared.batch, slots, slots});
-  const AndersonStepArgs args{shared, residuals.data_ptr(), values.data_ptr(), static_cast<double*>(gram.data_ptr()),
-                              slots,  memory,               damping,           ridge};
+  const AndersonStepArgs args{
+      shared, residuals.data_ptr(), values.data_ptr(), static_cast<double*>(gram.data_ptr()), slots, memory, damping,
+      ridge};
   PYDEQ_CALL_KERNEL(anderson_step, args);
 }
 

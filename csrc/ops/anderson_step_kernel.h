@@ -1,8 +1,9 @@
 // gram[b, k, j] = sum_d residuals[b, k, d] * residuals[b, j, d]           for the newest k
 // next[b, d]    = sum_j a[j] * (values[b, j, d] - (1 - damping) * residuals[b, j, d])
 //
-// With m columns: reads z, f, m - 1 residuals and m values; writes one residual, one value, next. The image of the previous
-// iterate is still in the ring and the iterate in next, so a best iterate is only copied once it is no longer the newest.
+// With m columns: reads z, f, m - 1 residuals and m values; writes one residual, one value, next. The image of the
+// previous iterate is still in the ring and the iterate in next, so a best iterate is only copied once it is no longer
+// the newest.
 #pragma once
 
 #include "common/small_solve.h"
@@ -103,9 +104,9 @@ struct AndersonStep {
       gram[plan.slot * slots + other] = gram[other * slots + plan.slot] = sums[2 + age];
     }
     plan.a = coefficients;
-    plan.columns = mixing_coefficients(
-        [&](int64_t i, int64_t j) { return gram[aged(plan.slot, i) * slots + aged(plan.slot, j)]; }, previous + 1,
-        args.ridge, coefficients + args.memory, plan.a);
+    plan.columns =
+        mixing_coefficients([&](int64_t i, int64_t j) { return gram[aged(plan.slot, i) * slots + aged(plan.slot, j)]; },
+                            previous + 1, args.ridge, coefficients + args.memory, plan.a);
     // The solve is done with its scratch: it takes the pointers.
     plan.values = reinterpret_cast<const T**>(coefficients + args.memory);
     plan.residuals = plan.values + args.memory;

@@ -1,10 +1,10 @@
-// c[j]      = theta[j] (<s_j, g> + sum_{i<j} c[i] <s_j, u_i>) / ||s_j||^2      u_i: s_{i+1}, and w_0 for i = 0 after a restart
-// s_{k+1}   = (g + sum_{j<k} c[j] u_j) / (1 - theta[k] a)                      a: as c[k], without theta
+// c[j]      = theta[j] (<s_j, g> + sum_{i<j} c[i] <s_j, u_i>) / ||s_j||^2      u_i: s_{i+1}, and w_0 for i = 0 after a
+// restart s_{k+1}   = (g + sum_{j<k} c[j] u_j) / (1 - theta[k] a)                      a: as c[k], without theta
 // next[b,d] = z[b,d] + s_{k+1}[b,d]
 //
-// With k + 1 steps stored: reads z and f (twice, the second time from the cache while a sample fits it), s_0..s_k in the first
-// pass and u_0..u_{k-1} in the second, which also forms the new row of the Gram matrix; writes the new step, next and the
-// image of an improved iterate.
+// With k + 1 steps stored: reads z and f (twice, the second time from the cache while a sample fits it), s_0..s_k in
+// the first pass and u_0..u_{k-1} in the second, which also forms the new row of the Gram matrix; writes the new step,
+// next and the image of an improved iterate.
 #pragma once
 
 #include "common/small_solve.h"
@@ -184,9 +184,8 @@ struct BroydenStep {
     settle<T>(row, plan.verdict, nullptr, 1.0, begin, n);
     A* iterate = is_half<T> ? row_of(args.iterate, b) + begin : nullptr;
     if (is_half<T> && plan.verdict.retry) {
-      for_blocks(n, [&](int64_t i, auto part) {
-        part.store(iterate + i, part.template load<A>(row.next + begin + i));
-      });
+      for_blocks(n,
+                 [&](int64_t i, auto part) { part.store(iterate + i, part.template load<A>(row.next + begin + i)); });
     }
     if (!plan.verdict.proceed) return;
 

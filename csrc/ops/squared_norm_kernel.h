@@ -50,9 +50,7 @@ void run_squared_norm(const SquaredNormArgs& args) {
 
 }  // namespace
 
-void squared_norm(const SquaredNormArgs& args) {
-  PYDEQ_DISPATCH(args.dtype, T, run_squared_norm<T>(args));
-}
+void squared_norm(const SquaredNormArgs& args) { PYDEQ_DISPATCH(args.dtype, T, run_squared_norm<T>(args)); }
 
 }  // namespace PYDEQ_ISA
 }  // namespace pydeq

@@ -1,8 +1,9 @@
 """Implicit differentiation: the gradient of a fixed point from the fixed point alone.
 
-At z* = f(z*), a cotangent v of z* gives the cotangent u of f's value that solves u = J^T u + v, J = df/dz at z* (the implicit
-function theorem). f is evaluated once at the solution with gradients on, and u replaces v on its way into that graph: so
-parameters, context and whatever f closes over all get their gradients, and the memory does not grow with the solve.
+At z* = f(z*), a cotangent v of z* gives the cotangent u of f's value that solves u = J^T u + v, J = df/dz at z* (the
+implicit function theorem). f is evaluated once at the solution with gradients on, and u replaces v on its way into
+that graph: so parameters, context and whatever f closes over all get their gradients, and the memory does not grow with
+the solve.
 """
 
 from __future__ import annotations
@@ -98,8 +99,7 @@ class _Adjoint:
         self.solution.backward = solution
         lost = solution.status == Status.NONFINITE
         return tuple(
-            part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan)
-            for part in as_tuple(solution.image)
+            part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan) for part in as_tuple(solution.image)
         )
 
 

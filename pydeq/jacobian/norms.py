@@ -75,8 +75,8 @@ def jacobian_penalty(
 ) -> Tensor:
     """Estimate ||J||_F^2 / d at the fixed point, averaged over the batch: the paper's regularizer.
 
-    Add ``strength * jacobian_penalty(...)`` to the loss. Dividing by d, the entries of the state per sample, makes it a mean
-    over every entry of the batch.
+    Add ``strength * jacobian_penalty(...)`` to the loss. Dividing by d, the entries of the state per sample, makes it
+    a mean over every entry of the batch.
 
     Args:
         fn, z, context, probes, distribution, mode, generator: As in :func:`frobenius_norm_squared`.
@@ -104,9 +104,7 @@ def _probe(layout: Layout, distribution: Distribution, generator: torch.Generato
     return flat.bernoulli_(0.5, generator=generator).mul_(2.0).sub_(1.0)
 
 
-def _vjp(
-    fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout
-) -> Callable[[State], Tensor]:
+def _vjp(fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout) -> Callable[[State], Tensor]:
     """eps -> eps^T J, flat [B, D], with a graph."""
     parts = (z,) if isinstance(z, Tensor) else tuple(z)
     leaves = tuple(part.detach().requires_grad_() for part in parts)
@@ -129,15 +127,13 @@ def _vjp(
     return product
 
 
-def _jvp(
-    fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout
-) -> Callable[[State], Tensor]:
+def _jvp(fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout) -> Callable[[State], Tensor]:
     """eps -> J eps, flat [B, D], with a graph."""
     point = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
     cast = torch.is_autocast_enabled(layout.device.type)
 
     def product(eps: State) -> Tensor:
-        _, tangent = torch.func.jvp(lambda state: fn(state, *context), (point,), (eps,))
+        tangent = torch.func.jvp(lambda state: fn(state, *context), (point,), (eps,))[1]
         return layout.flatten(layout.check(tangent, cast, detach=False))
 
     return product

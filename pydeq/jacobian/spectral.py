@@ -17,8 +17,8 @@ def spectral_radius(
 ) -> Tensor:
     """Estimate the largest |eigenvalue| of J = dfn/dz at ``z``, one value per sample; no gradient.
 
-    The growth of ||v^T J^k||, averaged geometrically over the second half of ``steps`` products. Rayleigh quotients, the usual
-    power method, read 0 for a rotation; growth is right for complex pairs and for J = 0.
+    The growth of ||v^T J^k||, averaged geometrically over the second half of ``steps`` products. Rayleigh quotients,
+    the usual power method, read 0 for a rotation; growth is right for complex pairs and for J = 0.
 
     Args:
         fn: fn(z, *context) -> like z; treats samples independently.

@@ -1,6 +1,6 @@
 """One step of Anderson mixing, type II (Anderson 1965; Walker and Ni 2011), on each sample.
 
-With residuals g_j = f(z_j) - z_j of the last columns, the coefficients minimize ||sum_j a_j g_j|| subject to sum_j a_j = 1:
+With residuals g_j = f(z_j) - z_j of the last columns, the coefficients minimize ||sum_j a_j g_j|| for sum_j a_j = 1:
 
     (Gram + ridge * diag(Gram)) a = 1, normalized to sum a = 1;   Gram[i, j] = <g_i, g_j>
     z' = sum_j a_j (f(z_j) - (1 - damping) g_j)
@@ -111,9 +111,9 @@ def anderson_step_reference(
         a, used = mixing_coefficients(ordered, columns, ridge)
         mixed = torch.where(a[:, :, None] != 0, values[rows[:, None], by_age], 0).to(compute)
         if damping != 1.0:
-            mixed = mixed - (1.0 - damping) * torch.where(
-                a[:, :, None] != 0, residuals[rows[:, None], by_age], 0
-            ).to(compute)
+            mixed = mixed - (1.0 - damping) * torch.where(a[:, :, None] != 0, residuals[rows[:, None], by_age], 0).to(
+                compute
+            )
         next[rows] = torch.einsum("bm,bmd->bd", a.to(compute), mixed).to(z.dtype)
         counters[rows, Counter.COUNT] = used.int()
         counters[rows, Counter.HEAD] = ((slot + 1) % slots).int()

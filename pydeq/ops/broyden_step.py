@@ -1,6 +1,7 @@
 """One step of good Broyden with unit steps from H0 = -I, kept in steps alone, on each sample.
 
-With unit steps the inverse Jacobian's factors need no vectors but the steps s_j = z_{j+1} - z_j (Kelley 2003, ``brsola``):
+With unit steps the inverse Jacobian's factors need no vectors but the steps s_j = z_{j+1} - z_j (Kelley 2003,
+``brsola``):
 
     -H_k g = (I + w_{k-1} s_{k-1}^T) ... (I + w_0 s_0^T) g,    w_j = theta_j s_{j+1} / ||s_j||^2
 
@@ -78,7 +79,7 @@ def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tup
     G, theta = history.gram[rows], history.thetas[rows]
     s = [history.steps[j][rows].double() for j in range(count)]
     w0 = history.restart[rows] if restarted else None
-    v, c = g.double(), []
+    v, c, total = g.double(), [], g.new_zeros(len(g), dtype=torch.float64)
     for j in range(count):
         total = (s[j] * g.double()).sum(1)
         for i in range(j):
@@ -170,7 +171,8 @@ def broyden_step_reference(
 _broyden_step = define(
     "broyden_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) iterate, Tensor(e!)[] steps,"
     " Tensor(f!) restart, Tensor(g!) gram, Tensor(h!) thetas, Tensor(i!) scalars, Tensor(j!) counters,"
-    " Tensor(k!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last, int memory) -> ()",
+    " Tensor(k!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last,"
+    " int memory) -> ()",
     broyden_step_reference,
     returns_nothing,
 )

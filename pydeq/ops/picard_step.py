@@ -44,7 +44,8 @@ def picard_step_reference(
 
 _picard_step = define(
     "picard_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) scalars, Tensor(e!) counters,"
-    " Tensor(f!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last, float damping) -> ()",
+    " Tensor(f!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last,"
+    " float damping) -> ()",
     picard_step_reference,
     returns_nothing,
 )

@@ -14,8 +14,8 @@ from pydeq.termination import Rules
 class Workspace(ABC):
     """The buffers of one solve, allocated once.
 
-    The iterates of step k are in ``z[k % 2]``, and the step writes the next ones to the other buffer, so that the previous
-    iterate is still there when it turns out to have been the best.
+    The iterates of step k are in ``z[k % 2]``, and the step writes the next ones to the other buffer, so that the
+    previous iterate is still there when it turns out to have been the best.
 
     Args:
         flat: Initial iterates, [B, D], contiguous.
@@ -56,4 +56,3 @@ def check_memory(memory: int) -> None:
 def check_damping(damping: float) -> None:
     if not 0.0 < damping <= 1.0:
         raise ValueError(f"damping must be in (0, 1], got {damping}")
-

@@ -19,8 +19,8 @@ class Broyden(Solver):
     """Good Broyden with unit steps from H0 = -I: rank-one updates of an inverse Jacobian of g(z) = f(z) - z.
 
     Args:
-        memory: Pairs (step, change of residual) kept, at least 1. A full memory restarts from the newest pair. Vectors are
-            allocated as they are used: k steps take k of them.
+        memory: Pairs (step, change of residual) kept, at least 1. A full memory restarts from the newest pair. Vectors
+            are allocated as they are used: k steps take k of them.
 
     Raises:
         ValueError: If memory < 1.
@@ -39,7 +39,7 @@ class Broyden(Solver):
 
 
 class _BroydenWorkspace(Workspace):
-    """k + 4 state vectors beside f after k steps, and one more once the memory is full; float32 steps for half states."""
+    """k + 4 state vectors beside f after k steps, one more once the memory is full; float32 steps for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Broyden) -> None:
         super().__init__(flat, rules, max_steps)

@@ -46,5 +46,6 @@ class _PicardWorkspace(Workspace):
         rules, parity = self.rules, k % 2
         picard_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps, self.solver.damping,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
+            self.solver.damping,
         )  # fmt: skip

@@ -84,7 +84,9 @@ def test_gradients_equal_finite_differences(solver):
     cell, (x, _) = Cell(), inputs()
     deq = layer(cell, solver)
     z0 = torch.zeros(BATCH, DIM, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(deq, {"cell.weight": w}, (z0, x)), (x, cell.weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(deq, {"cell.weight": w}, (z0, x)), (x, cell.weight)
+    )
 
 
 def test_only_one_part_of_a_tuple_in_the_loss():
@@ -99,7 +101,8 @@ def test_z0_gets_no_gradient():
     cell, (x, _) = Cell(), inputs()
     z0 = torch.zeros(BATCH, DIM, dtype=torch.float64, requires_grad=True)
     layer(cell, pydeq.Anderson())(z0, x).sum().backward()
-    assert z0.grad is None and x.grad is not None
+    assert z0.grad is None
+    assert x.grad is not None
 
 
 def test_backward_counts_are_on_the_solution_once_backward_has_run():
@@ -107,7 +110,8 @@ def test_backward_counts_are_on_the_solution_once_backward_has_run():
     z, solution = layer(cell, pydeq.Anderson())(torch.zeros(BATCH, DIM, dtype=torch.float64), x, return_solution=True)
     assert solution.backward is None
     z.sum().backward()
-    assert bool(solution.backward.converged.all()) and solution.backward.nfe > 1
+    assert bool(solution.backward.converged.all())
+    assert solution.backward.nfe > 1
 
 
 def test_a_zero_cotangent_costs_one_product():
