@@ -1,6 +1,12 @@
-// The Python module pydeq._C: facts of this build, and the choice of instruction set. No torch header: the operations
-// in csrc/ops register themselves with torch when this library is loaded.
+// The Python module pydeq._C: facts of this build, the choice of instruction set, and advice to the kernel about
+// memory. No torch header: the operations in csrc/ops register themselves with torch when this library is loaded.
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "common/isa.h"
 
@@ -23,6 +29,19 @@ py::tuple instruction_sets(bool supported_only) {
   return py::tuple(names);
 }
 
+// Asks for huge pages behind [address, address + bytes). A fresh buffer costs a page fault for every page of 4 KiB that
+// is first written, 1 to 2 us each on a virtual machine; a huge page replaces 512 of them. Only advice: nothing can
+// fail.
+void advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -34,4 +53,5 @@ PYBIND11_MODULE(_C, module) {
   module.attr("supported_instruction_sets") = instruction_sets(true);
   module.def("instruction_set", [] { return pydeq::isa_name(pydeq::active_isa()); });
   module.def("select_instruction_set", &pydeq::select_isa, py::arg("name"));
+  module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
 }

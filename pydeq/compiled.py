@@ -137,6 +137,12 @@ def select_instruction_set(name: str) -> None:
     _library.select_instruction_set(name)
 
 
+def advise_huge_pages(buffer: torch.Tensor) -> None:
+    """Ask the system for huge pages behind a large, fresh CPU buffer; does nothing without compiled kernels."""
+    if _library is not None and buffer.device.type == "cpu":
+        _library.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+
+
 def supported_instruction_sets() -> tuple[str, ...]:
     """The compiled instruction sets that this CPU has, from the plainest to the best."""
     return _library.supported_instruction_sets if _library else ()

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from pydeq.compiled import advise_huge_pages
 from pydeq.protocol import Counter, Progress, Scalar
 from pydeq.termination import Rules
 
@@ -25,8 +26,10 @@ class Workspace(ABC):
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int) -> None:
         batch = flat.shape[0]
-        self.z = (flat.clone(memory_format=torch.contiguous_format), torch.empty_like(flat))
-        self.best = flat.new_empty(2, *flat.shape)
+        iterates = empty(flat, 2, *flat.shape)
+        iterates[0] = flat
+        self.z = (iterates[0], iterates[1])
+        self.best = empty(flat, 2, *flat.shape)
         self.scalars = flat.new_zeros(batch, len(Scalar), dtype=torch.float64)
         self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)  # RUNNING is 0
         self.progress = torch.zeros(len(Progress), dtype=torch.int64)
@@ -44,6 +47,18 @@ class Solver(ABC):
     @abstractmethod
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         """Allocate the workspace of one solve from initial iterates [B, D]."""
+
+
+# Buffers from here on are worth a system call: they hold at least one whole huge page.
+_LARGE = 1 << 22
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized buffer of this shape, of the device and, by default, the dtype of ``like``."""
+    buffer = like.new_empty(shape, dtype=dtype)
+    if buffer.nbytes >= _LARGE:
+        advise_huge_pages(buffer)
+    return buffer
 
 
 def check_memory(memory: int) -> None:

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
-from pydeq.solvers.base import Solver, Workspace, check_memory
+from pydeq.solvers.base import Solver, Workspace, check_memory, empty
 from pydeq.termination import Rules
+
+
+# Steps allocated at once: enough for huge pages behind small states, few enough that little is left unused.
+_BLOCK = 3
 
 
 @suggests_keywords
@@ -39,7 +43,7 @@ class Broyden(Solver):
 
 
 class _BroydenWorkspace(Workspace):
-    """k + 4 state vectors beside f after k steps, one more once the memory is full; float32 steps for half states."""
+    """At most k + 6 state vectors beside f after k steps; float32 steps for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Broyden) -> None:
         super().__init__(flat, rules, max_steps)
@@ -49,16 +53,18 @@ class _BroydenWorkspace(Workspace):
         self.restart = flat.new_empty(0, dtype=self.wide)
         self.steps: list[Tensor] = []
         # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
-        capacity = max(1, min(solver.memory + 1, max_steps - 1))
-        self.gram = flat.new_zeros(flat.shape[0], capacity, capacity, dtype=torch.float64)
-        self.thetas = flat.new_zeros(flat.shape[0], capacity, dtype=torch.float64)
+        self.capacity = max(1, min(solver.memory + 1, max_steps - 1))
+        self.gram = flat.new_zeros(flat.shape[0], self.capacity, self.capacity, dtype=torch.float64)
+        self.thetas = flat.new_zeros(flat.shape[0], self.capacity, dtype=torch.float64)
 
     def step(self, f: Tensor, k: int) -> None:
         rules, parity, last = self.rules, k % 2, k + 1 == self.max_steps
         if not last and k <= self.memory:
-            self.steps.append(torch.empty_like(f, dtype=self.wide))
+            if k == len(self.steps):
+                block = empty(f, min(_BLOCK, self.capacity - k), *f.shape, dtype=self.wide)
+                self.steps.extend(block.unbind())
             if k == self.memory and k + 2 < self.max_steps:  # the next step restarts
-                self.restart = torch.empty_like(self.steps[0])
+                self.restart = empty(f, *f.shape, dtype=self.wide)
         broyden_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.steps, self.restart,
             self.gram, self.thetas, self.scalars, self.counters, self.progress,
