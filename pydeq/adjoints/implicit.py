@@ -4,16 +4,22 @@ At z* = f(z*), a cotangent v of z* gives the cotangent u of f's value that solve
 implicit function theorem). f is evaluated once at the solution with gradients on, and u replaces v on its way into
 that graph: so parameters, context and whatever f closes over all get their gradients, and the memory does not grow with
 the solve.
+
+That graph is built at a detached z*, so it cannot carry the terms of a second derivative that come from z* moving with
+the parameters. Where a backward pass is itself to be differentiated (create_graph), f is rebuilt at the attached
+output, u becomes the fixed point of its own linear equation, differentiated in the same way, and the gradients of what
+f was made from are formed on the rebuilt graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from pydeq.adjoints.base import Adjoint, Problem
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
@@ -35,7 +41,8 @@ class Implicit(Adjoint):
         rtol: Relative tolerance of the adjoint; by default 1e-4, and 1e-3 for half states.
         max_steps: Vector-Jacobian products of each sample at most, at least 1.
 
-    Samples whose adjoint is NONFINITE get NaN gradients, so that a gradient scaler sees the overflow.
+    Samples whose adjoint is NONFINITE get NaN gradients, so that a gradient scaler sees the overflow. Second
+    derivatives are exact, too; third ones raise.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -56,89 +63,195 @@ class Implicit(Adjoint):
 
     def solve(self, problem: Problem) -> tuple[State, Solution]:
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        layout = layout_of(solution.image)
-        # The graph of one evaluation, with the state as a leaf of its own.
-        z = tuple(part.detach().requires_grad_() for part in as_tuple(solution.image))
-        y = problem.fn(z if layout.is_tuple else z[0], *problem.context)
-        cast = torch.is_autocast_enabled(layout.device.type)
-        y = as_tuple(layout.check(y, cast, detach=False))
-        if _reaches_beyond(y, z):
-            y = _Attach.apply(_Adjoint(self, layout, solution), *y, *z)
-        else:  # everything is frozen: no adjoint to solve
-            y = tuple(part.detach() for part in y)
-        return (y if layout.is_tuple else y[0]), solution
+        return attach(self, problem.fn, solution.image, problem.context, solution), solution
+
+
+def attach(
+    settings: Implicit, fn: Callable[..., Any], image: State, context: Sequence[Any], solution: Solution | None = None
+) -> State:
+    """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
+
+    Args:
+        solution: Gets the adjoint's solution as its ``backward``.
+    """
+    layout = layout_of(image)
+    # The graph of one evaluation, with the state as a leaf of its own.
+    z = tuple(part.detach().requires_grad_() for part in as_tuple(image))
+    first_node = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateUsage]
+    device = layout.device.type
+    cast = torch.is_autocast_enabled(device)
+    y = fn(z if layout.is_tuple else z[0], *context)
+    y = as_tuple(layout.check(y, cast, detach=False))
+    sources, hidden = _sources(y, z, context, first_node)
+    if sources or hidden:
+        autocast = (device, torch.get_autocast_dtype(device), cast, torch.is_autocast_cache_enabled())
+        problem = _Attached(settings, layout, fn, tuple(context), sources, hidden, autocast, solution)
+        y = _Attach.apply(problem, *y, *z, *sources)
+    else:  # everything is frozen: no adjoint to solve
+        y = tuple(part.detach() for part in y)
+    return y if layout.is_tuple else y[0]
 
 
 @dataclass(frozen=True)
-class _Adjoint:
-    """What backward needs beside the graph."""
+class _Attached:
+    """What backward needs beside the graph.
+
+    Args:
+        sources: What fn was made from: tensors of the context and leaves that require grad.
+        hidden: Whether fn captures tensors that are neither: results of other computations.
+        autocast: Device, dtype, whether on, whether cached.
+    """
 
     settings: Implicit
     layout: Layout
-    solution: Solution
+    fn: Callable[..., Any]
+    context: tuple[Any, ...]
+    sources: tuple[Tensor, ...]
+    hidden: bool
+    autocast: tuple[str, torch.dtype, bool, bool]
+    solution: Solution | None
 
     def solve(self, y: tuple[Tensor, ...], z: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The solution u of u = J^T u + v."""
-        attached = [part for part in y if part.requires_grad]
-
-        def adjoint(u: State) -> State:
-            seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
-            products = torch.autograd.grad(attached, z, seeds, retain_graph=True, allow_unused=True)
-            sums = tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
-            return sums if self.layout.is_tuple else sums[0]
-
+        """The solution u of u = J^T u + v, J of y with respect to z; without a graph."""
         settings = self.settings
         # The first evaluation of u = 0 would be v itself.
         solution = fixed_point(
-            adjoint,
+            lambda u, *v: self._adjoint(y, z, u, v),
             v if self.layout.is_tuple else v[0],
+            *v,
             solver=settings.solver,
             rtol=0.1 * default_rtol(self.layout.dtype) if settings.rtol is None else settings.rtol,
             max_steps=settings.max_steps,
         )
-        self.solution.backward = solution
+        if self.solution is not None:
+            self.solution.backward = solution
         lost = solution.status == Status.NONFINITE
         return tuple(
             part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan) for part in as_tuple(solution.image)
         )
+
+    def differentiate(self, out: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
+        """The gradients of ``sources`` for the cotangent v of ``out``, with a graph."""
+        if self.hidden:
+            raise RuntimeError(
+                "this gradient cannot be differentiated: the cell captures a tensor that is computed from others, which"
+                " puts part of its graph out of reach; pass that tensor to the layer as context (third derivatives are"
+                " out of reach in any case)"
+            )
+        gate = _Gate()
+        z = tuple(_Substitute.apply(gate, part) for part in out)
+        with self._autocast():
+            y = self.fn(z if self.layout.is_tuple else z[0], *self.context)
+            y = as_tuple(self.layout.check(y, self.autocast[2], detach=False))
+        u = self.solve(y, z, v)
+        u = attach(
+            self.settings,
+            lambda u, *v: self._adjoint(y, z, u, v),
+            u if self.layout.is_tuple else u[0],
+            v,
+        )
+        outputs = [part for part in y if part.requires_grad]
+        seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
+        with gate:  # partial derivatives: z stays where it is
+            return torch.autograd.grad(outputs, self.sources, seeds, create_graph=True, allow_unused=True)
+
+    def _adjoint(self, y: tuple[Tensor, ...], z: tuple[Tensor, ...], u: State, v: Sequence[Tensor]) -> State:
+        outputs = [part for part in y if part.requires_grad]
+        seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
+        graph = torch.is_grad_enabled()
+        products = torch.autograd.grad(outputs, z, seeds, retain_graph=True, create_graph=graph, allow_unused=True)
+        sums = tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
+        return sums if self.layout.is_tuple else sums[0]
+
+    def _autocast(self) -> torch.autocast:
+        device, dtype, enabled, cached = self.autocast
+        return torch.autocast(device, dtype, enabled, cached)
 
 
 class _Attach(torch.autograd.Function):
     """Hands y through; on the way back replaces its cotangent v by the adjoint's solution u."""
 
     @staticmethod
-    def forward(adjoint: _Adjoint, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(y.view_as(y) for y in tensors[: len(tensors) // 2])
+    def forward(problem: _Attached, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.view_as(y) for y in tensors[: len(problem.layout.shapes)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.adjoint = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        parts = len(inputs[0].layout.shapes)
+        ctx.problem = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1 : 1 + 2 * parts], *output)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        y, z = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        u = ctx.adjoint.solve(y, z, cotangents)
-        return None, *u, *[None] * len(z)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem: _Attached = ctx.problem
+        parts, sources = len(cotangents), len(problem.sources)
+        if all(v is None for v in cotangents):
+            return (None,) * (1 + 2 * parts + sources)
+        y, z, out = (ctx.saved_tensors[i * parts : (i + 1) * parts] for i in range(3))
+        v = tuple(torch.zeros_like(of) if v is None else v for v, of in zip(cotangents, y, strict=True))
+        if torch.is_grad_enabled():
+            return (None,) * (1 + 2 * parts) + tuple(problem.differentiate(out, v))
+        return (None, *problem.solve(y, z, v)) + (None,) * (parts + sources)
 
 
-def _reaches_beyond(y: tuple[Tensor, ...], z: tuple[Tensor, ...]) -> bool:
-    """Whether the graph of ``y`` ends in a leaf that is not one of ``z``."""
+class _Gate:
+    """Closed inside a with statement: what :class:`_Substitute` hands back then ends there."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def __enter__(self) -> None:
+        self.closed = True
+
+    def __exit__(self, *exception: object) -> None:
+        self.closed = False
+
+
+class _Substitute(torch.autograd.Function):
+    """The identity, with no gradient while its gate is closed."""
+
+    @staticmethod
+    def forward(gate: _Gate, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.gate = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None]:
+        return None, None if ctx.gate.closed else gradients[0]
+
+
+def _sources(
+    y: tuple[Tensor, ...], z: tuple[Tensor, ...], context: Sequence[Any], first_node: int
+) -> tuple[tuple[Tensor, ...], bool]:
+    """What the graph of y was made from, beside z, and whether it also reaches results of other computations.
+
+    Args:
+        first_node: The number of the first node that belongs to the evaluation of y.
+    """
+    found = {id(x): x for x in tree_leaves(list(context)) if isinstance(x, Tensor) and x.requires_grad}
+    known = {x.grad_fn for x in found.values()}
+    state = {id(part) for part in z}
+    found.update({id(x): x for x in y if x.requires_grad and x.is_leaf and id(x) not in state})
+    hidden = False
     nodes = [part.grad_fn for part in y if part.grad_fn is not None]
-    if any(part.requires_grad and part.is_leaf and all(part is not leaf for leaf in z) for part in y):
-        return True
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
         leaf = getattr(node, "variable", None)
-        if leaf is not None and all(leaf is not part for part in z):
-            return True
-        new = [following for following, _ in node.next_functions if following is not None and following not in seen]
-        seen.update(new)
-        nodes.extend(new)
-    return False
+        if leaf is not None:
+            if id(leaf) not in state:
+                found[id(leaf)] = leaf
+        elif node._sequence_nr() >= first_node:  # pyright: ignore[reportPrivateUsage]
+            new = [n for n, _ in node.next_functions if n is not None and n not in seen]
+            seen.update(new)
+            nodes.extend(new)
+        elif node not in known:
+            hidden = True
+    return tuple(found.values()), hidden
 
 
 def as_tuple(state: State) -> tuple[Tensor, ...]:

@@ -12,7 +12,6 @@ from pydeq.ops import broyden_step
 from pydeq.solvers.base import Solver, Workspace, check_memory, empty
 from pydeq.termination import Rules
 
-
 # Steps allocated at once: enough for huge pages behind small states, few enough that little is left unused.
 _BLOCK = 3
 

@@ -1,5 +1,8 @@
 """Implicit differentiation against unrolled solves and finite differences, in float64."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -151,12 +154,91 @@ def test_two_forwards_before_one_backward():
     torch.testing.assert_close(both, first + second, rtol=1e-10, atol=1e-12)
 
 
-def test_a_second_derivative_raises_instead_of_being_wrong():
+def second_derivative(z, wanted):
+    """The gradient of the squared norm of a gradient; ``z`` is called anew for each use."""
+    parts = z()
+    parts = parts if isinstance(parts, tuple) else (parts,)
+    loss = sum((part.sin() * part).sum() for part in parts)
+    gradients = torch.autograd.grad(loss, wanted, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in gradients), wanted)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_second_derivatives_equal_those_of_an_unrolled_solve(solver):
+    cell, (x, _) = Cell(), inputs()
+    z0 = torch.zeros(BATCH, DIM, dtype=torch.float64)
+    wanted = [x, cell.weight, cell.scale]
+    expected = second_derivative(lambda: unrolled(cell, z0, x), wanted)
+    actual = second_derivative(lambda: layer(cell, solver)(z0, x), wanted)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_second_derivatives_for_tuple_states():
+    cell, (x, _) = PairCell(), inputs()
+    z0 = (torch.zeros(BATCH, DIM, dtype=torch.float64), torch.zeros(BATCH, 2, 2, dtype=torch.float64))
+    wanted = [x, cell.cell.weight]
+    expected = second_derivative(lambda: unrolled(cell, z0, x), wanted)
+    actual = second_derivative(lambda: layer(cell, pydeq.Anderson())(z0, x), wanted)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_gradgradcheck():
+    cell, (x, _) = Cell(), inputs()
+    deq, z0 = layer(cell, pydeq.Broyden()), torch.zeros(BATCH, DIM, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda x, w: torch.func.functional_call(deq, {"cell.weight": w}, (z0, x)), (x, cell.weight)
+    )
+
+
+def test_a_gradient_penalty_on_a_context_that_is_itself_computed():
+    cell, (x, cotangent) = Cell(), inputs()
+    encoder = nn.Linear(DIM, DIM, dtype=torch.float64)
+    z0 = torch.zeros(BATCH, DIM, dtype=torch.float64)
+
+    def penalty(solve):
+        features = encoder(x)
+        (gradient,) = torch.autograd.grad((solve(features) * cotangent).sum(), features, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [x, cell.weight, *encoder.parameters()])
+
+    expected = penalty(lambda features: unrolled(cell, z0, features))
+    actual = penalty(lambda features: layer(cell, pydeq.Anderson())(z0, features))
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_a_captured_computed_tensor_gets_its_gradient_but_refuses_a_second_one():
+    cell, (x, cotangent) = Cell(), inputs()
+    z0 = torch.zeros(BATCH, DIM, dtype=torch.float64)
+    features = 2.0 * x
+    deq = layer(lambda z: cell(z, features), pydeq.Anderson())
+    (actual,) = torch.autograd.grad((deq(z0) * cotangent).sum(), x, retain_graph=True)
+    (expected,) = torch.autograd.grad((layer(cell, pydeq.Anderson())(z0, 2.0 * x) * cotangent).sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="captures a tensor that is computed from others"):
+        torch.autograd.grad((deq(z0) * cotangent).sum(), x, create_graph=True)
+
+
+def test_third_derivatives_raise_instead_of_being_wrong():
     cell, (x, _) = Cell(), inputs()
     z = layer(cell, pydeq.Anderson())(torch.zeros(BATCH, DIM, dtype=torch.float64), x)
-    (gradient,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    (first,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="third derivatives"):
+        torch.autograd.grad(first.square().sum(), x, create_graph=True)
+
+
+def test_a_forward_without_backward_leaves_nothing_behind():
+    cell, (x, _) = Cell(), inputs()
+    z0 = torch.zeros(BATCH, DIM, dtype=torch.float64)
+    z, solution = layer(cell, pydeq.Anderson())(z0, x, return_solution=True)
+    alive = [weakref.ref(z), weakref.ref(solution)]
+    gc.disable()  # nothing may wait for the collector of cycles
+    try:
+        del z, solution
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
