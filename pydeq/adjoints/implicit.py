@@ -77,7 +77,7 @@ def attach(
     layout = layout_of(image)
     # The graph of one evaluation, with the state as a leaf of its own.
     z = tuple(part.detach().requires_grad_() for part in as_tuple(image))
-    first_node = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateUsage]
+    first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     device = layout.device.type
     cast = torch.is_autocast_enabled(device)
     y = fn(z if layout.is_tuple else z[0], *context)
@@ -245,7 +245,7 @@ def _sources(
         if leaf is not None:
             if id(leaf) not in state:
                 found[id(leaf)] = leaf
-        elif node._sequence_nr() >= first_node:  # pyright: ignore[reportPrivateUsage]
+        elif node._sequence_nr() >= first_node:  # pyright: ignore
             new = [n for n, _ in node.next_functions if n is not None and n not in seen]
             seen.update(new)
             nodes.extend(new)
