@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
 
 from pydeq import ops
-from pydeq.adjoints import Implicit
+from pydeq.adjoints import Implicit, JacobianFree, Phantom
 from pydeq.compiled import kernels
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_radius
@@ -25,6 +25,8 @@ __all__ = [
     "Broyden",
     "ConvergenceError",
     "Implicit",
+    "JacobianFree",
+    "Phantom",
     "Picard",
     "Solution",
     "Status",

@@ -2,5 +2,6 @@
 
 from pydeq.adjoints.base import Adjoint
 from pydeq.adjoints.implicit import Implicit
+from pydeq.adjoints.phantom import JacobianFree, Phantom
 
-__all__ = ["Adjoint", "Implicit"]
+__all__ = ["Adjoint", "Implicit", "JacobianFree", "Phantom"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pydeq.adjoints.base import Adjoint, Problem
+from pydeq.adjoints.base import Adjoint, Problem, as_tuple
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.protocol import Status
@@ -252,7 +252,3 @@ def _sources(
         elif node not in known:
             hidden = True
     return tuple(found.values()), hidden
-
-
-def as_tuple(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else tuple(state)
