@@ -249,6 +249,29 @@ inline double dot(const T* x, const U* y, int64_t n) {
   return sum(total);
 }
 
+// out[j] = sum_i row(j)[i] y[i] of one chunk, j in [0, count). Four rows at a time: y is read less often, and more of
+// memory is under way at once.
+template <class A, class Row, class U>
+inline void dots(Row row, int64_t count, const U* y, int64_t n, double* out) {
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    const auto *r0 = row(j), *r1 = row(j + 1), *r2 = row(j + 2), *r3 = row(j + 3);
+    Lanes<A> t0 = splat(A(0)), t1 = t0, t2 = t0, t3 = t0;
+    for_blocks(n, [&](int64_t i, auto part) {
+      const Lanes<A> x = part.template load<A>(y + i);
+      t0 = t0 + part.template load<A>(r0 + i) * x;
+      t1 = t1 + part.template load<A>(r1 + i) * x;
+      t2 = t2 + part.template load<A>(r2 + i) * x;
+      t3 = t3 + part.template load<A>(r3 + i) * x;
+    });
+    out[j] = sum(t0);
+    out[j + 1] = sum(t1);
+    out[j + 2] = sum(t2);
+    out[j + 3] = sum(t3);
+  }
+  for (; j < count; ++j) out[j] = dot<A>(row(j), y, n);
+}
+
 }  // namespace
 }  // namespace PYDEQ_ISA
 }  // namespace pydeq

@@ -42,12 +42,11 @@ struct AndersonStep {
     return count < args.memory ? count : args.memory - 1;
   }
 
+  // sums[age] = <g, g_age> of a chunk, age in [1, older].
   template <class Sum>
-  void dots(int64_t b, int64_t slot, int64_t older, int64_t begin, int64_t n, double* sums) const {
-    const T* newest = ring(args.residuals, b, slot) + begin;
-    for (int64_t age = 1; age <= older; ++age) {
-      sums[2 + age] = dot<Sum>(newest, ring(args.residuals, b, aged(slot, age)) + begin, n);
-    }
+  void column_dots(int64_t b, int64_t slot, int64_t older, int64_t begin, int64_t n, double* sums) const {
+    dots<Sum>([&](int64_t j) { return ring(args.residuals, b, aged(slot, j + 1)) + begin; }, older,
+              ring(args.residuals, b, slot) + begin, n, sums + 1);
   }
 
   void reduce(int64_t b, int64_t begin, int64_t n, double* sums) const {
@@ -72,7 +71,7 @@ struct AndersonStep {
     if (!keep) return;
     // The Gram matrix is of the residuals as stored, or it would not be positive definite.
     sums[2] = is_half<T> ? dot<A>(residual, residual, n) : sums[0];
-    dots<A>(b, slot, columns, begin, n, sums);
+    column_dots<A>(b, slot, columns, begin, n, sums + 2);
   }
 
   void decide(int64_t b, double* sums, Plan& plan, double* coefficients) const {
@@ -94,7 +93,7 @@ struct AndersonStep {
         const int64_t left = args.step.state - begin, n = left < kChunk ? left : kChunk;
         const T* newest = ring(args.residuals, b, plan.slot) + begin;
         part[2] = dot<double>(newest, newest, n);
-        dots<double>(b, plan.slot, previous, begin, n, part);
+        column_dots<double>(b, plan.slot, previous, begin, n, part + 2);
         for (int64_t i = 2; i <= 2 + previous; ++i) sums[i] += part[i];
       }
     }

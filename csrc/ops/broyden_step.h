@@ -11,7 +11,7 @@ struct BroydenStepArgs {
   void* iterate;       // [B, D] of which z is the rounding; null unless states are halves
   void* const* steps;  // `stored` pointers to [B, D]
   int64_t stored;
-  void* restart;     // [B, D] w_0 or, before a restart, the previous residual; null where no restart can come
+  void* restart;     // [B, D] u_0 or, before a restart, the previous residual; null where no restart can come
   double* gram;      // [B, K, K]
   double* thetas;    // [B, K]
   int64_t capacity;  // K

@@ -1,6 +1,8 @@
-// c[j]      = theta[j] (<s_j, g> + sum_{i<j} c[i] <s_j, u_i>) / ||s_j||^2      u_i: s_{i+1}, and w_0 for i = 0 after a
-// restart s_{k+1}   = (g + sum_{j<k} c[j] u_j) / (1 - theta[k] a)                      a: as c[k], without theta
+// c[j]      = theta[j] (<s_j, g> + sum_{i<j} c[i] <s_j, u_i>) / ||s_j||^2
+// s_{k+1}   = (g + sum_{j<k} c[j] u_j) / (1 - theta[k] a),   a as c[k] without theta
 // next[b,d] = z[b,d] + s_{k+1}[b,d]
+//
+// u_j is s_{j+1}, but for the u_0 that a restart stored.
 //
 // With k + 1 steps stored: reads z and f (twice, the second time from the cache while a sample fits it), s_0..s_k in
 // the first pass and u_0..u_{k-1} in the second, which also forms the new row of the Gram matrix; writes the new step,
@@ -51,8 +53,8 @@ struct BroydenStep {
     bool restarted;  // factor 0 is the explicit one
     bool wide;       // sums of float products left their range: form them in double
     double* c;       // [slot] coefficients of u_0, u_1, ...
-    double scale;    // next: 1 / (1 - theta a); restart: w_0 = scale (s + y)
-    double weight;   // restart: <s, g>
+    double scale;    // next: 1 / (1 - theta a); restart: u_0 = scale (s + y)
+    double weight;   // restart: <s, g> / ||s||^2
   };
   const BroydenStepArgs& args;
 
@@ -80,7 +82,7 @@ struct BroydenStep {
   }
 
   template <class Sum>
-  void dots(int64_t b, int64_t count, const A* g, int64_t begin, int64_t n, double* sums) const {
+  void step_dots(int64_t b, int64_t count, const A* g, int64_t begin, int64_t n, double* sums) const {
     const int64_t newest = count - 1;
     if (full(count)) {
       const A* s = step_row(newest, b) + begin;
@@ -88,7 +90,7 @@ struct BroydenStep {
       sums[3 + newest] = dot<Sum>(s, g, n);
       return;
     }
-    for (int64_t j = 0; j < count; ++j) sums[3 + j] = dot<Sum>(step_row(j, b) + begin, g, n);
+    dots<Sum>([&](int64_t j) { return step_row(j, b) + begin; }, count, g, n, sums + 3);
   }
 
   void reduce(int64_t b, int64_t begin, int64_t n, double* sums) const {
@@ -107,7 +109,7 @@ struct BroydenStep {
     sums[1] = sum(ff);
     if (args.step.rules.last) return;
     if (is_half<T>) residual(row, b, begin, n, g);
-    dots<A>(b, row.counters[protocol::COUNTER_COUNT], g, begin, n, sums);
+    step_dots<A>(b, row.counters[protocol::COUNTER_COUNT], g, begin, n, sums);
   }
 
   void decide(int64_t b, double* sums, Plan& plan, double* coefficients) const {
@@ -132,11 +134,12 @@ struct BroydenStep {
       plan.kind = Kind::restart;
       const double squared = gram[k * K + k], gamma = -(t[k] - sums[2]) / squared;
       const double damping = denominator_damping(gamma);
-      plan.scale = damping / (squared * (1.0 - damping + damping * gamma));
-      plan.weight = t[k];
+      plan.scale = damping / (1.0 - damping + damping * gamma);
+      plan.weight = t[k] / squared;
       plan.slot = 1;
-      sound = finite(plan.scale);
+      sound = finite(plan.scale) && finite(plan.weight);
       gram[0] = squared;
+      theta[0] = 1.0;
     } else if (count > 0) {
       plan.kind = Kind::next;
       double a = 0.0;
@@ -144,7 +147,7 @@ struct BroydenStep {
         double total = t[j];
         for (int64_t i = 0; i < j; ++i) total += plan.c[i] * gram[j * K + (plan.restarted && i == 0 ? 0 : i + 1)];
         a = total / gram[j * K + j];
-        plan.c[j] = plan.restarted && j == 0 ? total : theta[j] * a;
+        plan.c[j] = theta[j] * a;
       }
       theta[k] = denominator_damping(1.0 - a);
       plan.scale = 1.0 / (1.0 - theta[k] * a);
@@ -192,16 +195,16 @@ struct BroydenStep {
     A g[kChunk], v[kChunk];
     residual(row, b, begin, n, g);
     copy(v, g, n);
-    A* w0 = args.restart ? row_of(args.restart, b) + begin : nullptr;
+    A* u0 = args.restart ? row_of(args.restart, b) + begin : nullptr;
     if (plan.kind == Kind::restart) {
       const A* s = step_row(args.memory, b) + begin;
       A* kept = step_row(0, b) + begin;
       const A scale = A(plan.scale), weight = A(plan.weight);
       for_blocks(n, [&](int64_t i, auto part) {
         const Lanes<A> newest = part.template load<A>(s + i), x = part.template load<A>(g + i);
-        const Lanes<A> w = scale * (newest + (x - part.template load<A>(w0 + i)));
+        const Lanes<A> w = scale * (newest + (x - part.template load<A>(u0 + i)));
         part.store(kept + i, newest);
-        part.store(w0 + i, w);
+        part.store(u0 + i, w);
         part.store(v + i, x + weight * w);
       });
     } else if (plan.kind == Kind::next) {
@@ -209,7 +212,7 @@ struct BroydenStep {
       for (int64_t j = 0; j < plan.slot - 1; j += 4) {
         const int64_t group = plan.slot - 1 - j < 4 ? plan.slot - 1 - j : 4;
         for (int64_t i = 0; i < group; ++i) u[i] = step_row(j + i + 1, b) + begin;
-        if (j == 0 && plan.restarted) u[0] = w0;
+        if (j == 0 && plan.restarted) u[0] = u0;
         accumulate(v, u, plan.c + j, group, n);
       }
       const A scale = A(plan.scale);
@@ -228,10 +231,15 @@ struct BroydenStep {
         part.store(row.next + begin + i, part.template load<A>(row.z + begin + i) + s);
       }
     });
-    if (plan.restarted) products[0] = product(plan, v, w0, n);
-    for (int64_t j = 1; j < plan.slot; ++j) products[j] = product(plan, v, step_row(j, b) + begin, n);
+    if (plan.restarted) products[0] = product(plan, v, u0, n);
+    const auto older = [&](int64_t j) { return step_row(j + 1, b) + begin; };
+    if (plan.wide) {
+      dots<double>(older, plan.slot - 1, v, n, products + 1);
+    } else {
+      dots<A>(older, plan.slot - 1, v, n, products + 1);
+    }
     products[plan.slot] = product(plan, v, v, n);
-    if (w0 && plan.slot == args.memory) copy(w0, g, n);  // the next step restarts, and needs this residual
+    if (u0 && plan.slot == args.memory) copy(u0, g, n);  // the next step restarts, and needs this residual
   }
 
   void close(int64_t b, const Plan& plan, const double* products) const {

@@ -42,13 +42,14 @@ def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tens
         safe = torch.where(inside & (length > 0), length, 1.0)
         system = gram / safe[:, :, None] / safe[:, None, :]
         system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0.0)
-        system.diagonal(dim1=1, dim2=2).copy_(torch.where(inside, 1.0 + ridge, 1.0))
+        system.diagonal(dim1=1, dim2=2).copy_(1.0 + ridge * inside.double())
         factor, failed = torch.linalg.cholesky_ex(system.nan_to_num(0.0, 0.0, 0.0))
         right = torch.where(inside, length[:, :1] / safe, 0.0)
         solution = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0] * right
         total = solution.sum(1)
         a = solution / total[:, None]
         sound = system.isfinite().all(2).all(1) & (failed == 0) & (a.abs().sum(1) <= COEFFICIENT_LIMIT)
+        sound &= (length > 0).logical_or(~inside).all(1)  # a residual of 0 makes the system singular
         if columns == 1:
             a, sound = inside.to(a.dtype), torch.ones_like(sound)
         accept = open_ & sound

@@ -15,9 +15,10 @@ theta_k = 1 while |1 - a| >= 0.1, else it holds the update's denominator at 0.1 
 
 A full memory restarts from the newest pair (s, y), which keeps the secant condition: w_0 is then stored explicitly,
 
-    w_0 = theta (s + y) / (||s||^2 (1 - theta + theta gamma)),   gamma = -s^T y / ||s||^2
+    w_0 = u_0 / ||s||^2,   u_0 = theta (s + y) / (1 - theta + theta gamma),   gamma = -s^T y / ||s||^2
 
-and s becomes s_0. Row j of G keeps <s_j, w_0> in column 0, which is free for j > 0.
+as u_0, which is of the size of s, and s becomes s_0. u_0 then takes the place of theta_0 s_1. Row j of G keeps
+<s_j, u_0> in column 0, which is free for j > 0.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ class _History:
     counters: Tensor  # [B, len(Counter)]
     memory: int
 
-    def append(self, slot: int, new: Tensor, g: Tensor, restarted: bool, w0: Tensor | None) -> None:
+    def append(self, slot: int, new: Tensor, g: Tensor, restarted: bool, u0: Tensor | None) -> None:
         """Store step ``new`` [R, D] in ``slot`` with its row of the Gram matrix."""
         rows, wide = self.rows, new.double()
         self.steps[slot][rows] = new
         for j in range(1 if slot else 0, slot + 1):
             self.gram[rows, slot, j] = (wide * self.steps[j][rows].double()).sum(1)
-        if restarted and w0 is not None:
-            self.gram[rows, slot, 0] = (wide * w0.double()).sum(1)
+        if restarted and u0 is not None:
+            self.gram[rows, slot, 0] = (wide * u0.double()).sum(1)
         if self.restart.numel():
             if slot == self.memory:  # the next step restarts, and needs this residual for y
                 self.restart[rows] = g
-            elif w0 is not None:
-                self.restart[rows] = w0
+            elif u0 is not None:
+                self.restart[rows] = u0
         self.counters[rows, Counter.COUNT] = slot + 1
         self.counters[rows, Counter.RESTARTED] = int(restarted)
 
@@ -78,21 +79,21 @@ def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tup
     rows, k = history.rows, count - 1
     G, theta = history.gram[rows], history.thetas[rows]
     s = [history.steps[j][rows].double() for j in range(count)]
-    w0 = history.restart[rows] if restarted else None
+    u0 = history.restart[rows] if restarted else None
     v, c, total = g.double(), [], g.new_zeros(len(g), dtype=torch.float64)
     for j in range(count):
         total = (s[j] * g.double()).sum(1)
         for i in range(j):
             total = total + c[i] * G[:, j, 0 if restarted and i == 0 else i + 1]
         if j < k:
-            c.append(total if restarted and j == 0 else theta[:, j] * total / G[:, j, j])
-            v = v + c[j][:, None] * (w0.double() if w0 is not None and j == 0 else s[j + 1])
+            c.append(theta[:, j] * total / G[:, j, j])
+            v = v + c[j][:, None] * (u0.double() if u0 is not None and j == 0 else s[j + 1])
     a = total / G[:, k, k]
     theta_new = denominator_damping(1.0 - a)
     new = v / (1.0 - theta_new * a)[:, None]
     sound = (theta_new * a).isfinite()
     history.thetas[rows, k] = theta_new
-    history.append(count, new.to(g.dtype), g, restarted, w0)
+    history.append(count, new.to(g.dtype), g, restarted, u0)
     return new.to(g.dtype), sound
 
 
@@ -103,13 +104,15 @@ def _restarted_step(history: _History, g: Tensor) -> tuple[Tensor, Tensor]:
     y = g.double() - history.restart[rows].double()
     gamma = -(s.double() * y).sum(1) / squared
     theta = denominator_damping(gamma)
-    scale = theta / (squared * (1.0 - theta + theta * gamma))
-    w0 = (scale[:, None] * (s.double() + y)).to(g.dtype)
-    new = (g.double() + (s.double() * g.double()).sum(1)[:, None] * w0.double()).to(g.dtype)
+    scale = theta / (1.0 - theta + theta * gamma)
+    u0 = (scale[:, None] * (s.double() + y)).to(g.dtype)
+    weight = (s.double() * g.double()).sum(1) / squared
+    new = (g.double() + weight[:, None] * u0.double()).to(g.dtype)
     history.steps[0][rows] = s
     history.gram[rows, 0, 0] = squared
-    history.append(1, new, g, True, w0)
-    return new, scale.isfinite()
+    history.thetas[rows, 0] = 1.0
+    history.append(1, new, g, True, u0)
+    return new, scale.isfinite() & weight.isfinite()
 
 
 def broyden_step_reference(
@@ -208,7 +211,7 @@ def broyden_step(
         iterate: The iterates in float32 where z is of a half type, [B, D]; else of no elements.
         steps: s_0, s_1, ..., each [B, D], float32 for half states; at least min(step, memory) + 1 of them unless
             ``last``.
-        restart: w_0 and, before a restart, the previous residual, [B, D] like the steps. Of no elements where the solve
+        restart: u_0 and, before a restart, the previous residual, [B, D] like the steps. Of no elements where the solve
             ends before a restart could come.
         gram: S^T S, lower triangle, float64 [B, K, K] with K the largest number of steps.
         thetas: Damping of each update, float64 [B, K].

@@ -54,4 +54,5 @@ def squared_norm(x: Tensor) -> Tensor:
     """
     if x.dim() == 0:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")
-    return _SquaredNorm.apply(x.reshape(x.shape[0], -1).contiguous())  # pyright: ignore[reportReturnType]
+    flat = x.flatten(1) if x.dim() > 1 else x[:, None]
+    return _SquaredNorm.apply(flat.contiguous())  # pyright: ignore[reportReturnType]
