@@ -177,7 +177,8 @@ def assert_close(
         where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
         raise AssertionError(
             f"entry {where} is {float(actual[where])!r}, expected {float(expected[where])!r}: off by"
-            f" {float(error.max()):.3g}, allowed {allowed:.3g} ({int((error > allowed).sum())} of {error.numel()} are off)"
+            f" {float(error.max()):.3g}, allowed {allowed:.3g}"
+            f" ({int((error > allowed).sum())} of {error.numel()} are off)"
         )
 
 
@@ -201,5 +202,6 @@ def assert_identical(actual: Solution, expected: Solution, rows: Any = slice(Non
             if differs.any():
                 samples = differs.flatten(1).any(1) if differs.dim() > 1 else differs
                 raise AssertionError(
-                    f"{name} differs in samples {samples.nonzero()[:, 0].tolist()}: {here[samples]}, expected {there[samples]}"
+                    f"{name} differs in samples {samples.nonzero()[:, 0].tolist()}:"
+                    f" {here[samples]}, expected {there[samples]}"
                 )

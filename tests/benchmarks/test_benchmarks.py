@@ -1,0 +1,184 @@
+"""The benchmark harness itself: it counts calls, stops nobody early, reads memory, and says what it could not do."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the benchmark suite's own requirements are not installed")
+
+from benchmarks import __main__ as command
+from benchmarks import peers
+from benchmarks.environment import facts
+from benchmarks.peers.base import METHODS, Method
+from benchmarks.problems.maps import elementwise, symmetric_linear, tanh_map
+from benchmarks.profiles import PROFILES
+from benchmarks.results import Results, Target, number
+from benchmarks.suites import SUITES
+from benchmarks.suites.memory import peak_bytes
+from benchmarks.timing import Counted, Recorded, Timed, alternate, ratios, spread
+
+PEERS, _ = peers.load()
+
+
+@pytest.fixture(params=list(PEERS))
+def peer(request):
+    return PEERS[request.param]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.solver)
+@pytest.mark.parametrize("calls", [3, 12, 31])
+def test_run_makes_exactly_the_calls_asked_for(peer, method, calls):
+    problem = elementwise(4, 64)
+    fn = Recorded(problem.fn)
+    peer.run(fn, problem.z0, method, calls)
+    assert len(fn.residuals) == calls
+    # An overhead is not measured on a solve that is over.
+    assert min(residual.min() for residual in fn.residuals) > 1e-6
+
+
+def test_pydeq_freezes_no_sample_in_a_run():
+    problem = elementwise(4, 64)
+    for method in METHODS:
+        assert (PEERS["pydeq"].run(problem.fn, problem.z0, method, 31).sample_nfe == 31).all()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.solver)
+@pytest.mark.parametrize("cap", [1, 2, 3, 7])
+def test_solve_never_makes_more_calls_than_its_cap(peer, method, cap):
+    problem = tanh_map(16, 0.9, seed=0, batch=3)
+    fn = Counted(problem.fn)
+    outcome = peer.solve(fn, problem.z0, method, 1e-12, cap)
+    assert fn.calls <= cap
+    assert not outcome.converged
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.solver)
+def test_solve_reaches_the_tolerance_that_it_reports(peer, method):
+    problem = tanh_map(16, 0.5, seed=0, batch=3)
+    outcome = peer.solve(problem.fn, problem.z0, method, 1e-4, 100)
+    assert outcome.converged
+    assert outcome.residual.shape == (3,)
+    assert outcome.residual.max() <= 1e-4
+    torch.testing.assert_close(problem.fn(outcome.value), outcome.value, rtol=0, atol=1e-3)
+
+
+def test_maps_have_the_spectral_radius_they_name():
+    problem = tanh_map(32, 0.8, seed=1)
+    zero = torch.zeros(1, 32)
+    pre = torch.func.jacrev(lambda z: torch.atanh(problem.fn(z.expand(32, -1))[0].double()))(zero)
+    radius = torch.linalg.eigvals(pre[:, 0]).abs().max().item()
+    assert radius == pytest.approx(0.8, rel=1e-3)
+    assert problem.facts["spectral_norm"] > 0.8
+    problem = symmetric_linear(0, dim=20)
+    linear = torch.func.jacrev(lambda z: problem.fn(z.expand(32, -1))[0])(torch.zeros(1, 20))[:, 0]
+    assert torch.linalg.matrix_norm(linear, 2).item() == pytest.approx(0.95, rel=1e-4)
+
+
+def test_alternate_flips_the_order_and_drops_the_warmup():
+    order = []
+    sides = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
+    measured = alternate(sides, repeats=2, warmup=1)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert measured == {"a": [4.0, 5.0], "b": [3.0, 6.0]}
+
+
+def test_alternate_is_content_with_three_where_they_take_long():
+    measured = alternate({"a": lambda: 1.0}, repeats=100, seconds=0.0)
+    assert measured == {"a": [1.0, 1.0, 1.0]}
+
+
+def test_spread_and_ratios():
+    assert spread([3.0, 1.0, 2.0]).median == 2.0
+    assert spread([5.0]).samples == 1
+    ratio = ratios([2.0, 8.0, 6.0], [1.0, 2.0, 3.0])
+    assert ratio.median == 3.0
+    assert ratio.low <= ratio.median <= ratio.high
+
+
+def test_timed_counts_and_sums():
+    fn = Timed(torch.sin)
+    fn(torch.zeros(3))
+    fn(torch.zeros(3))
+    assert fn.calls == 2
+    assert fn.seconds > 0
+
+
+def test_peak_bytes_sees_what_is_held_at_once():
+    size = 1 << 20
+
+    def two_of_three():
+        first = torch.empty(size, dtype=torch.uint8)
+        second = torch.empty(size, dtype=torch.uint8)
+        del first
+        return second, torch.empty(size, dtype=torch.uint8)
+
+    assert peak_bytes(two_of_three) == 2 * size
+
+
+def test_targets_tell_met_from_missed_from_unmeasured():
+    assert Target("a", "", ">=", 2.0, 2.0, "x").met is True
+    assert Target("a", "", "<=", 2.0, 2.1, "x").met is False
+    assert Target("a", "", "<=", 2.0, math.inf, "x").met is False
+    assert Target("a", "", ">=", 2.0, None, "x").met is None
+
+
+def test_results_are_plain_json_with_unique_names(tmp_path):
+    results = Results(facts(PROFILES["smoke"], {"pydeq": "0"}))
+    results.figure("a", math.inf, "ms")
+    with pytest.raises(ValueError, match="name must be new, got 'a' a second time"):
+        results.figure("a", 1.0, "ms")
+    results.save(tmp_path / "summary.json")
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content["figures"][0]["value"] is None
+    assert {"date", "commit", "cpu", "threads", "versions", "device", "profile", "kernels"} <= set(content)
+    assert {"python", "torch", "pydeq"} <= set(content["versions"])
+
+
+def test_numbers_are_short():
+    shown = [number(value) for value in (1234.5, 0.01234, 1.5e-6, 12.0, 0.0, None, math.inf)]
+    assert shown == ["1234", "0.0123", "1.50e-06", "12", "0", "-", "inf"]
+
+
+def test_a_missing_peer_is_left_out_with_a_notice(monkeypatch):
+    monkeypatch.delitem(sys.modules, "benchmarks.peers.torchdeq", raising=False)
+    monkeypatch.setitem(sys.modules, "torchdeq", None)
+    found, notices = peers.load()
+    assert list(found) == ["pydeq"]
+    assert len(notices) == 1
+    assert "torchdeq is left out" in notices[0]
+
+
+def test_unknown_suite_names_the_choices(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["--only", "speed"])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "got 'speed'" in message
+    assert all(name in message for name in SUITES)
+
+
+def test_unwritable_out_is_said_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["--out", str(tmp_path / "file" / "out")])
+    assert exit_.value.code == 2
+    assert "argument --out: cannot write to" in capsys.readouterr().err
+
+
+def test_one_suite_from_the_command_line_to_the_page(tmp_path, capsys):
+    assert command.main(["--profile", "smoke", "--only", "memory", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert "memory.anderson.memory6.pydeq" in {figure["name"] for figure in content["figures"]}
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Targets</h2>" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "Peak memory" in capsys.readouterr().out
+
+
+def test_full_broyden_memory_is_enough_for_every_step():
+    fn = Counted(elementwise(2, 16).fn)
+    solution = PEERS["pydeq"].run(fn, torch.zeros(2, 16), Method("broyden"), 20)
+    assert fn.calls == solution.nfe == 20

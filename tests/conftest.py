@@ -1,0 +1,45 @@
+"""What all tests share: Hypothesis without randomness or deadlines, solvers, thread counts, the kernel marker."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import pydeq
+
+settings.register_profile(
+    "pydeq",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("pydeq")
+
+SOLVERS = (pydeq.Picard(), pydeq.Anderson(), pydeq.Broyden())
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels: is about compiled kernels; skipped where the references run")
+    # Most states here are too small to share out, and threads that spin for them only wait for each other on a busy
+    # machine. What threads must not change is tested with the fixture below.
+    torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("kernels") and not pydeq.kernels().cpu:
+        pytest.skip("no compiled kernels are loaded")
+
+
+# Module scope, for Hypothesis: nothing in a solver changes from example to example.
+@pytest.fixture(scope="module", params=SOLVERS, ids=lambda solver: type(solver).__name__)
+def solver(request):
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
