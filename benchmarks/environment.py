@@ -1,0 +1,120 @@
+"""What a run stands on: machine, versions, commit, date."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pydeq
+from benchmarks.profiles import Profile
+
+_ROOT = Path(__file__).parent.parent
+
+
+def facts(profile: Profile, peers: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that a figure depends on beside the code of the suite.
+
+    Args:
+        profile: What is measured.
+        peers: Names and versions of the libraries compared.
+    """
+    commit, changed = _commit()
+    return {
+        "profile": profile.name,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "uncommitted_changes": changed,
+        "device": "cpu",
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "caches": _caches(),
+        "memory_gib": _memory_gib(),
+        "threads": list(thread_counts(profile)),
+        "peers": list(peers),
+        "load_at_start": _load(),
+        "platform": platform.platform(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            **{name: _version(name) for name in ("numpy", "scikit-learn", "pytest-benchmark")},
+            **peers,
+        },
+        "kernels": dataclasses.asdict(pydeq.kernels()),
+    }
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_counts(profile: Profile) -> tuple[int, ...]:
+    """The profile's thread counts, as far as there are cores for them."""
+    return tuple(count for count in profile.threads if count <= cores())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of this checkout and whether files differ from it; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(_ROOT), *arguments), capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match.group(1) if match else platform.processor() or platform.machine()
+
+
+def _caches() -> dict[str, str]:
+    """Size of each level of data cache, as the kernel of the system names it."""
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            kind, level, size = ((index / entry).read_text().strip() for entry in ("type", "level", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction":
+            found[f"L{level}"] = size
+    return found
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None
+
+
+def _load() -> float | None:
+    """Processes that wanted to run in the last minute: how much else the machine is doing."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None

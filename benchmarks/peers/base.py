@@ -1,0 +1,98 @@
+"""What the suites ask of a library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from benchmarks.timing import Map
+
+Solver = Literal["picard", "anderson", "broyden"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver that every library has.
+
+    Args:
+        solver: Which one.
+        memory: Anderson: columns mixed. None: for Broyden, enough for every step of the solve; for Picard, no meaning.
+    """
+
+    solver: Solver
+    memory: int | None = None
+
+    @property
+    def title(self) -> str:
+        return self.solver.capitalize()
+
+
+METHODS = (Method("picard"), Method("anderson", memory=6), Method("broyden"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a solve ended.
+
+    Args:
+        value: What the library hands on to the next layer.
+        residual: Relative residuals that the library reports and stops by, [B].
+        converged: Whether all samples met the tolerance.
+    """
+
+    value: Tensor
+    residual: Tensor
+    converged: bool
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """An implicit layer: Anderson forward and backward, exact implicit gradients."""
+
+    method: Method
+    rtol: float
+    max_calls: int
+    adjoint_rtol: float
+    adjoint_max_calls: int
+
+
+class Layer(Protocol):
+    """An implicit layer around a cell."""
+
+    def solve(self, z0: Tensor, x: Tensor, max_calls: int | None = None) -> Tensor:
+        """The fixed point, attached to the graph where gradients are on; ``max_calls`` overrides the layer's."""
+        ...
+
+    def penalty(self, z: Tensor, x: Tensor) -> Tensor:
+        """The Hutchinson estimate of ||J||_F^2 over the entries of z, one Gaussian probe; with a graph."""
+        ...
+
+
+class Peer(ABC):
+    """One library.
+
+    ``calls`` and ``max_calls`` count evaluations of the map, whatever the library's own cap counts.
+    """
+
+    name: str
+
+    @property
+    def version(self) -> str:
+        return version(self.name)
+
+    @abstractmethod
+    def solve(self, fn: Map, z0: Tensor, method: Method, rtol: float, max_calls: int) -> Outcome:
+        """Solve z = fn(z) until ||fn(z) - z|| <= rtol ||fn(z)|| for every sample."""
+
+    @abstractmethod
+    def run(self, fn: Map, z0: Tensor, method: Method, calls: int) -> Any:
+        """Iterate ``calls`` times on every sample, without stopping. Returns the library's own result."""
+
+    @abstractmethod
+    def layer(self, cell: Callable[[Tensor, Tensor], Tensor], settings: LayerSettings) -> Layer:
+        """An implicit layer around cell(z, x)."""

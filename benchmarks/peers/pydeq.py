@@ -1,0 +1,63 @@
+"""pydeq, through its public names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import pydeq
+from benchmarks.peers.base import Layer, LayerSettings, Method, Outcome, Peer
+from benchmarks.timing import Map
+
+
+def _solver(method: Method, max_calls: int) -> Any:
+    if method.solver == "picard":
+        return pydeq.Picard()
+    if method.solver == "anderson":
+        return pydeq.Anderson(memory=method.memory or 5)
+    return pydeq.Broyden(memory=method.memory or max(1, max_calls - 1))
+
+
+class _Pydeq(Peer):
+    name = "pydeq"
+
+    def solve(self, fn: Map, z0: Tensor, method: Method, rtol: float, max_calls: int) -> Outcome:
+        solver = _solver(method, max_calls)
+        solution = pydeq.fixed_point(fn, z0, solver=solver, rtol=rtol, max_steps=max_calls)
+        assert isinstance(solution.image, Tensor)
+        return Outcome(solution.image, solution.relative_residual, bool(solution.converged.all()))
+
+    def run(self, fn: Map, z0: Tensor, method: Method, calls: int) -> pydeq.Solution:
+        solver = _solver(method, calls)
+        return pydeq.fixed_point(fn, z0, solver=solver, rtol=0.0, max_steps=calls, freeze=False, stall=False)
+
+    def layer(self, cell: Callable[[Tensor, Tensor], Tensor], settings: LayerSettings) -> Layer:
+        return _Layer(cell, settings)
+
+
+class _Layer:
+    def __init__(self, cell: Callable[[Tensor, Tensor], Tensor], settings: LayerSettings) -> None:
+        adjoint = pydeq.Implicit(
+            solver=_solver(settings.method, settings.adjoint_max_calls),
+            rtol=settings.adjoint_rtol,
+            max_steps=settings.adjoint_max_calls,
+        )
+        self.cell = cell
+        self.deq = pydeq.DEQ(
+            cell,
+            solver=_solver(settings.method, settings.max_calls),
+            adjoint=adjoint,
+            rtol=settings.rtol,
+            max_steps=settings.max_calls,
+        )
+
+    def solve(self, z0: Tensor, x: Tensor, max_calls: int | None = None) -> Tensor:
+        return self.deq(z0, x, max_steps=max_calls)
+
+    def penalty(self, z: Tensor, x: Tensor) -> Tensor:
+        return pydeq.jacobian_penalty(self.cell, z.detach(), x)
+
+
+PEER = _Pydeq()

@@ -1,0 +1,94 @@
+"""torchdeq 0.1 (Geng and Kolter 2023), through its public names and with its own defaults.
+
+Its caps count differently: Anderson's counts calls, but it makes two before it looks; Broyden's counts steps, one less
+than calls. Plain iteration counts calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdeq import get_deq
+from torchdeq.loss import jac_reg
+from torchdeq.solver import get_solver
+
+from benchmarks.peers.base import Layer, LayerSettings, Method, Outcome, Peer
+from benchmarks.timing import Map
+
+NAMES = {"picard": "fixed_point_iter", "anderson": "anderson", "broyden": "broyden"}
+
+
+def _configure(method: Method, max_calls: int) -> tuple[str, int, dict[str, Any]]:
+    """Its name of a solver, the cap that makes at most ``max_calls`` calls, and further options."""
+    name, cap, options = NAMES[method.solver], max_calls, {}
+    if method.solver == "anderson":
+        if max_calls < 3:
+            # Anderson's first two calls are plain iteration, but with so low a cap torchdeq returns z0 after them.
+            return NAMES["picard"], max_calls, {}
+        if method.memory is not None:
+            options["m"] = method.memory
+    elif method.solver == "broyden":
+        cap = max_calls - 1
+        if method.memory is not None:
+            options["LBFGS_thres"] = method.memory
+    return name, cap, options
+
+
+class _Torchdeq(Peer):
+    name = "torchdeq"
+
+    def solve(self, fn: Map, z0: Tensor, method: Method, rtol: float, max_calls: int) -> Outcome:
+        name, cap, options = _configure(method, max_calls)
+        with torch.no_grad():
+            value, _, info = get_solver(name)(fn, z0, max_iter=cap, tol=rtol, stop_mode="rel", **options)
+        residual = info["rel_lowest"]
+        return Outcome(value, residual, bool((residual < rtol).all()))
+
+    def run(self, fn: Map, z0: Tensor, method: Method, calls: int) -> Any:
+        name, cap, options = _configure(method, calls)
+        with torch.no_grad():
+            # It stops below the tolerance only, so at 0 never.
+            return get_solver(name)(fn, z0, max_iter=cap, tol=0.0, stop_mode="rel", **options)
+
+    def layer(self, cell: Callable[[Tensor, Tensor], Tensor], settings: LayerSettings) -> Layer:
+        return _Layer(cell, settings)
+
+
+class _Layer:
+    def __init__(self, cell: Callable[[Tensor, Tensor], Tensor], settings: LayerSettings) -> None:
+        name, cap, options = _configure(settings.method, settings.max_calls)
+        backward_name, backward_cap, _ = _configure(settings.method, settings.adjoint_max_calls)
+        self.cell, self.settings, self.options = cell, settings, options
+        self.deq = get_deq(
+            core="indexing",
+            ift=True,
+            f_solver=name,
+            f_max_iter=cap,
+            f_tol=settings.rtol,
+            f_stop_mode="rel",
+            b_solver=backward_name,
+            b_max_iter=backward_cap,
+            b_tol=settings.adjoint_rtol,
+            b_stop_mode="rel",
+        )
+
+    def solve(self, z0: Tensor, x: Tensor, max_calls: int | None = None) -> Tensor:
+        def fn(z: Tensor) -> Tensor:
+            return self.cell(z, x)
+
+        settings = self.settings
+        if torch.is_grad_enabled() and max_calls is None:
+            states, _ = self.deq(fn, z0, solver_kwargs=self.options)
+            return states[-1]
+        # Without gradients its layer does no more than this; the cap may ask for another solver, see _configure.
+        return PEER.solve(fn, z0, settings.method, settings.rtol, max_calls or settings.max_calls).value
+
+    def penalty(self, z: Tensor, x: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        return jac_reg(self.cell(z, x), z)
+
+
+PEER = _Torchdeq()

@@ -1,0 +1,73 @@
+"""Maps whose spectrum is set by construction."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from benchmarks.problems.base import BATCH, Problem
+
+
+@cache
+def _gaussian(dim: int, seed: int) -> tuple[Tensor, float]:
+    """A Gaussian matrix of spectral radius 1, and its spectral norm: about 2, since it is far from normal."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(dim, dim, generator=generator)
+    matrix = matrix / torch.linalg.eigvals(matrix).abs().max()
+    return matrix, torch.linalg.matrix_norm(matrix, 2).item()
+
+
+def tanh_map(dim: int, rho: float, seed: int, batch: int = BATCH) -> Problem:
+    """z = tanh(W z + x) from z = 0, where W is Gaussian with spectral radius ``rho`` and x standard normal."""
+    unit, norm = _gaussian(dim, seed)
+    weight = rho * unit.T.contiguous()
+    x = torch.randn(batch, dim, generator=torch.Generator().manual_seed(1_000 + seed))
+
+    def fn(z: Tensor) -> Tensor:
+        return torch.tanh(torch.addmm(x, z, weight))
+
+    return Problem(
+        f"tanh.d{dim}.rho{rho:g}",
+        f"tanh(Wz + x), D {dim}, ρ {rho:g}",
+        fn,
+        torch.zeros(batch, dim),
+        {"spectral_radius": rho, "spectral_norm": rho * norm},
+    )
+
+
+def symmetric_linear(seed: int, dim: int = 50, rho: float = 0.95, batch: int = BATCH) -> Problem:
+    """z = A z + x from z = 0, where A is Gaussian, symmetric, of spectral radius ``rho``."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(dim, dim, generator=generator)
+    matrix = matrix + matrix.T
+    matrix = rho * matrix / torch.linalg.eigvalsh(matrix).abs().max()
+    x = torch.randn(batch, dim, generator=generator)
+
+    def fn(z: Tensor) -> Tensor:
+        return torch.addmm(x, z, matrix)
+
+    return Problem(
+        f"symmetric.d{dim}.rho{rho:g}",
+        f"symmetric linear, D {dim}, ρ {rho:g}",
+        fn,
+        torch.zeros(batch, dim),
+        {"spectral_radius": rho, "spectral_norm": rho},
+    )
+
+
+def elementwise(batch: int, dim: int) -> Problem:
+    """z = tanh(a z + x) entry by entry: as cheap as a map can be, and slow to solve.
+
+    The slopes a fill [-0.999, 0.999], and x is small, so that tanh hardly flattens them: no solver comes near rounding
+    in 30 evaluations.
+    """
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.empty(dim).uniform_(-0.999, 0.999, generator=generator)
+    x = 0.01 * torch.randn(batch, dim, generator=generator)
+
+    def fn(z: Tensor) -> Tensor:
+        return torch.addcmul(x, slopes, z).tanh_()
+
+    return Problem(f"{batch}x{dim}", f"({batch}, {dim})", fn, torch.zeros(batch, dim))

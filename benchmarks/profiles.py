@@ -1,0 +1,98 @@
+"""How much each profile measures. Shapes, targets and names of figures are the same wherever two profiles overlap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The size of one run.
+
+    Args:
+        threads: Thread counts of the overheads and the kernels. All else runs on one thread, where a machine that is
+            not idle disturbs least.
+        overhead_shapes: (B, D) of the overhead per iteration.
+        overhead_repeats: Timed solves of each side ...
+        overhead_seconds: ... or three of them, where they take longer than this.
+        kernel_shapes: (B, D) of the kernel timings; the last one is beyond any cache.
+        kernel_rounds: Timed calls of each kernel; shapes beyond the caches take a fifth of them.
+        nfe_dims, nfe_rhos: State sizes and spectral radii of the tanh maps.
+        nfe_seeds: Maps of each kind.
+        nfe_repeats: Timed solves of each side, on the first of these maps.
+        import_repeats: Fresh processes of each side.
+        digits_epochs, digits_seeds: Length and number of the trainings.
+    """
+
+    name: str
+    threads: tuple[int, ...]
+    overhead_shapes: tuple[tuple[int, int], ...]
+    overhead_repeats: int
+    overhead_seconds: float
+    kernel_shapes: tuple[tuple[int, int], ...]
+    kernel_rounds: int
+    nfe_dims: tuple[int, ...]
+    nfe_rhos: tuple[float, ...]
+    nfe_seeds: int
+    nfe_repeats: int
+    import_repeats: int
+    digits_epochs: int
+    digits_seeds: int
+
+
+SHAPES = ((32, 512), (32, 8192), (8, 65536))
+BEYOND_CACHE = (32, 262144)
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            "smoke",
+            threads=(1,),
+            overhead_shapes=SHAPES[:2],
+            overhead_repeats=3,
+            overhead_seconds=1.0,
+            kernel_shapes=SHAPES[:2],
+            kernel_rounds=10,
+            nfe_dims=(128,),
+            nfe_rhos=(0.5, 0.95),
+            nfe_seeds=1,
+            nfe_repeats=1,
+            import_repeats=1,
+            digits_epochs=1,
+            digits_seeds=1,
+        ),
+        Profile(
+            "quick",
+            threads=(1, 2),
+            overhead_shapes=SHAPES,
+            overhead_repeats=9,
+            overhead_seconds=8.0,
+            kernel_shapes=(*SHAPES, BEYOND_CACHE),
+            kernel_rounds=50,
+            nfe_dims=(128, 1024),
+            nfe_rhos=(0.5, 0.8, 0.95),
+            nfe_seeds=3,
+            nfe_repeats=5,
+            import_repeats=5,
+            digits_epochs=8,
+            digits_seeds=2,
+        ),
+        Profile(
+            "full",
+            threads=(1, 2),
+            overhead_shapes=SHAPES,
+            overhead_repeats=25,
+            overhead_seconds=40.0,
+            kernel_shapes=(*SHAPES, BEYOND_CACHE),
+            kernel_rounds=200,
+            nfe_dims=(128, 1024),
+            nfe_rhos=(0.5, 0.8, 0.95),
+            nfe_seeds=10,
+            nfe_repeats=15,
+            import_repeats=15,
+            digits_epochs=20,
+            digits_seeds=3,
+        ),
+    )
+}

@@ -1,0 +1,213 @@
+"""What a run found: figures, targets, tables and curves, and the JSON that keeps them.
+
+Names of figures are stable: dotted, from the suite to the side, like ``overhead.anderson.32x512.t1.torchdeq``. Later
+runs are compared by them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.timing import Spread
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number.
+
+    Args:
+        name: Dotted and unique.
+        value: The median where there are several samples. None: could not be measured.
+        unit: What it counts; "1" for ratios and shares.
+        low, high: Quartiles, or smallest and largest where the figure's suite says so.
+        samples: How many measurements stand behind it.
+    """
+
+    name: str
+    value: float | None
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that the package promises, and what was measured.
+
+    Args:
+        name: Dotted and unique.
+        statement: The promise in words.
+        relation: Whether ``measured`` must be at least or at most ``limit``.
+        limit: The promise.
+        measured: None where this run did not measure it.
+        unit: Of both.
+    """
+
+    name: str
+    statement: str
+    relation: Literal[">=", "<="]
+    limit: float
+    measured: float | None
+    unit: str
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the promise is kept; None where it was not measured."""
+        if self.measured is None:
+            return None
+        return self.measured >= self.limit if self.relation == ">=" else self.measured <= self.limit
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows for the terminal and the page.
+
+    Args:
+        suite: The suite it belongs to.
+        title: A caption.
+        columns: Headings, with units.
+        rows: Text cells, one for each heading. Rows of a kind follow each other.
+        note: What a reader must know to read it.
+    """
+
+    suite: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def display(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
+        """For each row whether it begins a group, and its cells, blank where they repeat the row above."""
+        above: tuple[str, ...] = ()
+        for row in self.rows:
+            shared = 0
+            while shared < 2 and above and row[: shared + 1] == above[: shared + 1]:
+                shared += 1
+            yield bool(above) and shared == 0, ("",) * shared + row[shared:]
+            above = row
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a plot.
+
+    Args:
+        plot: The plot it belongs to.
+        panel: The panel in it, by its title.
+        side: The library, which gives the line its style.
+        series: What the line shows beside that, which gives it its color.
+        x, y: Its points.
+    """
+
+    plot: str
+    panel: str
+    side: str
+    series: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass
+class Results:
+    """Collects what the suites find.
+
+    Args:
+        facts: Device, versions, commit and date, see :mod:`benchmarks.environment`.
+    """
+
+    facts: dict[str, Any]
+    figures: list[Figure] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def figure(self, name: str, value: float | Spread | None, unit: str) -> None:
+        """Add one figure.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+        if any(figure.name == name for figure in self.figures):
+            raise ValueError(f"name must be new, got {name!r} a second time")
+        if isinstance(value, Spread):
+            self.figures.append(Figure(name, value.median, unit, value.low, value.high, value.samples))
+        else:
+            self.figures.append(Figure(name, value, unit))
+
+    def value(self, name: str) -> float | None:
+        """The value of a figure; None if there is none of this name."""
+        return next((figure.value for figure in self.figures if figure.name == name), None)
+
+    def target(
+        self,
+        name: str,
+        statement: str,
+        relation: Literal[">=", "<="],
+        limit: float,
+        measured: float | None,
+        unit: str,
+    ) -> None:
+        self.targets.append(Target(name, statement, relation, limit, measured, unit))
+
+    def curve(self, plot: str, panel: str, side: str, series: str, x: tuple[float, ...], y: tuple[float, ...]) -> None:
+        self.curves.append(Curve(plot, panel, side, series, x, y))
+
+    def table(
+        self, suite: str, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], note: str = ""
+    ) -> None:
+        self.tables.append(Table(suite, title, columns, tuple(rows), note))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in the types of JSON. What is not finite becomes null."""
+        content = {
+            "schema": SCHEMA,
+            **self.facts,
+            "seconds": self.seconds,
+            "notices": self.notices,
+            "targets": [{**asdict(target), "met": target.met} for target in self.targets],
+            "figures": [asdict(figure) for figure in self.figures],
+            "curves": [asdict(curve) for curve in self.curves],
+        }
+        return _finite(content)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {str(key): _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as a table shows it: ``digits`` significant ones, no exponent between 1e-3 and 1e6."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    if value == round(value) and abs(value) < 1e6:
+        return str(round(value))
+    exponent = math.floor(math.log10(abs(value)))
+    if not -3 <= exponent < 6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio as a table shows it."""
+    return "-" if value is None else f"{number(value)}x"

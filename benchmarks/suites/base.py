@@ -1,0 +1,37 @@
+"""What a suite is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.peers import NAMES, Peer
+from benchmarks.profiles import Profile
+from benchmarks.progress import Bar
+from benchmarks.results import Results
+
+BASELINE = NAMES[0]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a suite is given.
+
+    Args:
+        profile: How much to measure.
+        peers: The libraries that are installed, by name, pydeq first.
+        results: Where to put what was found.
+        bar: To show progress on.
+        threads: Thread counts for overheads and kernels; everything else runs on one.
+    """
+
+    profile: Profile
+    peers: Mapping[str, Peer]
+    results: Results
+    bar: Bar
+    threads: tuple[int, ...]
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The names of the libraries that pydeq is compared with."""
+        return tuple(name for name in self.peers if name != BASELINE)

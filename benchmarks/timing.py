@@ -1,0 +1,145 @@
+"""Timing two sides fairly, and functions that watch how they are called.
+
+A machine slows down and speeds up while a benchmark runs. Sides are therefore timed in turns, in an order that flips
+every
+round, and what is reported is the median with the quartiles around it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(self.median * factor, self.low * factor, self.high * factor, self.samples)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of ``values``, at least one."""
+    ordered = sorted(values)
+    if len(ordered) == 1:
+        return Spread(ordered[0], ordered[0], ordered[0], 1)
+    low, median, high = statistics.quantiles(ordered, n=4, method="inclusive")
+    return Spread(median, low, high, len(ordered))
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], float]],
+    repeats: int,
+    warmup: int = 1,
+    seconds: float = math.inf,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Call the sides in turns.
+
+    Args:
+        sides: For each name a function that does the work and returns what it measured.
+        repeats: Measurements kept of each side, at least 1.
+        warmup: Rounds thrown away before.
+        seconds: After so many seconds three measurements of each side are enough.
+        tick: Called after every round.
+
+    Returns:
+        For each name its measurements, in the order taken.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides.items())
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    start = time.perf_counter()
+    try:
+        for turn in range(warmup + repeats):
+            if turn >= warmup + 3 and time.perf_counter() - start > seconds:
+                break
+            for name, side in order if turn % 2 == 0 else reversed(order):
+                value = side()
+                if turn >= warmup:
+                    measured[name].append(value)
+            tick()
+    finally:
+        if collecting:
+            gc.enable()
+    return measured
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """The ratio of the medians, with the quartiles of the ratios of neighbouring measurements."""
+    paired = spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+    ratio = statistics.median(numerators) / statistics.median(denominators)
+    return Spread(ratio, min(paired.low, ratio), max(paired.high, ratio), paired.samples)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run torch on ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Timed:
+    """A map that sums the time spent inside itself, in seconds, and counts its calls."""
+
+    def __init__(self, fn: Map) -> None:
+        self.fn, self.calls, self.seconds = fn, 0, 0.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        start = time.perf_counter()
+        result = self.fn(z)
+        self.seconds += time.perf_counter() - start
+        self.calls += 1
+        return result
+
+
+class Counted:
+    """A map that counts its calls: the one count of evaluations that treats every library alike."""
+
+    def __init__(self, fn: Map) -> None:
+        self.fn, self.calls = fn, 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fn(z)
+
+
+class Recorded:
+    """A map that keeps the relative residuals ||f(z) - z|| / ||f(z)|| of its calls, each [B]."""
+
+    def __init__(self, fn: Map) -> None:
+        self.fn = fn
+        self.residuals: list[Tensor] = []
+
+    def __call__(self, z: Tensor) -> Tensor:
+        result = self.fn(z)
+        self.residuals.append(relative_residual(z, result))
+        return result
+
+
+def relative_residual(z: Tensor, image: Tensor) -> Tensor:
+    """||image - z|| / ||image|| of each sample, [B] in float64; 0 for 0/0."""
+    z, image = z.detach().flatten(1).double(), image.detach().flatten(1).double()
+    return ((image - z).norm(dim=1) / image.norm(dim=1)).nan_to_num(0.0)
