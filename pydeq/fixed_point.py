@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 
-from pydeq.evaluation import CompactingEvaluator, Evaluator, gather
+from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
 from pydeq.solution import ConvergenceError, Solution
@@ -146,17 +146,14 @@ def _check_compact(
             f"batched_context must have one entry for each of the {len(context)} context arguments, got"
             f" {len(batched_context)}"
         )
-    nothing = torch.empty(0, dtype=torch.long, device=layout.device)
     for i, (entry, batched) in enumerate(zip(context, batched_context, strict=True)):
         if not batched:
             continue
-        if not isinstance(entry, torch.Tensor | tuple | list):
-            raise TypeError(f"context[{i}] is batched, so it must be a tensor or a tuple, got {type(entry).__name__}")
-        if isinstance(entry, torch.Tensor) and (entry.dim() == 0 or entry.shape[0] != layout.batch):
-            raise ValueError(
-                f"context[{i}] must carry the batch of {layout.batch} first, got shape {tuple(entry.shape)}"
-            )
-        gather(entry, nothing)
+        for tensor in _tensors(entry, f"context[{i}]"):
+            if tensor.dim() == 0 or tensor.shape[0] != layout.batch:
+                raise ValueError(
+                    f"context[{i}] must carry the batch of {layout.batch} first, got shape {tuple(tensor.shape)}"
+                )
     if isinstance(fn, torch.nn.Module):
         for name, module in fn.named_modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
@@ -165,3 +162,14 @@ def _check_compact(
                     " computes its statistics from: use eval mode, another norm, or compact=False"
                 )
     return batched_context
+
+
+def _tensors(entry: Any, name: str) -> Iterator[torch.Tensor]:
+    """The tensors of a batched context argument, a tensor or a (nested) tuple or list of them."""
+    if isinstance(entry, torch.Tensor):
+        yield entry
+    elif isinstance(entry, tuple | list):
+        for part in entry:
+            yield from _tensors(part, name)
+    else:
+        raise TypeError(f"{name} is batched, so it must be a tensor or a tuple, got {type(entry).__name__}")

@@ -60,7 +60,7 @@ class Layout:
             return state.reshape(self.batch, self.size).contiguous()
         if len(state) == 1:
             return state[0].reshape(self.batch, self.size).contiguous()
-        return torch.cat([part.reshape(self.batch, -1) for part in state], dim=1)
+        return torch.cat([part.reshape(self.batch, n) for part, n in zip(state, self.sizes, strict=True)], dim=1)
 
     def check(self, state: Any, cast: bool, detach: bool = True) -> State:
         """Hold what ``fn`` returned against the state it was given.
