@@ -12,6 +12,8 @@ from pydeq.ops import broyden_step
 from pydeq.solvers.base import Solver, Workspace, check_memory, empty
 from pydeq.termination import Rules
 
+# Steps whose inner products there is room for at first; the room doubles.
+_COLUMNS = 16
 # Steps allocated at once: enough for huge pages behind small states, few enough that little is left unused.
 _BLOCK = 3
 
@@ -32,7 +34,7 @@ class Broyden(Solver):
     Comp. 30 (1976), for vanishing denominators.
     """
 
-    memory: int = 30
+    memory: int = 100
 
     def __post_init__(self) -> None:
         check_memory(self.memory)
@@ -53,8 +55,9 @@ class _BroydenWorkspace(Workspace):
         self.steps: list[Tensor] = []
         # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
         self.capacity = max(1, min(solver.memory + 1, max_steps - 1))
-        self.gram = flat.new_zeros(flat.shape[0], self.capacity, self.capacity, dtype=torch.float64)
-        self.thetas = flat.new_zeros(flat.shape[0], self.capacity, dtype=torch.float64)
+        self.gram = flat.new_zeros(flat.shape[0], 0, 0, dtype=torch.float64)
+        self.thetas = flat.new_zeros(flat.shape[0], 0, dtype=torch.float64)
+        self._widen(_COLUMNS)
 
     def step(self, f: Tensor, k: int) -> None:
         rules, parity, last = self.rules, k % 2, k + 1 == self.max_steps
@@ -62,6 +65,8 @@ class _BroydenWorkspace(Workspace):
             if k == len(self.steps):
                 block = empty(f, min(_BLOCK, self.capacity - k), *f.shape, dtype=self.wide)
                 self.steps.extend(block.unbind())
+                if len(self.steps) > self.thetas.shape[1]:
+                    self._widen(2 * self.thetas.shape[1])
             if k == self.memory and k + 2 < self.max_steps:  # the next step restarts
                 self.restart = empty(f, *f.shape, dtype=self.wide)
         broyden_step(
@@ -69,3 +74,13 @@ class _BroydenWorkspace(Workspace):
             self.gram, self.thetas, self.scalars, self.counters, self.progress,
             k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.memory,
         )  # fmt: skip
+
+    def _widen(self, columns: int) -> None:
+        """Make room for the inner products of ``columns`` steps, at most ``capacity``."""
+        columns = min(columns, self.capacity)
+        gram, thetas, used = self.gram, self.thetas, self.thetas.shape[1]
+        self.gram = gram.new_zeros(gram.shape[0], columns, columns)
+        self.thetas = thetas.new_zeros(gram.shape[0], columns)
+        if used:
+            self.gram[:, :used, :used] = gram
+            self.thetas[:, :used] = thetas
