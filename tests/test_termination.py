@@ -107,6 +107,19 @@ def test_nor_does_it_in_a_long_run(solver, dtype, stall):
     assert not solution.converged.any()
 
 
+def test_an_iterate_that_meets_the_tolerance_is_returned_though_another_was_closer():
+    """Images 9, 10, 11.05: the third residual is 1.05 after 1, but relative to its image it is the smallest."""
+    images = [9.0, 10.0, 11.05]
+    workspace = scripted(images, rtol=0.097)
+    assert status_of(workspace) == Status.CONVERGED
+    assert workspace.best[:, 0, 0].tolist() == [10.0, 11.05]
+    # Without freezing it gives way only to one that meets the tolerance, too.
+    for last, kept in ((10.05, [10.0, 11.05]), (12.0, [11.05, 12.0])):
+        workspace = scripted([*images, last], rtol=0.097, freeze=False)
+        assert status_of(workspace) == Status.CONVERGED
+        assert workspace.best[:, 0, 0].tolist() == kept
+
+
 # MAX_STEPS
 
 
@@ -211,6 +224,7 @@ def test_growth_diverges(dtype):
 def test_diverged_is_measured_against_the_first_residual():
     assert status_of(scripted([1.0, 1.0 + 0.99 * DIVERGENCE])) == RUNNING
     assert status_of(scripted([1.0, 1.0 + 1.01 * DIVERGENCE])) == Status.DIVERGED
+    assert status_of(scripted([1.0, 1.0 + 1e-4, 1e4], rtol=0.0)) == RUNNING  # however far from the best one
 
 
 def test_divergence_stops_a_sample_without_freezing_too():
@@ -261,6 +275,41 @@ def test_a_retry_is_a_plain_step_from_the_best_iterate(solver, bad):
     best = residuals.index(min(residuals))
     assert torch.equal(seen[5][0], seen[best][1])
     assert solution.sample_nfe.tolist() == [len(seen)]
+
+
+def test_a_plain_step_that_failed_is_not_repeated(solver):
+    """The first step of every solver is a plain one: a retry would only call fn on the same iterate."""
+    assert status_of(scripted([1.0, torch.nan], solver=solver)) == Status.NONFINITE
+
+
+def test_a_retry_counts_until_there_is_a_new_best():
+    """Residuals 1, .5, NaN, then 2 after the retry: NaN again is the end, since the same retry would follow."""
+    images = [1.0, 1.5, torch.nan, 3.5]
+    assert status_of(scripted(images, solver=pydeq.Anderson())) == RUNNING
+    assert status_of(scripted([*images, torch.nan], solver=pydeq.Anderson())) == Status.NONFINITE
+
+
+def test_samples_that_are_lost_stay_at_their_value(solver):
+    """fn goes on being called on the whole batch: it must not be fed what a lost sample had come to."""
+    rate = torch.tensor([[0.9], [0.9], [0.5]], dtype=torch.float64)
+    seen = []
+
+    def fn(z):
+        seen.append(z.clone())
+        image = rate * z.roll(1, 1) + torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+        image[0] = image[0] + 1e3 ** len(seen)
+        image[1] = image[1] + (-1.0) ** len(seen)  # goes on for ever
+        if len(seen) > 3:
+            image[2, 1] = torch.nan
+        return image
+
+    solution = pydeq.fixed_point(fn, torch.zeros(3, 3, dtype=torch.float64), solver=solver, rtol=1e-10, max_steps=15)
+    assert solution.status.tolist() == [Status.DIVERGED, Status.MAX_STEPS, Status.NONFINITE]
+    for b in (0, 2):
+        nfe = int(solution.sample_nfe[b])
+        assert nfe + 2 < len(seen)
+        assert not torch.equal(seen[nfe - 1][b], solution.value[b])
+        assert all(torch.equal(z[b], solution.value[b]) for z in seen[nfe:])
 
 
 def test_a_retry_that_fails_ends_at_the_best_iterate(solver):

@@ -177,7 +177,7 @@ def _report(context: Context, done: dict[tuple[str, str], list[Training]]) -> No
         ("loss", "library", *(str(stop) for stop in STOPS), "spectral radius"),
         rows,
         f"One residual block of {CHANNELS} channels of 8x8. {_conditions()} One test image is 0.2 points, and"
-        " trainings that start alike drift apart: a few points between libraries are chance. torchdeq's Anderson"
+        " trainings that start alike drift apart, most at low stops; the summary has the extremes. torchdeq's Anderson"
         " needs three evaluations; at stops 1 and 2 its plain iteration stands in, which is what Anderson's first two"
         " are. Spectral radius: mean over 64 test images, by pydeq.spectral_radius for every library.",
     )

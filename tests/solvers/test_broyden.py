@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import pydeq
 from pydeq import Broyden
 from pydeq.protocol import DENOMINATOR_LIMIT
+from pydeq.termination import Rules
 from pydeq.testing import Problem, assert_close, linear_map, softsign_map, tanh_map
 
 
@@ -150,7 +151,21 @@ def test_full_memory_solves_a_linear_map_in_2_d_steps():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_states_move_by_float32_steps(dtype):
-    """What fn sees is the rounding of an iterate in float32: as close to the float32 run as rounding in fn allows."""
+    """What fn sees is the rounding of an iterate in float32, which is the sum of the steps."""
+    problem = linear_map(0.8, 30, dtype=dtype)
+    workspace = Broyden(memory=20).start(problem.z0, Rules(0.0, 0.0, 1e-3, True, False), 10)
+    for k in range(8):
+        z = workspace.z[k % 2]
+        total = torch.stack([problem.z0.float(), *workspace.steps[:k]]).sum(0)
+        assert_close(workspace.iterate, total, size=k)
+        assert torch.equal(z, workspace.iterate.to(dtype))
+        workspace.step(problem.fn(z, *problem.context), k)
+    assert not torch.equal(workspace.iterate, workspace.iterate.to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_states_converge_like_float32(dtype):
+    """... as far as rounding inside fn allows."""
     narrow = linear_map(0.8, 30, dtype=dtype)
     solution = narrow.solve(solver=Broyden(), max_steps=60)
     assert solution.converged.all()
