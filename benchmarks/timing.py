@@ -1,8 +1,7 @@
 """Timing two sides fairly, and functions that watch how they are called.
 
 A machine slows down and speeds up while a benchmark runs. Sides are therefore timed in turns, in an order that flips
-every
-round, and what is reported is the median with the quartiles around it.
+every round, and what is reported is the median with the quartiles around it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A convolutional DEQ trained on digits by each library, with and without the Jacobian penalty.
 
 All trainings start from the same weights, see the same batches, and take their steps in turns. Each model is then
-stopped
-hard: it must classify with what 1 ... 12 evaluations of its cell give.
+stopped hard: it must classify with what 1 ... 12 evaluations of its cell give.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Peak memory of a solve, in state vectors [B, D].
 
 Read from the allocations and releases that torch's profiler sees between the start and the end of the solve; what
-exists
-before, z0 among it, does not count. f allocates one vector, its result, which counts.
+exists before, z0 among it, does not count. f allocates one vector, its result, which counts.
 """
 
 from __future__ import annotations

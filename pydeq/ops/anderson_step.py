@@ -112,9 +112,8 @@ def anderson_step_reference(
         a, used = mixing_coefficients(ordered, columns, ridge)
         mixed = torch.where(a[:, :, None] != 0, values[rows[:, None], by_age], 0).to(compute)
         if damping != 1.0:
-            mixed = mixed - (1.0 - damping) * torch.where(a[:, :, None] != 0, residuals[rows[:, None], by_age], 0).to(
-                compute
-            )
+            history = torch.where(a[:, :, None] != 0, residuals[rows[:, None], by_age], 0).to(compute)
+            mixed = mixed - (1.0 - damping) * history
         next[rows] = torch.einsum("bm,bmd->bd", a.to(compute), mixed).to(z.dtype)
         counters[rows, Counter.COUNT] = used.int()
         counters[rows, Counter.HEAD] = ((slot + 1) % slots).int()
