@@ -328,10 +328,13 @@ def test_thread_counts_change_nothing(solver, threads, shape, dtype):
 
 
 @given(
-    power=st.integers(-40, 40), rhos=rhos, dim=dims, dtype=st.sampled_from([torch.float64, torch.float32]), seed=seeds
+    power=st.integers(-20, 40), rhos=rhos, dim=dims, dtype=st.sampled_from([torch.float64, torch.float32]), seed=seeds
 )
 def test_a_power_of_two_scales_the_iterates_exactly(solver, power, rhos, dim, dtype, seed):
-    """The iterates of c f(z / c) are c times those of f: nothing in a solver knows a unit."""
+    """The iterates of c f(z / c) are c times those of f: nothing in a solver knows a unit.
+
+    That is while float32 holds the squares of residuals, here down to 1e-8, which are summed in float64 otherwise.
+    """
     problem, scale = softsign_map(rhos, dim, dtype=dtype, seed=seed), 2.0**power
 
     def fn(z, *context):

@@ -6,6 +6,7 @@ The schema is defined once, here. The reference serves every device that has no 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,14 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+
+    @functools.wraps(reference)
+    def exact(first: Tensor, *others: Any) -> Any:
+        # A reference is called where fn is, maybe under autocast, which would round its products.
+        with torch.autocast(first.device.type, enabled=False):
+            return reference(first, *others)
+
+    _library.impl(name, exact, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pydeq::{name}", fake, lib=_library)
     return getattr(torch.ops.pydeq, name).default
 
