@@ -154,8 +154,9 @@ def _check_compact(
                 raise ValueError(
                     f"context[{i}] must carry the batch of {layout.batch} first, got shape {tuple(tensor.shape)}"
                 )
-    if isinstance(fn, torch.nn.Module):
-        for name, module in fn.named_modules():
+    cell = getattr(fn, "__self__", fn)  # also where fn is a module's bound method
+    if isinstance(cell, torch.nn.Module):
+        for name, module in cell.named_modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(
                     f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode)"

@@ -142,7 +142,7 @@ def test_restarts(memory):
 
 
 @pytest.mark.parametrize("memory", [1, 4, 10])
-@pytest.mark.parametrize("max_steps", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 5, 6, 7])
 def test_the_last_steps_around_a_restart(memory, max_steps):
     check_op(OP, broyden_step_reference, steps(memory=memory, max_steps=max_steps), allowance)
 

@@ -95,6 +95,29 @@ def test_half_states_reach_what_their_dtype_allows(solver, dtype):
     assert (tightest.relative_residual <= 2.0 * torch.finfo(dtype).eps + 1e-5).all()
 
 
+@pytest.mark.parametrize("solver", [Picard(), *(Broyden(memory=memory) for memory in (1, 2, 5, 100))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_max_steps_only_cuts_a_run_short(solver, dtype):
+    """What a solver allocates depends on max_steps; what it does, does not."""
+    problem = softsign_map([0.9, 0.99], 12, dtype=dtype)
+
+    def iterates(max_steps):
+        seen = []
+
+        def fn(z, *context):
+            seen.append(z.clone())
+            return problem.fn(z, *context)
+
+        options = {"solver": solver, "rtol": 0.0, "stall": False, "freeze": False, "max_steps": max_steps}
+        pydeq.fixed_point(fn, problem.z0, *problem.context, **options)
+        return seen
+
+    longest = iterates(15)
+    for max_steps in range(1, 15):
+        for got, expected in zip(iterates(max_steps), longest, strict=False):
+            assert torch.equal(got, expected)
+
+
 # What the acceleration is for
 
 
