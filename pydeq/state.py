@@ -142,3 +142,8 @@ def layout_of(z0: Any) -> Layout:
         parts[0].device,
         isinstance(z0, tuple),
     )
+
+
+def as_tuple(state: State) -> tuple[Tensor, ...]:
+    """The parts of a state."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from pydeq.solution import Solution
 from pydeq.state import State
 
@@ -36,8 +34,3 @@ class Adjoint(ABC):
     @abstractmethod
     def solve(self, problem: Problem) -> tuple[State, Solution]:
         """The layer's output, attached to the graph, and the solution. Gradients are on."""
-
-
-def as_tuple(state: State) -> tuple[Tensor, ...]:
-    """The parts of a state."""
-    return (state,) if isinstance(state, Tensor) else tuple(state)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pydeq.adjoints.base import Adjoint, Problem, as_tuple
+from pydeq.adjoints.base import Adjoint, Problem
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import Layout, State, layout_of
+from pydeq.state import Layout, State, as_tuple, layout_of
 from pydeq.termination import default_rtol
 
 

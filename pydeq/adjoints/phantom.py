@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pydeq.adjoints.base import Adjoint, Problem, as_tuple
+from pydeq.adjoints.base import Adjoint, Problem
 from pydeq.fixed_point import check_max_steps, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.solution import Solution
 from pydeq.solvers.base import check_damping
-from pydeq.state import Layout, State, layout_of
+from pydeq.state import Layout, State, as_tuple, layout_of
 
 
 @suggests_keywords

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydeq.ops import squared_norm
-from pydeq.state import Layout, State, layout_of
+from pydeq.state import Layout, State, as_tuple, layout_of
 
 Distribution = Literal["gaussian", "rademacher"]
 Mode = Literal["vjp", "jvp"]
@@ -106,19 +106,16 @@ def _probe(layout: Layout, distribution: Distribution, generator: torch.Generato
 
 def _vjp(fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout) -> Callable[[State], Tensor]:
     """eps -> eps^T J, flat [B, D], with a graph."""
-    parts = (z,) if isinstance(z, Tensor) else tuple(z)
-    leaves = tuple(part.detach().requires_grad_() for part in parts)
+    leaves = tuple(part.detach().requires_grad_() for part in as_tuple(z))
     y = fn(leaves if layout.is_tuple else leaves[0], *context)
     cast = torch.is_autocast_enabled(layout.device.type)
-    y = layout.check(y, cast, detach=False)
-    outputs = (y,) if isinstance(y, Tensor) else tuple(y)
+    outputs = as_tuple(layout.check(y, cast, detach=False))
     attached = [part for part in outputs if part.requires_grad]
 
     def product(eps: State) -> Tensor:
         if not attached:  # fn does not depend on z
             return torch.zeros(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
-        seeds = (eps,) if isinstance(eps, Tensor) else eps
-        seeds = [seed for seed, part in zip(seeds, outputs, strict=True) if part.requires_grad]
+        seeds = [seed for seed, part in zip(as_tuple(eps), outputs, strict=True) if part.requires_grad]
         gradients = torch.autograd.grad(
             attached, leaves, seeds, create_graph=True, allow_unused=True, materialize_grads=True
         )

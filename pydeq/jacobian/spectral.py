@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.state import State, layout_of
+from pydeq.state import State, as_tuple, layout_of
 from pydeq.termination import norm
 
 
@@ -39,12 +39,11 @@ def spectral_radius(
         raise ValueError(f"steps must be at least 2, got {steps}")
     layout = layout_of(z)
     wide = torch.promote_types(layout.dtype, torch.float32)
-    parts = (z,) if isinstance(z, Tensor) else tuple(z)
-    leaves = tuple(part.detach().requires_grad_() for part in parts)
+    leaves = tuple(part.detach().requires_grad_() for part in as_tuple(z))
     with torch.enable_grad():
         cast = torch.is_autocast_enabled(layout.device.type)
         y = layout.check(fn(leaves if layout.is_tuple else leaves[0], *context), cast, detach=False)
-    outputs = (y,) if isinstance(y, Tensor) else tuple(y)
+    outputs = as_tuple(y)
     attached = [part for part in outputs if part.requires_grad]
     if not attached:
         return torch.zeros(layout.batch, dtype=wide, device=layout.device)
@@ -55,9 +54,7 @@ def spectral_radius(
     for step in range(steps):
         length = norm(v)
         v = (v / torch.where(length > 0, length, 1.0)[:, None]).to(layout.dtype)
-        state = layout.view(v)
-        seeds = (state,) if isinstance(state, Tensor) else state
-        seeds = [seed for seed, part in zip(seeds, outputs, strict=True) if part.requires_grad]
+        seeds = [seed for seed, part in zip(as_tuple(layout.view(v)), outputs, strict=True) if part.requires_grad]
         gradients = torch.autograd.grad(
             attached, leaves, seeds, retain_graph=True, allow_unused=True, materialize_grads=True
         )
