@@ -137,10 +137,10 @@ def select_instruction_set(name: str) -> None:
     _library.select_instruction_set(name)
 
 
-def advise_huge_pages(buffer: torch.Tensor) -> None:
-    """Ask the system for huge pages behind a large, fresh CPU buffer; does nothing without compiled kernels."""
-    if _library is not None and buffer.device.type == "cpu":
-        _library.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+def advise_huge_pages(address: int, size: int) -> None:
+    """Ask the system for huge pages behind ``size`` bytes of fresh memory; does nothing without compiled kernels."""
+    if _library is not None:
+        _library.advise_huge_pages(address, size)
 
 
 def supported_instruction_sets() -> tuple[str, ...]:
