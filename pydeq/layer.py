@@ -97,7 +97,8 @@ class DEQ(nn.Module):
             "max_steps": steps if max_steps is None else max_steps,
         }
         if torch.is_grad_enabled():
-            z, solution = self.adjoint.solve(Problem(self.cell, z0, context, options))
+            attached = self.adjoint.solve(Problem(self.cell, z0, context, options))
+            z, solution = attached.output, attached.solution
         else:
             solution = fixed_point(self.cell, z0, *context, **options)
             z = solution.image

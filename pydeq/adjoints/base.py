@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydeq.linearization import Linearization
 from pydeq.solution import Solution
 from pydeq.state import State
 
@@ -28,9 +29,25 @@ class Problem:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Attached:
+    """What a layer's call gives.
+
+    Args:
+        output: The layer's output, attached to the graph.
+        solution: How the solve went.
+        linearization: The evaluation at the solution, where the adjoint made one: a penalty on its Jacobian then needs
+            no other.
+    """
+
+    output: State
+    solution: Solution
+    linearization: Linearization | None = None
+
+
 class Adjoint(ABC):
     """How to differentiate a fixed point; frozen, without state."""
 
     @abstractmethod
-    def solve(self, problem: Problem) -> tuple[State, Solution]:
-        """The layer's output, attached to the graph, and the solution. Gradients are on."""
+    def solve(self, problem: Problem) -> Attached:
+        """Solve, and attach the solution to the graph. Gradients are on."""

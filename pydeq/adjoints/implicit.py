@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pydeq.adjoints.base import Adjoint, Problem
+from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import suggests_keywords
+from pydeq.linearization import Linearization, linearize
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import Layout, State, as_tuple, layout_of
+from pydeq.state import Layout, State, as_tuple
 from pydeq.termination import default_rtol
 
 
@@ -61,39 +62,41 @@ class Implicit(Adjoint):
             check_tolerance("rtol", self.rtol)
         check_max_steps("max_steps", self.max_steps)
 
-    def solve(self, problem: Problem) -> tuple[State, Solution]:
+    def solve(self, problem: Problem) -> Attached:
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        return attach(self, problem.fn, solution.image, problem.context, solution), solution
+        output, at = attach(self, problem.fn, solution.image, problem.context, solution)
+        return Attached(output, solution, at)
 
 
 def attach(
     settings: Implicit, fn: Callable[..., Any], image: State, context: Sequence[Any], solution: Solution | None = None
-) -> State:
+) -> tuple[State, Linearization]:
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
     Args:
         solution: Gets the adjoint's solution as its ``backward``.
     """
-    layout = layout_of(image)
-    # The graph of one evaluation, with the state as a leaf of its own.
-    z = tuple(part.detach().requires_grad_() for part in as_tuple(image))
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
-    device = layout.device.type
-    cast = torch.is_autocast_enabled(device)
-    y = fn(z if layout.is_tuple else z[0], *context)
-    y = as_tuple(layout.check(y, cast, detach=False))
-    sources, hidden = _sources(y, z, context, first_node)
+    at = linearize(fn, image, context)
+    layout, y = at.layout, at.y
+    sources, hidden = _sources(at, context, first_node)
     if sources or hidden:
-        autocast = (device, torch.get_autocast_dtype(device), cast, torch.is_autocast_cache_enabled())
-        problem = _Attached(settings, layout, fn, tuple(context), sources, hidden, autocast, solution)
-        y = _Attach.apply(problem, *y, *z, *sources)
+        device = layout.device.type
+        autocast = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+            torch.is_autocast_cache_enabled(),
+        )
+        problem = _Problem(settings, layout, fn, tuple(context), sources, hidden, autocast, solution)
+        y = _Attach.apply(problem, *y, *at.z, *sources)
     else:  # everything is frozen: no adjoint to solve
         y = tuple(part.detach() for part in y)
-    return y if layout.is_tuple else y[0]
+    return y if layout.is_tuple else y[0], at
 
 
 @dataclass(frozen=True)
-class _Attached:
+class _Problem:
     """What backward needs beside the graph.
 
     Args:
@@ -111,12 +114,12 @@ class _Attached:
     autocast: tuple[str, torch.dtype, bool, bool]
     solution: Solution | None
 
-    def solve(self, y: tuple[Tensor, ...], z: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The solution u of u = J^T u + v, J of y with respect to z; without a graph."""
+    def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The solution u of u = J^T u + v; without a graph."""
         settings = self.settings
         # The first evaluation of u = 0 would be v itself.
         solution = fixed_point(
-            lambda u, *v: self._adjoint(y, z, u, v),
+            lambda u, *v: _adjoint(at, u, v),
             v if self.layout.is_tuple else v[0],
             *v,
             solver=settings.solver,
@@ -143,36 +146,32 @@ class _Attached:
         with self._autocast():
             y = self.fn(z if self.layout.is_tuple else z[0], *self.context)
             y = as_tuple(self.layout.check(y, self.autocast[2], detach=False))
-        u = self.solve(y, z, v)
-        u = attach(
-            self.settings,
-            lambda u, *v: self._adjoint(y, z, u, v),
-            u if self.layout.is_tuple else u[0],
-            v,
-        )
+        at = Linearization(self.layout, z, y)
+        u = self.solve(at, v)
+        start = u if self.layout.is_tuple else u[0]
+        u, _ = attach(self.settings, lambda u, *v: _adjoint(at, u, v), start, v)
         outputs = [part for part in y if part.requires_grad]
         seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
         with gate:  # partial derivatives: z stays where it is
             return torch.autograd.grad(outputs, self.sources, seeds, create_graph=True, allow_unused=True)
-
-    def _adjoint(self, y: tuple[Tensor, ...], z: tuple[Tensor, ...], u: State, v: Sequence[Tensor]) -> State:
-        outputs = [part for part in y if part.requires_grad]
-        seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
-        graph = torch.is_grad_enabled()
-        products = torch.autograd.grad(outputs, z, seeds, retain_graph=True, create_graph=graph, allow_unused=True)
-        sums = tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
-        return sums if self.layout.is_tuple else sums[0]
 
     def _autocast(self) -> torch.autocast:
         device, dtype, enabled, cached = self.autocast
         return torch.autocast(device, dtype, enabled, cached)
 
 
+def _adjoint(at: Linearization, u: State, v: Sequence[Tensor]) -> State:
+    """J^T u + v."""
+    products = at.vjp(u, create_graph=torch.is_grad_enabled())
+    sums = tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
+    return sums if at.layout.is_tuple else sums[0]
+
+
 class _Attach(torch.autograd.Function):
     """Hands y through; on the way back replaces its cotangent v by the adjoint's solution u."""
 
     @staticmethod
-    def forward(problem: _Attached, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(problem: _Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(y.view_as(y) for y in tensors[: len(problem.layout.shapes)])
 
     @staticmethod
@@ -184,7 +183,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        problem: _Attached = ctx.problem
+        problem: _Problem = ctx.problem
         parts, sources = len(cotangents), len(problem.sources)
         if all(v is None for v in cotangents):
             return (None,) * (1 + 2 * parts + sources)
@@ -192,7 +191,7 @@ class _Attach(torch.autograd.Function):
         v = tuple(torch.zeros_like(of) if v is None else v for v, of in zip(cotangents, y, strict=True))
         if torch.is_grad_enabled():
             return (None,) * (1 + 2 * parts) + tuple(problem.differentiate(out, v))
-        return (None, *problem.solve(y, z, v)) + (None,) * (parts + sources)
+        return (None, *problem.solve(Linearization(problem.layout, z, y), v)) + (None,) * (parts + sources)
 
 
 class _Gate:
@@ -224,9 +223,7 @@ class _Substitute(torch.autograd.Function):
         return None, None if ctx.gate.closed else gradients[0]
 
 
-def _sources(
-    y: tuple[Tensor, ...], z: tuple[Tensor, ...], context: Sequence[Any], first_node: int
-) -> tuple[tuple[Tensor, ...], bool]:
+def _sources(at: Linearization, context: Sequence[Any], first_node: int) -> tuple[tuple[Tensor, ...], bool]:
     """What the graph of y was made from, beside z, and whether it also reaches results of other computations.
 
     Args:
@@ -234,10 +231,10 @@ def _sources(
     """
     found = {id(x): x for x in tree_leaves(list(context)) if isinstance(x, Tensor) and x.requires_grad}
     known = {x.grad_fn for x in found.values()}
-    state = {id(part) for part in z}
-    found.update({id(x): x for x in y if x.requires_grad and x.is_leaf and id(x) not in state})
+    state = {id(part) for part in at.z}
+    found.update({id(x): x for x in at.y if x.requires_grad and x.is_leaf and id(x) not in state})
     hidden = False
-    nodes = [part.grad_fn for part in y if part.grad_fn is not None]
+    nodes = [part.grad_fn for part in at.y if part.grad_fn is not None]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()

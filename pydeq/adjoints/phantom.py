@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pydeq.adjoints.base import Adjoint, Problem
+from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.fixed_point import check_max_steps, fixed_point
 from pydeq.keywords import suggests_keywords
+from pydeq.linearization import Linearization, linearize
 from pydeq.solution import Solution
 from pydeq.solvers.base import check_damping
 from pydeq.state import Layout, State, as_tuple, layout_of
@@ -51,30 +52,29 @@ class Phantom(Adjoint):
         if self.form not in ("unroll", "neumann"):
             raise ValueError(f"form must be 'unroll' or 'neumann', got {self.form!r}")
 
-    def solve(self, problem: Problem) -> tuple[State, Solution]:
+    def solve(self, problem: Problem) -> Attached:
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
         layout = layout_of(solution.image)
         if self.form == "neumann":
-            return self._neumann(problem, solution, layout), solution
+            return self._neumann(problem, solution)
         z = solution.image
         for _ in range(self.steps):
             y = layout.check(
                 problem.fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False
             )
             z = y if self.damping == 1.0 else self._blend(z, y, layout)
-        return z, solution
+        return Attached(z, solution)
 
     def _blend(self, z: State, y: State, layout: Layout) -> State:
         parts = tuple(a + self.damping * (b - a) for a, b in zip(as_tuple(z), as_tuple(y), strict=True))
         return parts if layout.is_tuple else parts[0]
 
-    def _neumann(self, problem: Problem, solution: Solution, layout: Layout) -> State:
-        z = tuple(part.detach().requires_grad_() for part in as_tuple(solution.image))
-        y = problem.fn(z if layout.is_tuple else z[0], *problem.context)
-        y = as_tuple(layout.check(y, torch.is_autocast_enabled(layout.device.type), detach=False))
+    def _neumann(self, problem: Problem, solution: Solution) -> Attached:
+        at = linearize(problem.fn, solution.image, problem.context)
+        y = at.y
         if any(part.requires_grad for part in y):
-            y = _Neumann.apply(self, *y, *z)
-        return y if layout.is_tuple else y[0]
+            y = _Neumann.apply(self, at, *y)
+        return Attached(y if at.layout.is_tuple else y[0], solution, at)
 
 
 def JacobianFree() -> Phantom:  # noqa: N802  # reads like the other adjoints
@@ -89,26 +89,25 @@ class _Neumann(torch.autograd.Function):
     """Hands y through; on the way back replaces its cotangent v by the truncated series u."""
 
     @staticmethod
-    def forward(settings: Phantom, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(y.view_as(y) for y in tensors[: len(tensors) // 2])
+    def forward(settings: Phantom, at: Linearization, *y: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.view_as(part) for part in y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.settings = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        ctx.settings, at, *y = inputs
+        ctx.layout = at.layout
+        ctx.save_for_backward(*at.z, *y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         tensors, tau = ctx.saved_tensors, ctx.settings.damping
-        y, z = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        at = Linearization(ctx.layout, tensors[: len(cotangents)], tensors[len(cotangents) :])
         u = term = tuple(tau * v for v in cotangents)
         for _ in range(ctx.settings.steps - 1):
-            outputs = [part for part in y if part.requires_grad]
-            seeds = [part for part, of in zip(term, y, strict=True) if of.requires_grad]
-            products = torch.autograd.grad(
-                outputs, z, seeds, retain_graph=True, allow_unused=True, materialize_grads=True
+            term = tuple(
+                (1.0 - tau) * b if a is None else tau * a + (1.0 - tau) * b
+                for a, b in zip(at.vjp(term), term, strict=True)
             )
-            term = tuple(tau * a + (1.0 - tau) * b for a, b in zip(products, term, strict=True))
             u = tuple(a + b for a, b in zip(u, term, strict=True))
-        return None, *u, *[None] * len(z)
+        return None, None, *u

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pydeq.linearization import linearize
 from pydeq.ops import squared_norm
-from pydeq.state import Layout, State, as_tuple, layout_of
+from pydeq.state import Layout, State, layout_of
 
 Distribution = Literal["gaussian", "rademacher"]
 Mode = Literal["vjp", "jvp"]
@@ -57,10 +59,13 @@ def frobenius_norm_squared(
     layout = layout_of(z)
     total = torch.zeros((), device=layout.device)
     with torch.enable_grad():
-        product = _vjp(fn, z, context, layout) if mode == "vjp" else _jvp(fn, z, context, layout)
+        if mode == "vjp":
+            at = linearize(fn, z, context)
+            product = functools.partial(at.flat_vjp, create_graph=True)
+        else:
+            product = _jvp(fn, z, context, layout)
         for _ in range(probes):
-            flat = product(layout.view(_probe(layout, distribution, generator)))
-            total = total + squared_norm(flat)
+            total = total + squared_norm(product(_probe(layout, distribution, generator)))
     return total / probes
 
 
@@ -104,33 +109,13 @@ def _probe(layout: Layout, distribution: Distribution, generator: torch.Generato
     return flat.bernoulli_(0.5, generator=generator).mul_(2.0).sub_(1.0)
 
 
-def _vjp(fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout) -> Callable[[State], Tensor]:
-    """eps -> eps^T J, flat [B, D], with a graph."""
-    leaves = tuple(part.detach().requires_grad_() for part in as_tuple(z))
-    y = fn(leaves if layout.is_tuple else leaves[0], *context)
-    cast = torch.is_autocast_enabled(layout.device.type)
-    outputs = as_tuple(layout.check(y, cast, detach=False))
-    attached = [part for part in outputs if part.requires_grad]
-
-    def product(eps: State) -> Tensor:
-        if not attached:  # fn does not depend on z
-            return torch.zeros(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
-        seeds = [seed for seed, part in zip(as_tuple(eps), outputs, strict=True) if part.requires_grad]
-        gradients = torch.autograd.grad(
-            attached, leaves, seeds, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return layout.flatten(gradients if layout.is_tuple else gradients[0])
-
-    return product
-
-
-def _jvp(fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout) -> Callable[[State], Tensor]:
+def _jvp(fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout) -> Callable[[Tensor], Tensor]:
     """eps -> J eps, flat [B, D], with a graph."""
     point = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
     cast = torch.is_autocast_enabled(layout.device.type)
 
-    def product(eps: State) -> Tensor:
-        tangent = torch.func.jvp(lambda state: fn(state, *context), (point,), (eps,))[1]
+    def product(eps: Tensor) -> Tensor:
+        tangent = torch.func.jvp(lambda state: fn(state, *context), (point,), (layout.view(eps),))[1]
         return layout.flatten(layout.check(tangent, cast, detach=False))
 
     return product

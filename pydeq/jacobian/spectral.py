@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.state import State, as_tuple, layout_of
+from pydeq.linearization import linearize
+from pydeq.state import State, layout_of
 from pydeq.termination import norm
 
 
@@ -39,13 +40,8 @@ def spectral_radius(
         raise ValueError(f"steps must be at least 2, got {steps}")
     layout = layout_of(z)
     wide = torch.promote_types(layout.dtype, torch.float32)
-    leaves = tuple(part.detach().requires_grad_() for part in as_tuple(z))
-    with torch.enable_grad():
-        cast = torch.is_autocast_enabled(layout.device.type)
-        y = layout.check(fn(leaves if layout.is_tuple else leaves[0], *context), cast, detach=False)
-    outputs = as_tuple(y)
-    attached = [part for part in outputs if part.requires_grad]
-    if not attached:
+    at = linearize(fn, z, context)
+    if not any(part.requires_grad for part in at.y):
         return torch.zeros(layout.batch, dtype=wide, device=layout.device)
 
     v = torch.empty(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
@@ -54,11 +50,7 @@ def spectral_radius(
     for step in range(steps):
         length = norm(v)
         v = (v / torch.where(length > 0, length, 1.0)[:, None]).to(layout.dtype)
-        seeds = [seed for seed, part in zip(as_tuple(layout.view(v)), outputs, strict=True) if part.requires_grad]
-        gradients = torch.autograd.grad(
-            attached, leaves, seeds, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        v = layout.flatten(gradients if layout.is_tuple else gradients[0]).detach()
+        v = at.flat_vjp(v)
         if step >= steps // 2:
             growth += norm(v).log()  # -inf once v is 0, and it stays
     return (growth / (steps - steps // 2)).exp().to(wide)
