@@ -68,6 +68,7 @@ def fixed_point(
         TypeError: If an argument, or what fn returned, is of the wrong type, or a keyword is unknown.
         ValueError: If an argument is out of range, or fn changes the shape, dtype or device.
         ConvergenceError: If ``throw`` and a sample did not converge.
+        RuntimeError: Under a transform of ``torch.func``.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
     """
@@ -79,6 +80,11 @@ def fixed_point(
         solver = Anderson()
     elif not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fixed_point does not work under torch.func transforms (it has no gradient, and stops samples by their"
+            " values): use pydeq.DEQ, which does"
+        )
     layout = layout_of(z0)
     max_steps = check_max_steps("max_steps", max_steps)
     cast = torch.is_autocast_enabled(layout.device.type)

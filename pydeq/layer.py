@@ -9,6 +9,7 @@ from torch import nn
 
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Problem
+from pydeq.adjoints.functional import transforms_active
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import unknown_keyword
 from pydeq.solvers import Anderson, Solver
@@ -96,8 +97,10 @@ class DEQ(nn.Module):
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
         }
-        if torch.is_grad_enabled():
-            attached = self.adjoint.solve(Problem(self.cell, z0, context, options))
+        owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
+        module = owner if isinstance(owner, nn.Module) else None
+        if torch.is_grad_enabled() or transforms_active():
+            attached = self.adjoint.solve(Problem(self.cell, z0, context, options, module))
             z, solution = attached.output, attached.solution
         else:
             solution = fixed_point(self.cell, z0, *context, **options)

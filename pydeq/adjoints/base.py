@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from pydeq.linearization import Linearization
 from pydeq.solution import Solution
 from pydeq.state import State
@@ -21,12 +23,16 @@ class Problem:
         z0: Initial state.
         context: What fn is given after z.
         options: Keywords of :func:`pydeq.fixed_point`.
+        module: What holds the parameters that fn uses; None where fn is no module.
+        memory: Where an adjoint may keep something from call to call; the layer's.
     """
 
     fn: Callable[..., Any]
     z0: State
     context: Sequence[Any]
     options: dict[str, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

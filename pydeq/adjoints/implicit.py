@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import Layout, State, as_tuple
+from pydeq.state import Layout, State, as_tuple, layout_of
 from pydeq.termination import default_rtol
 
 
@@ -62,7 +63,14 @@ class Implicit(Adjoint):
             check_tolerance("rtol", self.rtol)
         check_max_steps("max_steps", self.max_steps)
 
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Of :func:`pydeq.fixed_point`, for the adjoint of states of this dtype."""
+        rtol = 0.1 * default_rtol(dtype) if self.rtol is None else self.rtol
+        return {"solver": self.solver, "rtol": rtol, "max_steps": self.max_steps}
+
     def solve(self, problem: Problem) -> Attached:
+        if transforms_active():
+            return Attached(*solve_functional(problem, self.options(layout_of(problem.z0).dtype)))
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
         output, at = attach(self, problem.fn, solution.image, problem.context, solution)
         return Attached(output, solution, at)
@@ -122,9 +130,7 @@ class _Problem:
             lambda u, *v: _adjoint(at, u, v),
             v if self.layout.is_tuple else v[0],
             *v,
-            solver=settings.solver,
-            rtol=0.1 * default_rtol(self.layout.dtype) if settings.rtol is None else settings.rtol,
-            max_steps=settings.max_steps,
+            **settings.options(self.layout.dtype),
         )
         if self.solution is not None:
             self.solution.backward = solution

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.fixed_point import check_max_steps, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
@@ -53,11 +54,17 @@ class Phantom(Adjoint):
             raise ValueError(f"form must be 'unroll' or 'neumann', got {self.form!r}")
 
     def solve(self, problem: Problem) -> Attached:
-        solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        layout = layout_of(solution.image)
-        if self.form == "neumann":
-            return self._neumann(problem, solution)
-        z = solution.image
+        if transforms_active():
+            if self.form == "neumann":
+                raise RuntimeError('Phantom(form="neumann") does not work under torch.func: use form="unroll"')
+            z, solution = solve_functional(problem, problem.options)
+            z = tuple(part.detach() for part in z) if isinstance(z, tuple) else z.detach()
+        else:
+            solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+            if self.form == "neumann":
+                return self._neumann(problem, solution)
+            z = solution.image
+        layout = layout_of(problem.z0)
         for _ in range(self.steps):
             y = layout.check(
                 problem.fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False
