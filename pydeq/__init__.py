@@ -11,7 +11,7 @@ from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_radius
 from pydeq.layer import DEQ
 from pydeq.protocol import Status
-from pydeq.solution import ConvergenceError, Solution
+from pydeq.solution import ConvergenceError, ConvergenceWarning, Solution
 from pydeq.solvers import Anderson, Broyden, Picard
 
 try:
@@ -24,6 +24,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "ConvergenceError",
+    "ConvergenceWarning",
     "Implicit",
     "JacobianFree",
     "Phantom",

@@ -11,6 +11,7 @@ import torch
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
+from pydeq.precision import Autocast
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import Layout, State, layout_of
@@ -87,12 +88,8 @@ def fixed_point(
         )
     layout = layout_of(z0)
     max_steps = check_max_steps("max_steps", max_steps)
-    cast = torch.is_autocast_enabled(layout.device.type)
-    coarsest = layout.dtype
-    if cast:
-        autocast = torch.get_autocast_dtype(layout.device.type)
-        if torch.finfo(autocast).eps > torch.finfo(coarsest).eps:
-            coarsest = autocast
+    autocast = Autocast.current(layout.device)
+    cast, coarsest = autocast.enabled, autocast.coarsest(layout.dtype)
     rules = Rules(
         rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
         atol=check_tolerance("atol", atol),

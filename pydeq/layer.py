@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -10,12 +11,15 @@ from torch import nn
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Problem
 from pydeq.adjoints.functional import transforms_active
+from pydeq.compilation import Compiler, skipped
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import unknown_keyword
+from pydeq.randomness import Replayed, random_modules
+from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import State
+from pydeq.state import State, layout_of
 
-_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps")
+_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng")
 _CALL = ("return_solution", "rtol", "max_steps")
 
 
@@ -32,6 +36,11 @@ class DEQ(nn.Module):
         rtol, atol: Tolerances, see :func:`pydeq.fixed_point`.
         max_steps: Evaluations of each sample at most, without the one that attaches the graph.
         eval_max_steps: The same in evaluation mode; ``max_steps`` by default. The paper's hard stop.
+        freeze_rng: Give every evaluation of one call the same random numbers, so that a cell that draws some, like
+            ``nn.Dropout``, has a fixed point. Without it such a cell is warned about.
+
+    Under torch.compile a call is one graph break, and the cell is compiled: once for the solve, and once for the
+    evaluation with gradients.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -49,6 +58,7 @@ class DEQ(nn.Module):
         atol: float = 0.0,
         max_steps: int = 50,
         eval_max_steps: int | None = None,
+        freeze_rng: bool = False,
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -67,7 +77,19 @@ class DEQ(nn.Module):
         self.atol = check_tolerance("atol", atol)
         self.max_steps = check_max_steps("max_steps", max_steps)
         self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
+        self.freeze_rng = bool(freeze_rng)
+        self._memory: dict[str, Any] = {}  # an adjoint's, from call to call
+        if not freeze_rng and (names := random_modules(self)):
+            warnings.warn(
+                f"the cell draws random numbers in training mode ({', '.join(names)}): each evaluation gets others, so"
+                " it has no fixed point; DEQ(..., freeze_rng=True) gives all of one call the same",
+                stacklevel=2,
+            )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_memory": {}}  # neither copied nor saved
+
+    @skipped
     def forward(
         self,
         z0: State,
@@ -97,15 +119,23 @@ class DEQ(nn.Module):
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
         }
-        owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
-        module = owner if isinstance(owner, nn.Module) else None
-        if torch.is_grad_enabled() or transforms_active():
-            attached = self.adjoint.solve(Problem(self.cell, z0, context, options, module))
-            z, solution = attached.output, attached.solution
-        else:
-            solution = fixed_point(self.cell, z0, *context, **options)
-            z = solution.image
+        with Compiler() as compiler:
+            z, solution = self._solve(z0, context, options, compiler)
         return (z, solution) if return_solution else z
+
+    def _solve(
+        self, z0: State, context: tuple[Any, ...], options: dict[str, Any], compiler: Compiler
+    ) -> tuple[State, Solution]:
+        fn = compiler.compiled(self.cell)
+        if self.freeze_rng:
+            fn = Replayed(fn, layout_of(z0).device)
+        if torch.is_grad_enabled() or transforms_active():
+            owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
+            module = owner if isinstance(owner, nn.Module) else None
+            attached = self.adjoint.solve(Problem(fn, z0, context, options, module, self._memory))
+            return attached.output, attached.solution
+        solution = fixed_point(fn, z0, *context, **options)
+        return solution.image, solution
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}, max_steps={self.max_steps}"

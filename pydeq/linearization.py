@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeq.compilation import reusable_graphs
 from pydeq.state import Layout, State, as_tuple, layout_of
 
 
@@ -54,7 +55,7 @@ def linearize(fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Linea
     layout = layout_of(z)
     leaves = tuple(part.detach().requires_grad_() for part in as_tuple(z))
     cast = torch.is_autocast_enabled(layout.device.type)
-    with torch.enable_grad():
+    with torch.enable_grad(), reusable_graphs():
         y = fn(leaves if layout.is_tuple else leaves[0], *context)
         y = as_tuple(layout.check(y, cast, detach=False))
     return Linearization(layout, leaves, y)

@@ -87,6 +87,10 @@ class Solution:
         return f"Solution({text})" + (f"\n  {advice}" if advice else "")
 
 
+class ConvergenceWarning(UserWarning):
+    """A solve that nobody looks at did not converge."""
+
+
 class ConvergenceError(RuntimeError):
     """Raised under ``throw=True`` when a sample did not converge; ``solution`` has what was reached."""
 

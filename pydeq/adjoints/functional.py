@@ -24,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pydeq.adjoints.base import Problem
+from pydeq.adjoints.watch import watch
 from pydeq.fixed_point import fixed_point
+from pydeq.precision import Autocast
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.state import State, as_tuple, layout_of
@@ -48,6 +50,7 @@ class Equation:
         parts: Tensors in the state.
         options: Of :func:`pydeq.fixed_point`.
         adjoint: The same for the linear equations of its derivatives.
+        autocast: That of the forward, whenever it is solved; ``map`` turns it on where it belongs.
         probe: Called like ``map``, evaluates it where a captured tensor is refused; None for maps made of others.
         record: Gets the solution, and ``record_adjoint`` the one of the backward equation.
     """
@@ -56,6 +59,7 @@ class Equation:
     parts: int
     options: dict[str, Any]
     adjoint: dict[str, Any]
+    autocast: Autocast
     probe: Callable[..., None] | None = None
     record: Callable[[Solution], None] = field(default=lambda solution: None)
     record_adjoint: Callable[[Solution], None] = field(default=lambda solution: None)
@@ -76,7 +80,13 @@ class FixedPoint(torch.autograd.Function):
         z0, inputs = tensors[: equation.parts], tensors[equation.parts :]
         if equation.probe is not None:
             equation.probe(tuple(part.detach() for part in z0), *(x.detach() for x in inputs))
-        solution = fixed_point(lambda z, *inputs: equation.map(as_tuple(z), *inputs), z0, *inputs, **equation.options)
+
+        def fn(z: State, *inputs: Tensor) -> Parts:
+            with equation.autocast.off():
+                return equation.map(as_tuple(z), *inputs)
+
+        with equation.autocast.again():  # which says how exact the map is
+            solution = fixed_point(fn, z0, *inputs, **equation.options)
         equation.record(solution)
         image = as_tuple(solution.image)
         if equation.probe is not None:
@@ -219,13 +229,14 @@ class _Caller(torch.nn.Module):
 
 
 def equation_of(
-    problem: Problem, adjoint: dict[str, Any], record: Callable[[Solution], None]
+    problem: Problem, adjoint: dict[str, Any], record: Callable[[Solution], None], settings: Any
 ) -> tuple[Equation, Parts]:
     """The problem with all that it depends on as explicit inputs: the equation, and its inputs.
 
     Args:
         adjoint: Options of :func:`pydeq.fixed_point` for the derivatives' equations.
         record: Gets the solution, which gets the adjoint's as its ``backward``.
+        settings: The adjoint, which a warning would name.
     """
     layout = layout_of(problem.z0)
     slots: dict[str, int] = {}  # of parameters and buffers: which of the inputs belongs there
@@ -245,21 +256,20 @@ def equation_of(
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     inputs += [leaves[i] for i in places]
     constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    device = layout.device.type
-    autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    autocast = Autocast.current(layout.device)
 
     def evaluate(z: Parts, *inputs: Tensor) -> Parts:
         filled = list(constants)
         for i, x in zip(places, inputs[held:], strict=True):
             filled[i] = x
         arguments = (z if layout.is_tuple else z[0], *tree_unflatten(filled, tree))
-        with torch.autocast(*autocast):
+        with autocast.again():
             if caller is None:
                 y = problem.fn(*arguments)
             else:
                 state = {name: inputs[number] for name, number in slots.items()}
                 y = torch.func.functional_call(caller, state, arguments, tie_weights=False)
-        return as_tuple(layout.check(y, cast=autocast[2], detach=False))
+        return as_tuple(layout.check(y, autocast.enabled, detach=False))
 
     def probe(z: Parts, *inputs: Tensor) -> None:
         with RefuseCaptured():
@@ -274,17 +284,20 @@ def equation_of(
     def record_adjoint(solution: Solution) -> None:
         if solutions:
             solutions[0].backward = solution
+        watch(settings, solution)
 
     options = dict(problem.options)
-    return Equation(evaluate, len(layout.shapes), options, adjoint, probe, record_first, record_adjoint), tuple(inputs)
+    return Equation(
+        evaluate, len(layout.shapes), options, adjoint, autocast, probe, record_first, record_adjoint
+    ), tuple(inputs)
 
 
-def solve_functional(problem: Problem, adjoint: dict[str, Any]) -> tuple[State, Solution]:
+def solve_functional(problem: Problem, adjoint: dict[str, Any], settings: Any) -> tuple[State, Solution]:
     """Solve under transforms: the fixed point, with derivatives of any order and mode, and the solution.
 
     Under vmap the solution is that of the folded batch.
     """
     solutions: list[Solution] = []
-    equation, inputs = equation_of(problem, adjoint, solutions.append)
+    equation, inputs = equation_of(problem, adjoint, solutions.append, settings)
     z = equation.solve(as_tuple(problem.z0), inputs)
     return z if isinstance(problem.z0, tuple) else z[0], solutions[0]

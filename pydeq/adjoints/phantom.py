@@ -57,7 +57,7 @@ class Phantom(Adjoint):
         if transforms_active():
             if self.form == "neumann":
                 raise RuntimeError('Phantom(form="neumann") does not work under torch.func: use form="unroll"')
-            z, solution = solve_functional(problem, problem.options)
+            z, solution = solve_functional(problem, problem.options, self)
             z = tuple(part.detach() for part in z) if isinstance(z, tuple) else z.detach()
         else:
             solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
