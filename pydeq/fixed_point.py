@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
+from pydeq.reduction import WHOLE
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import Layout, State, layout_of
 from pydeq.termination import Rules, default_rtol
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _KEYWORDS = (
     "solver", "rtol", "atol", "max_steps", "trace", "throw", "freeze", "stall", "compact", "batched_context",
+    "process_group", "sharded",
 )  # fmt: skip
 
 
@@ -35,6 +41,8 @@ def fixed_point(
     stall: bool = True,
     compact: bool = False,
     batched_context: Sequence[bool] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharded: bool = False,
     **unknown: NoReturn,
 ) -> Solution:
     """Find z with z = fn(z, *context), each sample of the batch on its own; no gradient.
@@ -60,6 +68,12 @@ def fixed_point(
         compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and
             take what it needs per sample through ``context``.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
+        process_group: The ranks that call fn equally often, so that an fn that communicates finds them all: a rank
+            that is done calls it on its frozen states until all are. All must call with the same ``max_steps``; a
+            batch may be empty. An exception on one rank ends the solve on all; where fn was in a collective of its
+            own on others, they end with that one's timeout. ``throw`` looks at the samples of this rank alone.
+        sharded: Each rank of ``process_group`` has its own entries of the same samples: norms and inner products are
+            those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
 
     Returns:
         The solution. Its tensors are new ones.
@@ -67,6 +81,7 @@ def fixed_point(
     Raises:
         TypeError: If an argument, or what fn returned, is of the wrong type, or a keyword is unknown.
         ValueError: If an argument is out of range, or fn changes the shape, dtype or device.
+        RuntimeError: If the solve failed on another rank.
         ConvergenceError: If ``throw`` and a sample did not converge.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
@@ -81,6 +96,9 @@ def fixed_point(
         raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
     layout = layout_of(z0)
     max_steps = check_max_steps("max_steps", max_steps)
+    ranks = check_ranks(process_group, sharded)
+    if sharded and not solver.reduces:
+        raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
     cast = torch.is_autocast_enabled(layout.device.type)
     coarsest = layout.dtype
     if cast:
@@ -93,7 +111,11 @@ def fixed_point(
         eps=torch.finfo(coarsest).eps,
         freeze=freeze,
         stall=stall,
+        reduction=WHOLE if ranks is None else ranks.reduction(),
     )
+    agreement = ALONE
+    if ranks is not None:
+        agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
     with torch.no_grad():
         if compact:
             batched = _check_compact(fn, context, batched_context, layout, freeze)
@@ -101,7 +123,7 @@ def fixed_point(
         else:
             evaluator = Evaluator(fn, context, layout, cast)
         flat = layout.flatten(z0)
-        solution = iterate(evaluator, flat, solver, rules, max_steps, trace)
+        solution = iterate(evaluator, flat, solver, rules, max_steps, trace, agreement)
     if throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution

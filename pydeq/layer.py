@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Problem
+from pydeq.distributed import check_ranks
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import unknown_keyword
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State
 
-_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "process_group", "sharded")
 _CALL = ("return_solution", "rtol", "max_steps")
 
 
@@ -31,6 +35,8 @@ class DEQ(nn.Module):
         rtol, atol: Tolerances, see :func:`pydeq.fixed_point`.
         max_steps: Evaluations of each sample at most, without the one that attaches the graph.
         eval_max_steps: The same in evaluation mode; ``max_steps`` by default. The paper's hard stop.
+        process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`.
+            They call the layer equally often and differentiate it equally often: on all of them or on none.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -48,6 +54,8 @@ class DEQ(nn.Module):
         atol: float = 0.0,
         max_steps: int = 50,
         eval_max_steps: int | None = None,
+        process_group: ProcessGroup | None = None,
+        sharded: bool = False,
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -66,6 +74,7 @@ class DEQ(nn.Module):
         self.atol = check_tolerance("atol", atol)
         self.max_steps = check_max_steps("max_steps", max_steps)
         self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
+        self.ranks = check_ranks(process_group, sharded)
 
     def forward(
         self,
@@ -96,6 +105,8 @@ class DEQ(nn.Module):
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
         }
+        if self.ranks is not None:
+            options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
         if torch.is_grad_enabled():
             attached = self.adjoint.solve(Problem(self.cell, z0, context, options))
             z, solution = attached.output, attached.solution

@@ -64,17 +64,23 @@ class Implicit(Adjoint):
 
     def solve(self, problem: Problem) -> Attached:
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        output, at = attach(self, problem.fn, solution.image, problem.context, solution)
+        output, at = attach(self, problem.fn, solution.image, problem.context, solution, problem.shared)
         return Attached(output, solution, at)
 
 
 def attach(
-    settings: Implicit, fn: Callable[..., Any], image: State, context: Sequence[Any], solution: Solution | None = None
+    settings: Implicit,
+    fn: Callable[..., Any],
+    image: State,
+    context: Sequence[Any],
+    solution: Solution | None = None,
+    shared: dict[str, Any] | None = None,
 ) -> tuple[State, Linearization]:
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
     Args:
         solution: Gets the adjoint's solution as its ``backward``.
+        shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
     """
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     at = linearize(fn, image, context)
@@ -88,7 +94,7 @@ def attach(
             torch.is_autocast_enabled(device),
             torch.is_autocast_cache_enabled(),
         )
-        problem = _Problem(settings, layout, fn, tuple(context), sources, hidden, autocast, solution)
+        problem = _Problem(settings, layout, fn, tuple(context), sources, hidden, autocast, solution, shared or {})
         y = _Attach.apply(problem, *y, *at.z, *sources)
     else:  # everything is frozen: no adjoint to solve
         y = tuple(part.detach() for part in y)
@@ -113,6 +119,7 @@ class _Problem:
     hidden: bool
     autocast: tuple[str, torch.dtype, bool, bool]
     solution: Solution | None
+    shared: dict[str, Any]
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
@@ -125,6 +132,7 @@ class _Problem:
             solver=settings.solver,
             rtol=0.1 * default_rtol(self.layout.dtype) if settings.rtol is None else settings.rtol,
             max_steps=settings.max_steps,
+            **self.shared,
         )
         if self.solution is not None:
             self.solution.backward = solution
@@ -149,7 +157,7 @@ class _Problem:
         at = Linearization(self.layout, z, y)
         u = self.solve(at, v)
         start = u if self.layout.is_tuple else u[0]
-        u, _ = attach(self.settings, lambda u, *v: _adjoint(at, u, v), start, v)
+        u, _ = attach(self.settings, lambda u, *v: _adjoint(at, u, v), start, v, shared=self.shared)
         outputs = [part for part in y if part.requires_grad]
         seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
         with gate:  # partial derivatives: z stays where it is
