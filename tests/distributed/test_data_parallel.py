@@ -160,6 +160,30 @@ def test_fsdp_gives_the_gradients_of_one_process(world, adjoint, solver):
     check_calls(world.run(under_fsdp, adjoint, solver))
 
 
+def penalize(rank):
+    """FSDP2 does not differentiate twice what it wraps; a penalty made of Jacobian-vector products needs it once."""
+    x, gradients = batches()[rank], []
+    mesh = init_device_mesh("cpu", (SIZE,))
+    for group in (mesh.get_group(), None):
+        model = Model(group=group)
+        if group:
+            fully_shard(model.deq.cell, mesh=mesh)
+        data = model.encoder(x)
+        z = model.deq(torch.zeros_like(x), data)
+        generator = torch.Generator().manual_seed(rank)
+        penalty = pydeq.jacobian_penalty(model.deq.cell, z, data, mode="jvp", generator=generator)
+        penalty.backward()
+        gradients.append([p.grad for p in model.deq.cell.parameters()])
+    for gradient, alone in zip(*gradients, strict=True):
+        dist.all_reduce(alone)
+        assert float(alone.abs().max()) > 1e-3
+        assert_close(gradient.full_tensor(), alone / SIZE, size=DIM * BATCH * SIZE, condition=100.0)
+
+
+def test_a_penalty_by_jacobian_vector_products_under_fsdp(world):
+    world.run(penalize)
+
+
 def second_order(rank):
     """A Hessian-vector product; the ranks' loops of the second backward pass end together, too."""
     x = batches()[rank]

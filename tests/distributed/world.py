@@ -83,6 +83,7 @@ class World:
 def serve(rank, meeting, pipe):
     """The life of one process."""
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)  # as in pyproject.toml
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
     torch.set_num_threads(1)
