@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
 from pydeq.precision import Autocast
+from pydeq.reduction import WHOLE
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import Layout, State, layout_of
 from pydeq.termination import Rules, default_rtol
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _KEYWORDS = (
     "solver", "rtol", "atol", "max_steps", "trace", "throw", "freeze", "stall", "compact", "batched_context",
+    "process_group", "sharded",
 )  # fmt: skip
 
 
@@ -36,6 +42,8 @@ def fixed_point(
     stall: bool = True,
     compact: bool = False,
     batched_context: Sequence[bool] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharded: bool = False,
     **unknown: NoReturn,
 ) -> Solution:
     """Find z with z = fn(z, *context), each sample of the batch on its own; no gradient.
@@ -61,6 +69,12 @@ def fixed_point(
         compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and
             take what it needs per sample through ``context``.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
+        process_group: The ranks that call fn equally often, so that an fn that communicates finds them all: a rank
+            that is done calls it on its frozen states until all are. All must call with the same ``max_steps``; a
+            batch may be empty. An exception on one rank ends the solve on all; where fn was in a collective of its
+            own on others, they end with that one's timeout. ``throw`` looks at the samples of this rank alone.
+        sharded: Each rank of ``process_group`` has its own entries of the same samples: norms and inner products are
+            those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
 
     Returns:
         The solution. Its tensors are new ones.
@@ -68,8 +82,8 @@ def fixed_point(
     Raises:
         TypeError: If an argument, or what fn returned, is of the wrong type, or a keyword is unknown.
         ValueError: If an argument is out of range, or fn changes the shape, dtype or device.
+        RuntimeError: If the solve failed on another rank, or under a transform of ``torch.func``.
         ConvergenceError: If ``throw`` and a sample did not converge.
-        RuntimeError: Under a transform of ``torch.func``.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
     """
@@ -90,13 +104,20 @@ def fixed_point(
     max_steps = check_max_steps("max_steps", max_steps)
     autocast = Autocast.current(layout.device)
     cast, coarsest = autocast.enabled, autocast.coarsest(layout.dtype)
+    ranks = check_ranks(process_group, sharded)
+    if sharded and not solver.reduces:
+        raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
     rules = Rules(
         rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
         atol=check_tolerance("atol", atol),
         eps=torch.finfo(coarsest).eps,
         freeze=freeze,
         stall=stall,
+        reduction=WHOLE if ranks is None else ranks.reduction(),
     )
+    agreement = ALONE
+    if ranks is not None:
+        agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
     with torch.no_grad():
         if compact:
             batched = _check_compact(fn, context, batched_context, layout, freeze)
@@ -104,7 +125,7 @@ def fixed_point(
         else:
             evaluator = Evaluator(fn, context, layout, cast)
         flat = layout.flatten(z0)
-        solution = iterate(evaluator, flat, solver, rules, max_steps, trace)
+        solution = iterate(evaluator, flat, solver, rules, max_steps, trace, agreement)
     if throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
     return solution

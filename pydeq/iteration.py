@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydeq.distributed import ALONE, Agreement
 from pydeq.evaluation import Evaluator
 from pydeq.protocol import Counter, Progress, Scalar
 from pydeq.solution import Solution, relative
@@ -12,24 +13,37 @@ from pydeq.solvers.base import Solver, Workspace
 from pydeq.termination import Rules
 
 
-def iterate(evaluator: Evaluator, flat: Tensor, solver: Solver, rules: Rules, max_steps: int, trace: bool) -> Solution:
+def iterate(
+    evaluator: Evaluator,
+    flat: Tensor,
+    solver: Solver,
+    rules: Rules,
+    max_steps: int,
+    trace: bool,
+    agreement: Agreement = ALONE,
+) -> Solution:
     """Solve from the initial iterates ``flat`` [B, D].
+
+    Args:
+        agreement: With whom the end is agreed on.
 
     Returns:
         The solution, its value and image in the evaluator's layout.
     """
     layout = evaluator.layout
     rows: list[Tensor] = []
-    workspace = solver.start(flat, rules, max_steps)
-    if layout.batch:
+    with agreement:
+        workspace = solver.start(flat, rules, max_steps)
         progress = workspace.progress.numpy()
-        for k in range(max_steps):
+        running = agreement.running(layout.batch)
+        for k in range(max_steps if running else 0):
             f = evaluator.evaluate(workspace, k)
+            agreement.evaluated()
             workspace.step(f, k)
             del f  # before fn allocates the next one
             if trace:
                 rows.append(_trace_row(workspace, k))
-            if progress[Progress.RUNNING] == 0:
+            if agreement.running(int(progress[Progress.RUNNING])) == 0:
                 break
     traced = None
     if trace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Problem
 from pydeq.adjoints.functional import transforms_active
 from pydeq.compilation import Compiler, skipped
+from pydeq.distributed import check_ranks
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import unknown_keyword
 from pydeq.randomness import Replayed, random_modules
@@ -19,7 +20,12 @@ from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State, layout_of
 
-_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_INIT = (
+    "solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng", "process_group", "sharded",
+)  # fmt: skip
 _CALL = ("return_solution", "rtol", "max_steps")
 
 
@@ -38,6 +44,8 @@ class DEQ(nn.Module):
         eval_max_steps: The same in evaluation mode; ``max_steps`` by default. The paper's hard stop.
         freeze_rng: Give every evaluation of one call the same random numbers, so that a cell that draws some, like
             ``nn.Dropout``, has a fixed point. Without it such a cell is warned about.
+        process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`.
+            They call the layer equally often and differentiate it equally often: on all of them or on none.
 
     Under torch.compile a call is one graph break, and the cell is compiled: once for the solve, and once for the
     evaluation with gradients.
@@ -59,6 +67,8 @@ class DEQ(nn.Module):
         max_steps: int = 50,
         eval_max_steps: int | None = None,
         freeze_rng: bool = False,
+        process_group: ProcessGroup | None = None,
+        sharded: bool = False,
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -85,6 +95,7 @@ class DEQ(nn.Module):
                 " it has no fixed point; DEQ(..., freeze_rng=True) gives all of one call the same",
                 stacklevel=2,
             )
+        self.ranks = check_ranks(process_group, sharded)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_memory": {}}  # neither copied nor saved
@@ -119,6 +130,8 @@ class DEQ(nn.Module):
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
         }
+        if self.ranks is not None:
+            options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
         with Compiler() as compiler:
             z, solution = self._solve(z0, context, options, compiler)
         return (z, solution) if return_solution else z

@@ -34,6 +34,11 @@ class Problem:
     module: nn.Module | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The options that a solve of the adjoint system has in common with this one: who solves it together."""
+        return {name: self.options[name] for name in ("process_group", "sharded") if name in self.options}
+
 
 @dataclass(frozen=True)
 class Attached:

@@ -80,9 +80,9 @@ class Implicit(Adjoint):
         if transforms_active():
             layout = layout_of(problem.z0)
             dtype = Autocast.current(layout.device).coarsest(layout.dtype)
-            return Attached(*solve_functional(problem, self.options(dtype), self))
+            return Attached(*solve_functional(problem, self.options(dtype) | problem.shared, self))
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        output, at = attach(self, problem.fn, solution.image, problem.context, solution, problem.memory)
+        output, at = attach(self, problem.fn, solution.image, problem.context, solution, problem.memory, problem.shared)
         return Attached(output, solution, at)
 
 
@@ -93,12 +93,14 @@ def attach(
     context: Sequence[Any],
     solution: Solution | None = None,
     memory: dict[str, Any] | None = None,
+    shared: dict[str, Any] | None = None,
 ) -> tuple[State, Linearization]:
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
     Args:
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Where the last cotangent is kept for a warm start.
+        shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
     """
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     at = linearize(fn, image, context)
@@ -106,7 +108,9 @@ def attach(
     sources, hidden = _sources(at, context, first_node)
     if sources or hidden:
         autocast = Autocast.current(layout.device)
-        problem = _Problem(settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory)
+        problem = _Problem(
+            settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory, shared or {}
+        )
         y = _Attach.apply(problem, *y, *at.z, *sources)
     else:  # everything is frozen: no adjoint to solve
         y = tuple(part.detach() for part in y)
@@ -132,6 +136,7 @@ class _Problem:
     autocast: Autocast
     solution: Solution | None
     memory: dict[str, Any] | None
+    shared: dict[str, Any]
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
@@ -143,6 +148,7 @@ class _Problem:
                 start if self.layout.is_tuple else start[0],
                 *v,
                 **settings.options(self.autocast.coarsest(self.layout.dtype)),
+                **self.shared,
             )
         if self.solution is not None:
             self.solution.backward = solution
@@ -178,7 +184,7 @@ class _Problem:
         at = Linearization(self.layout, z, y)
         u = self.solve(at, v)
         with self.autocast.again():
-            u, _ = attach(self.settings, self._adjoint(at), u if self.layout.is_tuple else u[0], v)
+            u, _ = attach(self.settings, self._adjoint(at), u if self.layout.is_tuple else u[0], v, shared=self.shared)
         outputs = [part for part in y if part.requires_grad]
         seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
         with gate:  # partial derivatives: z stays where it is

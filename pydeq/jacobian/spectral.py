@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pydeq.linearization import linearize
+from pydeq.reduction import norm
 from pydeq.state import State, layout_of
-from pydeq.termination import norm
 
 
 def spectral_radius(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Broyden(Solver):
     Source: Kelley, Solving Nonlinear Equations with Newton's Method, SIAM 2003, section 4; More and Trangenstein, Math.
     Comp. 30 (1976), for vanishing denominators.
     """
+
+    reduces: ClassVar[bool] = True
 
     memory: int = 100
 
@@ -72,7 +75,7 @@ class _BroydenWorkspace(Workspace):
         broyden_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.steps, self.restart,
             self.gram, self.thetas, self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.memory,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.memory, rules.reduction,
         )  # fmt: skip
 
     def _widen(self, columns: int) -> None:
