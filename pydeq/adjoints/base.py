@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydeq.fixed_point import fixed_point
 from pydeq.linearization import Linearization
 from pydeq.solution import Solution
+from pydeq.solvers import Solver
 from pydeq.state import State
 
 
@@ -38,11 +40,13 @@ class Attached:
         solution: How the solve went.
         linearization: The evaluation at the solution, where the adjoint made one: a penalty on its Jacobian then needs
             no other.
+        states: The states asked for by ``states_at`` with their gradients, where the adjoint has those.
     """
 
     output: State
     solution: Solution
     linearization: Linearization | None = None
+    states: list[State] | None = None
 
 
 class Adjoint(ABC):
@@ -51,3 +55,10 @@ class Adjoint(ABC):
     @abstractmethod
     def solve(self, problem: Problem) -> Attached:
         """Solve, and attach the solution to the graph. Gradients are on."""
+
+    def evaluate(self, problem: Problem) -> Solution:
+        """Solve without gradients, by the same iteration."""
+        return fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+
+    def check(self, solver: Solver) -> None:  # noqa: B027  # most take any
+        """Raise TypeError where this adjoint cannot differentiate what ``solver`` does."""
