@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -9,12 +10,13 @@ from torch import nn
 
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Problem
-from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
+from pydeq.fixed_point import check_max_steps, check_states_at, check_tolerance
 from pydeq.keywords import unknown_keyword
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State
+from pydeq.supervision import attach_states
 
-_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps")
+_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "states_at")
 _CALL = ("return_solution", "rtol", "max_steps")
 
 
@@ -31,6 +33,10 @@ class DEQ(nn.Module):
         rtol, atol: Tolerances, see :func:`pydeq.fixed_point`.
         max_steps: Evaluations of each sample at most, without the one that attaches the graph.
         eval_max_steps: The same in evaluation mode; ``max_steps`` by default. The paper's hard stop.
+        states_at: Numbers of evaluations, increasing. The solution's ``states`` are then what calls with so many
+            ``max_steps`` return, each with the gradient of one evaluation (the adjoint's own where the solve was over
+            by then), and last the output: one more state than entries here. See
+            :func:`pydeq.fixed_point_correction`.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -48,6 +54,7 @@ class DEQ(nn.Module):
         atol: float = 0.0,
         max_steps: int = 50,
         eval_max_steps: int | None = None,
+        states_at: Sequence[int] = (),
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -62,10 +69,12 @@ class DEQ(nn.Module):
         self.adjoint = Implicit() if adjoint is None else adjoint
         if not isinstance(self.adjoint, Adjoint):
             raise TypeError(f"adjoint must be an adjoint like pydeq.Implicit(), got {adjoint!r}")
+        self.adjoint.check(self.solver)
         self.rtol = None if rtol is None else check_tolerance("rtol", rtol)
         self.atol = check_tolerance("atol", atol)
         self.max_steps = check_max_steps("max_steps", max_steps)
         self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
+        self.states_at = check_states_at(states_at)
 
     def forward(
         self,
@@ -95,13 +104,20 @@ class DEQ(nn.Module):
             "rtol": self.rtol if rtol is None else rtol,
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
+            "states_at": self.states_at,
         }
+        problem = Problem(self.cell, z0, context, options)
         if torch.is_grad_enabled():
-            attached = self.adjoint.solve(Problem(self.cell, z0, context, options))
+            attached = self.adjoint.solve(problem)
             z, solution = attached.output, attached.solution
+            if self.states_at and return_solution:
+                states = attach_states(problem, attached) if attached.states is None else attached.states
+                solution = solution.with_states([*states, z])
         else:
-            solution = fixed_point(self.cell, z0, *context, **options)
+            solution = self.adjoint.evaluate(problem)
             z = solution.image
+            if self.states_at:
+                solution = solution.with_states([*solution.states, z])
         return (z, solution) if return_solution else z
 
     def extra_repr(self) -> str:
