@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
 
 from pydeq import ops
-from pydeq.adjoints import Implicit, JacobianFree, Phantom
+from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
 from pydeq.compiled import kernels
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_radius
@@ -13,6 +13,7 @@ from pydeq.layer import DEQ
 from pydeq.protocol import Status
 from pydeq.solution import ConvergenceError, ConvergenceWarning, Solution
 from pydeq.solvers import Anderson, Broyden, Picard
+from pydeq.supervision import fixed_point_correction
 
 try:
     __version__ = version("pydeq")
@@ -29,9 +30,13 @@ __all__ = [
     "JacobianFree",
     "Phantom",
     "Picard",
+    "Reversible",
+    "Shine",
     "Solution",
     "Status",
+    "Unrolled",
     "fixed_point",
+    "fixed_point_correction",
     "frobenius_norm_squared",
     "jacobian_penalty",
     "kernels",

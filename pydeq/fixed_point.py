@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,9 +14,10 @@ from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
 from pydeq.precision import Autocast
-from pydeq.reduction import WHOLE
+from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Solver
+from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State, layout_of
 from pydeq.termination import Rules, default_rtol
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _KEYWORDS = (
     "solver", "rtol", "atol", "max_steps", "trace", "throw", "freeze", "stall", "compact", "batched_context",
     "process_group", "sharded",
+    "states_at",
 )  # fmt: skip
 
 
@@ -44,6 +47,7 @@ def fixed_point(
     batched_context: Sequence[bool] | None = None,
     process_group: ProcessGroup | None = None,
     sharded: bool = False,
+    states_at: Sequence[int] = (),
     **unknown: NoReturn,
 ) -> Solution:
     """Find z with z = fn(z, *context), each sample of the batch on its own; no gradient.
@@ -75,6 +79,8 @@ def fixed_point(
             own on others, they end with that one's timeout. ``throw`` looks at the samples of this rank alone.
         sharded: Each rank of ``process_group`` has its own entries of the same samples: norms and inner products are
             those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
+        states_at: Numbers of evaluations, increasing: ``states`` gets what a solve of so many ``max_steps`` has for
+            its image, be it shorter than that or not.
 
     Returns:
         The solution. Its tensors are new ones.
@@ -89,6 +95,33 @@ def fixed_point(
     """
     for name in unknown:
         raise unknown_keyword("fixed_point", name, _KEYWORDS)
+    return solve(
+        fn, z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace, throw=throw,
+        freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
+        process_group=process_group, sharded=sharded, states_at=states_at,
+    )[0]  # fmt: skip
+
+
+def solve(
+    fn: Callable[..., Any],
+    z0: State,
+    context: Sequence[Any],
+    *,
+    solver: Solver | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_steps: int = 50,
+    trace: bool = False,
+    throw: bool = False,
+    freeze: bool = True,
+    stall: bool = True,
+    compact: bool = False,
+    batched_context: Sequence[bool] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharded: bool = False,
+    states_at: Sequence[int] = (),
+) -> tuple[Solution, Workspace]:
+    """:func:`fixed_point`, for those who also need what the solver has gathered."""
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}")
     if solver is None:
@@ -102,22 +135,15 @@ def fixed_point(
         )
     layout = layout_of(z0)
     max_steps = check_max_steps("max_steps", max_steps)
-    autocast = Autocast.current(layout.device)
-    cast, coarsest = autocast.enabled, autocast.coarsest(layout.dtype)
     ranks = check_ranks(process_group, sharded)
     if sharded and not solver.reduces:
         raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
-    rules = Rules(
-        rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
-        atol=check_tolerance("atol", atol),
-        eps=torch.finfo(coarsest).eps,
-        freeze=freeze,
-        stall=stall,
-        reduction=WHOLE if ranks is None else ranks.reduction(),
-    )
+    rules = stopping_rules(layout, rtol, atol, freeze, stall, WHOLE if ranks is None else ranks.reduction())
     agreement = ALONE
     if ranks is not None:
         agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
+    states_at = check_states_at(states_at)
+    cast = torch.is_autocast_enabled(layout.device.type)
     with torch.no_grad():
         if compact:
             batched = _check_compact(fn, context, batched_context, layout, freeze)
@@ -125,10 +151,30 @@ def fixed_point(
         else:
             evaluator = Evaluator(fn, context, layout, cast)
         flat = layout.flatten(z0)
-        solution = iterate(evaluator, flat, solver, rules, max_steps, trace, agreement)
+        solution, workspace = iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
     if throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
-    return solution
+    return solution, workspace
+
+
+def stopping_rules(
+    layout: Layout,
+    rtol: float | None,
+    atol: float = 0.0,
+    freeze: bool = True,
+    stall: bool = True,
+    reduction: Reduction = WHOLE,
+) -> Rules:
+    """The stopping rules of a solve under the present autocast state; see :func:`fixed_point`."""
+    coarsest = Autocast.current(layout.device).coarsest(layout.dtype)
+    return Rules(
+        rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
+        atol=check_tolerance("atol", atol),
+        eps=torch.finfo(coarsest).eps,
+        freeze=freeze,
+        stall=stall,
+        reduction=reduction,
+    )
 
 
 def check_tolerance(name: str, value: float) -> float:
@@ -147,6 +193,16 @@ def check_max_steps(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of evaluations, at least 1 and increasing."""
+    if not isinstance(value, list | tuple | range):
+        raise TypeError(f"states_at must be a list of ints, got {type(value).__name__}")
+    counts = tuple(check_max_steps(f"states_at[{i}]", count) for i, count in enumerate(value))
+    if any(b <= a for a, b in itertools.pairwise(counts)):
+        raise ValueError(f"states_at must increase, got {list(counts)}")
+    return counts
 
 
 def _check_compact(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from pydeq.evaluation import Evaluator
 from pydeq.protocol import Counter, Progress, Scalar
 from pydeq.solution import Solution, relative
 from pydeq.solvers.base import Solver, Workspace
+from pydeq.state import State
 from pydeq.termination import Rules
 
 
@@ -21,17 +24,20 @@ def iterate(
     max_steps: int,
     trace: bool,
     agreement: Agreement = ALONE,
-) -> Solution:
+    states_at: Sequence[int] = (),
+) -> tuple[Solution, Workspace]:
     """Solve from the initial iterates ``flat`` [B, D].
 
     Args:
         agreement: With whom the end is agreed on.
+        states_at: After how many evaluations the best image is kept.
 
     Returns:
-        The solution, its value and image in the evaluator's layout.
+        The solution, its value, image and states in the evaluator's layout; and the solver's workspace.
     """
     layout = evaluator.layout
     rows: list[Tensor] = []
+    states: list[State] = []
     with agreement:
         workspace = solver.start(flat, rules, max_steps)
         progress = workspace.progress.numpy()
@@ -40,6 +46,8 @@ def iterate(
             f = evaluator.evaluate(workspace, k)
             agreement.evaluated()
             workspace.step(f, k)
+            if k + 1 in states_at:
+                states.append(layout.view(_best_image(workspace, f)))
             del f  # before fn allocates the next one
             if trace:
                 rows.append(_trace_row(workspace, k))
@@ -50,7 +58,16 @@ def iterate(
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)
         traced = traced.to(torch.promote_types(layout.dtype, torch.float32))
     value, image = layout.view(workspace.best[0]), layout.view(workspace.best[1])
-    return Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
+    states += [image] * (len(states_at) - len(states))  # of a solve that was done before
+    solution = Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
+    solution.states = states
+    return solution, workspace
+
+
+def _best_image(workspace: Workspace, f: Tensor) -> Tensor:
+    """The images of the best iterates after a step with the images ``f``, [B, D]; a copy."""
+    newest = workspace.counters[:, Counter.FRESH] == 1  # not in ``best`` yet
+    return torch.where(newest[:, None], f, workspace.best[1])
 
 
 def _trace_row(workspace: Workspace, k: int) -> Tensor:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from pydeq.adjoints import Adjoint, Implicit
-from pydeq.adjoints.base import Problem
+from pydeq.adjoints.base import Attached, Problem
 from pydeq.adjoints.functional import transforms_active
 from pydeq.compilation import Compiler, skipped
 from pydeq.distributed import check_ranks
-from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
+from pydeq.fixed_point import check_max_steps, check_states_at, check_tolerance
 from pydeq.keywords import unknown_keyword
 from pydeq.randomness import Replayed, random_modules
-from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State, layout_of
+from pydeq.supervision import attach_states
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _INIT = (
     "solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng", "process_group", "sharded",
+    "states_at",
 )  # fmt: skip
 _CALL = ("return_solution", "rtol", "max_steps")
 
@@ -46,6 +48,10 @@ class DEQ(nn.Module):
             ``nn.Dropout``, has a fixed point. Without it such a cell is warned about.
         process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`.
             They call the layer equally often and differentiate it equally often: on all of them or on none.
+        states_at: Numbers of evaluations, increasing. The solution's ``states`` are then what calls with so many
+            ``max_steps`` return, each with the gradient of one evaluation (the adjoint's own where the solve was over
+            by then), and last the output: one more state than entries here. See
+            :func:`pydeq.fixed_point_correction`.
 
     Under torch.compile a call is one graph break, and the cell is compiled: once for the solve, and once for the
     evaluation with gradients.
@@ -69,6 +75,7 @@ class DEQ(nn.Module):
         freeze_rng: bool = False,
         process_group: ProcessGroup | None = None,
         sharded: bool = False,
+        states_at: Sequence[int] = (),
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -83,6 +90,7 @@ class DEQ(nn.Module):
         self.adjoint = Implicit() if adjoint is None else adjoint
         if not isinstance(self.adjoint, Adjoint):
             raise TypeError(f"adjoint must be an adjoint like pydeq.Implicit(), got {adjoint!r}")
+        self.adjoint.check(self.solver)
         self.rtol = None if rtol is None else check_tolerance("rtol", rtol)
         self.atol = check_tolerance("atol", atol)
         self.max_steps = check_max_steps("max_steps", max_steps)
@@ -96,6 +104,9 @@ class DEQ(nn.Module):
                 stacklevel=2,
             )
         self.ranks = check_ranks(process_group, sharded)
+        if self.ranks is not None and not self.adjoint.distributes:
+            raise ValueError(f"adjoint must be one that takes a process_group, got {self.adjoint!r}")
+        self.states_at = check_states_at(states_at)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_memory": {}}  # neither copied nor saved
@@ -129,26 +140,46 @@ class DEQ(nn.Module):
             "rtol": self.rtol if rtol is None else rtol,
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
+            "states_at": self.states_at,
         }
         if self.ranks is not None:
             options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
         with Compiler() as compiler:
-            z, solution = self._solve(z0, context, options, compiler)
-        return (z, solution) if return_solution else z
+            attached = self._solve(z0, context, options, compiler, return_solution)
+        return (attached.output, attached.solution) if return_solution else attached.output
 
     def _solve(
-        self, z0: State, context: tuple[Any, ...], options: dict[str, Any], compiler: Compiler
-    ) -> tuple[State, Solution]:
+        self, z0: State, context: tuple[Any, ...], options: dict[str, Any], compiler: Compiler, with_states: bool
+    ) -> Attached:
         fn = compiler.compiled(self.cell)
         if self.freeze_rng:
             fn = Replayed(fn, layout_of(z0).device)
-        if torch.is_grad_enabled() or transforms_active():
-            owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
-            module = owner if isinstance(owner, nn.Module) else None
-            attached = self.adjoint.solve(Problem(fn, z0, context, options, module, self._memory))
-            return attached.output, attached.solution
-        solution = fixed_point(fn, z0, *context, **options)
-        return solution.image, solution
+        owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
+        module = owner if isinstance(owner, nn.Module) else None
+        problem = Problem(fn, z0, context, options, module, self._memory)
+        transformed = transforms_active()
+        if transformed:
+            self._check_transforms()
+        if torch.is_grad_enabled() or transformed:
+            attached = self.adjoint.solve(problem)
+            if self.states_at and with_states:
+                states = attach_states(problem, attached) if attached.states is None else attached.states
+                solution = attached.solution.with_states([*states, attached.output])
+                attached = Attached(attached.output, solution, attached.linearization)
+            return attached
+        solution = self.adjoint.evaluate(problem)
+        if self.states_at:
+            solution = solution.with_states([*solution.states, solution.image])
+        return Attached(solution.image, solution)
+
+    def _check_transforms(self) -> None:
+        if not self.adjoint.transforms:
+            raise RuntimeError(
+                f"{type(self.adjoint).__name__} does not work under torch.func and forward-mode AD: use"
+                " pydeq.Implicit or pydeq.Phantom"
+            )
+        if self.states_at:
+            raise RuntimeError("states_at does not work under torch.func and forward-mode AD")
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}, max_steps={self.max_steps}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
+from pydeq.fixed_point import fixed_point
 from pydeq.linearization import Linearization
 from pydeq.solution import Solution
+from pydeq.solvers import Solver
 from pydeq.state import State
 
 
@@ -49,16 +51,33 @@ class Attached:
         solution: How the solve went.
         linearization: The evaluation at the solution, where the adjoint made one: a penalty on its Jacobian then needs
             no other.
+        states: The states asked for by ``states_at`` with their gradients, where the adjoint has those.
     """
 
     output: State
     solution: Solution
     linearization: Linearization | None = None
+    states: list[State] | None = None
 
 
 class Adjoint(ABC):
-    """How to differentiate a fixed point; frozen, without state."""
+    """How to differentiate a fixed point; frozen, without state.
+
+    Attributes:
+        transforms: Whether it works under transforms of torch.func.
+        distributes: Whether it works with a process_group.
+    """
+
+    transforms: ClassVar[bool] = False
+    distributes: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, problem: Problem) -> Attached:
         """Solve, and attach the solution to the graph. Gradients are on."""
+
+    def evaluate(self, problem: Problem) -> Solution:
+        """Solve without gradients, by the same iteration."""
+        return fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+
+    def check(self, solver: Solver) -> None:  # noqa: B027  # most take any
+        """Raise TypeError where this adjoint cannot differentiate what ``solver`` does."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class Implicit(Adjoint):
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019, theorem 1.
     """
+
+    transforms: ClassVar[bool] = True
 
     solver: Solver = field(default_factory=Anderson)
     rtol: float | None = None

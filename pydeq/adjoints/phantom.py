@@ -10,7 +10,7 @@ which for tau = 1 are the first k terms of the Neumann series of (I - J^T)^-1 v.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Phantom(Adjoint):
 
     Source: Geng, Zhang, Bai, Wang and Lin, On Training Implicit Models, NeurIPS 2021.
     """
+
+    transforms: ClassVar[bool] = True
 
     steps: int = 1
     damping: float = 1.0

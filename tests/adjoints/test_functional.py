@@ -379,3 +379,21 @@ def test_shared_modules_and_tied_parameters():
     eager, mapped = gradients
     assert list(mapped) == ["cell.first.weight", "cell.first.bias"]
     torch.testing.assert_close(mapped, eager, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [pydeq.Shine(), pydeq.Unrolled(), pydeq.Reversible()], ids=lambda a: type(a).__name__
+)
+def test_other_adjoints_say_that_they_do_not_work(adjoint):
+    name = type(adjoint).__name__
+    solver = pydeq.Broyden() if isinstance(adjoint, pydeq.Shine) else None
+    deq = pydeq.DEQ(lambda z, x: 0.5 * z + x, solver=solver, adjoint=adjoint)
+    with pytest.raises(RuntimeError, match=rf"{name} does not work under torch\.func.*use pydeq\.Implicit"):
+        grad(lambda x: deq(torch.zeros_like(x), x).sum())(torch.ones(2, 3))
+
+
+def test_states_along_the_way_are_refused(problem):
+    _, x, _ = problem
+    deq = layer(lambda z, x: 0.5 * z + x, states_at=[2])
+    with pytest.raises(RuntimeError, match="states_at"):
+        vmap(lambda x: deq(torch.zeros_like(x), x))(x[None])
