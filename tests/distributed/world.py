@@ -1,7 +1,8 @@
 """``World``: processes that form a gloo group and run functions that they are sent.
 
 Nothing waits forever: a collective that its ranks do not all enter raises after ``COLLECTIVE`` seconds, and a function
-that has not come back after ``LIMIT`` seconds costs the processes their lives.
+that has not come back after ``LIMIT`` seconds, or ``PATIENCE`` seconds after it failed on another rank, costs the
+processes their lives.
 """
 
 import os
@@ -10,6 +11,7 @@ import time
 import traceback
 import warnings
 from datetime import timedelta
+from multiprocessing import connection
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch import multiprocessing
 SIZE = 2
 COLLECTIVE = 60.0
 LIMIT = 180.0
+PATIENCE = 3.0
 
 
 class World:
@@ -42,18 +45,25 @@ class World:
         for pipe in self.pipes:
             pipe.send((function, arguments))
         deadline = time.monotonic() + LIMIT
-        results = []
-        for rank, pipe in enumerate(self.pipes):
-            try:
-                answered = pipe.poll(max(0.0, deadline - time.monotonic()))
-                results.append(pipe.recv() if answered else (None, f"rank {rank} did not come back in {LIMIT} s"))
-            except EOFError:
-                results.append((None, f"rank {rank} ended with code {self.processes[rank].exitcode}"))
-        failures = [failure for _, failure in results if failure]
+        results, failures, waiting = [None] * SIZE, [], list(range(SIZE))
+        while waiting:
+            ready = connection.wait([self.pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                failures.append(f"no answer from ranks {waiting}")
+                break
+            for rank in [rank for rank in waiting if self.pipes[rank] in ready]:
+                waiting.remove(rank)
+                try:
+                    results[rank], failure = self.pipes[rank].recv()
+                except EOFError:
+                    failure = f"rank {rank} ended by itself"
+                if failure:
+                    failures.append(failure)
+                    deadline = min(deadline, time.monotonic() + PATIENCE)
         if failures:
             self.stop(kill=True)  # the ranks may be out of step
             raise AssertionError("\n".join(failures))
-        return [result for result, _ in results]
+        return results
 
     def stop(self, kill=False):
         """End the processes."""
