@@ -10,12 +10,13 @@ from torch import nn
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Problem
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
+from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import unknown_keyword
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State
 
 _INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps")
-_CALL = ("return_solution", "rtol", "max_steps")
+_CALL = ("return_solution", "rtol", "max_steps", "penalty")
 
 
 class DEQ(nn.Module):
@@ -74,6 +75,7 @@ class DEQ(nn.Module):
         return_solution: bool = False,
         rtol: float | None = None,
         max_steps: int | None = None,
+        penalty: JacobianPenalty | None = None,
         **unknown: NoReturn,
     ) -> Any:
         """Solve from ``z0``.
@@ -83,12 +85,20 @@ class DEQ(nn.Module):
             context: Passed on to the cell; gets gradients.
             return_solution: Also return the :class:`pydeq.Solution`.
             rtol, max_steps: Override the layer's for this call.
+            penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is then a term for the loss. It
+                takes the evaluation that attaches the graph; another one is made with gradients off, and where the
+                adjoint evaluates the cell elsewhere (``Phantom(form="unroll")``).
 
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
         """
         for name in unknown:
             raise unknown_keyword("DEQ.forward", name, _CALL)
+        if penalty is not None:
+            if not isinstance(penalty, JacobianPenalty):
+                raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
+            if not return_solution:
+                raise ValueError("penalty is returned in the solution: it needs return_solution=True")
         steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         options = {
             "solver": self.solver,
@@ -96,12 +106,16 @@ class DEQ(nn.Module):
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
         }
+        at = None
         if torch.is_grad_enabled():
             attached = self.adjoint.solve(Problem(self.cell, z0, context, options))
             z, solution = attached.output, attached.solution
+            at = attached.linearization
         else:
             solution = fixed_point(self.cell, z0, *context, **options)
             z = solution.image
+        if penalty is not None:
+            solution.penalty = penalty.evaluate(self.cell, solution.image, context, at)
         return (z, solution) if return_solution else z
 
     def extra_repr(self) -> str:

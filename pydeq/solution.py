@@ -27,6 +27,7 @@ class Solution:
         nfe: How often fn was called.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
         backward: The adjoint's solution once backward has run; set by :class:`pydeq.DEQ`.
+        penalty: The :class:`pydeq.JacobianPenalty` asked for, 0-d, to be added to the loss; set by :class:`pydeq.DEQ`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Solution:
         self.nfe = nfe
         self.trace = trace
         self.backward: Solution | None = None
+        self.penalty: Tensor | None = None
         self._scalars = scalars  # [B, len(Scalar)]
         self._counters = counters  # [B, len(Counter)]
 

@@ -36,7 +36,6 @@ class _SquaredNorm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -44,15 +43,24 @@ class _SquaredNorm(torch.autograd.Function):
         return ((2.0 / x.shape[0]) * gradient[:, None] * x).to(x.dtype)
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 1)  # [K, N, B, D]: what is mapped over is more of the batch
+        return mean_squared_norm(x.flatten(1, 2)).view(x.shape[1:3]), 0
+
+
+class _WithForwardMode(_SquaredNorm):
+    """Apart, since torch.compile traces no Function that has a ``jvp``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
         return (2.0 / x.shape[0]) * (x.to(wide) * tangent.to(wide)).sum((0, 2))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
-        x = x.movedim(in_dims[0], 1)  # [K, N, B, D]: what is mapped over is more of the batch
-        return _SquaredNorm.apply(x.flatten(1, 2).contiguous()).view(x.shape[1:3]), 0  # pyright: ignore
 
 
 def mean_squared_norm(x: Tensor) -> Tensor:
@@ -70,7 +78,8 @@ def mean_squared_norm(x: Tensor) -> Tensor:
     """
     if x.dim() != 3 or x.shape[0] == 0:
         raise ValueError(f"x must be of shape (probes, batch, state) with at least one probe, got {tuple(x.shape)}")
-    return _SquaredNorm.apply(x.contiguous())  # pyright: ignore[reportReturnType]
+    function = _SquaredNorm if torch.compiler.is_compiling() else _WithForwardMode
+    return function.apply(x.contiguous())  # pyright: ignore[reportReturnType]
 
 
 def squared_norm(x: Tensor) -> Tensor:
