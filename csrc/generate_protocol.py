@@ -1,8 +1,8 @@
 """Writes ``pydeq_protocol.h`` from ``pydeq/protocol.py``, so that no number stands in both languages.
 
 ``class CounterColumn(IntEnum)`` with a member ``STATUS = 0`` becomes ``COUNTER_COLUMN_STATUS``, and
-``COUNTER_COLUMN_SIZE`` says how many members there are. A number in capitals keeps its name, as an int64_t or a double;
-a tuple of numbers becomes ``NAME_0``, ``NAME_1``, ..., constants that device code can read, which it could not an array.
+``COUNTER_COLUMN_SIZE`` says how many members there are. A number in capitals keeps its name, as an int64_t or a double.
+A tuple of numbers becomes ``NAME_0``, ``NAME_1``, ...: device code can read constants, but no array of them.
 """
 
 import re

@@ -74,13 +74,13 @@ class Linearization:
         u.requires_grad_()
         with torch.enable_grad():
             g = self.vjp(self.layout.view(u), create_graph=True)
-        used = [i for i, part in enumerate(g) if part is not None and part.requires_grad]
+        used = {i: part for i, part in enumerate(g) if part is not None and part.requires_grad}
         if not used:
             return torch.zeros_like(v)
 
         def product(v: Sequence[Tensor], batched: bool) -> Tensor:
             (result,) = torch.autograd.grad(
-                [g[i] for i in used],  # pyright: ignore[reportArgumentType]
+                list(used.values()),
                 u,
                 [v[i] for i in used],
                 retain_graph=True,
@@ -89,7 +89,9 @@ class Linearization:
             )
             return result
 
-        return vectorize(lambda v: product(self._parts(v), True), lambda v: product(as_tuple(self.layout.view(v)), False), v)
+        return vectorize(
+            lambda v: product(self._parts(v), True), lambda v: product(as_tuple(self.layout.view(v)), False), v
+        )
 
     def _parts(self, v: Tensor) -> tuple[Tensor, ...]:
         """[K, B, D] -> its parts, [K, B, *shape] each."""
@@ -108,6 +110,8 @@ class Linearization:
 
 def vectorize(batched: Callable[[Tensor], Tensor], single: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     """``single`` of each v[k], stacked: by one call of ``batched``, or one by one where an operator cannot do that."""
+    if v.numel() == 0:
+        return torch.zeros_like(v)
     if len(v) == 1:
         return single(v[0])[None]
     try:

@@ -2,10 +2,10 @@
 //
 //   u = (w0 + 1/2) / 2^32,  r = sqrt(-2 log u),  angle = 2 pi w1 / 2^32,  (r cos angle, r sin angle)
 //
-// For host and device. Additions, multiplications and square roots of floats in the order that they are written in, each
-// rounded to nearest: to be compiled without contraction (-ffp-contract=off, nvcc -fmad=false), and then the same bits
-// everywhere. Both numbers are symmetric and uncorrelated to the last bit: quadrants and the offsets in them are mirror
-// images. |r| <= sqrt(66 log 2) = 6.76.
+// For host and device. Additions, multiplications and square roots of floats in the order that they are written in,
+// each rounded to nearest: to be compiled without contraction (-ffp-contract=off, nvcc -fmad=false), and then the same
+// bits everywhere. Both numbers are symmetric and uncorrelated to the last bit: quadrants and the offsets in them are
+// mirror images. |r| <= sqrt(66 log 2) = 6.76.
 #pragma once
 
 #include <cmath>

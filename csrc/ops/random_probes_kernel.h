@@ -38,16 +38,14 @@ struct RandomProbes {
           self.rademacher(group, d, b, k);
         }
         T* out = static_cast<T*>(self.args.out) + row * state + d;
-        for_blocks(last - d < kGroup ? last - d : kGroup, [&](int64_t i, auto part) {
-          part.store(out + i, PYDEQ_ISA::load<Compute<T>>(group + i));
-        });
+        for_blocks(last - d < kGroup ? last - d : kGroup,
+                   [&](int64_t i, auto part) { part.store(out + i, PYDEQ_ISA::load<Compute<T>>(group + i)); });
       }
     }
   }
 
   PhiloxBlock words(int64_t block, uint32_t b, uint32_t k) const {
-    const PhiloxBlock counter{
-        {static_cast<uint32_t>(block), b, k, static_cast<uint32_t>(args.distribution)}};
+    const PhiloxBlock counter{{static_cast<uint32_t>(block), b, k, static_cast<uint32_t>(args.distribution)}};
     return philox(counter, static_cast<uint32_t>(args.seed), static_cast<uint32_t>(args.seed >> 32));
   }
 

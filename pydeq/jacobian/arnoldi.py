@@ -67,7 +67,7 @@ def ritz_values(H: Tensor, left: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.matrix_norm(H)[:, None]
     residual = left[:, None] * right[:, -1].abs() + (4.0 + H.shape[1] ** 0.5) * eps * norm
     inverse, _ = torch.linalg.inv_ex(right)
-    # Columns of `right` have norm 1. Of a defective H it is singular, or nearly so; no eigenvalue is off by more than H.
+    # Columns of `right` have norm 1. It is singular, or nearly so, for a defective H; nothing is off by more than H.
     condition = torch.linalg.vector_norm(inverse, dim=2).nan_to_num(torch.inf, torch.inf)
     error = torch.minimum(torch.where(residual == 0, 0.0, condition * residual), norm + left[:, None])
     order = theta.abs().argsort(dim=1, descending=True, stable=True)

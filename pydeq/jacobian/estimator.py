@@ -51,9 +51,12 @@ class Estimator:
         """||J||_F^2 of each sample, [B], from products with J alone; with a graph if gradients are on."""
         create_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
+            if at.layout.size == 0:
+                compute = torch.promote_types(at.layout.dtype, torch.float32)
+                return torch.zeros(at.layout.batch, dtype=compute, device=at.layout.device)
             if self.method == "exact":
                 rows = at.flat_vjps(identity_probes(at.layout), create_graph)
-                return mean_squared_norm(rows) * at.layout.size if len(rows) else _zeros(at.layout)
+                return mean_squared_norm(rows) * at.layout.size
             vjps, jvps = at.flat_vjps, at.flat_jvps
             product, other = (vjps, jvps) if self.mode == "vjp" else (jvps, vjps)
             if self.method == "hutchinson":
@@ -61,10 +64,16 @@ class Estimator:
             return self._hutch_plus_plus(at.layout, product, other, create_graph, generator)
 
     def forward_norm_squared(
-        self, fn: Callable[..., Any], z: State, context: Sequence[Any], layout: Layout, generator: torch.Generator | None
+        self,
+        fn: Callable[..., Any],
+        z: State,
+        context: Sequence[Any],
+        layout: Layout,
+        generator: torch.Generator | None,
     ) -> Tensor:
         """The same by Hutchinson's method in forward mode, for which fn is evaluated with tangents."""
-        point = tuple(part.detach() for part in as_tuple(z))
+        # A dual number needs memory of its own for every entry, which an expanded state has not.
+        point = tuple(part.detach().contiguous() for part in as_tuple(z))
         cast = torch.is_autocast_enabled(layout.device.type)
 
         def image(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -126,7 +135,3 @@ def identity_probes(layout: Layout) -> Tensor:
         raise ValueError(f"a dense Jacobian needs states of at most {EXACT_LIMIT} entries per sample, got {size}")
     eye = torch.eye(size, dtype=layout.dtype, device=layout.device)
     return eye[:, None].expand(size, layout.batch, size)
-
-
-def _zeros(layout: Layout) -> Tensor:
-    return torch.zeros(layout.batch, dtype=torch.promote_types(layout.dtype, torch.float32), device=layout.device)

@@ -25,8 +25,8 @@ def frobenius_norm_squared(
 ) -> Tensor:
     """Estimate ||J||_F^2 of ``fn`` at ``z``, one value per sample.
 
-    E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). Differentiable with
-    respect to parameters and context; ``z`` is where J is taken, and gets no gradient. Unbiased, and so is its gradient.
+    E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). Unbiased, and so
+    is the gradient with respect to parameters and context; ``z`` is where J is taken, and gets no gradient.
 
     All probes go through one vectorized product. Where an operator in fn has no rule for that, they go one by one, with
     a warning that names it; the numbers are the same.

@@ -206,9 +206,7 @@ def _ritz(at: Linearization, steps: int, generator: torch.Generator | None) -> t
     return ritz_values(H, left, torch.finfo(layout.dtype).eps)
 
 
-def _growth(
-    at: Linearization, steps: int, rtol: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def _growth(at: Linearization, steps: int, rtol: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """The estimate and its error, float64 [B] each."""
     dtype = at.layout.dtype
     v = _start(at, generator)
@@ -218,8 +216,7 @@ def _growth(
         length = norm(v)
         v = at.flat_vjp((v / torch.where(length > 0, length, 1.0)[:, None]).to(dtype)).to(v.dtype)
         grown = norm(v)
-        # A sample that ends in 0 has a nilpotent J; later growth of 0 must not count as any.
-        lengths.append(torch.where(length > 0, grown, 0.0).log())
+        lengths.append(torch.where(length == 0, 0.0, grown).log())  # -inf for 0 / 0, too; NaN stays
         if step == steps or (step >= _FIRST and step % _EVERY == 0):
             value, error = _judge(torch.stack(lengths), torch.finfo(dtype).eps)
             if not bool((error > rtol * value).any()):
@@ -228,13 +225,22 @@ def _growth(
 
 
 def _judge(lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The mean growth in the last half of [N, B], and twice the most that earlier windows differ from it."""
+    """The mean growth in the last half of [N, B], and twice the most that other windows differ from it.
+
+    Earlier windows show what still decays, shorter ones what oscillates: the shift of a window may be a whole period.
+    """
     count = len(lengths)
     half = count - count // 2
-    value = _average(lengths[count - half :])
+    first = count - half
+    value = _average(lengths[first:])
     error = 4.0 * eps * value
-    for start in ((count - half) // 2, 3 * (count - half) // 4):
-        error = torch.maximum(error, 2.0 * (value - _average(lengths[start : start + half])).abs())
+    for start, size in (
+        (first // 2, half),
+        (3 * first // 4, half),
+        (first, half - half // 4),
+        (first + half // 4, half - half // 4),
+    ):
+        error = torch.maximum(error, 2.0 * (value - _average(lengths[start : start + size])).abs())
     return value, torch.where(value == 0, 0.0, error)
 
 

@@ -91,7 +91,9 @@ def test_normal_pair_is_the_transform_it_names():
     w0, w1 = torch.randint(0, 2**32, (2, 200000), generator=generator)
     edges = torch.tensor([0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 129, 2**32 - 128, 2**32 - 2, 2**32 - 1])
     edges = torch.cat([edges, (torch.tensor([0.5, 2.0]).sqrt() * 2**31).long()])  # where the exponent changes
-    w0, w1 = (torch.cat([w, e.flatten()]) for w, e in zip((w0, w1), torch.meshgrid(edges, edges, indexing="ij")))
+    w0, w1 = (
+        torch.cat([w, e.flatten()]) for w, e in zip((w0, w1), torch.meshgrid(edges, edges, indexing="ij"), strict=True)
+    )
     x, y = normal_pair(w0, w1)
     # log u from whichever end of (0, 1) is nearer, in float64.
     log_u = torch.where(

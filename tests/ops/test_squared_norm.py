@@ -60,7 +60,7 @@ def test_refuses_a_scalar():
 
 @pytest.mark.parametrize("shape", [(3, 4), (0, 3, 4), (1, 2, 3, 4)], ids=str)
 def test_refuses_what_is_not_probes_of_a_batch(shape):
-    with pytest.raises(ValueError, match="x must be of shape .probes, batch, state. with at least one probe, got"):
+    with pytest.raises(ValueError, match=r"x must be of shape \(probes, batch, state\) with at least one probe, got"):
         pydeq.ops.mean_squared_norm(torch.ones(shape))
 
 
