@@ -1,9 +1,9 @@
 """Random probes for estimators of traces and norms, from a counter-based generator.
 
 Entry d of probe k of sample b is decided by the seed and (k, b, d) alone. A block of four random words is Philox
-4x32-10 of the counter (block, b, k, distribution) under the seed as its key. Rademacher probes take 128 signs from a block,
-entry d the bit d % 32 of word d % 128 // 32 of block d // 128, +1 where it is 0. Gaussian probes take 4 numbers from
-a block, the transforms of its words (0, 1) and (2, 3); they are computed in float32 for every dtype, by additions,
+4x32-10 of the counter (block, b, k, distribution) under the seed as its key. Rademacher probes take 128 signs from a
+block, entry d the bit d % 32 of word d % 128 // 32 of block d // 128, +1 where it is 0. Gaussian probes take 4 numbers
+from a block, the transforms of its words (0, 1) and (2, 3); they are computed in float32 for every dtype, by additions,
 multiplications and square roots alone, which IEEE 754 defines to the last bit.
 
 So a seed gives the same bits on every device, instruction set and number of threads; a sample's probes do not depend
