@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pydeq.linearization import Linearization, vectorize
+from pydeq.jacobian.functional import FunctionalLinearization
+from pydeq.linearization import Linearization
 from pydeq.ops import mean_squared_norm, random_probes
 from pydeq.protocol import Distribution
-from pydeq.state import Layout, State, as_tuple
+from pydeq.state import Layout
 
 DISTRIBUTIONS = {"gaussian": Distribution.GAUSSIAN, "rademacher": Distribution.RADEMACHER}
 
@@ -47,7 +48,9 @@ class Estimator:
         if self.method == "hutch++" and self.probes < 3:
             raise ValueError(f"probes must be at least 3 for method='hutch++', got {self.probes}")
 
-    def norm_squared(self, at: Linearization, generator: torch.Generator | None = None) -> Tensor:
+    def norm_squared(
+        self, at: Linearization | FunctionalLinearization, generator: torch.Generator | None = None
+    ) -> Tensor:
         """||J||_F^2 of each sample, [B], from products with J alone; with a graph if gradients are on."""
         create_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
@@ -62,35 +65,6 @@ class Estimator:
             if self.method == "hutchinson":
                 return mean_squared_norm(product(self.draw(at.layout, generator), create_graph))
             return self._hutch_plus_plus(at.layout, product, other, create_graph, generator)
-
-    def forward_norm_squared(
-        self,
-        fn: Callable[..., Any],
-        z: State,
-        context: Sequence[Any],
-        layout: Layout,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """The same by Hutchinson's method in forward mode, for which fn is evaluated with tangents."""
-        # A dual number needs memory of its own for every entry, which an expanded state has not.
-        point = tuple(part.detach().contiguous() for part in as_tuple(z))
-        cast = torch.is_autocast_enabled(layout.device.type)
-
-        def image(*parts: Tensor) -> tuple[Tensor, ...]:
-            y = fn(parts if layout.is_tuple else parts[0], *context)
-            return as_tuple(layout.check(y, cast, detach=False))
-
-        def product(v: Tensor) -> Tensor:
-            tangents = as_tuple(layout.view(v))
-            tangents = torch.func.jvp(image, point, tangents)[1]
-            parts = [t.reshape(layout.batch, n) for t, n in zip(tangents, layout.sizes, strict=True)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-        def batched(v: Tensor) -> Tensor:
-            # Masks that fn draws are those of one evaluation.
-            return torch.func.vmap(product, randomness="same")(v)
-
-        return mean_squared_norm(vectorize(batched, product, self.draw(layout, generator)))
 
     def draw(self, layout: Layout, generator: torch.Generator | None, probes: int | None = None) -> Tensor:
         """Probes [K, B, D]."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pydeq.jacobian.estimator import Estimator
+from pydeq.jacobian.functional import FunctionalLinearization
 from pydeq.linearization import linearize
 from pydeq.state import State, layout_of
 
@@ -29,7 +30,9 @@ def frobenius_norm_squared(
     is the gradient with respect to parameters and context; ``z`` is where J is taken, and gets no gradient.
 
     All probes go through one vectorized product. Where an operator in fn has no rule for that, they go one by one, with
-    a warning that names it; the numbers are the same.
+    a warning that says why; the numbers are the same. The other mode may then be the faster one.
+
+    Works inside of ``torch.func.grad``, ``vmap`` (with its ``randomness="same"``) and the like.
 
     Args:
         fn: fn(z, *context) -> like z; treats samples independently.
@@ -54,8 +57,9 @@ def frobenius_norm_squared(
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
     """
     estimator = Estimator(probes, distribution, mode, method)
-    if mode == "jvp" and method == "hutchinson":
-        return estimator.forward_norm_squared(fn, z, context, layout_of(z), generator)
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or (mode == "jvp" and method == "hutchinson"):
+        return estimator.norm_squared(FunctionalLinearization(fn, z, context), generator)
     return estimator.norm_squared(linearize(fn, z, context), generator)
 
 

@@ -150,7 +150,7 @@ def test_one_product_of_all_probes_equals_one_by_one(mode, method, monkeypatch):
         return torch.stack([single(one) for one in v])
 
     monkeypatch.setattr(linearization, "vectorize", looped)
-    monkeypatch.setattr("pydeq.jacobian.estimator.vectorize", looped)
+    monkeypatch.setattr("pydeq.jacobian.functional.vectorize", looped)
     for one, other in zip(batched, estimate(), strict=True):
         assert_close(one, other, size=40, condition=20)
 
@@ -235,6 +235,34 @@ def test_tuple_states_equal_one_tensor(mode, method):
         pair, (z[:, :2], z[:, 2:]), x, generator=torch.Generator().manual_seed(3), **options
     )
     assert_close(two, one, size=5, condition=20)
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "exact"])
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+def test_under_transforms(mode, method):
+    """Gradients with respect to functional parameters, also mapped over several of them."""
+    _, weight, z, x = problem()
+
+    def estimate(weight):
+        return pydeq.jacobian_penalty(
+            lambda z, x: torch.tanh(z @ weight.T + x),
+            z,
+            x,
+            probes=4,
+            mode=mode,
+            method=method,
+            generator=torch.Generator().manual_seed(7),
+        )
+
+    weights = torch.stack([weight.detach(), 0.5 * weight.detach(), weight.detach().T])
+    leaves = weights.clone().requires_grad_()
+    values = torch.stack([estimate(leaf) for leaf in leaves])
+    (expected,) = torch.autograd.grad(values.sum(), leaves)
+    gradient, value = torch.func.grad_and_value(estimate)(weights[0])
+    assert_close(value, values[0], size=25, condition=20)
+    assert_close(gradient, expected[0], size=25, condition=20)
+    mapped = torch.func.vmap(torch.func.grad(estimate), randomness="same")(weights)
+    assert_close(mapped, expected, size=25, condition=20)
 
 
 def test_z_gets_no_gradient():
