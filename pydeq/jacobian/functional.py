@@ -33,7 +33,7 @@ class FunctionalLinearization:
 
     def flat_vjps(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """v_k^T J for v [K, B, D], as [K, B, D]."""
-        _, pull = torch.func.vjp(self._image, *self._point)
+        pull = torch.func.vjp(self._image, *self._point)[1]
         return self._map(lambda v: self._flat(pull(as_tuple(self.layout.view(v)))), v)
 
     def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:

@@ -207,7 +207,7 @@ def test_a_sample_is_estimated_alike_in_every_batch(seed, batch, distribution):
         )
         for n in (5, batch)
     )
-    assert torch.equal(part, whole[:batch])
+    assert_close(part, whole[:batch], size=210)
 
 
 @pytest.mark.parametrize("mode", ["vjp", "jvp"])
