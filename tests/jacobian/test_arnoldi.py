@@ -40,6 +40,13 @@ def test_relation(steps):
     assert torch.equal(H.tril(-2), torch.zeros_like(H))
 
 
+def test_basis_stays_orthogonal_where_what_is_left_is_small():
+    """Of diag(1, 1e-2, 1e-4, ...) a product lies in the basis but for its last digits; one projection is not enough."""
+    A = torch.diag(torch.logspace(0, -10, 6, dtype=torch.float64)).expand(3, 6, 6)
+    _, _, V = recorded(A, matrices(dim=6)[1], 5)
+    assert_close(V.mT @ V, torch.eye(5, dtype=torch.float64).expand(3, -1, -1), size=6, condition=4)
+
+
 def test_all_steps_give_all_eigenvalues():
     A, start = matrices()
     H, left, _ = recorded(A, start, 8)
