@@ -8,7 +8,13 @@ from pydeq import ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
 from pydeq.compiled import kernels
 from pydeq.fixed_point import fixed_point
-from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_radius
+from pydeq.jacobian import (
+    JacobianPenalty,
+    frobenius_norm_squared,
+    jacobian_penalty,
+    jacobian_spectrum,
+    spectral_radius,
+)
 from pydeq.layer import DEQ
 from pydeq.protocol import Status
 from pydeq.solution import ConvergenceError, ConvergenceWarning, Solution
@@ -28,6 +34,7 @@ __all__ = [
     "ConvergenceWarning",
     "Implicit",
     "JacobianFree",
+    "JacobianPenalty",
     "Phantom",
     "Picard",
     "Reversible",
@@ -39,6 +46,7 @@ __all__ = [
     "fixed_point_correction",
     "frobenius_norm_squared",
     "jacobian_penalty",
+    "jacobian_spectrum",
     "kernels",
     "ops",
     "spectral_radius",

@@ -48,6 +48,10 @@ class Compiler:
     def __exit__(self, *exception: object) -> None:
         eval_frame.set_eval_frame(self.hook)
 
+    def compiles(self, cell: Callable[..., Any]) -> bool:
+        """Whether calls of ``cell`` run compiled code."""
+        return is_compiled(cell) or not (self.hook is None or self.hook is False)
+
     def compiled(self, cell: Callable[..., Any]) -> Callable[..., Any]:
         """``cell``, called with the hook on."""
         hook = self.hook
@@ -67,6 +71,11 @@ class Compiler:
 def is_compiled(fn: Callable[..., Any]) -> bool:
     """Whether this came from torch.compile."""
     return hasattr(fn, "_orig_mod") or hasattr(fn, "_torchdynamo_orig_callable")
+
+
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` before torch.compile: what it compiles is not differentiated twice."""
+    return getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))
 
 
 def _without_history(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,9 +12,10 @@ from torch import nn
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Attached, Problem
 from pydeq.adjoints.functional import transforms_active
-from pydeq.compilation import Compiler, skipped
+from pydeq.compilation import Compiler, skipped, uncompiled
 from pydeq.distributed import check_ranks
 from pydeq.fixed_point import check_max_steps, check_states_at, check_tolerance
+from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import unknown_keyword
 from pydeq.randomness import Replayed, random_modules
 from pydeq.solvers import Anderson, Solver
@@ -28,7 +29,7 @@ _INIT = (
     "solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng", "process_group", "sharded",
     "states_at",
 )  # fmt: skip
-_CALL = ("return_solution", "rtol", "max_steps")
+_CALL = ("return_solution", "rtol", "max_steps", "penalty")
 
 
 class DEQ(nn.Module):
@@ -119,6 +120,7 @@ class DEQ(nn.Module):
         return_solution: bool = False,
         rtol: float | None = None,
         max_steps: int | None = None,
+        penalty: JacobianPenalty | None = None,
         **unknown: NoReturn,
     ) -> Any:
         """Solve from ``z0``.
@@ -128,12 +130,20 @@ class DEQ(nn.Module):
             context: Passed on to the cell; gets gradients.
             return_solution: Also return the :class:`pydeq.Solution`.
             rtol, max_steps: Override the layer's for this call.
+            penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is then a term for the loss. It
+                takes the evaluation that attaches the graph; another one is made with gradients off, and where the
+                adjoint evaluates the cell elsewhere (``Phantom(form="unroll")``).
 
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
         """
         for name in unknown:
             raise unknown_keyword("DEQ.forward", name, _CALL)
+        if penalty is not None:
+            if not isinstance(penalty, JacobianPenalty):
+                raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
+            if not return_solution:
+                raise ValueError("penalty is returned in the solution: it needs return_solution=True")
         steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         options = {
             "solver": self.solver,
@@ -145,15 +155,22 @@ class DEQ(nn.Module):
         if self.ranks is not None:
             options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
         with Compiler() as compiler:
-            attached = self._solve(z0, context, options, compiler, return_solution)
+            attached = self._solve(z0, context, options, compiler, return_solution, penalty)
         return (attached.output, attached.solution) if return_solution else attached.output
 
     def _solve(
-        self, z0: State, context: tuple[Any, ...], options: dict[str, Any], compiler: Compiler, with_states: bool
+        self,
+        z0: State,
+        context: tuple[Any, ...],
+        options: dict[str, Any],
+        compiler: Compiler,
+        with_states: bool,
+        penalty: JacobianPenalty | None,
     ) -> Attached:
-        fn = compiler.compiled(self.cell)
+        fn, eager = compiler.compiled(self.cell), uncompiled(self.cell)
         if self.freeze_rng:
             fn = Replayed(fn, layout_of(z0).device)
+            eager = fn.of(eager)
         owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
         module = owner if isinstance(owner, nn.Module) else None
         problem = Problem(fn, z0, context, options, module, self._memory)
@@ -162,15 +179,19 @@ class DEQ(nn.Module):
             self._check_transforms()
         if torch.is_grad_enabled() or transformed:
             attached = self.adjoint.solve(problem)
-            if self.states_at and with_states:
-                states = attach_states(problem, attached) if attached.states is None else attached.states
-                solution = attached.solution.with_states([*states, attached.output])
-                attached = Attached(attached.output, solution, attached.linearization)
-            return attached
-        solution = self.adjoint.evaluate(problem)
-        if self.states_at:
-            solution = solution.with_states([*solution.states, solution.image])
-        return Attached(solution.image, solution)
+        else:
+            solution = self.adjoint.evaluate(problem)
+            attached = Attached(solution.image, solution, states=solution.states)
+        solution = attached.solution
+        if self.states_at and with_states:
+            states = attach_states(problem, attached) if attached.states is None else attached.states
+            solution = solution.with_states([*states, attached.output])
+        if penalty is not None:
+            # Compiled graphs are not differentiated twice, which the penalty's gradient needs.
+            at = None if compiler.compiles(self.cell) else attached.linearization
+            image = attached.output if transformed else solution.image
+            solution.penalty = penalty.evaluate(eager, image, context, at)
+        return Attached(attached.output, solution)
 
     def _check_transforms(self) -> None:
         if not self.adjoint.transforms:

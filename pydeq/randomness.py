@@ -32,14 +32,20 @@ class Replayed:
 
     def __init__(self, fn: Callable[..., Any], device: torch.device) -> None:
         self.fn, self.device = fn, device
-        self.state: tuple[Tensor, ...] | None = None
+        self.states: list[tuple[Tensor, ...]] = []  # of the generators before the first call; shared by those of ``of``
+
+    def of(self, fn: Callable[..., Any]) -> Replayed:
+        """Another map that draws the same numbers."""
+        other = Replayed(fn, self.device)
+        other.states = self.states
+        return other
 
     def __call__(self, *args: Any) -> Any:
-        if self.state is None:
-            self.state = self._get()
+        if not self.states:
+            self.states.append(self._get())
             return self.fn(*args)
         after = self._get()
-        self._set(self.state)
+        self._set(self.states[0])
         try:
             return self.fn(*args)
         finally:
