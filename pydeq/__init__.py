@@ -12,7 +12,7 @@ from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_ra
 from pydeq.layer import DEQ
 from pydeq.protocol import Status
 from pydeq.solution import ConvergenceError, Solution
-from pydeq.solvers import Anderson, Broyden, Picard
+from pydeq.solvers import GMRES, Anderson, Broyden, Picard
 
 try:
     __version__ = version("pydeq")
@@ -21,6 +21,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "DEQ",
+    "GMRES",
     "Anderson",
     "Broyden",
     "ConvergenceError",

@@ -6,6 +6,7 @@ references under the same schema.
 
 from pydeq.ops.anderson_step import anderson_step
 from pydeq.ops.broyden_step import broyden_step
+from pydeq.ops.gmres_step import gmres_step
 from pydeq.ops.picard_step import picard_step
 from pydeq.ops.squared_norm import squared_norm
 
@@ -13,4 +14,4 @@ from pydeq import compiled  # isort: skip  # The kernels register themselves und
 
 compiled.load()
 
-__all__ = ["anderson_step", "broyden_step", "picard_step", "squared_norm"]
+__all__ = ["anderson_step", "broyden_step", "gmres_step", "picard_step", "squared_norm"]
