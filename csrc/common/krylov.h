@@ -22,12 +22,13 @@ struct Cycle {
 
 // What a measured residual g adds to it.
 struct Extension {
-  double remainder;  // ||g - V h|| / ||g||; 0 where there is no new direction
-  double known;      // ||r||
-  bool usable;       // whether M d was a new image; if not, x and r are the old ones
-  bool sound;        // whether all numbers are finite
-  double* h;         // [n] coordinates of g / ||g||
-  double* image;     // [n + 1] e_{n-1}
+  double remainder;   // ||g - V h|| / ||g||; 0 where there is no new direction
+  double known;       // ||r||
+  double gain;        // ||d|| / ||M d||
+  bool usable;        // whether M d was a new image; if not, x and r are the old ones
+  bool sound;         // whether all numbers are finite
+  double* h;          // [n] coordinates of g / ||g||
+  double* image;      // [n + 1] e_{n-1}
   double* direction;  // [n] p_{n-1}
   double* x;          // [n]
   double* rho;        // [n + 1]
@@ -90,6 +91,8 @@ PYDEQ_HOST_DEVICE inline Extension extend(const Cycle& cycle, const double* prod
   out.rho[n] = 0.0;
   e[n] = -(ratio * out.remainder);
   const double scale = gram_norm(cycle, n, cycle.rho, product) + ratio;
+  out.gain = gram_norm(cycle, n, p, product);
+  out.gain /= gram_norm(cycle, n + 1, e, product);
   for (int pass = 0; pass < 2; ++pass) {
     for (int64_t i = 0; i < n - 1; ++i) {
       apply_gram(cycle, n, e, product);

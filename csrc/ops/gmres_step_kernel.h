@@ -15,6 +15,15 @@ namespace pydeq {
 namespace PYDEQ_ISA {
 namespace {
 
+template <class T>
+constexpr double epsilon = __DBL_EPSILON__;
+template <>
+constexpr double epsilon<float> = __FLT_EPSILON__;
+template <>
+constexpr double epsilon<Float16> = 0x1p-10;
+template <>
+constexpr double epsilon<BFloat16> = 0x1p-7;
+
 // v[i] -= sum_j h[j] rows[j][i] and y[i] += sum_j c[j] rows[j][i], four rows at a time. No v where h is null.
 template <class A, class Row>
 inline void combine(A* v, A* y, Row row, const double* h, const double* c, int64_t count, int64_t n) {
@@ -169,8 +178,7 @@ struct GmresStep {
                       coordinates(b, COORDINATE_POINT)};
     double* work = coefficients + args.stored + 1;
     const double before = gram_norm(cycle, n, cycle.rho, work);
-    const double eps = sizeof(T) == 8 ? __DBL_EPSILON__ : double(__FLT_EPSILON__);
-    const Extension add = extend(cycle, products, ratio, eps, work);
+    const Extension add = extend(cycle, products, ratio, epsilon<A>, work);
     if (!add.sound) return false;
 
     const Rules& rules = args.step.rules;
@@ -178,7 +186,7 @@ struct GmresStep {
     double tolerance = rules.atol + rules.rtol * norm;
     if (CONTRACTION * row.scalars[SCALAR_FIRST] < tolerance) tolerance = CONTRACTION * row.scalars[SCALAR_FIRST];
     double target = MARGIN * tolerance;
-    if (rules.eps * norm > target) target = rules.eps * norm;
+    if (epsilon<T> * norm > target) target = epsilon<T> * norm;
     const bool closes = add.known <= target / beta || add.remainder == 0.0 || !add.usable || n == args.restart ||
                         (ratio > before && args.penultimate);
     plan.beta = beta;
@@ -193,9 +201,9 @@ struct GmresStep {
     }
     plan.kind = Kind::extend;
     plan.inverse_remainder = 1.0 / add.remainder;
-    for (int64_t i = 0; i < n; ++i) point[i] = add.x[i] + add.rho[i];
+    for (int64_t i = 0; i < n; ++i) point[i] = add.x[i] + add.gain * add.rho[i];
     const double least = NEWEST_SHARE * add.known;
-    point[n] = __builtin_fabs(add.rho[n]) < least ? __builtin_copysign(least, add.rho[n]) : add.rho[n];
+    point[n] = add.gain * (__builtin_fabs(add.rho[n]) < least ? __builtin_copysign(least, add.rho[n]) : add.rho[n]);
 
     for (int64_t i = 0; i < n - 1; ++i) cycle.images[i * K + n] = cycle.directions[i * K + n] = 0.0;
     for (int64_t i = 0; i <= n; ++i) {

@@ -3,9 +3,11 @@
 Every point that is evaluated is measured: its residual is g = f(y) - y = r(y), with r(y) = v - M y, and nothing else is
 taken for a residual. A cycle starts at a measured point x_0 with beta = ||r_0||, V = [r_0 / beta], and evaluates
 
-    y = x + r + (a share of the newest basis vector where r has next to none of it)
+    y = x + d,   d = c (r + a share of the newest basis vector where r has next to none of it)
 
-where x is the point of x_0 + span(V) with the smallest residual r so far. By then f is known on x_0 + span of all
+where x is the point of x_0 + span(V) with the smallest residual r so far. c is ||d|| / ||M d|| of the direction before,
+so that r(y) is about as far from r as r is from 0: with c = 1, and a small ||M||, x would be extrapolated far beyond y,
+and a rounding error of f grow by 1 / ||M|| from step to step. By then f is known on x_0 + span of all
 directions d = y - x taken so far: M d = r - g. Since g lies in span(V) but for one new direction, which becomes the
 next basis vector, all points and residuals of the cycle are known by coordinates in V:
 
@@ -17,13 +19,15 @@ directions p_i with M p_i = e_i,
     e = M d - sum_i <e_i, M d> e_i,   p = d - sum_i <e_i, M d> p_i,   both divided by ||e||
     r <- r - <e_i, r> e_i,   x <- x + <e_i, r> p_i                    for every i
 
-Inner products are those of G, so that a basis which classical Gram-Schmidt has left with an error of
-eps ||g|| / ||g - V h|| in its orthogonality is used for what it is: the error neither grows from vector to vector nor
-enters x. M p_i = e_i holds to rounding, whatever the inner product.
+Inner products are those of G, so that a basis which classical Gram-Schmidt has left with an error in its orthogonality
+is used for what it is: the error neither grows from vector to vector nor enters x, since g = V h + ... holds to rounding
+whatever the inner product. That error is eps (||g|| / ||g - V h||)^2, mostly of lengths, which come from 1 - h^T V^T g.
+Measured for 24 unknowns, the largest |G - I|: 1e-11 and, in float32, 2e-3 or less; 2e-10 and 4e-2 for
+A = .99 I + 1e-3 E, whose remainders are 1e-3 of g.
 
 A cycle is closed by evaluating x itself, and the next one starts there, from the residual measured there: where the
-known residual meets the tolerance or is below what rounding shows, where the basis has ``restart`` vectors, and where no
-new direction is found. So a solve that dense GMRES ends after k products with M takes at most k + 2 evaluations, the
+known residual meets the tolerance or is below what rounding shows, where the basis has ``restart`` vectors, and where
+no new direction is found. So a solve that dense GMRES ends after k products with M takes at most k + 2 evaluations, the
 first of z0 and the last of the solution.
 """
 
@@ -51,6 +55,7 @@ class Extension:
     x: Tensor  # [R, n]
     rho: Tensor  # [R, n + 1] coordinates of r
     known: Tensor  # [R] ||r||
+    gain: Tensor  # [R] ||d|| / ||M d||
     usable: Tensor  # [R] whether M d was a new image; if not, x and rho are the old ones
 
 
@@ -91,6 +96,7 @@ def extend(
     e = old - ratio[:, None] * torch.cat([h, remainder[:, None]], 1)
     p = a - x
     scale = _norm(wide, old) + ratio
+    gain = _norm(gram, p) / _norm(wide, e)
     basis = longer(images, (0, 1))
     for _ in range(2):
         for i in range(n - 1):
@@ -105,7 +111,7 @@ def extend(
         c = _inner(wide, column, r)[:, None]
         r, moved = r - c * column, moved + c * way
     r, moved = torch.where(usable[:, None], r, old), torch.where(usable[:, None], moved, x)
-    return Extension(h, remainder, e, p, moved, r, _norm(wide, r), usable)
+    return Extension(h, remainder, e, p, moved, r, _norm(wide, r), gain, usable)
 
 
 def _apply(gram: Tensor, u: Tensor) -> Tensor:
@@ -199,14 +205,14 @@ def gmres_step_reference(
         sound = torch.cat([new.h, new.x, new.rho], 1).isfinite().all(1)
         norm = scalars[rows, Scalar.NORM]
         tolerance = torch.minimum(atol + rtol * norm, CONTRACTION * scalars[rows, Scalar.FIRST])
-        target = torch.maximum(MARGIN * tolerance, eps * norm) / beta
+        target = torch.maximum(MARGIN * tolerance, torch.finfo(z.dtype).eps * norm) / beta
         closes = (new.known <= target) | (new.remainder == 0) | ~new.usable | (n == restart)
         closes |= (ratio > old) & penultimate
 
-        delta = new.rho.clone()
+        d = new.rho.clone()
         least = NEWEST_SHARE * new.known
-        delta[:, n] = torch.where(delta[:, n].abs() < least, torch.copysign(least, delta[:, n]), delta[:, n])
-        point = torch.nn.functional.pad(new.x, (0, 1)) + delta
+        d[:, n] = torch.where(d[:, n].abs() < least, torch.copysign(least, d[:, n]), d[:, n])
+        point = torch.nn.functional.pad(new.x, (0, 1)) + new.gain[:, None] * d
         closed, grows = sound & closes, sound & ~closes
         counters[rows[closed], Counter.COUNT] = 0
         to = start[rows].double() + beta[:, None] * (V * new.x[:, :, None]).sum(1)
