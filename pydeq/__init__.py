@@ -18,7 +18,7 @@ from pydeq.jacobian import (
 from pydeq.layer import DEQ
 from pydeq.protocol import Status
 from pydeq.solution import ConvergenceError, ConvergenceWarning, Solution
-from pydeq.solvers import Anderson, Broyden, Picard
+from pydeq.solvers import GMRES, Anderson, Broyden, Picard
 from pydeq.supervision import fixed_point_correction
 
 try:
@@ -28,6 +28,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "DEQ",
+    "GMRES",
     "Anderson",
     "Broyden",
     "ConvergenceError",

@@ -80,7 +80,7 @@ def fixed_point(
         sharded: Each rank of ``process_group`` has its own entries of the same samples: norms and inner products are
             those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
         states_at: Numbers of evaluations, increasing: ``states`` gets what a solve of so many ``max_steps`` has for
-            its image, be it shorter than that or not.
+            its image, be it shorter than that or not; of :class:`pydeq.GMRES` the best image so far.
 
     Returns:
         The solution. Its tensors are new ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -190,7 +191,9 @@ class DEQ(nn.Module):
             # Compiled graphs are not differentiated twice, which the penalty's gradient needs.
             at = None if compiler.compiles(self.cell) else attached.linearization
             image = attached.output if transformed else solution.image
-            solution.penalty = penalty.evaluate(eager, image, context, at)
+            term = penalty.evaluate(eager, image, context, at)
+            solution = copy.copy(solution)  # not the one that the graph keeps
+            solution.penalty = term
         return Attached(attached.output, solution)
 
     def _check_transforms(self) -> None:

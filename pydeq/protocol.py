@@ -41,7 +41,7 @@ class Counter(IntEnum):
     TRIED = 4
     """1 once a plain step from the best iterate was taken."""
     COUNT = 5
-    """Columns (Anderson) or steps (Broyden) in the sample's history."""
+    """Columns (Anderson), steps (Broyden) or basis vectors (GMRES) in the sample's history."""
     HEAD = 6
     """Anderson: the ring slot written next."""
     RESTARTED = 7
@@ -63,6 +63,17 @@ class Scalar(IntEnum):
     """||f(z)|| at the newest iterate."""
     FIRST_NORM = 5
     """||f(z)|| at z0."""
+
+
+class Coordinate(IntEnum):
+    """Rows of ``coordinates``, float64 [B, len(Coordinate), K]: what GMRES knows by coordinates in its basis."""
+
+    MINIMUM = 0
+    """The point with the smallest residual, from the start of the cycle."""
+    RESIDUAL = 1
+    """Its residual."""
+    POINT = 2
+    """The point being evaluated, from the start of the cycle."""
 
 
 class Progress(IntEnum):
@@ -122,3 +133,9 @@ SINE_TERMS: Final = (1.5707963705062866, -0.6459634900093079, 0.0796800404787063
 COSINE_TERMS: Final = (-1.2337005138397217, 0.25366923213005066, -0.02086028829216957, 0.0009040217264555395)
 """cos(pi t / 2) = 1 + t^2 sum_i a_i t^(2 i) for |t| <= 1/2."""
 LOG_2: Final = 0.6931471824645996
+MARGIN: Final = 0.9
+"""GMRES evaluates its solution once the known residual is within this share of the tolerance."""
+NEWEST_SHARE: Final = 0.1
+"""A direction of GMRES has at least this share of the newest basis vector: along it alone the map is not yet known."""
+BREAKDOWN_EPSILONS: Final = 16
+"""What is smaller by this many machine epsilons than what it was subtracted from is rounding, no direction."""

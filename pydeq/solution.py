@@ -29,7 +29,6 @@ class Solution:
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
         states: The states asked for by ``states_at``, each like z0; those of a :class:`pydeq.DEQ` have gradients, and
             its output is the last one.
-        backward: The adjoint's solution once backward has run; set by :class:`pydeq.DEQ`.
         penalty: The :class:`pydeq.JacobianPenalty` asked for, 0-d, to be added to the loss; set by :class:`pydeq.DEQ`.
     """
 
@@ -42,7 +41,6 @@ class Solution:
         self.trace = trace
         self.states: list[State] = []
         self._backward: list[Solution | None] = [None]  # shared with copies: graphs set it, and must not see states
-        self.backward: Solution | None = None
         self.penalty: Tensor | None = None
         self._scalars = scalars  # [B, len(Scalar)]
         self._counters = counters  # [B, len(Counter)]

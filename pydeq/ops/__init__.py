@@ -6,6 +6,7 @@ references under the same schema.
 
 from pydeq.ops.anderson_step import anderson_step
 from pydeq.ops.broyden_step import broyden_step
+from pydeq.ops.gmres_step import gmres_step
 from pydeq.ops.picard_step import picard_step
 from pydeq.ops.random_probes import random_probes
 from pydeq.ops.squared_norm import mean_squared_norm, squared_norm
@@ -17,6 +18,7 @@ compiled.load()
 __all__ = [
     "anderson_step",
     "broyden_step",
+    "gmres_step",
     "mean_squared_norm",
     "picard_step",
     "random_probes",

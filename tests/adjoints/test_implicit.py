@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import pydeq
 
 BATCH, DIM = 3, 6
-SOLVERS = [pydeq.Picard(), pydeq.Anderson(memory=4), pydeq.Broyden(), pydeq.Broyden(memory=2)]
+SOLVERS = [pydeq.Picard(), pydeq.Anderson(memory=4), pydeq.Broyden(), pydeq.Broyden(memory=2), pydeq.GMRES()]
 
 
 class Cell(nn.Module):

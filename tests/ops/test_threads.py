@@ -12,6 +12,7 @@ SOLVERS = (
     pydeq.Picard(damping=0.5),
     pydeq.Anderson(memory=3),
     pydeq.Broyden(memory=3),
+    pydeq.GMRES(restart=3),
 )
 
 
