@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
 
-from pydeq import ops
+from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
 from pydeq.compiled import kernels
 from pydeq.fixed_point import fixed_point
@@ -49,6 +49,7 @@ __all__ = [
     "jacobian_penalty",
     "jacobian_spectrum",
     "kernels",
+    "nn",
     "ops",
     "spectral_radius",
 ]

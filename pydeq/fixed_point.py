@@ -13,6 +13,7 @@ from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
+from pydeq.nn.scope import solve_scope
 from pydeq.precision import Autocast
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import ConvergenceError, Solution
@@ -144,7 +145,7 @@ def solve(
         agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
     states_at = check_states_at(states_at)
     cast = torch.is_autocast_enabled(layout.device.type)
-    with torch.no_grad():
+    with torch.no_grad(), solve_scope():
         if compact:
             batched = _check_compact(fn, context, batched_context, layout, freeze)
             evaluator = CompactingEvaluator(fn, context, layout, cast, batched)

@@ -18,6 +18,7 @@ from pydeq.distributed import check_ranks
 from pydeq.fixed_point import check_max_steps, check_states_at, check_tolerance
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import unknown_keyword
+from pydeq.nn.scope import Bound, scope_of
 from pydeq.randomness import Replayed, random_modules
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State, layout_of
@@ -168,10 +169,13 @@ class DEQ(nn.Module):
         with_states: bool,
         penalty: JacobianPenalty | None,
     ) -> Attached:
+        scope = scope_of(self.cell)
         fn, eager = compiler.compiled(self.cell), uncompiled(self.cell)
         if self.freeze_rng:
             fn = Replayed(fn, layout_of(z0).device)
             eager = fn.of(eager)
+        if scope is not None:
+            fn, eager = Bound(fn, scope), Bound(eager, scope)
         owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
         module = owner if isinstance(owner, nn.Module) else None
         problem = Problem(fn, z0, context, options, module, self._memory)

@@ -21,6 +21,7 @@ from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.fixed_point import check_max_steps, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
+from pydeq.nn.scope import share_weights
 from pydeq.solution import Solution
 from pydeq.solvers.base import check_damping
 from pydeq.state import Layout, State, as_tuple, layout_of
@@ -66,11 +67,9 @@ class Phantom(Adjoint):
             if self.form == "neumann":
                 return self._neumann(problem, solution)
             z = solution.image
-        layout = layout_of(problem.z0)
+        layout, fn = layout_of(problem.z0), share_weights(problem.fn)
         for _ in range(self.steps):
-            y = layout.check(
-                problem.fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False
-            )
+            y = layout.check(fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False)
             z = y if self.damping == 1.0 else self._blend(z, y, layout)
         return Attached(z, solution)
 
