@@ -8,6 +8,7 @@ judged by the same rules: they stop where those stop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
+from pydeq.nn.scope import share_weights
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.protocol import RUNNING, Counter, Scalar
 from pydeq.solution import Solution
@@ -70,10 +72,11 @@ class Unrolled(Adjoint):
         scalars = z.new_zeros(layout.batch, len(Scalar), dtype=torch.float64)
         counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
         unroll = _RULES[type(solver)](solver, max_steps)
+        fn = problem.fn if self.checkpoint else share_weights(problem.fn)
         states: list[State] = []
         nfe = 0
         while layout.batch and nfe < max_steps:
-            f = _flatten(layout, layout.check(self._call(problem, layout.view(z)), cast, detach=False))
+            f = _flatten(layout, layout.check(self._call(fn, layout.view(z), problem.context), cast, detach=False))
             nfe += 1
             with torch.no_grad():
                 verdict = judge(
@@ -95,10 +98,10 @@ class Unrolled(Adjoint):
         solution = Solution(_detach(layout.view(value)), _detach(output), nfe, scalars, counters, None)
         return Attached(output, solution, states=states)
 
-    def _call(self, problem: Problem, z: State) -> Any:
+    def _call(self, fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Any:
         if self.checkpoint:
-            return checkpoint(problem.fn, z, *problem.context, use_reentrant=False)
-        return problem.fn(z, *problem.context)
+            return checkpoint(fn, z, *context, use_reentrant=False)
+        return fn(z, *context)
 
 
 class _Unroll(ABC):

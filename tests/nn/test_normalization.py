@@ -129,21 +129,35 @@ def test_computed_once_for_the_solve_and_once_for_the_graph(norm, computed):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_unrolled_steps_share_one_weight(norm, computed):
-    (z0, x), cell = inputs(), Cell(norm)
-    gradients = []
-    for steps in (6, 6):
-        computed.clear()
-        cell.zero_grad()
-        pydeq.DEQ(cell.eval(), adjoint=pydeq.Phantom(steps=steps), rtol=1e-10)(z0, x).sum().backward()
-        assert len(computed) == 2
-        gradients.append(cell.linear.parametrizations.weight.original0.grad if norm is weight_norm else None)
+@pytest.mark.parametrize(("adjoint", "weights"), [(pydeq.Phantom(steps=6), 2), (pydeq.Unrolled(), 1)], ids=str)
+def test_unrolled_steps_share_one_weight(norm, adjoint, weights, computed):
+    (z0, x), cell = inputs(), Cell(norm).eval()
     parameters = tuple(cell.parameters())
-    z = pydeq.fixed_point(cell, z0, x, rtol=1e-10).image
-    for _ in range(6):
+    deq = pydeq.DEQ(cell, solver=pydeq.Picard(), adjoint=adjoint, rtol=1e-12, max_steps=200)
+    for _ in range(2):
+        computed.clear()
+        found = torch.autograd.grad(deq(z0, x).sum(), parameters)
+        assert len(computed) == weights
+    z = z0 if isinstance(adjoint, pydeq.Unrolled) else pydeq.fixed_point(cell, z0, x, rtol=1e-12).image
+    for _ in range(200 if isinstance(adjoint, pydeq.Unrolled) else 6):
         z = cell(z, x)
-    for ours, expected in zip([p.grad for p in parameters], torch.autograd.grad(z.sum(), parameters), strict=True):
+    for ours, expected in zip(found, torch.autograd.grad(z.sum(), parameters), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("adjoint", [pydeq.Unrolled(checkpoint=True), pydeq.Reversible(checkpoints=10)], ids=str)
+def test_adjoints_that_evaluate_again_give_the_implicit_gradient(norm, adjoint):
+    (z0, x), cell = inputs(), Cell(norm)
+    norm_module = cell.linear.parametrizations.weight[0]
+    parameters, before = tuple(cell.parameters()), copy.deepcopy(norm_module.state_dict())
+    exact = pydeq.DEQ(cell, adjoint=pydeq.Implicit(rtol=1e-12), rtol=1e-12, max_steps=200)
+    expected = torch.autograd.grad(exact(z0, x).square().sum(), parameters)
+    norm_module.load_state_dict(before)
+    z = pydeq.DEQ(cell, adjoint=adjoint, rtol=1e-10, max_steps=200)(z0, x)
+    exact(z0, x)  # moves the directions of the spectral norm on
+    for ours, other in zip(torch.autograd.grad(z.square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-8)
 
 
 def test_one_step_of_power_iteration_per_solve():

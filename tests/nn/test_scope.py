@@ -43,16 +43,27 @@ def inputs(dtype=torch.float64):
     return torch.zeros_like(x), x
 
 
-@pytest.mark.parametrize(
-    "adjoint", [pydeq.Implicit(), pydeq.Phantom(steps=3), pydeq.Phantom(steps=3, form="neumann")], ids=str
-)
-def test_one_mask_per_forward_and_another_for_the_next(adjoint):
+ADJOINTS = [
+    pydeq.Implicit(),
+    pydeq.Phantom(steps=3),
+    pydeq.Phantom(steps=3, form="neumann"),
+    pydeq.Shine(refine_steps=2),
+    pydeq.Unrolled(),
+    pydeq.Unrolled(checkpoint=True),
+    pydeq.Reversible(checkpoints=20),
+]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_one_mask_per_step_and_another_for_the_next(adjoint):
     cell, (z0, x) = Recording(), inputs()
-    deq = pydeq.DEQ(cell, adjoint=adjoint, rtol=1e-8)
+    solver = pydeq.Broyden() if isinstance(adjoint, pydeq.Shine) else pydeq.Anderson()
+    deq = pydeq.DEQ(cell, solver=solver, adjoint=adjoint, rtol=1e-4, max_steps=100)
     seen = []
     for _ in range(3):
-        _, solution = deq(z0, x, return_solution=True)
+        z, solution = deq(z0, x, return_solution=True, penalty=pydeq.JacobianPenalty(0.1))
         assert solution.converged.all()
+        (z.sum() + solution.penalty).backward()
         seen.append(cell.take())
     with torch.no_grad():
         deq(z0, x)
