@@ -33,6 +33,11 @@ CASES = [
 IDS = [repr(module) for module, _, _ in CASES]
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize(("module", "shape", "shared"), CASES, ids=IDS)
 def test_what_is_dropped_together(module, shape, shared):
     torch.manual_seed(0)

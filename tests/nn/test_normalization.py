@@ -38,6 +38,11 @@ class Cell(nn.Module):
         return torch.tanh(0.5 * self.linear(z) + x)
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def inputs():
     x = torch.randn(BATCH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return torch.zeros_like(x), x
