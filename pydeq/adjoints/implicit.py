@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.functional import solve_functional, transforms_active
@@ -180,8 +180,13 @@ class _Problem:
             )
         gate = _Gate()
         z = tuple(_Substitute.apply(gate, part) for part in out)
+        # What made the context is not followed either: the context's own gradient goes there.
+        leaves, tree = tree_flatten(self.context)
+        computed = {id(x): x for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None}
+        substitutes = {key: _Substitute.apply(gate, x) for key, x in computed.items()}
+        context = tree_unflatten([substitutes.get(id(x), x) for x in leaves], tree)
         with self.autocast.again():
-            y = self.fn(z if self.layout.is_tuple else z[0], *self.context)
+            y = self.fn(z if self.layout.is_tuple else z[0], *context)
             y = as_tuple(self.layout.check(y, self.autocast.enabled, detach=False))
         at = Linearization(self.layout, z, y)
         u = self.solve(at, v)
@@ -189,8 +194,9 @@ class _Problem:
             u, _ = attach(self.settings, self._adjoint(at), u if self.layout.is_tuple else u[0], v, shared=self.shared)
         outputs = [part for part in y if part.requires_grad]
         seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
+        sources = [substitutes.get(id(x), x) for x in self.sources]
         with gate:  # partial derivatives: z stays where it is
-            return torch.autograd.grad(outputs, self.sources, seeds, create_graph=True, allow_unused=True)
+            return torch.autograd.grad(outputs, sources, seeds, create_graph=True, allow_unused=True)
 
     def _adjoint(self, at: Linearization) -> Callable[..., State]:
         """The map u, v -> J^T u + v."""
