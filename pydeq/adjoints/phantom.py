@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.functional import solve_functional, transforms_active
+from pydeq.adjoints.sources import sources_of
 from pydeq.fixed_point import check_max_steps, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
@@ -78,10 +79,13 @@ class Phantom(Adjoint):
         return parts if layout.is_tuple else parts[0]
 
     def _neumann(self, problem: Problem, solution: Solution) -> Attached:
+        first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         at = linearize(problem.fn, solution.image, problem.context)
         y = at.y
-        if any(part.requires_grad for part in y):
+        if any(sources_of(at, problem.context, first_node)):
             y = _Neumann.apply(self, at, *y)
+        else:  # everything is frozen
+            y = tuple(part.detach() for part in y)
         return Attached(y if at.layout.is_tuple else y[0], solution, at)
 
 

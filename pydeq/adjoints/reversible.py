@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
-from pydeq.adjoints.implicit import _sources
+from pydeq.adjoints.sources import sources_of
 from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import linearize
@@ -236,7 +236,7 @@ def _first_evaluation(problem: Problem, start: Tensor, layout: Layout) -> tuple[
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     context, cut = _cut(problem.context)
     at = linearize(problem.fn, layout.view(start), context)
-    sources, hidden = _sources(at, context, first_node)
+    sources, hidden = sources_of(at, context, first_node)
     whole = {id(x): x for x in tree_leaves(list(problem.context))}
     uncut = {id(copy): whole[original] for original, copy in cut.items()}
     sources = tuple(uncut.get(id(source), source) for source in sources)

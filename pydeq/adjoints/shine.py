@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
-from pydeq.adjoints.implicit import _sources
+from pydeq.adjoints.sources import sources_of
 from pydeq.fixed_point import check_tolerance, fixed_point, solve
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
@@ -77,7 +77,7 @@ class Shine(Adjoint):
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         at = linearize(problem.fn, solution.image, problem.context)
         y = at.y
-        if any(_sources(at, problem.context, first_node)):
+        if any(sources_of(at, problem.context, first_node)):
             y = _Shine.apply(_Backward(self, at.layout, solution, problem.shared), inverse, *at.z, *y)
         else:  # everything is frozen
             y = tuple(part.detach() for part in y)
