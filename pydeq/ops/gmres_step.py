@@ -39,8 +39,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
 from pydeq.protocol import BREAKDOWN_EPSILONS, CONTRACTION, MARGIN, NEWEST_SHARE, Coordinate, Counter, Scalar
+from pydeq.reduction import WHOLE, Reduction, inner
 from pydeq.termination import judge, report, settle
 
 
@@ -151,8 +152,9 @@ def gmres_step_reference(
     last: bool,
     penultimate: bool,
     restart: int,
+    reduction: Reduction = WHOLE,
 ) -> None:
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
     settle(z, f, next, best, verdict, None, 1.0)
     exact = iterate.numel() > 0  # then z is the rounding of iterate
     counters[verdict.retry, Counter.COUNT] = 0
@@ -177,7 +179,7 @@ def gmres_step_reference(
         move(rows, f[rows])
         rows, size = rows[sound], size[sound]
         basis[0][rows] = (g[sound] / size[:, None]).to(compute)
-        gram[rows, 0, 0] = basis[0][rows].double().square().sum(1)
+        gram[rows, 0, 0] = inner(basis[0][rows], basis[0][rows], reduction)
         lengths[rows] = size
         for name, value in ((Coordinate.MINIMUM, 0.0), (Coordinate.RESIDUAL, 1.0), (Coordinate.POINT, 1.0)):
             coordinates[rows, name, 0] = value
@@ -187,14 +189,15 @@ def gmres_step_reference(
     for n in counts.unique().tolist():
         rows = samples[counts == n]
         g = (f[rows].to(compute) - position[rows]).double()
-        size = _size(g, z.dtype, scalars[rows, Scalar.RESIDUAL], exact)
+        # ||g|| is the residual, measured without overflow; but of half states g is not z's.
+        size = inner(g, g, reduction).sqrt() if exact else scalars[rows, Scalar.RESIDUAL]
         if n == 0:
             begin(rows, g, size)
             continue
         V = torch.stack([basis[i][rows].double() for i in range(n)], 1)  # [R, n, D]
         beta = lengths[rows]
         unit = torch.where(size > 0, size, 1.0)
-        products = (V * (g / unit[:, None])[:, None]).sum(2)
+        products = inner(V, (g / unit[:, None])[:, None], reduction)
         x, rho, a = (coordinates[rows, name, :n] for name in Coordinate)
         old = _norm(gram[rows, :n, :n], rho)
         ratio = size / beta
@@ -225,7 +228,7 @@ def gmres_step_reference(
             basis[n][r] = newest
             V = torch.cat([V, newest.double()[:, None]], 1)
             move(r, start[r].double() + beta[:, None] * (V * point[grows][:, :, None]).sum(1))
-            row = (V * V[:, n:]).sum(2)
+            row = inner(V, V[:, n:], reduction)
             gram[r, n, : n + 1] = row
             gram[r, : n + 1, n] = row
             images[r, n - 1, : n + 1] = new.image[grows]
@@ -240,11 +243,6 @@ def gmres_step_reference(
         if not sound.all():
             begin(rows[~sound], g[~sound], size[~sound])
     report(progress, counters, step)
-
-
-def _size(g: Tensor, dtype: torch.dtype, residual: Tensor, exact: bool) -> Tensor:
-    """||g||, which for all but half states is the residual, measured without overflow."""
-    return g.square().sum(1).sqrt() if exact else residual
 
 
 _gmres_step = define(
@@ -282,6 +280,7 @@ def gmres_step(
     last: bool,
     penultimate: bool,
     restart: int,
+    reduction: Reduction = WHOLE,
 ) -> None:
     """Measure f(z), decide for each sample whether it is done, and take a step of restarted GMRES.
 
@@ -298,12 +297,14 @@ def gmres_step(
         penultimate: Whether exactly one evaluation follows. It is spent on the point with the smallest known residual
             where the one after that is not expected to be better.
         restart: Basis vectors of a cycle, at least 1.
+        reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
 
     Raises:
         RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
     """
     refuse_gradients("gmres_step", z, f)
-    _gmres_step(
+    op = _gmres_step if reduction is WHOLE else reducing(gmres_step_reference, reduction)
+    op(
         z, f, next, best, iterate, start, basis, gram, images, directions, coordinates, lengths, scalars, counters,
         progress, step, rtol, atol, eps, freeze, stall, last, penultimate, restart,
     )  # fmt: skip

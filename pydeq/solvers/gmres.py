@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class GMRES(Solver):
     Source: Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986); Jiranek, Rozloznik and Gutknecht, How to make
     simpler GMRES and GCR more stable, SIAM J. Matrix Anal. Appl. 30 (2008), for directions along the residual.
     """
+
+    reduces: ClassVar[bool] = True
 
     restart: int = 20
 
@@ -80,4 +83,5 @@ class _GMRESWorkspace(Workspace):
             self.gram, self.images, self.directions, self.coordinates, self.lengths,
             self.scalars, self.counters, self.progress,
             k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, left == 0, left == 1, self.restart,
+            rules.reduction,
         )  # fmt: skip

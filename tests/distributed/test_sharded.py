@@ -19,6 +19,8 @@ SOLVERS = (
     pydeq.Anderson(memory=3, damping=0.8),
     pydeq.Broyden(),
     pydeq.Broyden(memory=2),
+    pydeq.GMRES(),
+    pydeq.GMRES(restart=3),
 )
 DIM = 13
 
