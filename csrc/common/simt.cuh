@@ -1,0 +1,164 @@
+// The whole vocabulary of device code: what every other .cuh says of threads, memory and synchronization, it says in
+// these words. nvcc takes them from here; tests/csrc/emulator has the same words for the CPU, where each access,
+// barrier and exchange is checked and counted.
+//
+// Warps are always whole: every collective is met by all 32 lanes, at one place in the source. Blocks are one-
+// dimensional and hold a multiple of 32 threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+#include "common/step_shape.h"
+
+namespace pydeq {
+
+// N neighbouring entries that travel together, in one access of 8 or 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T at[N];
+};
+
+}  // namespace pydeq
+
+#ifdef PYDEQ_EMULATOR
+#include "emulator/simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// PYDEQ_KERNEL(threads) void name(...): a kernel of at most that many threads a block.
+#define PYDEQ_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define PYDEQ_DEVICE __device__ inline
+// A parameter of a kernel that is read in place, however large it is.
+#define PYDEQ_PARAMETER const __grid_constant__
+#define PYDEQ_UNROLL_LOOP _Pragma("unroll")
+// type name[count] in a block's shared memory; count is a constant. Not initialized.
+#define PYDEQ_SHARED(type, name, count) __shared__ type name[count]
+
+namespace pydeq {
+
+// The shared memory whose size the launch gave, aligned to 16 bytes.
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char pydeq_dynamic_shared[];
+  return pydeq_dynamic_shared;
+}
+
+__device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ inline int block_threads() { return static_cast<int>(blockDim.x); }
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ inline int block_warps() { return static_cast<int>(blockDim.x) / kWarp; }
+__device__ inline int64_t block_index() { return blockIdx.x; }
+__device__ inline int64_t grid_blocks() { return gridDim.x; }
+
+// --- Synchronization: each waits for all threads of its group, and shows them all that was written before
+// -------------
+
+__device__ inline void block_sync() { __syncthreads(); }
+__device__ inline void warp_sync() { __syncwarp(); }
+
+// Orders this thread's accesses before it against those after it, as seen by the device, or by the host too.
+__device__ inline void fence_device() { __threadfence(); }
+__device__ inline void fence_system() { __threadfence_system(); }
+
+// Adds to a counter in global memory and returns what it was. Orders nothing else: see fence_device.
+__device__ inline int32_t atomic_add(int32_t* counter, int32_t value) { return atomicAdd(counter, value); }
+
+// --- Exchange within a warp
+// -------------------------------------------------------------------------------------------
+
+// Replaces each of N values by its sum over the warp: halves of lanes, quarters, ..., the same bits in every lane.
+template <int N, class A>
+__device__ inline void warp_sum(A (&values)[N]) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], distance);
+  }
+}
+
+template <class A>
+__device__ inline A warp_broadcast(A value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+template <class A>
+__device__ inline A warp_shuffle_xor(A value, int distance) {
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+}
+
+__device__ inline bool warp_any(bool vote) { return __any_sync(0xffffffffu, vote) != 0; }
+
+// --- Global memory
+// ----------------------------------------------------------------------------------------------------
+
+namespace detail {
+template <int Bytes>
+struct Word;
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+}  // namespace detail
+
+// p is aligned to the pack.
+template <int N, class T>
+__device__ inline Pack<T, N> load_pack(const T* p) {
+  using Word = typename detail::Word<sizeof(T) * N>::Type;
+  const Word word = *reinterpret_cast<const Word*>(p);
+  Pack<T, N> out;
+  memcpy(&out, &word, sizeof out);
+  return out;
+}
+
+template <int N, class T>
+__device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
+  using Word = typename detail::Word<sizeof(T) * N>::Type;
+  Word word;
+  memcpy(&word, &pack, sizeof word);
+  *reinterpret_cast<Word*>(p) = word;
+}
+
+template <class T>
+__device__ inline T load_one(const T* p) {
+  return *p;
+}
+
+template <class T>
+__device__ inline void store_one(T* p, T value) {
+  *p = value;
+}
+
+// Writes where the host is watching.
+__device__ inline void store_system(int64_t* p, int64_t value) { *static_cast<volatile int64_t*>(p) = value; }
+
+// --- Storage types to what they are computed in, and back, to nearest even
+// --------------------------------------------
+
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ inline float widen(BFloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+
+template <class T>
+__device__ inline T narrow(Compute<T> x) {
+  return x;
+}
+template <>
+__device__ inline Float16 narrow<Float16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+__device__ inline BFloat16 narrow<BFloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+
+}  // namespace pydeq
+
+#endif  // PYDEQ_EMULATOR
