@@ -1,12 +1,10 @@
 """pydeq: fast, trustworthy solvers for deep equilibrium models in PyTorch."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
 
 from pydeq import ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom
-from pydeq.compiled import kernels
+from pydeq.compiled import kernels, package_version
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_radius
 from pydeq.layer import DEQ
@@ -14,10 +12,7 @@ from pydeq.protocol import Status
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Broyden, Picard
 
-try:
-    __version__ = version("pydeq")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
+__version__ = package_version()
 
 __all__ = [
     "DEQ",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pydeq.evaluation import Evaluator
-from pydeq.protocol import Counter, Progress, Scalar
+from pydeq.progress import open_reports
+from pydeq.protocol import Counter, Scalar
 from pydeq.solution import Solution, relative
 from pydeq.solvers.base import Solver, Workspace
 from pydeq.termination import Rules
@@ -22,15 +23,19 @@ def iterate(evaluator: Evaluator, flat: Tensor, solver: Solver, rules: Rules, ma
     rows: list[Tensor] = []
     workspace = solver.start(flat, rules, max_steps)
     if layout.batch:
-        progress = workspace.progress.numpy()
-        for k in range(max_steps):
-            f = evaluator.evaluate(workspace, k)
-            workspace.step(f, k)
-            del f  # before fn allocates the next one
-            if trace:
-                rows.append(_trace_row(workspace, k))
-            if progress[Progress.RUNNING] == 0:
-                break
+        # Samples that are done are iterated on without freezing: then a step too many would show.
+        lag = 1 if rules.freeze and not evaluator.counts_running else 0
+        with open_reports(layout.device, layout.batch, workspace.progress, lag) as reports:
+            for k in range(max_steps):
+                running = reports.running(k)
+                if running == 0:
+                    break
+                f = evaluator.evaluate(workspace, k, running)
+                workspace.progress = reports.place(k)
+                workspace.step(f, k)
+                del f  # before fn allocates the next one
+                if trace:
+                    rows.append(_trace_row(workspace, k))
     traced = None
     if trace:
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)
