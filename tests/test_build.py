@@ -125,9 +125,11 @@ def test_abi_target_is_the_oldest_torch_that_installs():
 
 def test_cuda_kernels_give_their_reason():
     facts = pydeq.kernels()
-    assert not facts.cuda
-    assert facts.cuda_archs == ()
+    assert facts.cuda == (not facts.cuda_reason)
     assert facts.cuda_reason in str(facts)
+    assert (facts.cuda_built is None) == (not facts.cuda_archs)
+    if facts.cuda_built:
+        assert f"compiled with CUDA {facts.cuda_built} for {', '.join(facts.cuda_archs)}" in str(facts)
 
 
 @needs_kernels
