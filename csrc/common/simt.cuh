@@ -39,10 +39,12 @@ struct alignas(sizeof(T) * N) Pack {
 
 namespace pydeq {
 
-// The shared memory whose size the launch gave, aligned to 16 bytes.
-__device__ inline unsigned char* dynamic_shared() {
+// count entries, `offset` bytes into the shared memory whose size the launch gave; offset is a multiple of 16 for
+// packs, else of the type's size. Slices do not overlap. Not initialized.
+template <class T>
+__device__ inline T* shared_slice(int64_t offset, int64_t /*count*/) {
   extern __shared__ __align__(16) unsigned char pydeq_dynamic_shared[];
-  return pydeq_dynamic_shared;
+  return reinterpret_cast<T*>(pydeq_dynamic_shared + offset);
 }
 
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }

@@ -103,18 +103,17 @@ struct StepBlock {
 
   // Keeps stage_rows rows of each of `tiles` tiles.
   PYDEQ_DEVICE StepBlock(const StepShape& shape, int tiles, int stage_rows) {
-    const int width = shape.width();
-    const int count = shape.coefficients_shared ? shape.coefficients : 0;
-    unsigned char* memory = dynamic_shared();
-    totals = reinterpret_cast<double*>(memory);
-    sums = {totals + width, width};
-    norms = sums.by_warp + block_warps() * width;
-    coefficients = norms + 2;
-    plan = reinterpret_cast<typename Step::Plan*>(coefficients + count);
-    flag = reinterpret_cast<int*>(plan + 1);
-    if (!shape.coefficients_shared) coefficients = nullptr;
-    memory += shared_header_bytes<typename Step::Plan>(block_threads(), width, count);
-    stage = typename Step::Stage{memory, tiles, stage_rows};
+    using Plan = typename Step::Plan;
+    const int width = shape.width(), count = shape.coefficients_shared ? shape.coefficients : 0;
+    const SharedLayout<Plan> at(block_threads(), width, count);
+    totals = shared_slice<double>(at.totals, width);
+    sums = {shared_slice<double>(at.sums, width * block_warps()), width};
+    norms = shared_slice<double>(at.norms, 2);
+    coefficients = shape.coefficients_shared ? shared_slice<double>(at.coefficients, count) : nullptr;
+    plan = shared_slice<Plan>(at.plan, 1);
+    flag = shared_slice<int>(at.flag, 1);
+    const int64_t bytes = stage_rows * Step::stage_row_bytes(tiles, block_threads());
+    stage = typename Step::Stage{shared_slice<unsigned char>(at.stage, bytes), tiles, stage_rows};
   }
 };
 

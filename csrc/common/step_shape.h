@@ -3,9 +3,10 @@
 // A launch, for Step one of PicardStep<T>, AndersonStep<T>, BroydenStep<T> of csrc/ops/<op>.cuh:
 //
 //   StepShape shape = step_shape<Step>(args, limits);           refuse unless shape.valid
-//   scratch: shape.scratch_bytes of device memory, uninitialized, until the step's last kernel has run; may be null at 0
-//   fused:   step_fused_kernel<Step><<<shape.blocks, shape.threads, shape.shared_bytes, stream>>>(args, shape, scratch)
-//   else:    step_reduce_kernel<Step><<<blocks, threads, shape.reduce_shared_bytes, ...>>>(args, shape, scratch), then
+//   scratch: shape.scratch_bytes of device memory, uninitialized, until the step's last kernel has run; may be null at
+//   0 fused:   step_fused_kernel<Step><<<shape.blocks, shape.threads, shape.shared_bytes, stream>>>(args, shape,
+//   scratch) else:    step_reduce_kernel<Step><<<blocks, threads, shape.reduce_shared_bytes, ...>>>(args, shape,
+//   scratch), then
 //            step_apply_kernel<Step><<<blocks, threads, shape.shared_bytes, ...>>>(args, shape, scratch)
 //   Without samples there is nothing to launch, and the host writes progress. Compile with --fmad=false: what is not a
 //   sum is then the same as on the CPU to the last bit. limits.shared_bytes is what cudaFuncSetAttribute granted each
@@ -54,13 +55,21 @@ struct StepShape {
   PYDEQ_HOST_DEVICE int width() const { return sums > products ? sums : products; }
 };
 
-// Bytes before the staged rows in a block's dynamic shared memory.
+// Where in a block's dynamic shared memory things are, in bytes.
 template <class Plan>
-PYDEQ_HOST_DEVICE inline int64_t shared_header_bytes(int64_t threads, int64_t width, int64_t coefficients) {
-  const int64_t doubles = width * (threads / kWarp + 1) + coefficients + 2;
-  const int64_t bytes = doubles * 8 + static_cast<int64_t>(sizeof(Plan)) + 16;
-  return (bytes + 15) / 16 * 16;
-}
+struct SharedLayout {
+  int64_t totals, sums, norms, coefficients, plan, flag, stage;
+
+  PYDEQ_HOST_DEVICE SharedLayout(int64_t threads, int64_t width, int64_t count) {
+    totals = 0;                                        // [width] double
+    sums = totals + 8 * width;                         // [warps, width] double
+    norms = sums + 8 * width * (threads / kWarp);      // [2] double
+    coefficients = norms + 16;                         // [count] double
+    plan = coefficients + 8 * count;                   // Plan
+    flag = plan + static_cast<int64_t>(sizeof(Plan));  // int
+    stage = (flag + 4 + 15) / 16 * 16;                 // rows
+  }
+};
 
 // Step::Args are what its kernels take.
 template <class Step>
@@ -84,16 +93,16 @@ StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) 
     while (threads < kMaxThreads && threads * kShare < state) threads *= 2;
   }
   if (threads > limits.max_threads) threads = limits.max_threads;
-  while (threads > kWarp && shared_header_bytes<Plan>(threads, width, 0) > (32 << 10)) threads /= 2;
+  while (threads > kWarp && SharedLayout<Plan>(threads, width, 0).stage > (32 << 10)) threads /= 2;
   shape.threads = static_cast<int>(threads);
   const int64_t tiles = (state + threads * kShare - 1) / (threads * kShare);
   shape.valid = shape.valid && tiles <= INT32_MAX;
   shape.tiles = static_cast<int>(tiles);
 
   // Work for deciding is in shared memory unless the history is long.
-  int64_t header = shared_header_bytes<Plan>(threads, width, coefficients);
+  int64_t header = SharedLayout<Plan>(threads, width, coefficients).stage;
   shape.coefficients_shared = header <= limits.shared_bytes;
-  if (!shape.coefficients_shared) header = shared_header_bytes<Plan>(threads, width, 0);
+  if (!shape.coefficients_shared) header = SharedLayout<Plan>(threads, width, 0).stage;
   shape.valid = shape.valid && header <= limits.shared_bytes;
 
   // Split, two blocks a multiprocessor hide each other's waits.

@@ -44,7 +44,9 @@ struct AndersonStep {
   static int64_t stage_rows(const Args& args, bool fused) {
     return !fused || args.step.rules.last ? 0 : args.damping == 1.0 ? 1 : 1 + args.memory;
   }
-  static int64_t stage_row_bytes(int64_t tiles, int64_t threads) { return Stage::row_bytes(tiles, threads); }
+  static PYDEQ_HOST_DEVICE int64_t stage_row_bytes(int64_t tiles, int64_t threads) {
+    return Stage::row_bytes(tiles, threads);
+  }
 
   const Args& args;
   const DeviceRows<T> row;

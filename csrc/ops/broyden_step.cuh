@@ -21,10 +21,9 @@ namespace pydeq {
 // Steps that a launch can name.
 constexpr int kMaxSteps = 512;
 
-// BroydenStepArgs with its list of steps where a kernel can read it: by value.
-struct BroydenDeviceArgs {
-  BroydenStepArgs args;
-  void* steps[kMaxSteps];  // args.stored of them
+// BroydenStepArgs with its list of steps where a kernel can read it: by value. The base's `steps` is not read.
+struct BroydenDeviceArgs : BroydenStepArgs {
+  void* rows[kMaxSteps];  // `stored` pointers to [B, D]
 };
 
 template <class T>
@@ -49,22 +48,23 @@ struct BroydenStep {
     double weight;  // restart: <s, g> / ||s||^2
   };
 
-  static PYDEQ_HOST_DEVICE const StepArgs& common(const Args& all) { return all.args.step; }
+  static PYDEQ_HOST_DEVICE const StepArgs& common(const Args& args) { return args.step; }
   // ||g||^2 and ||f||^2, <s, g_previous> before a restart, then <s_j, g>.
-  static int64_t sums(const Args& all) { return common(all).rules.last ? 2 : 3 + all.args.stored; }
+  static int64_t sums(const Args& args) { return args.step.rules.last ? 2 : 3 + args.stored; }
   // The new row of the Gram matrix.
-  static int64_t products(const Args& all) { return common(all).rules.last ? 0 : all.args.stored; }
-  static int64_t coefficients(const Args& all) { return all.args.stored; }
-  static int64_t kept(const Args& all) { return all.args.stored; }
+  static int64_t products(const Args& args) { return args.step.rules.last ? 0 : args.stored; }
+  static int64_t coefficients(const Args& args) { return args.stored; }
+  static int64_t kept(const Args& args) { return args.stored; }
   // In one launch the iterate, f, s_1, s_2, ...; else the steps alone.
-  static int64_t stage_rows(const Args& all, bool fused) {
-    const int64_t steps = all.args.stored > 1 ? all.args.stored - 1 : 0;
-    return common(all).rules.last ? 0 : fused ? 2 + steps : steps;
+  static int64_t stage_rows(const Args& args, bool fused) {
+    const int64_t steps = args.stored > 1 ? args.stored - 1 : 0;
+    return args.step.rules.last ? 0 : fused ? 2 + steps : steps;
   }
-  static int64_t stage_row_bytes(int64_t tiles, int64_t threads) { return Stage::row_bytes(tiles, threads); }
+  static PYDEQ_HOST_DEVICE int64_t stage_row_bytes(int64_t tiles, int64_t threads) {
+    return Stage::row_bytes(tiles, threads);
+  }
 
-  const Args& all;
-  const BroydenStepArgs& args;
+  const Args& args;
   const DeviceRows<T> row;
   const int64_t offset;  // of the sample's rows
   A *iterate, *u0;       // [D] or null
@@ -73,18 +73,17 @@ struct BroydenStep {
   const bool restarted;
 
   PYDEQ_DEVICE BroydenStep(const Args& a, int64_t b)
-      : all(a),
-        args(a.args),
-        row(a.args.step, b),
-        offset(b * a.args.step.state),
-        iterate(is_half<T> ? static_cast<A*>(a.args.iterate) + offset : nullptr),
-        u0(a.args.restart ? static_cast<A*>(a.args.restart) + offset : nullptr),
-        gram(a.args.gram + b * a.args.capacity * a.args.capacity),
-        theta(a.args.thetas + b * a.args.capacity),
+      : args(a),
+        row(a.step, b),
+        offset(b * a.step.state),
+        iterate(is_half<T> ? static_cast<A*>(a.iterate) + offset : nullptr),
+        u0(a.restart ? static_cast<A*>(a.restart) + offset : nullptr),
+        gram(a.gram + b * a.capacity * a.capacity),
+        theta(a.thetas + b * a.capacity),
         count(row.counters[protocol::COUNTER_COUNT]),
         restarted(row.counters[protocol::COUNTER_RESTARTED]) {}
 
-  PYDEQ_DEVICE A* step_row(int j) const { return static_cast<A*>(all.steps[j]) + offset; }
+  PYDEQ_DEVICE A* step_row(int j) const { return static_cast<A*>(args.rows[j]) + offset; }
   PYDEQ_DEVICE bool full() const { return count == args.memory + 1; }
   // Where step j >= 1 is staged.
   static PYDEQ_DEVICE int staged_row(int j, bool fused) { return j - 1 + (fused ? 2 : 0); }

@@ -32,7 +32,9 @@ struct PicardStep {
   static int64_t coefficients(const Args&) { return 0; }
   static int64_t kept(const Args&) { return 0; }
   static int64_t stage_rows(const Args& args, bool fused) { return !fused ? 0 : args.damping == 1.0 ? 1 : 2; }  // f, z
-  static int64_t stage_row_bytes(int64_t tiles, int64_t threads) { return Stage::row_bytes(tiles, threads); }
+  static PYDEQ_HOST_DEVICE int64_t stage_row_bytes(int64_t tiles, int64_t threads) {
+    return Stage::row_bytes(tiles, threads);
+  }
 
   const Args& args;
   const DeviceRows<T> row;

@@ -37,9 +37,9 @@ squared_norm_kernel(PYDEQ_PARAMETER SquaredNormArgs args, PYDEQ_PARAMETER Square
                     unsigned char* scratch) {
   using A = Compute<T>;
   constexpr int kPack = 16 / sizeof(T);
-  double* totals = reinterpret_cast<double*>(dynamic_shared());
-  const Sums sums{totals + 1, 1};
-  int* flag = reinterpret_cast<int*>(totals + 1 + block_warps());
+  double* totals = shared_slice<double>(0, 1);
+  const Sums sums{shared_slice<double>(8, block_warps()), 1};
+  int* flag = shared_slice<int>(8 + 8 * block_warps(), 1);
   double* partial = reinterpret_cast<double*>(scratch);
   int32_t* arrived = reinterpret_cast<int32_t*>(scratch + shape.partial_bytes);
   for (int64_t item = block_index(); item < args.batch * shape.tiles; item += grid_blocks()) {
