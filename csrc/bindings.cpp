@@ -13,6 +13,7 @@
 
 #include "common/await_report.h"
 #include "common/isa.h"
+#include "pydeq_cuda_facts.h"
 
 namespace py = pybind11;
 
@@ -85,7 +86,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("torch_built") = PYDEQ_TORCH_VERSION;
   module.attr("compiler") = compiler;
   module.attr("cuda_version") = PYDEQ_CUDA_VERSION;
-  module.attr("cuda_architectures") = PYDEQ_CUDA_ARCHITECTURES;
+  module.attr("cuda_archs") = PYDEQ_CUDA_ARCHS;
   module.attr("cuda_reason") = PYDEQ_CUDA_REASON;
   module.attr("instruction_sets") = instruction_sets(false);
   module.attr("supported_instruction_sets") = instruction_sets(true);

@@ -17,7 +17,6 @@ import importlib
 import importlib.machinery
 import os
 import platform
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def kernels() -> Kernels:
         instruction_sets=_library.instruction_sets if _library else (),
         cuda=not reason,
         cuda_reason=reason,
-        cuda_archs=_cuda_archs(_library.cuda_architectures) if _library else (),
+        cuda_archs=tuple(filter(None, _library.cuda_archs.split(", "))) if _library else (),
         cuda_built=(_library.cuda_version or None) if _library else None,
         cuda_driver=_dotted(driver) if driver else None,
         pydeq=package_version(),
@@ -303,12 +302,6 @@ def supported_instruction_sets() -> tuple[str, ...]:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-def _cuda_archs(cmake: str) -> tuple[str, ...]:
-    """("8.0", "9.0+PTX") from CMake's "80-real;90"."""
-    archs = re.findall(r"(\d+)(\d)([af]?)(-real)?", cmake)
-    return tuple(f"{major}.{minor}{suffix}{'' if real else '+PTX'}" for major, minor, suffix, real in archs)
 
 
 def _why_missing(error: ImportError) -> str:

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/bind.h"
+#include "pydeq_cuda_facts.h"
 
 namespace pydeq {
 
@@ -50,7 +51,7 @@ class Launch {
       cudaGetDeviceProperties(&properties, device_);
       const std::string capability = std::to_string(properties.major) + "." + std::to_string(properties.minor);
       advice = ". cuda:" + std::to_string(device_) + ", " + properties.name + ", has compute capability " + capability +
-               ", and the CUDA kernels were compiled for " PYDEQ_CUDA_ARCHITECTURES
+               ", and the CUDA kernels were compiled for " PYDEQ_CUDA_ARCHS
                ": compile them with TORCH_CUDA_ARCH_LIST=" +
                capability + (status == cudaErrorUnsupportedPtxVersion ? ", or update the NVIDIA driver" : "") +
                ", or run the plain-torch references with PYDEQ_KERNELS=off";
