@@ -171,5 +171,8 @@ def choose(environment: Mapping[str, str], local: bool) -> tuple[Toolkit, str]:
 
 
 if __name__ == "__main__":
-    toolkit, archs = choose(os.environ, local=False)
+    try:
+        toolkit, archs = choose(os.environ, local=False)
+    except (CudaError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     print(f"{toolkit.nvcc}: CUDA {toolkit.version}, {archs}")
