@@ -84,7 +84,7 @@ StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) 
   shape.products = static_cast<int>(products);
   shape.coefficients = static_cast<int>(coefficients);
   shape.kept = static_cast<int>(Step::kept(args));
-  shape.fused = state <= limits.fused_state;
+  shape.fused = state <= limits.fused_state || state == 0;
 
   // Enough threads for one tile, where a block may have that many; fewer where their sums would not fit.
   int64_t threads = Step::kSplitThreads;

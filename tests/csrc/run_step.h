@@ -1,0 +1,27 @@
+// Launching a step in the emulator, as csrc/common/launch_step.h does on a GPU.
+#pragma once
+
+#include "common/step.cuh"
+#include "emulator/emulator.h"
+#include "run_case.h"
+
+namespace pydeq {
+
+template <class Step>
+void run_step(const Case& test, const typename Step::Args& args) {
+  const StepShape shape = step_shape<Step>(args, test.limits());
+  if (!shape.valid) emulator::fail("this step does not fit");
+  const Buffer scratch(shape.scratch_bytes, 0);
+  for (int64_t i = 0; i < shape.scratch_bytes; ++i) scratch.data()[i] = 0xff;
+  if (shape.fused) {
+    emulator::launch({shape.blocks, shape.threads, shape.shared_bytes},
+                     [&] { step_fused_kernel<Step>(args, shape, scratch.data()); });
+  } else {
+    emulator::launch({shape.blocks, shape.threads, shape.reduce_shared_bytes},
+                     [&] { step_reduce_kernel<Step>(args, shape, scratch.data()); });
+    emulator::launch({shape.blocks, shape.threads, shape.shared_bytes},
+                     [&] { step_apply_kernel<Step>(args, shape, scratch.data()); });
+  }
+}
+
+}  // namespace pydeq
