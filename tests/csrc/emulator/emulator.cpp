@@ -239,8 +239,8 @@ std::unique_ptr<Block> make_block(int64_t index, const Grid& grid) {
 void retire(Block& block) {
   for (Fiber* fiber : block.threads) {
 #if defined(PYDEQ_EMULATOR_TSAN)
-    __tsan_destroy_fiber(fiber->tsan);
-    used.push_back(fiber);  // the next thread on this stack would seem to race with the one before
+    // The next thread on this stack would seem to race with this one, and one of the same number would seem to be it.
+    used.push_back(fiber);
 #else
     idle.push_back(fiber);
 #endif
@@ -485,6 +485,9 @@ void launch(const Grid& grid, const std::function<void()>& kernel) {
   // Not before: what the scheduler has seen of one block, it would show to the next one.
   __tsan_acquire(&end_tag);
   for (const auto& block : retired) free_shared(*block);
+#if defined(PYDEQ_EMULATOR_TSAN)
+  for (Fiber* fiber : used) __tsan_destroy_fiber(fiber->tsan);
+#endif
   idle.insert(idle.end(), used.begin(), used.end());
   used.clear();
 }
