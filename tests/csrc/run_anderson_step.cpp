@@ -8,7 +8,7 @@ void run_anderson_step(const Case& test) {
                               test.pointer("values"), static_cast<double*>(test.pointer("gram")),
                               test.integer("slots"),  test.integer("memory"),
                               test.number("damping"), test.number("ridge")};
-  PYDEQ_DISPATCH(test.dtype(), T, run_step<AndersonStep<T>>(test, args));
+  PYDEQ_EMULATE(test.dtype(), T, run_step<AndersonStep<T>>(test, args));
 }
 
 }  // namespace pydeq

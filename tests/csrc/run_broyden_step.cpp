@@ -15,7 +15,7 @@ void run_broyden_step(const Case& test) {
                                          test.integer("capacity"),
                                          test.integer("memory")};
   for (int64_t j = 0; j < args.stored; ++j) args.rows[j] = test.pointer("steps" + std::to_string(j));
-  PYDEQ_DISPATCH(test.dtype(), T, run_step<BroydenStep<T>>(test, args));
+  PYDEQ_EMULATE(test.dtype(), T, run_step<BroydenStep<T>>(test, args));
 }
 
 }  // namespace pydeq

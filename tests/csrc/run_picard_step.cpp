@@ -5,7 +5,7 @@ namespace pydeq {
 
 void run_picard_step(const Case& test) {
   const PicardStepArgs args{test.step_args(), test.number("damping")};
-  PYDEQ_DISPATCH(test.dtype(), T, run_step<PicardStep<T>>(test, args));
+  PYDEQ_EMULATE(test.dtype(), T, run_step<PicardStep<T>>(test, args));
 }
 
 }  // namespace pydeq

@@ -5,6 +5,27 @@
 #include "emulator/emulator.h"
 #include "run_case.h"
 
+// Races do not depend on the type: ThreadSanitizer sees one that is its own compute type and one that is not.
+#if defined(PYDEQ_EMULATOR_TSAN)
+#define PYDEQ_EMULATE(dtype, T, ...)                               \
+  switch (dtype) {                                                 \
+    case ::pydeq::Dtype::float32: {                                \
+      using T = float;                                             \
+      __VA_ARGS__;                                                 \
+      break;                                                       \
+    }                                                              \
+    case ::pydeq::Dtype::bfloat16: {                               \
+      using T = ::pydeq::BFloat16;                                 \
+      __VA_ARGS__;                                                 \
+      break;                                                       \
+    }                                                              \
+    default:                                                       \
+      ::pydeq::emulator::fail("not compiled for ThreadSanitizer"); \
+  }
+#else
+#define PYDEQ_EMULATE(dtype, T, ...) PYDEQ_DISPATCH(dtype, T, __VA_ARGS__)
+#endif
+
 namespace pydeq {
 
 template <class Step>
