@@ -174,7 +174,7 @@ def kernel_row(
     target = torch.empty_like(source)
     repeats = 20
     copied = replay_time(lambda: target.copy_(source), repeats)
-    seconds = replay_time(step, repeats) - replay_time(reset, repeats)
+    seconds = max(replay_time(step, repeats) - replay_time(reset, repeats), 1e-9)
     bandwidth, floor = moved / seconds, 2 * source.numel() * 4 / copied
     return {
         "solver": solver,
@@ -278,8 +278,8 @@ def overhead(peers: dict[str, Peer]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"solver": method.solver, "shape": [batch, dim], "f us": alone / calls * 1e6}
             for name, values in measured.items():
                 row[f"{name} us"] = (spread(values).median - alone) / calls * 1e6
-            if "torchdeq us" in row:
-                row["torchdeq / pydeq"] = row["torchdeq us"] / max(row["pydeq us"], 1e-9)
+            if "torchdeq us" in row and row["pydeq us"] > 0.0:
+                row["torchdeq / pydeq"] = row["torchdeq us"] / row["pydeq us"]
             rows.append(row)
     return rows
 
