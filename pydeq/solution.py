@@ -24,7 +24,7 @@ class Solution:
     Attributes:
         value: Per sample the iterate z with the smallest residual seen, or the one that met the tolerance; like z0.
         image: fn(value), kept from the solve; like z0.
-        nfe: How often fn was called.
+        nfe: How often fn was called; on a GPU at most once more than the slowest sample took.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
         backward: The adjoint's solution once backward has run; set by :class:`pydeq.DEQ`.
     """
