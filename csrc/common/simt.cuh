@@ -96,35 +96,71 @@ __device__ inline bool warp_any(bool vote) { return __any_sync(0xffffffffu, vote
 // --- Global memory
 // ----------------------------------------------------------------------------------------------------
 
+// A pack goes as one of CUDA's vector types, member by member: what is copied byte by byte, the compiler takes apart.
+// And it is stored by name, or the compiler merges the store with those of single entries beside it, which end a row.
 namespace detail {
-template <int Bytes>
-struct Word;
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
+
+__device__ inline void load(const double* p, Pack<double, 2>& out) {
+  const double2 v = *reinterpret_cast<const double2*>(p);
+  out = {{v.x, v.y}};
+}
+__device__ inline void load(const float* p, Pack<float, 4>& out) {
+  const float4 v = *reinterpret_cast<const float4*>(p);
+  out = {{v.x, v.y, v.z, v.w}};
+}
+template <class Half>
+__device__ inline Half low(uint32_t pair) {
+  return {static_cast<uint16_t>(pair)};
+}
+template <class Half>
+__device__ inline Half high(uint32_t pair) {
+  return {static_cast<uint16_t>(pair >> 16)};
+}
+template <class Half>
+__device__ inline void load(const Half* p, Pack<Half, 8>& out) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  out = {{low<Half>(v.x), high<Half>(v.x), low<Half>(v.y), high<Half>(v.y), low<Half>(v.z), high<Half>(v.z),
+          low<Half>(v.w), high<Half>(v.w)}};
+}
+template <class Half>
+__device__ inline void load(const Half* p, Pack<Half, 4>& out) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  out = {{low<Half>(v.x), high<Half>(v.x), low<Half>(v.y), high<Half>(v.y)}};
+}
+
+__device__ inline void store(double* p, const Pack<double, 2>& in) {
+  __stwb(reinterpret_cast<double2*>(p), make_double2(in.at[0], in.at[1]));
+}
+__device__ inline void store(float* p, const Pack<float, 4>& in) {
+  __stwb(reinterpret_cast<float4*>(p), make_float4(in.at[0], in.at[1], in.at[2], in.at[3]));
+}
+template <class Half>
+__device__ inline uint32_t pair(Half low, Half high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+template <class Half>
+__device__ inline void store(Half* p, const Pack<Half, 8>& in) {
+  __stwb(reinterpret_cast<uint4*>(p), make_uint4(pair(in.at[0], in.at[1]), pair(in.at[2], in.at[3]),
+                                                 pair(in.at[4], in.at[5]), pair(in.at[6], in.at[7])));
+}
+template <class Half>
+__device__ inline void store(Half* p, const Pack<Half, 4>& in) {
+  __stwb(reinterpret_cast<uint2*>(p), make_uint2(pair(in.at[0], in.at[1]), pair(in.at[2], in.at[3])));
+}
+
 }  // namespace detail
 
 // p is aligned to the pack.
 template <int N, class T>
 __device__ inline Pack<T, N> load_pack(const T* p) {
-  using Word = typename detail::Word<sizeof(T) * N>::Type;
-  const Word word = *reinterpret_cast<const Word*>(p);
   Pack<T, N> out;
-  memcpy(&out, &word, sizeof out);
+  detail::load(p, out);
   return out;
 }
 
 template <int N, class T>
 __device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
-  using Word = typename detail::Word<sizeof(T) * N>::Type;
-  Word word;
-  memcpy(&word, &pack, sizeof word);
-  *reinterpret_cast<Word*>(p) = word;
+  detail::store(p, pack);
 }
 
 template <class T>

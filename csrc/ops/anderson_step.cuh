@@ -73,27 +73,21 @@ struct AndersonStep {
   template <class Sum, bool first>
   PYDEQ_DEVICE void reduce(const Tile& tile, const Sums& sums, const Stage& stage) const {
     const bool keep = !args.step.rules.last;
-    T stored[kShare];
+    T image[kShare], residual[kShare];
     A g[kShare], f[kShare];
     load_wide(row.z, tile, g);
-    load_share(row.f, tile, stored);
-    if (first && keep) {
-      store_share(ring(values, slot), tile, stored);
-      stage.put(0, tile, stored);
-    }
-    widen_share(stored, f);
+    load_share(row.f, tile, image);
+    if (first && keep) stage.put(0, tile, image);
+    widen_share(image, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) g[i] = f[i] - g[i];
     Sum squares[3] = {dot_share<Sum>(g, g), dot_share<Sum>(f, f), 0};
     // The Gram matrix is of the residuals as stored, or it would not be positive definite.
-    narrow_share(g, stored);
-    widen_share(stored, g);
+    narrow_share(g, residual);
+    widen_share(residual, g);
     squares[2] = is_half<T> ? dot_share<Sum>(g, g) : squares[0];
     sums.add(0, squares);
     if (!keep) return;
-    if (first) {
-      store_share(ring(residuals, slot), tile, stored);
-      stage.put(1, tile, stored);
-    }
+    if (first) stage.put(1, tile, residual);
     for (int age = 1; age <= older; age += kGroup) {
       T columns[kGroup][kShare];
       Sum products[kGroup];
@@ -109,6 +103,10 @@ struct AndersonStep {
         }
       }
       sums.add(2 + age, products, older + 1 - age);
+    }
+    if (first) {  // last, since no load is moved above a store
+      store_share(ring(values, slot), tile, image);
+      store_share(ring(residuals, slot), tile, residual);
     }
   }
 

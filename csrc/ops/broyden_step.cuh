@@ -207,7 +207,7 @@ struct BroydenStep {
   PYDEQ_DEVICE void apply(const Tile& tile, const Plan& plan, const double* c, const Sums& sums, const Stage& stage,
                           bool staged) const {
     settle<kPack, T>(row, plan.verdict, nullptr, 1.0, tile);
-    A g[kShare], v[kShare], position[kShare], w[kShare];
+    A f[kShare], g[kShare], v[kShare], position[kShare], w[kShare];
     if (is_half<T> && plan.verdict.retry) {
       load_wide(row.next, tile, g);
       store_share(iterate, tile, g);
@@ -216,13 +216,12 @@ struct BroydenStep {
 
     if (staged && stage.holds(1)) {
       stage.get(0, tile, position);
-      stage.get(1, tile, g);
+      stage.get(1, tile, f);
     } else {
       load_position(tile, position);
-      load_wide(row.f, tile, g);
+      load_wide(row.f, tile, f);
     }
-    if (saves_image(plan.verdict)) store_wide(row.image, tile, g);
-    PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) v[i] = g[i] = g[i] - position[i];
+    PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) v[i] = g[i] = f[i] - position[i];
 
     if (plan.kind == Kind::restart) {
       A s[kShare];
@@ -258,6 +257,8 @@ struct BroydenStep {
       PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) v[i] *= scale;
     }
 
+    // Stores come last, since no load is moved above one.
+    if (saves_image(plan.verdict)) store_wide(row.image, tile, f);
     store_share(step_row(plan.slot), tile, v);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) position[i] += v[i];
     if constexpr (is_half<T>) store_share(iterate, tile, position);

@@ -1,7 +1,7 @@
 // y[b] = sum_d x[b, d]^2                                                                         x: [B, D]   y: [B]
 //
-// A block of 256 threads per tile of 2048 entries; neighbouring threads read neighbouring 16 bytes. Reads x once. Where a sample has
-// several tiles, the block that finishes the last one adds them up, in order, and writes y.
+// A block of 256 threads per tile of 2048 entries; neighbouring threads read neighbouring 16 bytes. Reads x once. Where
+// a sample has several tiles, the block that finishes the last one adds them up, in order, and writes y.
 #pragma once
 
 #include "common/step.cuh"
