@@ -33,7 +33,7 @@ wheel: $(VENV)/build.installed
 	$(bin)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info pydeq/_C.*.so pydeq/no_kernels.txt $(VENV)
+	rm -rf build dist *.egg-info pydeq/_C.*.so pydeq/_C_cuda.*.so pydeq/no_kernels.txt $(VENV)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,14 +1,19 @@
-// The Python module pydeq._C: facts of this build, the choice of instruction set, and advice to the kernel about
-// memory. No torch header: the operations in csrc/ops register themselves with torch when this library is loaded.
+// The Python module pydeq._C: facts of this build, the choice of instruction set, advice to the kernel about memory,
+// and the wait for a device. No torch header: the operations in csrc/ops register themselves with torch when this
+// library is loaded.
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <cstdint>
+#include <limits>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "common/await_report.h"
 #include "common/isa.h"
+#include "pydeq_cuda_facts.h"
 
 namespace py = pybind11;
 
@@ -42,6 +47,37 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
+// Samples that run after `steps` steps, once that is reported; lost_report where it never will be, and -1 - code for an
+// error of the stream. Other threads run meanwhile, and an interrupt ends the wait.
+constexpr int64_t lost_report = std::numeric_limits<int64_t>::min();
+
+int64_t await_report(uintptr_t progress, int64_t steps, uintptr_t query, uintptr_t stream, int device) {
+  constexpr std::chrono::milliseconds patience(20);
+  const int64_t* address = reinterpret_cast<const int64_t*>(progress);
+  for (;;) {
+    pydeq::Report report;
+    {
+      const py::gil_scoped_release released;
+      report = pydeq::await_report(address, steps, reinterpret_cast<pydeq::StreamQuery>(query),
+                                   reinterpret_cast<void*>(stream), device, patience);
+    }
+    switch (report.kind) {
+      case pydeq::Report::reported:
+        return report.value;
+      case pydeq::Report::lost:
+        return lost_report;
+      case pydeq::Report::failed:
+        return -1 - report.value;
+      case pydeq::Report::pending:
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+  }
+}
+
+bool has_reported(uintptr_t progress, int64_t steps) {
+  return pydeq::has_reported(reinterpret_cast<const int64_t*>(progress), steps);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -49,9 +85,16 @@ PYBIND11_MODULE(_C, module) {
   module.attr("abi_target") = PYDEQ_ABI_TARGET;
   module.attr("torch_built") = PYDEQ_TORCH_VERSION;
   module.attr("compiler") = compiler;
+  module.attr("cuda_version") = PYDEQ_CUDA_VERSION;
+  module.attr("cuda_archs") = PYDEQ_CUDA_ARCHS;
+  module.attr("cuda_reason") = PYDEQ_CUDA_REASON;
   module.attr("instruction_sets") = instruction_sets(false);
   module.attr("supported_instruction_sets") = instruction_sets(true);
   module.def("instruction_set", [] { return pydeq::isa_name(pydeq::active_isa()); });
   module.def("select_instruction_set", &pydeq::select_isa, py::arg("name"));
+  module.attr("lost_report") = lost_report;
+  module.def("await_report", &await_report, py::arg("progress"), py::arg("steps"), py::arg("query"), py::arg("stream"),
+             py::arg("device"));
+  module.def("has_reported", &has_reported, py::arg("progress"), py::arg("steps"));
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
 }

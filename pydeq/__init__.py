@@ -1,12 +1,10 @@
 """pydeq: fast, trustworthy solvers for deep equilibrium models in PyTorch."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
 
 from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
-from pydeq.compiled import kernels
+from pydeq.compiled import kernels, package_version
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import (
     JacobianPenalty,
@@ -21,10 +19,7 @@ from pydeq.solution import ConvergenceError, ConvergenceWarning, Solution
 from pydeq.solvers import GMRES, Anderson, Broyden, Picard
 from pydeq.supervision import fixed_point_correction
 
-try:
-    __version__ = version("pydeq")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
+__version__ = package_version()
 
 __all__ = [
     "DEQ",

@@ -5,17 +5,22 @@ Environment:
     PYDEQ_KERNELS=off         run the plain-torch references, without a warning
     PYDEQ_REQUIRE_KERNELS=1   missing kernels are an ImportError, not a warning
     PYDEQ_ISA=avx2            run the kernels compiled for this instruction set, not the best this CPU has
+
+CPU kernels are in the library ``_C``, CUDA kernels in ``_C_cuda``, which is loaded only where torch has CUDA and the
+driver is new enough for them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.machinery
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +30,9 @@ _PACKAGE = Path(__file__).parent
 
 _library: ModuleType | None = None
 _cpu_reason = "not loaded yet"
+_cuda_library: ModuleType | None = None
+_cuda_reason = "not loaded yet"
+_missed_cuda = False  # whether a solve on a GPU was told that it runs without CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,16 @@ class Kernels:
     instruction_sets: tuple[str, ...]
     """The instruction sets that CPU kernels were compiled for, from the plainest to the best."""
     cuda: bool
-    """Whether compiled CUDA kernels are loaded."""
+    """Whether compiled CUDA kernels are loaded, and a GPU is here to run them."""
     cuda_reason: str
-    """Why there are no CUDA kernels; empty where there are."""
+    """Why no CUDA kernels run; empty where they do."""
     cuda_archs: tuple[str, ...]
-    """The GPU architectures that CUDA kernels were compiled for."""
+    """The GPU architectures that CUDA kernels were compiled for, such as "9.0", or "9.0+PTX" where newer GPUs can run
+    them, too."""
+    cuda_built: str | None
+    """The version of CUDA that they were compiled with."""
+    cuda_driver: str | None
+    """The newest version of CUDA that the NVIDIA driver here supports; None without one."""
     pydeq: str
     """The version of pydeq."""
     torch: str
@@ -62,24 +75,44 @@ class Kernels:
         rows = {
             "pydeq": self.pydeq,
             "CPU kernels": sets if self.cpu else f"none, the references run: {self.cpu_reason}",
-            "CUDA kernels": ", ".join(self.cuda_archs) if self.cuda else f"none: {self.cuda_reason}",
+            "CUDA kernels": self._cuda(),
             "torch": self.torch + (built if self.cpu else ""),
             "compiler": self.compiler or "none",
         }
         return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
+    def _cuda(self) -> str:
+        if self.cuda_built is None:
+            return f"none: {self.cuda_reason}"
+        compiled = f"compiled with CUDA {self.cuda_built} for {', '.join(self.cuda_archs)}"
+        driver = f", driver up to CUDA {self.cuda_driver}" if self.cuda_driver else ""
+        return f"{compiled}{driver}" if self.cuda else f"do not run: {self.cuda_reason} ({compiled}{driver})"
+
+
+def package_version() -> str:
+    """The version of pydeq that is installed; "0+unknown" in a checkout that is not."""
+    try:
+        return version("pydeq")
+    except PackageNotFoundError:
+        return "0+unknown"
+
 
 def kernels() -> Kernels:
     """Say which kernels are loaded, for which instruction set and torch, and why others are not."""
+    # A GPU is looked for here alone: at import, that would cost time and could start CUDA in a process that forks.
+    reason = _cuda_reason or ("" if torch.cuda.is_available() else "torch finds no GPU here")
+    driver = cuda_driver() if torch.version.cuda else None
     return Kernels(
         cpu=_library is not None,
         cpu_reason=_cpu_reason,
         instruction_set=_library.instruction_set() if _library else None,
         instruction_sets=_library.instruction_sets if _library else (),
-        cuda=False,
-        cuda_reason="this build of pydeq has no CUDA kernels",
-        cuda_archs=(),
-        pydeq=version("pydeq"),
+        cuda=not reason,
+        cuda_reason=reason,
+        cuda_archs=tuple(filter(None, _library.cuda_archs.split(", "))) if _library else (),
+        cuda_built=(_library.cuda_version or None) if _library else None,
+        cuda_driver=_dotted(driver) if driver else None,
+        pydeq=package_version(),
         torch=str(torch.__version__),
         torch_built=_library.torch_built if _library else None,
         abi_target=_library.abi_target if _library else None,
@@ -94,7 +127,7 @@ def load() -> None:
         ImportError: If there are none and PYDEQ_REQUIRE_KERNELS=1.
         ValueError: If PYDEQ_KERNELS or PYDEQ_ISA names something that does not exist here.
     """
-    global _library, _cpu_reason
+    global _library, _cpu_reason, _cuda_reason
     switch = os.environ.get("PYDEQ_KERNELS", "on")
     if switch not in ("on", "off"):
         raise ValueError(f"PYDEQ_KERNELS must be on or off, got {switch!r}")
@@ -102,12 +135,12 @@ def load() -> None:
     if switch == "off":
         if required:
             raise ImportError("PYDEQ_KERNELS=off contradicts PYDEQ_REQUIRE_KERNELS=1: unset one of them")
-        _cpu_reason = "PYDEQ_KERNELS=off"
+        _cpu_reason = _cuda_reason = "PYDEQ_KERNELS=off"
         return
     try:
         _library = importlib.import_module("pydeq._C")
     except ImportError as error:
-        _cpu_reason = _why_missing(error)
+        _cpu_reason = _cuda_reason = _why_missing(error)
         message = (
             f"pydeq has no compiled kernels ({_cpu_reason}). Results are the same without them, solves are slower. "
             "To compile them, put a C++ compiler on PATH and run, in pydeq's source folder, "
@@ -123,6 +156,125 @@ def load() -> None:
             select_instruction_set(name)
         except ValueError as error:
             raise ValueError(f"PYDEQ_ISA={name}: {error}; unset it to run the best one") from None
+    _load_cuda(_library, required)
+
+
+def _load_cuda(library: ModuleType, required: bool) -> None:
+    """Load the CUDA kernels of this build where torch has CUDA.
+
+    Raises:
+        ImportError: If they do not load although they should, and ``required``.
+    """
+    global _cuda_library, _cuda_reason
+    _cuda_library = None
+    if not library.cuda_version:
+        _cuda_reason = library.cuda_reason
+        return
+    if torch.version.cuda is None:
+        _cuda_reason = f"torch {torch.__version__} is built without CUDA"
+        return
+    driver, built = cuda_driver(), tuple(map(int, library.cuda_version.split(".")))
+    # Within a major version every driver runs the machine code of every toolkit.
+    if driver and driver[0] < built[0]:
+        _cuda_reason = (
+            f"the NVIDIA driver supports CUDA {_dotted(driver)} at most, and the kernels were compiled with CUDA"
+            f" {library.cuda_version}: update the driver, or compile pydeq with CUDA {driver[0]}"
+        )
+    else:
+        try:
+            _cuda_library = importlib.import_module("pydeq._C_cuda")
+        except ImportError as error:
+            _cuda_reason = f"the library _C_cuda does not load: {error}"
+        else:
+            _cuda_reason = ""
+            return
+    message = f"pydeq's CUDA kernels do not run ({_cuda_reason}). "
+    if required:
+        raise ImportError(message + "To run without them, unset PYDEQ_REQUIRE_KERNELS.")
+    warnings.warn(message + "Solves on a GPU run the plain-torch references.", RuntimeWarning, stacklevel=3)
+
+
+def cuda_loaded() -> bool:
+    """Whether operations on CUDA tensors run compiled kernels."""
+    return _cuda_library is not None
+
+
+def miss_cuda() -> None:
+    """Say, once, that a solve on a GPU runs without CUDA kernels.
+
+    Raises:
+        ImportError: If PYDEQ_REQUIRE_KERNELS=1.
+    """
+    global _missed_cuda
+    if os.environ.get("PYDEQ_KERNELS") == "off":
+        return
+    message = (
+        f"a solve on a GPU runs pydeq's plain-torch references: there are no CUDA kernels ({_cuda_reason}). Results are"
+        " the same, solves are slower and wait for the GPU in every step. To compile them, put nvcc on PATH and run, in"
+        " pydeq's source folder, PYDEQ_WITH_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall . "
+    )
+    if os.environ.get("PYDEQ_REQUIRE_KERNELS") == "1":
+        raise ImportError(message + "To run without them, unset PYDEQ_REQUIRE_KERNELS.")
+    if not _missed_cuda:
+        _missed_cuda = True
+        warnings.warn(message + "PYDEQ_KERNELS=off silences this warning.", RuntimeWarning, stacklevel=2)
+
+
+def cuda_driver() -> tuple[int, int] | None:
+    """The newest version of CUDA that the NVIDIA driver supports; None where there is no driver."""
+    version = ctypes.c_int(0)
+    try:
+        # Starts nothing: a process may still fork after it.
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def await_report(address: int, steps: int, stream: int, device: int) -> int:
+    """Wait until ``steps`` steps have reported at ``address``; return how many samples run.
+
+    Args:
+        stream, device: What the steps were launched on; asked for errors now and then, and never waited for.
+
+    Raises:
+        RuntimeError: If the stream has an error, or has done all its work without that report.
+    """
+    assert _library is not None and _cuda_library is not None, "only where CUDA kernels run"  # noqa: PT018
+    return check_report(
+        _library.await_report(address, steps, _cuda_library.query_stream, stream, device),
+        steps,
+        _cuda_library.describe_error,
+    )
+
+
+def check_report(answer: int, steps: int, describe: Callable[[int], str]) -> int:
+    """What a wait has answered, with its failures as exceptions; ``describe`` says what an error's code means."""
+    if answer >= 0:
+        return answer
+    if _library is not None and answer == _library.lost_report:
+        raise RuntimeError(f"step {steps - 1} never reported, and the stream has nothing left to do")
+    raise RuntimeError(
+        f"the GPU failed while step {steps - 1} of a solve, or fn, was running: {describe(-1 - answer)}. Which kernel"
+        " it was shows with CUDA_LAUNCH_BLOCKING=1 or under compute-sanitizer"
+    )
+
+
+def has_reported(address: int, steps: int) -> bool:
+    """Whether ``steps`` steps have reported at ``address``."""
+    return _library is not None and _library.has_reported(address, steps)
+
+
+def allocate_pinned(size: int) -> int:
+    """The address of ``size`` bytes of host memory that every GPU can write to, and that are never freed.
+
+    Raises:
+        RuntimeError: If there are none, or no CUDA kernels.
+    """
+    if _cuda_library is None:
+        raise RuntimeError(f"there are no CUDA kernels to report there: {_cuda_reason}")
+    return _cuda_library.allocate_pinned(size)
 
 
 def select_instruction_set(name: str) -> None:
@@ -146,6 +298,10 @@ def advise_huge_pages(address: int, size: int) -> None:
 def supported_instruction_sets() -> tuple[str, ...]:
     """The compiled instruction sets that this CPU has, from the plainest to the best."""
     return _library.supported_instruction_sets if _library else ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _why_missing(error: ImportError) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.protocol import RUNNING, Counter, Progress
+from pydeq.protocol import RUNNING, Counter
 from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State
 
@@ -23,6 +23,9 @@ class Evaluator:
         cast: Whether autocast is on, so that another floating dtype may come back.
     """
 
+    counts_running = False
+    """Whether ``evaluate`` must know exactly how many samples run: the loop may not be ahead of the device then."""
+
     def __init__(self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool) -> None:
         self.fn, self.context, self.layout, self.cast = fn, context, layout, cast
         self.calls = 0
@@ -30,8 +33,8 @@ class Evaluator:
         # Tensors made in inference mode do not count their versions.
         self.watch = not torch.is_inference_mode_enabled()
 
-    def evaluate(self, workspace: Workspace, k: int) -> Tensor:
-        """The images of the iterates of step ``k``, contiguous [B, D]."""
+    def evaluate(self, workspace: Workspace, k: int, running: int) -> Tensor:
+        """The images of the iterates of step ``k``, contiguous [B, D]; ``running`` samples need theirs."""
         if not self.views:
             self.views = [self.layout.view(z) for z in workspace.z]
         return self.call(workspace.z[k % 2], self.views[k % 2], self.layout, self.context)
@@ -50,11 +53,14 @@ class CompactingEvaluator(Evaluator):
     """Calls ``fn`` on the running samples alone, and on what of the context belongs to them.
 
     The set shrinks when at least half of it has stopped: gathering context costs a copy, and few batch sizes, log2(B)
-    at most, keep the caches and compilers behind fn warm.
+    at most, keep the caches and compilers behind fn warm. On a GPU each evaluation waits for the step before it, and
+    shrinking synchronizes.
 
     Args:
         batched: For each entry of the context whether it carries the batch in its first dimension.
     """
+
+    counts_running = True
 
     def __init__(
         self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool, batched: Sequence[bool]
@@ -65,8 +71,7 @@ class CompactingEvaluator(Evaluator):
         self.part, self.part_context = layout, context
         self.images: Tensor | None = None
 
-    def evaluate(self, workspace: Workspace, k: int) -> Tensor:
-        running = int(workspace.progress[Progress.RUNNING]) if k else self.layout.batch
+    def evaluate(self, workspace: Workspace, k: int, running: int) -> Tensor:
         if 0 < 2 * running <= self.part.batch:  # with none left, fn is called for other ranks' sake
             rows = (workspace.counters[:, Counter.STATUS] == RUNNING).nonzero()[:, 0]
             self.rows, self.part = rows, self.layout.with_batch(len(rows))
@@ -76,7 +81,7 @@ class CompactingEvaluator(Evaluator):
             ]
         z = workspace.z[k % 2]
         if self.rows is None:
-            return super().evaluate(workspace, k)
+            return super().evaluate(workspace, k, running)
         if self.images is None:
             self.images = torch.zeros_like(z)  # rows outside the set are frozen: never read
         gathered = z.index_select(0, self.rows)

@@ -66,13 +66,16 @@ def fixed_point(
         solver: :class:`pydeq.Anderson` by default.
         rtol: Relative tolerance; by default 1e-3, and 1e-2 for half states or under half autocast.
         atol: Absolute tolerance, in units of ||fn(z) - z||.
-        max_steps: Evaluations of each sample at most, at least 1. With 1, ``image`` is fn(z0).
+        max_steps: Evaluations of each sample at most, at least 1. With 1, ``image`` is fn(z0). On a GPU the solve runs
+            ahead of the device, and may call fn once more than any sample needs, though never more often than this;
+            while a CUDA graph is captured it calls fn exactly so often.
         trace: Keep the relative residuals of every evaluation.
         throw: Raise if a sample did not converge.
         freeze: Leave samples alone once they are done. False iterates on until the worst one is.
         stall: Stop samples that rounding keeps from the tolerance.
         compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and
-            take what it needs per sample through ``context``.
+            take what it needs per sample through ``context``. On a GPU this waits for the device in every step, as
+            ``freeze=False`` does.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
         process_group: The ranks that call fn equally often, so that an fn that communicates finds them all: a rank
             that is done calls it on its frozen states until all are. All must call with the same ``max_steps``; a

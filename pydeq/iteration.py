@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pydeq.distributed import ALONE, Agreement
 from pydeq.evaluation import Evaluator
-from pydeq.protocol import Counter, Progress, Scalar
+from pydeq.progress import open_reports
+from pydeq.protocol import Counter, Scalar
 from pydeq.solution import Solution, relative
 from pydeq.solvers.base import Solver, Workspace
 from pydeq.state import State
@@ -40,19 +41,24 @@ def iterate(
     states: list[State] = []
     with agreement:
         workspace = solver.start(flat, rules, max_steps)
-        progress = workspace.progress.numpy()
-        running = agreement.running(layout.batch)
-        for k in range(max_steps if running else 0):
-            f = evaluator.evaluate(workspace, k)
-            agreement.evaluated()
-            workspace.step(f, k)
-            if k + 1 in states_at:
-                states.append(layout.view(_best_image(workspace, f)))
-            del f  # before fn allocates the next one
-            if trace:
-                rows.append(_trace_row(workspace, k))
-            if agreement.running(int(progress[Progress.RUNNING])) == 0:
-                break
+        # Samples that are done are iterated on without freezing: then a step too many would show.
+        lag = 1 if rules.freeze and not evaluator.counts_running else 0
+        with open_reports(layout.device, layout.batch, workspace.progress, lag) as reports:
+            for k in range(max_steps):
+                running = reports.running(k)
+                if agreement.running(running) == 0:
+                    break
+                f = evaluator.evaluate(workspace, k, running)
+                agreement.evaluated()
+                workspace.progress = reports.place(k)
+                workspace.step(f, k)
+                if k + 1 in states_at:
+                    states.append(layout.view(_best_image(workspace, f)))
+                del f  # before fn allocates the next one
+                if trace:
+                    rows.append(_trace_row(workspace, k))
+            else:
+                agreement.running(0)  # of a failure in another rank's last evaluation
     traced = None
     if trace:
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)

@@ -46,6 +46,10 @@ class Counter(IntEnum):
     """Anderson: the ring slot written next."""
     RESTARTED = 7
     """Broyden: 1 when the sample's oldest factor is the explicit one of a restart."""
+    TILES_DONE = 8
+    """On a GPU, while a step runs: blocks that are done with their part of the sample; else 0."""
+    SAMPLES_DONE = 9
+    """On a GPU, while a step runs, in row 0: samples that are decided; else 0."""
 
 
 class Scalar(IntEnum):

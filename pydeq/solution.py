@@ -25,7 +25,7 @@ class Solution:
     Attributes:
         value: Per sample the iterate z with the smallest residual seen, or the one that met the tolerance; like z0.
         image: fn(value), kept from the solve; like z0.
-        nfe: How often fn was called.
+        nfe: How often fn was called; on a GPU at most once more than the slowest sample took.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
         states: The states asked for by ``states_at``, each like z0; those of a :class:`pydeq.DEQ` have gradients, and
             its output is the last one.

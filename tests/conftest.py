@@ -21,6 +21,8 @@ SOLVERS = (pydeq.Picard(), pydeq.Anderson(), pydeq.Broyden(), pydeq.GMRES())
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: is about compiled kernels; skipped where the references run")
+    config.addinivalue_line("markers", "cuda: needs a GPU that runs the CUDA kernels; skipped elsewhere")
+    config.addinivalue_line("markers", "sanitize: run under compute-sanitizer by benchmarks/gpu_check.sh")
     # Most states here are too small to share out, and threads that spin for them only wait for each other on a busy
     # machine. What threads must not change is tested with the fixture below.
     torch.set_num_threads(1)
@@ -29,6 +31,8 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("kernels") and not pydeq.kernels().cpu:
         pytest.skip("no compiled kernels are loaded")
+    if item.get_closest_marker("cuda") and not pydeq.kernels().cuda:
+        pytest.skip(f"no CUDA kernels run here: {pydeq.kernels().cuda_reason}")
 
 
 # Module scope, for Hypothesis: nothing in a solver changes from example to example.

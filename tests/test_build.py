@@ -125,9 +125,11 @@ def test_abi_target_is_the_oldest_torch_that_installs():
 
 def test_cuda_kernels_give_their_reason():
     facts = pydeq.kernels()
-    assert not facts.cuda
-    assert facts.cuda_archs == ()
+    assert facts.cuda == (not facts.cuda_reason)
     assert facts.cuda_reason in str(facts)
+    assert (facts.cuda_built is None) == (not facts.cuda_archs)
+    if facts.cuda_built:
+        assert f"compiled with CUDA {facts.cuda_built} for {', '.join(facts.cuda_archs)}" in str(facts)
 
 
 @needs_kernels
@@ -220,3 +222,116 @@ def test_library_of_another_python_says_so(package):
     (package / "_C.cpython-399-x86_64-linux-gnu.so").write_bytes(b"")
     with pytest.warns(RuntimeWarning, match="_C.cpython-399-x86_64-linux-gnu.so is there, which Python"):
         compiled.load()
+
+
+# The CUDA library, on machines without CUDA: what load() makes of what it finds.
+
+
+class Library:
+    """A CPU library as _load_cuda sees it."""
+
+    cuda_version, cuda_archs, cuda_reason = "13.0", "9.0+PTX", ""
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A torch with CUDA, and a driver as new as the kernels."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(compiled, "cuda_driver", lambda: (13, 0))
+    monkeypatch.setattr(compiled, "_cuda_library", None)
+    monkeypatch.setattr(compiled, "_cuda_reason", "")
+    monkeypatch.setitem(sys.modules, "pydeq._C_cuda", None)  # importing it fails
+    return monkeypatch
+
+
+def load_cuda(required: bool = False) -> None:
+    compiled._load_cuda(Library, required)  # type: ignore[arg-type]
+
+
+def test_a_build_without_cuda_kernels_says_why(cuda_torch):
+    cuda_torch.setattr(Library, "cuda_version", "")
+    cuda_torch.setattr(Library, "cuda_reason", "no nvcc was found")
+    load_cuda()
+    assert compiled._cuda_reason == "no nvcc was found"
+    assert not compiled.cuda_loaded()
+
+
+def test_a_torch_without_cuda_leaves_the_cuda_library_alone(cuda_torch):
+    cuda_torch.setattr(torch.version, "cuda", None)
+    load_cuda()
+    assert compiled._cuda_reason == f"torch {torch.__version__} is built without CUDA"
+
+
+def test_an_old_driver_is_told_apart(cuda_torch):
+    cuda_torch.setattr(compiled, "cuda_driver", lambda: (12, 4))
+    expected = r"driver supports CUDA 12\.4 at most, and the kernels were compiled with CUDA 13\.0: update the driver"
+    with pytest.warns(RuntimeWarning, match=expected):
+        load_cuda()
+    assert not compiled.cuda_loaded()
+    with pytest.raises(ImportError, match=expected):
+        load_cuda(required=True)
+
+
+@pytest.mark.parametrize("driver", [None, (13, 0), (13, 4), (14, 1)], ids=str)
+def test_a_driver_of_the_same_major_version_or_later_will_do(cuda_torch, driver):
+    library = type(sys)("pydeq._C_cuda")
+    cuda_torch.setattr(compiled, "cuda_driver", lambda: driver)
+    cuda_torch.setitem(sys.modules, "pydeq._C_cuda", library)
+    load_cuda(required=True)
+    assert compiled._cuda_library is library
+    assert compiled._cuda_reason == ""
+
+
+def test_a_cuda_library_that_does_not_load_says_why(cuda_torch):
+    with pytest.warns(
+        RuntimeWarning, match=r"CUDA kernels do not run .the library _C_cuda does not load: .* references"
+    ):
+        load_cuda()
+    with pytest.raises(ImportError, match="unset PYDEQ_REQUIRE_KERNELS"):
+        load_cuda(required=True)
+
+
+def cuda_library() -> Path:
+    found = sorted((ROOT / "pydeq").glob(f"_C_cuda{EXTENSION_SUFFIXES[0]}"))
+    if not found or not pydeq.kernels().cuda_built:
+        pytest.skip("this build has no CUDA kernels")
+    return found[0]
+
+
+@needs_kernels
+@needs_binutils
+def test_the_cuda_library_links_to_torch_and_the_system_only():
+    dynamic = output("readelf", "--dynamic", "--wide", cuda_library())
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    system = {
+        "libstdc++.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+        "libpthread.so.0",
+        "libdl.so.2",
+        "librt.so.1",
+    }
+    assert "libtorch.so" in needed
+    assert {name for name in needed if not name.startswith("ld-linux")} <= system | {"libtorch.so"}
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+@needs_kernels
+def test_the_cuda_library_leaves_no_path_of_the_builder():
+    content = cuda_library().read_bytes()
+    for path in (str(ROOT), str(Path(torch.__file__).parent), "/tmp/tmpxft"):
+        assert path.encode() not in content
+
+
+@needs_kernels
+@needs_binutils
+def test_every_operation_has_a_cuda_kernel():
+    """Registered under its name, in a library that need not be loaded to see it."""
+    content = cuda_library().read_bytes()
+    names = [
+        name.removeprefix("pydeq::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("pydeq:")
+    ]
+    missing = [name for name in names if name.encode() + b"\0" not in content]
+    assert not missing

@@ -19,10 +19,22 @@ inline std::string describe(const Tensor& t) {
   return text + (t.is_contiguous() ? ")" : "), not contiguous");
 }
 
-// Raises unless `t` is a contiguous CPU tensor of this dtype and shape.
-inline void expect(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  bool fits =
-      t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(shape.size());
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "CPU";
+  if (!t.is_cuda()) return "other device's";
+  return "cuda:" + std::to_string(t.get_device_index());
+}
+
+inline bool same_device(const Tensor& t, const Tensor& other) {
+  return t.is_cpu() ? other.is_cpu()
+                    : t.is_cuda() && other.is_cuda() && t.get_device_index() == other.get_device_index();
+}
+
+// Raises unless `t` is a contiguous tensor of this dtype and shape on the device of `like`, or on the CPU.
+inline void expect(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape,
+                   const Tensor* like = nullptr) {
+  bool fits = (like ? same_device(t, *like) : t.is_cpu()) && t.is_contiguous() && t.scalar_type() == dtype &&
+              t.dim() == static_cast<int64_t>(shape.size());
   int64_t i = 0;
   for (int64_t size : shape) fits = fits && t.size(i++) == size;
   if (fits) return;
@@ -30,8 +42,9 @@ inline void expect(const Tensor& t, const char* name, ScalarType dtype, std::ini
   expected += " (";
   i = 0;
   for (int64_t size : shape) expected += (i++ ? ", " : "") + std::to_string(size);
-  STD_TORCH_CHECK(false, name, " must be a contiguous CPU tensor of ", expected, "), got ", describe(t),
-                  t.is_cpu() ? "" : " on another device");
+  const std::string device = like ? device_name(*like) : "CPU";
+  STD_TORCH_CHECK(false, name, " must be a contiguous ", device, " tensor of ", expected, "), got ", describe(t),
+                  device_name(t) == device ? "" : " on another device");
 }
 
 // The dtype of a state.
@@ -55,7 +68,7 @@ inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The arguments that all steps share; checked.
+// The arguments that all steps share; checked. All are on z's device but progress, which is the host's.
 inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best,
                           const Tensor& scalars, const Tensor& counters, const Tensor& progress, int64_t step,
                           double rtol, double atol, double eps, bool freeze, bool stall, bool last) {
@@ -63,12 +76,12 @@ inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, 
   const int64_t batch = z.size(0), state = z.size(1);
   const ScalarType dtype = z.scalar_type();
   const Dtype kind = state_dtype(z, "z");
-  expect(z, "z", dtype, {batch, state});
-  expect(f, "f", dtype, {batch, state});
-  expect(next, "next", dtype, {batch, state});
-  expect(best, "best", dtype, {2, batch, state});
-  expect(scalars, "scalars", ScalarType::Double, {batch, protocol::SCALAR_SIZE});
-  expect(counters, "counters", ScalarType::Int, {batch, protocol::COUNTER_SIZE});
+  expect(z, "z", dtype, {batch, state}, &z);
+  expect(f, "f", dtype, {batch, state}, &z);
+  expect(next, "next", dtype, {batch, state}, &z);
+  expect(best, "best", dtype, {2, batch, state}, &z);
+  expect(scalars, "scalars", ScalarType::Double, {batch, protocol::SCALAR_SIZE}, &z);
+  expect(counters, "counters", ScalarType::Int, {batch, protocol::COUNTER_SIZE}, &z);
   expect(progress, "progress", ScalarType::Long, {protocol::PROGRESS_SIZE});
   return {batch,
           state,

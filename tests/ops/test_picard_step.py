@@ -8,6 +8,7 @@ from pydeq import Picard
 from pydeq.ops.picard_step import picard_step_reference
 
 OP = torch.ops.pydeq.picard_step.default
+NAMES = [argument.name for argument in OP._schema.arguments]
 
 
 def allowance(before, after):

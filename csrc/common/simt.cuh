@@ -1,0 +1,202 @@
+// The whole vocabulary of device code: what every other .cuh says of threads, memory and synchronization, it says in
+// these words. nvcc takes them from here; tests/csrc/emulator has the same words for the CPU, where each access,
+// barrier and exchange is checked and counted.
+//
+// Warps are always whole: every collective is met by all 32 lanes, at one place in the source. Blocks are one-
+// dimensional and hold a multiple of 32 threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+#include "common/step_shape.h"
+
+namespace pydeq {
+
+// N neighbouring entries that travel together, in one access of 8 or 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T at[N];
+};
+
+}  // namespace pydeq
+
+#ifdef PYDEQ_EMULATOR
+#include "emulator/simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// PYDEQ_KERNEL(threads) void name(...): a kernel of at most that many threads a block.
+#define PYDEQ_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define PYDEQ_DEVICE __device__ inline
+// A parameter of a kernel that is read in place, however large it is.
+#define PYDEQ_PARAMETER const __grid_constant__
+#define PYDEQ_UNROLL_LOOP _Pragma("unroll")
+// type name[count] in a block's shared memory; count is a constant. Not initialized.
+#define PYDEQ_SHARED(type, name, count) __shared__ type name[count]
+
+namespace pydeq {
+
+// count entries, `offset` bytes into the shared memory whose size the launch gave; offset is a multiple of 16 for
+// packs, else of the type's size. Slices do not overlap. Not initialized.
+template <class T>
+__device__ inline T* shared_slice(int64_t offset, int64_t /*count*/) {
+  extern __shared__ __align__(16) unsigned char pydeq_dynamic_shared[];
+  return reinterpret_cast<T*>(pydeq_dynamic_shared + offset);
+}
+
+__device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ inline int block_threads() { return static_cast<int>(blockDim.x); }
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ inline int block_warps() { return static_cast<int>(blockDim.x) / kWarp; }
+__device__ inline int64_t block_index() { return blockIdx.x; }
+__device__ inline int64_t grid_blocks() { return gridDim.x; }
+
+// --- Synchronization: each waits for all threads of its group, and shows them all that was written before
+// -------------
+
+__device__ inline void block_sync() { __syncthreads(); }
+__device__ inline void warp_sync() { __syncwarp(); }
+
+// Orders this thread's accesses before it against those after it, as seen by the device, or by the host too.
+__device__ inline void fence_device() { __threadfence(); }
+__device__ inline void fence_system() { __threadfence_system(); }
+
+// Adds to a counter in global memory and returns what it was. Orders nothing else: see fence_device.
+__device__ inline int32_t atomic_add(int32_t* counter, int32_t value) { return atomicAdd(counter, value); }
+
+// --- Exchange within a warp
+// -------------------------------------------------------------------------------------------
+
+// Replaces each of N values by its sum over the warp: halves of lanes, quarters, ..., the same bits in every lane.
+template <int N, class A>
+__device__ inline void warp_sum(A (&values)[N]) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], distance);
+  }
+}
+
+template <class A>
+__device__ inline A warp_broadcast(A value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+template <class A>
+__device__ inline A warp_shuffle_xor(A value, int distance) {
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+}
+
+__device__ inline bool warp_any(bool vote) { return __any_sync(0xffffffffu, vote) != 0; }
+
+// --- Global memory
+// ----------------------------------------------------------------------------------------------------
+
+// A pack goes as one of CUDA's vector types, member by member: what is copied byte by byte, the compiler takes apart.
+// And it is stored by name, or the compiler merges the store with those of single entries beside it, which end a row.
+namespace detail {
+
+__device__ inline void load(const double* p, Pack<double, 2>& out) {
+  const double2 v = *reinterpret_cast<const double2*>(p);
+  out = {{v.x, v.y}};
+}
+__device__ inline void load(const float* p, Pack<float, 4>& out) {
+  const float4 v = *reinterpret_cast<const float4*>(p);
+  out = {{v.x, v.y, v.z, v.w}};
+}
+template <class Half>
+__device__ inline Half low(uint32_t pair) {
+  return {static_cast<uint16_t>(pair)};
+}
+template <class Half>
+__device__ inline Half high(uint32_t pair) {
+  return {static_cast<uint16_t>(pair >> 16)};
+}
+template <class Half>
+__device__ inline void load(const Half* p, Pack<Half, 8>& out) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  out = {{low<Half>(v.x), high<Half>(v.x), low<Half>(v.y), high<Half>(v.y), low<Half>(v.z), high<Half>(v.z),
+          low<Half>(v.w), high<Half>(v.w)}};
+}
+template <class Half>
+__device__ inline void load(const Half* p, Pack<Half, 4>& out) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  out = {{low<Half>(v.x), high<Half>(v.x), low<Half>(v.y), high<Half>(v.y)}};
+}
+
+__device__ inline void store(double* p, const Pack<double, 2>& in) {
+  __stwb(reinterpret_cast<double2*>(p), make_double2(in.at[0], in.at[1]));
+}
+__device__ inline void store(float* p, const Pack<float, 4>& in) {
+  __stwb(reinterpret_cast<float4*>(p), make_float4(in.at[0], in.at[1], in.at[2], in.at[3]));
+}
+template <class Half>
+__device__ inline uint32_t pair(Half low, Half high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+template <class Half>
+__device__ inline void store(Half* p, const Pack<Half, 8>& in) {
+  __stwb(reinterpret_cast<uint4*>(p), make_uint4(pair(in.at[0], in.at[1]), pair(in.at[2], in.at[3]),
+                                                 pair(in.at[4], in.at[5]), pair(in.at[6], in.at[7])));
+}
+template <class Half>
+__device__ inline void store(Half* p, const Pack<Half, 4>& in) {
+  __stwb(reinterpret_cast<uint2*>(p), make_uint2(pair(in.at[0], in.at[1]), pair(in.at[2], in.at[3])));
+}
+
+}  // namespace detail
+
+// p is aligned to the pack.
+template <int N, class T>
+__device__ inline Pack<T, N> load_pack(const T* p) {
+  Pack<T, N> out;
+  detail::load(p, out);
+  return out;
+}
+
+template <int N, class T>
+__device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
+  detail::store(p, pack);
+}
+
+template <class T>
+__device__ inline T load_one(const T* p) {
+  return *p;
+}
+
+template <class T>
+__device__ inline void store_one(T* p, T value) {
+  *p = value;
+}
+
+// Writes where the host is watching.
+__device__ inline void store_system(int64_t* p, int64_t value) { *static_cast<volatile int64_t*>(p) = value; }
+
+// --- Storage types to what they are computed in, and back, to nearest even
+// --------------------------------------------
+
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ inline float widen(BFloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+
+template <class T>
+__device__ inline T narrow(Compute<T> x) {
+  return x;
+}
+template <>
+__device__ inline Float16 narrow<Float16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+__device__ inline BFloat16 narrow<BFloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+
+}  // namespace pydeq
+
+#endif  // PYDEQ_EMULATOR

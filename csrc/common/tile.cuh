@@ -1,0 +1,171 @@
+// Rows in tiles, tiles in shares: how the entries of a sample's state are spread over the threads of a block.
+//
+// A tile is kShare entries for each thread of a block. A thread's share is kShare / W packs of W neighbouring entries;
+// pack p of thread t begins at entry (p * threads + t) * W of the tile, so that neighbouring threads read neighbouring
+// packs. Which entries a thread has depends on neither alignment nor type, so sums do not either: a row that is not
+// aligned to packs is read entry by entry, into the same shares.
+//
+// Sums: a thread adds up its share, a warp its lanes, both in the compute type; what warps have is added up in double,
+// in order.
+#pragma once
+
+#include "common/simt.cuh"
+
+namespace pydeq {
+
+template <int W>
+struct Tile {
+  int64_t begin;  // its first entry
+  int64_t state;  // entries of the row, D
+  int index;      // of the tile among those whose staged rows a block holds
+
+  PYDEQ_DEVICE int64_t pack(int p) const {
+    return begin + (static_cast<int64_t>(p) * block_threads() + thread_index()) * W;
+  }
+};
+
+template <int W, class T>
+PYDEQ_DEVICE bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (W * sizeof(T)) == 0;
+}
+
+// This thread's share of a row, as stored; 0 beyond the end of the row.
+template <int W, class T>
+PYDEQ_DEVICE void load_share(const T* row, const Tile<W>& tile, T (&out)[kShare]) {
+  const bool aligned = is_aligned<W>(row);
+  PYDEQ_UNROLL_LOOP for (int p = 0; p < kShare / W; ++p) {
+    const int64_t first = tile.pack(p);
+    if (aligned && first + W <= tile.state) {
+      const Pack<T, W> pack = load_pack<W>(row + first);
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) out[p * W + i] = pack.at[i];
+    } else {
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) {
+        out[p * W + i] = first + i < tile.state ? load_one(row + first + i) : T{};
+      }
+    }
+  }
+}
+
+template <int W, class T>
+PYDEQ_DEVICE void store_share(T* row, const Tile<W>& tile, const T (&in)[kShare]) {
+  const bool aligned = is_aligned<W>(row);
+  PYDEQ_UNROLL_LOOP for (int p = 0; p < kShare / W; ++p) {
+    const int64_t first = tile.pack(p);
+    if (aligned && first + W <= tile.state) {
+      Pack<T, W> pack;
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) pack.at[i] = in[p * W + i];
+      store_pack<W>(row + first, pack);
+    } else {
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) {
+        if (first + i < tile.state) store_one(row + first + i, in[p * W + i]);
+      }
+    }
+  }
+}
+
+template <class T>
+PYDEQ_DEVICE void widen_share(const T (&in)[kShare], Compute<T> (&out)[kShare]) {
+  PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) out[i] = widen(in[i]);
+}
+
+template <class T>
+PYDEQ_DEVICE void narrow_share(const Compute<T> (&in)[kShare], T (&out)[kShare]) {
+  PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) out[i] = narrow<T>(in[i]);
+}
+
+// The same, in the type that T is computed in.
+template <int W, class T>
+PYDEQ_DEVICE void load_wide(const T* row, const Tile<W>& tile, Compute<T> (&out)[kShare]) {
+  T stored[kShare];
+  load_share(row, tile, stored);
+  widen_share(stored, out);
+}
+
+template <int W, class T>
+PYDEQ_DEVICE void store_wide(T* row, const Tile<W>& tile, const Compute<T> (&in)[kShare]) {
+  T stored[kShare];
+  narrow_share(in, stored);
+  store_share(row, tile, stored);
+}
+
+template <int W, class T>
+PYDEQ_DEVICE void copy_share(T* to, const T* from, const Tile<W>& tile) {
+  T stored[kShare];
+  load_share(from, tile, stored);
+  store_share(to, tile, stored);
+}
+
+template <class Sum, class A>
+PYDEQ_DEVICE Sum dot_share(const A (&x)[kShare], const A (&y)[kShare]) {
+  Sum total = 0;
+  PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) total += static_cast<Sum>(x[i]) * static_cast<Sum>(y[i]);
+  return total;
+}
+
+// Shares of rows that a block keeps in shared memory: rows [0, capacity), each of every tile that the block visits.
+// A thread gets back what it put, so nobody waits.
+template <int W, class A>
+struct Stage {
+  unsigned char* memory;
+  int tiles, capacity;
+
+  static constexpr int kWidth = 16 / static_cast<int>(sizeof(A));
+  static constexpr int kPacks = kShare / kWidth;
+
+  static PYDEQ_HOST_DEVICE int64_t row_bytes(int64_t tiles, int64_t threads) {
+    return tiles * threads * kShare * static_cast<int64_t>(sizeof(A));
+  }
+  PYDEQ_DEVICE Pack<A, kWidth>& place(int64_t row, int tile, int p) const {
+    return reinterpret_cast<Pack<A, kWidth>*>(
+        memory)[((row * tiles + tile) * kPacks + p) * block_threads() + thread_index()];
+  }
+  PYDEQ_DEVICE bool holds(int64_t row) const { return row < capacity; }
+  PYDEQ_DEVICE void put(int64_t row, const Tile<W>& tile, const A (&in)[kShare]) const {
+    if (!holds(row)) return;
+    PYDEQ_UNROLL_LOOP for (int p = 0; p < kPacks; ++p) {
+      Pack<A, kWidth> pack;
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWidth; ++i) pack.at[i] = in[p * kWidth + i];
+      place(row, tile.index, p) = pack;
+    }
+  }
+  PYDEQ_DEVICE void get(int64_t row, const Tile<W>& tile, A (&out)[kShare]) const {
+    PYDEQ_UNROLL_LOOP for (int p = 0; p < kPacks; ++p) {
+      const Pack<A, kWidth> pack = place(row, tile.index, p);
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWidth; ++i) out[p * kWidth + i] = pack.at[i];
+    }
+  }
+};
+
+// Sums over a block: totals[j] of what every thread adds under j, in double. The same bits on every run.
+struct Sums {
+  double* by_warp;  // [warps, width] shared
+  int width;
+
+  // Begins: nothing is added yet.
+  PYDEQ_DEVICE void clear() const {
+    for (int j = lane_index(); j < width; j += kWarp) by_warp[warp_index() * width + j] = 0.0;
+    warp_sync();
+  }
+  // Adds values[i] under first + i, for i < count.
+  template <int N, class Sum>
+  PYDEQ_DEVICE void add(int first, Sum (&values)[N], int count = N) const {
+    warp_sum(values);
+    if (lane_index() == 0) {
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < N; ++i) {
+        if (i < count) by_warp[warp_index() * width + first + i] += static_cast<double>(values[i]);
+      }
+    }
+  }
+  // Ends: all threads may read the totals, and begin anew.
+  PYDEQ_DEVICE void finish(double* totals) const {
+    block_sync();
+    for (int j = thread_index(); j < width; j += block_threads()) {
+      double total = 0.0;
+      for (int w = 0; w < block_warps(); ++w) total += by_warp[w * width + j];
+      totals[j] = total;
+    }
+    block_sync();
+  }
+};
+
+}  // namespace pydeq

@@ -1,0 +1,19 @@
+#include "common/launch_step.h"
+#include "ops/picard_step.cuh"
+
+namespace pydeq {
+namespace {
+
+void picard_step_cuda(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best, const Tensor& scalars,
+                      const Tensor& counters, const Tensor& progress, int64_t step, double rtol, double atol,
+                      double eps, bool freeze, bool stall, bool last, double damping) {
+  const Launch launch("picard_step", z, "z");
+  const PicardStepArgs args{
+      step_args(z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last), damping};
+  PYDEQ_DISPATCH(args.step.dtype, T, launch_step<PicardStep<T>>(launch, z, args));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pydeq, CUDA, m) { m.impl("picard_step", TORCH_BOX(&picard_step_cuda)); }
+
+}  // namespace
+}  // namespace pydeq

@@ -1,0 +1,234 @@
+"""How a solver loop learns what its steps did, without waiting for the device.
+
+A step writes a report, (steps done, samples running), to host memory when it ends: ``progress``, int64
+[len(Progress)]. On the CPU, and where a reference runs, it is there once the step returns. A CUDA kernel writes it
+later, into pinned memory, while the host goes on: before step k + 1 is launched, the loop waits for the report of step
+k - 1, so that one step is always under way. A solve then calls fn at most once too often, and always as often on the
+same input.
+
+Two reports of a solve can be on their way at once, so it has two places, taken in turns: a place is written again only
+after it was read. Places come from a pool and go back to it once the last step of their solve has reported: a solve
+that an exception ended leaves steps behind that will still write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pydeq import compiled
+from pydeq.protocol import Progress
+
+# Reports under way at once, and the bytes of a solve's: a cache line, so that solves do not slow each other.
+_TURNS, _BYTES = 2, 64
+_BLOCK = 64  # solves' places allocated at once: a page
+
+
+class Reports(ABC):
+    """The reports of one solve. Used as a context, which it must not outlive."""
+
+    @abstractmethod
+    def place(self, k: int) -> Tensor:
+        """Where step ``k`` is to write its report, int64 [len(Progress)] on the CPU. The step is launched next."""
+
+    @abstractmethod
+    def running(self, k: int) -> int:
+        """Samples that ran after the newest step known of before step ``k``, of those that ran at the start."""
+
+    def close(self) -> None:  # noqa: B027  # most have nothing to do
+        """No step follows."""
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class HostReports(Reports):
+    """Of steps that have reported when they return.
+
+    Args:
+        batch: Samples at the start.
+        place: Where they report, int64 [len(Progress)] on the CPU.
+    """
+
+    def __init__(self, batch: int, place: Tensor) -> None:
+        self._batch, self._place, self._values = batch, place, place.numpy()
+
+    def place(self, k: int) -> Tensor:
+        return self._place
+
+    def running(self, k: int) -> int:
+        return int(self._values[Progress.RUNNING]) if k else self._batch
+
+
+class CapturedReports(Reports):
+    """Of steps that are captured into a graph: nobody reads them, and every replay writes them.
+
+    All graphs share one place, which lives as long as the process.
+    """
+
+    def __init__(self, batch: int, place: Tensor) -> None:
+        self._batch, self._place = batch, place
+
+    def place(self, k: int) -> Tensor:
+        return self._place
+
+    def running(self, k: int) -> int:
+        return self._batch
+
+
+class Stream(Protocol):
+    """A device's queue of work, which can be asked how it is."""
+
+    def await_report(self, address: int, steps: int) -> int:
+        """Wait until ``steps`` steps have reported at ``address``; how many samples run.
+
+        Raises:
+            RuntimeError: If they never will.
+        """
+        ...
+
+
+class StreamReports(Reports):
+    """Of steps that report from a device while the host goes on.
+
+    Args:
+        batch: Samples at the start.
+        pool: Where the places come from.
+        stream: What the steps run on.
+        lag: Steps that may be under way when the next one is launched, 0 or 1.
+    """
+
+    def __init__(self, batch: int, pool: Pool, stream: Stream, lag: int) -> None:
+        self._batch, self._pool, self._stream, self._lag = batch, pool, stream, lag
+        self._slot = pool.take()
+        self._launched = 0
+
+    def place(self, k: int) -> Tensor:
+        # Before the launch: one that fails halfway may report or may not, and its slot is not used again if not.
+        self._launched = k + 1
+        return self._slot.places[k % _TURNS]
+
+    def running(self, k: int) -> int:
+        known = k - self._lag  # steps that must have reported
+        if known < 1:
+            return self._batch
+        return self._stream.await_report(self._slot.addresses[(known - 1) % _TURNS], known)
+
+    def close(self) -> None:
+        self._pool.give_back(self._slot, self._launched)
+
+
+class Slot:
+    """The places of one solve, in memory at ``address``."""
+
+    def __init__(self, address: int) -> None:
+        size = len(Progress)
+        step = 8 * size
+        self.addresses = [address + turn * step for turn in range(_TURNS)]
+        memory = (ctypes.c_int64 * (_TURNS * size)).from_address(address)
+        self._entries = torch.frombuffer(memory, dtype=torch.int64)
+        self.places = tuple(self._entries.view(_TURNS, size).unbind())
+
+    def clear(self) -> None:
+        self._entries.zero_()
+
+
+class Pool:
+    """Slots, reused once the last step of the solve that had them has reported. Threads may share it.
+
+    Args:
+        allocate: From bytes to the address of memory that lives as long as the process.
+        has_reported: From the address of a place and a number of steps to whether so many have reported there.
+    """
+
+    def __init__(self, allocate: Callable[[int], int], has_reported: Callable[[int, int], bool]) -> None:
+        self._allocate, self._has_reported = allocate, has_reported
+        self._lock = threading.Lock()
+        self._free: list[Slot] = []
+        self._busy: deque[tuple[Slot, int]] = deque()  # given back, each with the steps that must report
+
+    def take(self) -> Slot:
+        with self._lock:
+            if not self._free:
+                self._collect()
+            if not self._free:
+                address = self._allocate(_BLOCK * _BYTES)
+                self._free = [Slot(address + i * _BYTES) for i in range(_BLOCK)]
+            slot = self._free.pop()
+        slot.clear()
+        return slot
+
+    def give_back(self, slot: Slot, launched: int) -> None:
+        with self._lock:
+            self._busy.append((slot, launched))
+
+    def _collect(self) -> None:
+        """Move the slots to the free ones whose steps have all reported."""
+        for _ in range(len(self._busy)):
+            slot, launched = self._busy.popleft()
+            if launched == 0 or self._has_reported(slot.addresses[(launched - 1) % _TURNS], launched):
+                self._free.append(slot)
+            else:
+                self._busy.append((slot, launched))
+
+
+class CudaStream:
+    """torch's current stream of the current CUDA device."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.current_stream().cuda_stream
+        self._device = torch.cuda.current_device()
+
+    def await_report(self, address: int, steps: int) -> int:
+        return compiled.await_report(address, steps, self._stream, self._device)
+
+
+_pool: Pool | None = None
+_sink: Tensor | None = None
+_lock = threading.Lock()
+
+
+def open_reports(device: torch.device, batch: int, place: Tensor, lag: int) -> Reports:
+    """The reports of a solve on ``device`` that starts now.
+
+    Args:
+        batch: Samples at the start.
+        place: Where steps report that are not ahead of the device, int64 [len(Progress)] on the CPU.
+        lag: Steps that may be under way when the next one is launched, 0 or 1.
+    """
+    if device.type != "cuda" or batch == 0:  # without samples, no kernel runs
+        return HostReports(batch, place)
+    if not compiled.cuda_loaded():
+        compiled.miss_cuda()
+        return HostReports(batch, place)
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return CapturedReports(batch, _shared_sink())
+        return StreamReports(batch, _shared_pool(), CudaStream(), lag)
+
+
+def _shared_pool() -> Pool:
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = Pool(compiled.allocate_pinned, compiled.has_reported)
+        return _pool
+
+
+def _shared_sink() -> Tensor:
+    global _sink
+    pool = _shared_pool()
+    with _lock:
+        if _sink is None:
+            _sink = pool.take().places[0]
+        return _sink

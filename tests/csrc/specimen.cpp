@@ -1,0 +1,108 @@
+// A kernel with a fault of each kind that the emulator must find, and without any: y[b] = sum_i x[b, i], and how many
+// blocks were there.
+#include "common/tile.cuh"
+#include "emulator/emulator.h"
+#include "run_case.h"
+
+namespace pydeq {
+namespace {
+
+enum class Fault {
+  none,
+  removed_barrier,
+  lost_update,
+  early_exit,
+  divergent_warp,
+  off_by_one_tail,
+  uninitialized_shared,
+  misaligned_pack,
+  unwritten_output,
+  missing_fence,
+  slice_overrun,
+};
+
+constexpr int kThreads = 128;
+
+template <Fault fault>
+PYDEQ_KERNEL(kThreads)
+specimen_kernel(const float* x, int64_t n, float* y, float* partial, int32_t* done, float* total) {
+  PYDEQ_SHARED(float, sums, kThreads);
+  PYDEQ_SHARED(int, last, 1);
+  const int t = thread_index();
+  const float* row = x + block_index() * n;
+  const int64_t end = fault == Fault::off_by_one_tail ? n + 1 : n;
+  if (fault == Fault::early_exit && t >= n) return;
+  float sum = 0.0f;
+  for (int64_t i = 4 * t; i < end; i += 4 * kThreads) {
+    if ((is_aligned<4>(row) || fault == Fault::misaligned_pack) && i + 4 <= n) {
+      const Pack<float, 4> pack = load_pack<4>(row + i);
+      for (float entry : pack.at) sum += entry;
+    } else {
+      for (int64_t j = i; j < i + 4 && j < end; ++j) sum += load_one(row + j);
+    }
+  }
+  if (fault != Fault::uninitialized_shared || t < kThreads - 1) sums[t] = sum;
+  if (fault == Fault::slice_overrun && t == 0) sums[kThreads] = sum;
+  if (fault != Fault::removed_barrier) block_sync();
+  for (int half = kThreads / 2; half >= kWarp; half /= 2) {
+    if (t < half) sums[t] += sums[t + half];
+    block_sync();
+  }
+  if (warp_index() == 0) {
+    float lanes[1] = {sums[t]};
+    if (fault == Fault::divergent_warp && t < kWarp / 2) {
+      warp_sum(lanes);
+    } else {
+      warp_sum(lanes);
+    }
+    if (t == 0 && fault != Fault::unwritten_output) store_one(y + block_index(), lanes[0]);
+    if (t == 0) partial[block_index()] = lanes[0];
+  }
+  if (t == 0) {
+    if (fault != Fault::missing_fence) fence_device();
+    if (fault == Fault::lost_update) {
+      *last = ++*done == grid_blocks();
+    } else {
+      *last = atomic_add(done, 1) == grid_blocks() - 1;
+    }
+    fence_device();
+    if (*last) {
+      float all = 0.0f;
+      for (int64_t b = 0; b < grid_blocks(); ++b) all += partial[b];
+      *total = all;
+    }
+  }
+}
+
+template <Fault fault>
+void run_with(const Case& test) {
+  emulator::launch({test.integer("batch"), kThreads, 0}, [&] {
+    specimen_kernel<fault>(static_cast<const float*>(test.pointer("x")), test.integer("state"),
+                           static_cast<float*>(test.pointer("y")), static_cast<float*>(test.pointer("partial")),
+                           static_cast<int32_t*>(test.pointer("done")), static_cast<float*>(test.pointer("total")));
+  });
+}
+
+}  // namespace
+
+void run_specimen(const Case& test) {
+  switch (static_cast<Fault>(test.integer("fault"))) {
+#define PYDEQ_FAULT(name) \
+  case Fault::name:       \
+    return run_with<Fault::name>(test);
+    PYDEQ_FAULT(none)
+    PYDEQ_FAULT(removed_barrier)
+    PYDEQ_FAULT(lost_update)
+    PYDEQ_FAULT(early_exit)
+    PYDEQ_FAULT(divergent_warp)
+    PYDEQ_FAULT(off_by_one_tail)
+    PYDEQ_FAULT(uninitialized_shared)
+    PYDEQ_FAULT(misaligned_pack)
+    PYDEQ_FAULT(unwritten_output)
+    PYDEQ_FAULT(missing_fence)
+    PYDEQ_FAULT(slice_overrun)
+#undef PYDEQ_FAULT
+  }
+}
+
+}  // namespace pydeq

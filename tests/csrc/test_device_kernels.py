@@ -1,0 +1,273 @@
+"""The CUDA kernels, run by the emulator, against the references of their operations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import test_anderson_step
+import test_broyden_step
+import test_picard_step
+import test_squared_norm
+import torch
+from check_op import DTYPES, SCALES, bits, compare, record, run
+from emulated import Case, Limits, Result, emulate
+
+import pydeq
+from pydeq.ops.anderson_step import anderson_step_reference
+from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.picard_step import picard_step_reference
+from pydeq.ops.squared_norm import squared_norm_reference
+from pydeq.protocol import RUNNING, Counter, Status
+
+MODULES = {"picard_step": test_picard_step, "anderson_step": test_anderson_step, "broyden_step": test_broyden_step}
+REFERENCES = {
+    "picard_step": picard_step_reference,
+    "anderson_step": anderson_step_reference,
+    "broyden_step": broyden_step_reference,
+}
+# One launch; two, with tiles of 256 entries.
+PATHS = {"fused": Limits(), "split": Limits(fused_state=-1, max_threads=32)}
+# A pack, a tile of either path, and their neighbours; several tiles and a rest.
+SIZES = (1, 3, 4, 9, 255, 256, 257, 511, 513, 1100)
+NOTHING_FITS = 6 << 10  # bytes of shared memory that leave no room for rows
+
+every_step = pytest.mark.parametrize("name", MODULES)
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+def cases(name: str, limits: Limits, offset: int = 0, seed: int = 0, **options) -> list[Case]:
+    """A case for each step of a solve."""
+    module = MODULES[name]
+    return [
+        Case(name, dict(zip(module.NAMES, sample, strict=True)), limits, seed + index, offset)
+        for index, sample in enumerate(module.steps(**options))
+    ]
+
+
+def check(tests: list[Case]) -> list[Result]:
+    """Every case leaves what the reference leaves, up to what the operation's own tests allow."""
+    results = emulate(tests)
+    for index, (case, result) in enumerate(zip(tests, results, strict=True)):
+        module = MODULES[case.name]
+        expected = run(REFERENCES[case.name], module.NAMES, tuple(case.arguments.values()))
+        allowed = module.allowance(dict(case.arguments), expected)
+        for key in module.NAMES:
+            compare(f"{case.name} {index}, {key}", result.arguments[key], expected[key], allowed.get(key, 0.0))
+    return results
+
+
+@every_path
+@every_step
+def test_equals_its_reference(name, path):
+    options = {"picard_step": {"damping": 0.6}, "anderson_step": {"damping": 0.6, "memory": 3}}
+    tests = []
+    for dtype in DTYPES:
+        tests += cases(name, PATHS[path], dtype=dtype, dim=300, max_steps=9)
+        tests += cases(name, PATHS[path], dtype=dtype, dim=70, max_steps=9, **options.get(name, {"memory": 2}))
+    for result in check(tests):
+        assert result.launches == (1 if path == "fused" else 2)
+
+
+@every_path
+@every_step
+def test_sizes(name, path):
+    """Rows of most sizes are not aligned, from the second sample on."""
+    tests = []
+    for size in SIZES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            tests += cases(name, PATHS[path], batch=2, dim=size, dtype=dtype, max_steps=4)
+    check(tests)
+
+
+@every_step
+def test_states_of_no_entries(name):
+    check(cases(name, PATHS["fused"], batch=3, dim=0, max_steps=3))
+
+
+@every_path
+@every_step
+def test_memory_that_is_not_aligned(name, path):
+    tests = []
+    for dtype in (torch.float32, torch.float16):
+        tests += cases(name, PATHS[path], offset=dtype.itemsize, batch=3, dim=264, dtype=dtype, max_steps=5)
+    check(tests)
+
+
+@every_path
+@every_step
+def test_scales(name, path):
+    """Squares over- or underflow: norms and products are formed once more."""
+    tests = []
+    for dtype, scale in SCALES:
+        tests += cases(name, PATHS[path], dtype=dtype, scale=scale, max_steps=7, dim=260 if path == "split" else 33)
+    check(tests)
+
+
+@every_path
+@pytest.mark.parametrize("rules", [{"freeze": False}, {"stall": False}, {"atol": 1e-1}], ids=str)
+def test_rules(rules, path):
+    tests = []
+    for name in MODULES:
+        tests += cases(name, PATHS[path], dtype=torch.float64, max_steps=20, dim=33, **rules)
+    check(tests)
+
+
+@every_path
+def test_memories(path):
+    tests = []
+    for memory in (1, 2, 7, 40):
+        tests += cases(
+            "anderson_step", PATHS[path], batch=3, memory=memory, max_steps=10 if memory < 40 else 38, dim=65
+        )
+    for memory in (1, 3, 40):
+        tests += cases("broyden_step", PATHS[path], batch=3, memory=memory, max_steps=10 if memory < 40 else 38, dim=65)
+    check(tests)
+
+
+@every_path
+@every_step
+def test_small_grids_and_little_shared_memory(name, path):
+    """Blocks go from sample to sample, and read again what they cannot keep; the results are the same bits."""
+    plain = cases(name, PATHS[path], dim=520, max_steps=6)
+    small = [replace(case, limits=replace(case.limits, max_blocks=2, shared_bytes=NOTHING_FITS)) for case in plain]
+    for one, other in zip(emulate(plain), check(small), strict=True):
+        assert_same_bits(one.arguments, other.arguments)
+
+
+@every_path
+@every_step
+def test_repeats_bit_for_bit_on_any_schedule(name, path):
+    tests = cases(name, PATHS[path], batch=4, dim=530, max_steps=5)
+    first = emulate(tests)
+    for seed in (100, 200):
+        for one, other in zip(first, emulate([replace(case, seed=seed + case.seed) for case in tests]), strict=True):
+            assert_same_bits(one.arguments, other.arguments)
+
+
+@every_path
+@every_step
+def test_a_sample_does_not_depend_on_its_batch(name, path):
+    tests = cases(name, PATHS[path], batch=7, dim=530, max_steps=5)
+    for b in (0, 3):
+        alone = [replace(case, arguments=rows(case.arguments, [b])) for case in tests]
+        for one, other in zip(emulate(tests), emulate(alone), strict=True):
+            assert_same_bits(rows(one.arguments, [b]), other.arguments, but=("progress",))
+
+
+@every_path
+@every_step
+def test_samples_that_are_done_are_left_alone(name, path):
+    looked_at = 0
+    for freeze in (True, False):
+        tests = cases(name, PATHS[path], dim=60, max_steps=14, freeze=freeze)
+        for case, result in zip(tests, emulate(tests), strict=True):
+            status = case.arguments["counters"][:, Counter.STATUS]
+            done = (status == Status.MAX_STEPS) | (status >= Status.DIVERGED) | (freeze & (status != RUNNING))
+            stopped = done.nonzero()[:, 0].tolist()
+            looked_at += len(stopped)
+            assert_same_bits(rows(case.arguments, stopped), rows(result.arguments, stopped), but=("progress",))
+    assert looked_at > 10
+
+
+@every_path
+@every_step
+def test_samples_that_are_done_cost_no_memory_traffic(name, path):
+    *_, last = cases(name, PATHS[path], batch=3, dim=300, max_steps=3)
+    last.arguments["counters"][:, Counter.STATUS] = Status.CONVERGED
+    (result,) = emulate([last])
+    assert (result.loaded, result.stored) == (0, 0)
+    assert result.arguments["progress"].tolist() == [3, 0]
+
+
+# Vectors of D entries that a step moves per sample, reads and writes: section "how fast" of the design, where a best
+# iterate is copied in every step; here it improves in every step, which costs Broyden a copy of the image, others none.
+def vectors_allowed(name: str, path: str, k: int, memory: int) -> tuple[float, float]:
+    if name == "picard_step":
+        return (2, 1) if path == "fused" else (3, 1)
+    if name == "anderson_step":
+        columns = min(k + 1, memory)
+        return 2 * columns + (0 if path == "fused" else 1), 3
+    return (k + 2, 3) if path == "fused" else (max(2 * k + 3, 4), 3)  # k steps are stored
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_step
+def test_traffic(name, dtype, path):
+    """Each vector is read once in one launch, and z and f twice in two; nothing is read that need not be."""
+    batch, dim, memory, max_steps = 2, 1536, 4, 7
+    limits = replace(PATHS[path], max_threads=96, shared_bytes=200 << 10)
+    solver = {
+        "picard_step": pydeq.Picard(),
+        "anderson_step": pydeq.Anderson(memory=memory),
+        "broyden_step": pydeq.Broyden(memory=50),
+    }[name]
+    x = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rates = torch.linspace(0.5, 0.6, dim).to(dtype)
+    samples = record(solver, lambda z, k: rates * z.roll(1, 1) + x, torch.zeros_like(x), max_steps, rtol=0.0)
+    names = MODULES[name].NAMES
+    tests = [Case(name, dict(zip(names, sample, strict=True)), limits) for sample in samples[:-1]]
+    wide = 4 if name == "broyden_step" else dtype.itemsize  # bytes of an entry of the history
+    for k, result in enumerate(emulate(tests)):
+        counters = result.arguments["counters"]
+        assert (counters[:, Counter.STATUS] == RUNNING).all()
+        reads, writes = vectors_allowed(name, path, k, memory)
+        assert result.loaded <= 1.02 * reads * batch * dim * max(wide, dtype.itemsize) + 256
+        assert result.stored <= 1.02 * writes * batch * dim * max(wide, dtype.itemsize) + 256
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squared_norms(dtype):
+    tests = []
+    for limits in (Limits(), Limits(max_threads=32, max_blocks=3)):
+        for batch, size in [(1, 0), (3, 1), (2, 7), (3, 511), (3, 512), (2, 513), (3, 2100)]:
+            (x,) = [test_squared_norm.inputs(batch, size, dtype)]
+            y = x.new_full((batch,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+            tests.append(Case("squared_norm", {"x": x, "y": y}, limits, offset=size % 2 * dtype.itemsize))
+    for case, result in zip(tests, emulate(tests), strict=True):
+        x, y = case.arguments["x"], squared_norm_reference(case.arguments["x"])
+        allowed = test_squared_norm.allowance({"x": x}, {"return": y})["return"]
+        compare(f"{tuple(x.shape)}", result.arguments["y"], y, allowed)
+        assert result.launches == 1
+        assert result.loaded == x.numel() * x.element_size()
+
+
+@every_path
+@every_step
+def test_nothing_races(name, path):
+    memory = {} if name == "picard_step" else {"memory": 2}
+    tests = cases(name, PATHS[path], batch=4, dim=270, max_steps=5, dtype=torch.float32, **memory)
+    tests += cases(name, PATHS[path], batch=4, dim=40, max_steps=4, dtype=torch.bfloat16, scale=1e-18)
+    emulate(tests, "thread")
+
+
+def test_squared_norm_does_not_race():
+    x = test_squared_norm.inputs(2, 700)
+    tests = [
+        Case("squared_norm", {"x": x, "y": torch.full((2,), torch.nan)}, Limits(max_threads=32), seed)
+        for seed in range(5)
+    ]
+    emulate(tests, "thread")
+
+
+def rows(arguments: dict, index: list[int]) -> dict:
+    """The arguments of some samples alone."""
+
+    def part(name: str, value):
+        if isinstance(value, list):
+            return [part(name, entry) for entry in value]
+        if not isinstance(value, torch.Tensor) or name == "progress" or not value.numel():
+            return value
+        return value[:, index] if name == "best" else value[index]
+
+    return {name: part(name, value) for name, value in arguments.items()}
+
+
+def assert_same_bits(one: dict, other: dict, but: tuple[str, ...] = ()) -> None:
+    for name, value in one.items():
+        if name not in but:
+            pairs = zip(value, other[name], strict=True) if isinstance(value, list) else [(value, other[name])]
+            for here, there in pairs:
+                if isinstance(here, torch.Tensor):
+                    assert torch.equal(bits(here), bits(there)), name

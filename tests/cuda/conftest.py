@@ -1,0 +1,27 @@
+"""Everything here needs a GPU that runs the CUDA kernels, and is skipped elsewhere."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# The operations' tests say what of an operation may differ by rounding, and make the arguments.
+sys.path.insert(0, str(Path(__file__).parent.parent / "ops"))
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.cuda)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_undone():
+    """A fault of one test is not to show in another."""
+    import torch
+
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,481 @@
+"""The progress protocol, with a thread as the device: it writes reports late, or never, as the test says."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import pydeq
+from pydeq import compiled, iteration, progress
+from pydeq.progress import CapturedReports, HostReports, Pool, StreamReports
+from pydeq.protocol import Progress
+from pydeq.testing import CallCounter, assert_identical, softsign_map
+
+pytestmark = pytest.mark.kernels
+
+WORKING, DONE = -1, -2
+RHOS = [0.0, 0.3, 0.9, 0.99]
+
+
+def write(address: int, steps: int, running: int) -> None:
+    """A device's report: how many samples run, then how many steps are done."""
+    report = (ctypes.c_int64 * len(Progress)).from_address(address)
+    report[Progress.RUNNING] = running
+    report[Progress.STEP] = steps
+
+
+@dataclass
+class FakeStream:
+    """A device that a thread plays: tasks run one after another, each when the test lets it.
+
+    Args:
+        delay: Seconds before each task, drawn anew.
+        answer: What it says when asked; by default whether tasks are left.
+    """
+
+    delay: Callable[[], float] = lambda: 0.0
+    answer: int | None = None
+    asked: int = 0
+    tasks: list = field(default_factory=list)
+    held: threading.Event = field(default_factory=threading.Event)
+    running: bool = True
+
+    def __post_init__(self) -> None:
+        self.held.set()
+        self.wake = threading.Condition()
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(self.query)
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def launch(self, task: Callable[[], None]) -> None:
+        with self.wake:
+            self.tasks.append(task)
+            self.wake.notify_all()
+
+    def work(self) -> None:
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.tasks or not self.running)
+                if not self.running:
+                    return
+            self.held.wait()
+            time.sleep(self.delay())
+            self.tasks[0]()
+            with self.wake:
+                self.tasks.pop(0)
+                self.wake.notify_all()
+
+    def query(self, stream: int | None, device: int) -> int:
+        self.asked += 1
+        if self.answer is not None:
+            return self.answer
+        return WORKING if self.tasks else DONE
+
+    def drain(self) -> None:
+        with self.wake:
+            assert self.wake.wait_for(lambda: not self.tasks, timeout=20)
+
+    def stop(self) -> None:
+        self.held.set()
+        with self.wake:
+            self.running = False
+            self.wake.notify_all()
+        self.thread.join()
+
+    def await_report(self, address: int, steps: int) -> int:
+        """As the real one, but for whom it asks."""
+        assert compiled._library is not None
+        query = ctypes.cast(self.callback, ctypes.c_void_p).value
+        answer = compiled._library.await_report(address, steps, query, 0, 0)
+        return compiled.check_report(answer, steps, lambda code: f"error {code}")
+
+
+@pytest.fixture
+def stream():
+    made = FakeStream()
+    yield made
+    made.stop()
+
+
+class Memory:
+    """Stands for pinned memory: kept for good, and counted."""
+
+    def __init__(self) -> None:
+        self.blocks: list = []
+
+    def __call__(self, size: int) -> int:
+        self.blocks.append(torch.full((size // 8,), -7, dtype=torch.int64))
+        return self.blocks[-1].data_ptr()
+
+
+@pytest.fixture
+def memory():
+    return Memory()
+
+
+@pytest.fixture
+def pool(memory):
+    return Pool(memory, compiled.has_reported)
+
+
+# Waiting for one report
+
+
+def test_a_report_that_is_there_is_not_waited_for(stream, memory):
+    address = memory(64)
+    write(address, 3, 5)
+    assert stream.await_report(address, 3) == 5
+    assert stream.await_report(address, 2) == 5
+    assert stream.asked == 0
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.0002, 0.002, 0.05], ids=str)
+def test_a_late_report_arrives(stream, memory, delay):
+    address = memory(64)
+    write(address, 0, 0)
+    stream.delay = lambda: delay
+    stream.launch(lambda: write(address, 1, 4))
+    assert stream.await_report(address, 1) == 4
+
+
+def test_the_stream_is_asked_now_and_then_and_not_all_the_time(stream, memory):
+    address = memory(64)
+    write(address, 0, 0)
+    stream.delay = lambda: 0.05
+    stream.launch(lambda: write(address, 1, 4))
+    stream.await_report(address, 1)
+    assert 1 <= stream.asked <= 501  # at least 100 us apart, over 50 ms
+
+
+def test_other_threads_run_while_one_waits(stream, memory):
+    """The fake device is such a thread: with the GIL held it would never report. So is this one."""
+    address = memory(64)
+    write(address, 0, 0)
+    stream.held.clear()
+    stream.launch(lambda: write(address, 1, 4))
+    seen = []
+    waiter = threading.Thread(target=lambda: seen.append(stream.await_report(address, 1)))
+    waiter.start()
+    assert not seen
+    stream.held.set()
+    waiter.join(timeout=20)
+    assert seen == [4]
+
+
+def test_a_fault_raises(stream, memory):
+    address = memory(64)
+    write(address, 0, 0)
+    stream.answer = 700
+    with pytest.raises(RuntimeError, match=r"GPU failed while step 0 .* or fn, was running: error 700\."):
+        stream.await_report(address, 1)
+
+
+def test_a_step_that_never_reports_raises(stream, memory):
+    address = memory(64)
+    write(address, 1, 4)
+    with pytest.raises(RuntimeError, match="step 1 never reported"):
+        stream.await_report(address, 2)
+
+
+def test_a_report_beats_the_answer_that_came_with_it(stream, memory):
+    """The last report may come between the look at it and the answer that all is done."""
+    address = memory(64)
+
+    def query(_stream: int | None, _device: int) -> int:
+        write(address, 1, 4)
+        return DONE
+
+    stream.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(query)
+    write(address, 0, 0)
+    assert stream.await_report(address, 1) == 4
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="only it is interrupted")
+def test_an_interrupt_ends_a_wait(memory):
+    assert compiled._library is not None
+    address = memory(64)
+    write(address, 0, 0)
+    main, raised = threading.get_ident(), threading.Event()
+
+    def interrupt() -> None:
+        time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+        if not raised.wait(timeout=10):
+            write(address, 1, 4)
+
+    # Asked in C, where no interrupt is raised: close(-1) answers -1, as a stream does that still works.
+    libc = ctypes.CDLL(None)
+    query, stream = ctypes.cast(libc.close, ctypes.c_void_p).value, 2**64 - 1
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt):
+        compiled._library.await_report(address, 1, query, stream, 0)
+    raised.set()
+    sender.join()
+
+
+# Slots
+
+
+def test_slots_are_cleared_and_lie_apart(pool, memory):
+    slots = [pool.take() for _ in range(130)]
+    assert len(memory.blocks) == 3
+    addresses = sorted(address for slot in slots for address in slot.addresses)
+    size = 8 * len(Progress)
+    assert all(later - earlier >= size for earlier, later in itertools.pairwise(addresses))
+    for slot in slots:
+        for address, place in zip(slot.addresses, slot.places, strict=True):
+            assert place.data_ptr() == address
+            assert place.tolist() == [0, 0]
+
+
+def test_a_slot_is_used_again_only_after_its_last_step_has_reported(memory):
+    pool = Pool(memory, compiled.has_reported)
+    first = [pool.take() for _ in range(64)]  # a block
+    for slot in first:
+        write(slot.addresses[0], 1, 4)
+        pool.give_back(slot, 2)
+    assert {pool.take().addresses[0] for _ in range(64)}.isdisjoint(slot.addresses[0] for slot in first)
+    write(first[7].addresses[1], 2, 4)
+    again = pool.take()
+    assert again.addresses == first[7].addresses
+    assert [place.tolist() for place in again.places] == [[0, 0], [0, 0]]
+
+
+def test_a_slot_without_steps_is_free_at_once(memory):
+    pool = Pool(memory, compiled.has_reported)
+    for _ in range(200):
+        pool.give_back(pool.take(), 0)
+    assert len(memory.blocks) == 1
+
+
+# Solves on a device that is behind
+
+
+@pytest.fixture
+def on_device(monkeypatch, pool):
+    """A function that makes solves report through a fake stream, which runs their steps late."""
+
+    def place_on(stream: FakeStream) -> None:
+        def open_reports(device, batch, place, lag):
+            return StreamReports(batch, pool, stream, lag)
+
+        class Late:
+            """A workspace whose steps are taken at once, as far as fn can see, and reported late."""
+
+            def __init__(self, workspace):
+                self.inner = workspace
+
+            def __getattr__(self, name):
+                return getattr(self.inner, name)
+
+            def step(self, f, k):
+                address, batch = self.progress.data_ptr(), f.shape[0]
+                self.inner.progress = torch.zeros(len(Progress), dtype=torch.int64)
+                self.inner.step(f, k)
+                report = self.inner.progress.tolist()
+                assert report[Progress.RUNNING] <= batch
+                stream.launch(lambda: write(address, report[Progress.STEP], report[Progress.RUNNING]))
+
+        def evaluate(evaluator, flat, solver, rules, max_steps, trace):
+            class Start:
+                def start(self, *args):
+                    return Late(solver.start(*args))
+
+            return original(evaluator, flat, Start(), rules, max_steps, trace)
+
+        original = iteration.iterate
+        monkeypatch.setattr(iteration, "open_reports", open_reports)
+        monkeypatch.setattr(sys.modules["pydeq.fixed_point"], "iterate", evaluate)
+
+    return place_on
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("more", [{}, {"trace": True}, {"max_steps": 1}, {"max_steps": 2}, {"max_steps": 7}], ids=str)
+def test_a_solve_on_a_late_device_is_the_same_but_for_one_call(solver, stream, on_device, more, seed):
+    problem = softsign_map(RHOS, 9, seed=seed)
+    ran = {"solver": solver, "rtol": 1e-4, "max_steps": 60, **more}
+    expected = problem.solve(**ran)
+    on_device(stream)
+    source = random.Random(seed)
+    stream.delay = lambda: source.choice((0.0, 0.0, 0.0003, 0.001))
+    counter = CallCounter(problem.fn)
+    actual = pydeq.fixed_point(counter, problem.z0, *problem.context, **ran)
+    stream.drain()
+    assert_identical(actual, expected)
+    assert actual.nfe == counter.calls == min(expected.nfe + 1, ran["max_steps"])
+    assert torch.equal(actual.sample_nfe, expected.sample_nfe)
+    if more.get("trace"):
+        torch.testing.assert_close(actual.trace[: expected.nfe], expected.trace, rtol=0, atol=0, equal_nan=True)
+        assert actual.trace[expected.nfe :].isnan().all()
+
+
+def test_calls_do_not_depend_on_how_late_the_device_is(solver, stream, on_device):
+    problem = softsign_map(RHOS, 9)
+    on_device(stream)
+    calls = set()
+    for delay in (0.0, 0.0, 0.0005, 0.004):
+        stream.delay = lambda delay=delay: delay
+        calls.add(problem.solve(solver=solver, rtol=1e-3).nfe)
+        stream.drain()
+    assert len(calls) == 1
+
+
+def test_one_step_is_under_way_while_fn_is_called(stream, on_device):
+    """The device here takes a step only once fn was called after it: a loop that waited for it would wait for good."""
+    problem = softsign_map(RHOS, 9)
+    on_device(stream)
+    permits = threading.Semaphore(0)
+    starved = []
+
+    def delay():
+        if not permits.acquire(timeout=10):
+            starved.append(True)
+        return 0.0
+
+    stream.delay = delay
+    depths = []
+
+    def fn(z, *context):
+        depths.append(len(stream.tasks))
+        if len(depths) > 1:
+            permits.release()
+        return problem.fn(z, *context)
+
+    pydeq.fixed_point(fn, problem.z0, *problem.context, rtol=1e-4)
+    permits.release()
+    assert not starved
+    assert depths[0] == 0
+    assert all(1 <= depth <= 2 for depth in depths[1:])  # 2 where the device has not yet put its last step away
+
+
+@pytest.mark.parametrize(
+    "more", [{"freeze": False}, {"compact": True, "batched_context": (True, True)}], ids=["freeze", "compact"]
+)
+def test_without_freezing_or_compacting_nothing_is_under_way(stream, on_device, more):
+    problem = softsign_map(RHOS, 9)
+    ran = {"rtol": 1e-4, "max_steps": 60, **more}
+    expected = problem.solve(**ran)
+    on_device(stream)
+    stream.delay = lambda: 0.0005
+    actual = problem.solve(**ran)
+    assert_identical(actual, expected)
+    assert actual.nfe == expected.nfe
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_cell_that_raises_leaves_steps_that_still_report(stream, on_device, pool, memory, at, error):
+    problem = softsign_map(RHOS, 9)
+    on_device(stream)
+    calls = 0
+
+    def fn(z, *context):
+        nonlocal calls
+        calls += 1
+        if calls == at + 1:
+            stream.held.clear()  # nothing reports from here on
+            raise error("from fn")
+        return problem.fn(z, *context)
+
+    with pytest.raises(error, match="from fn"):
+        pydeq.fixed_point(fn, problem.z0, *problem.context, rtol=1e-6)
+    abandoned = [slot for slot, launched in pool._busy if launched]
+    assert len(abandoned) == (at > 0)
+    pending = len(stream.tasks)
+    taken = {pool.take().addresses[0] for _ in range(80)}
+    if pending:
+        assert not taken & {slot.addresses[0] for slot in abandoned}
+    stream.held.set()
+    stream.drain()
+    assert pool.take()
+    assert pending <= 1
+
+
+def test_a_fault_ends_a_solve_and_its_slot_stays_away(stream, on_device, pool):
+    problem = softsign_map(RHOS, 9)
+    on_device(stream)
+
+    def fn(z, *context):
+        stream.held.clear()
+        stream.answer = 719
+        return problem.fn(z, *context)
+
+    with pytest.raises(RuntimeError, match="error 719"):
+        pydeq.fixed_point(fn, problem.z0, *problem.context, rtol=1e-6)
+    (lost,) = (slot for slot, launched in pool._busy)
+    assert lost.addresses[0] not in {pool.take().addresses[0] for _ in range(100)}
+
+
+def test_solves_in_threads_share_the_pool(on_device, stream, pool, memory):
+    problem = softsign_map(RHOS, 9)
+    expected = problem.solve(rtol=1e-4)
+    on_device(stream)
+    source = random.Random(0)
+    stream.delay = lambda: source.choice((0.0, 0.0002))
+    solutions: list = []
+
+    def solve() -> None:
+        solutions.extend(problem.solve(rtol=1e-4) for _ in range(3))
+
+    threads = [threading.Thread(target=solve) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(solutions) == 12
+    for solution in solutions:
+        assert_identical(solution, expected)
+    stream.drain()
+    assert len(memory.blocks) == 1
+
+
+# The other kinds of reports
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_captured_steps_run_to_the_end(batch):
+    place = torch.zeros(len(Progress), dtype=torch.int64)
+    with CapturedReports(batch, place) as reports:
+        for k in range(6):
+            assert reports.running(k) == batch
+            reports.place(k)[Progress.RUNNING] = 0
+
+
+def test_steps_on_the_host_have_reported_when_they_return():
+    place = torch.zeros(len(Progress), dtype=torch.int64)
+    with HostReports(3, place) as reports:
+        assert reports.running(0) == 3
+        reports.place(0)[Progress.RUNNING] = 2
+        assert reports.running(1) == 2
+        reports.place(1)[Progress.RUNNING] = 0
+        assert reports.running(2) == 0
+
+
+def test_a_solve_on_a_gpu_without_kernels_says_so_once(monkeypatch):
+    monkeypatch.delenv("PYDEQ_REQUIRE_KERNELS", raising=False)
+    monkeypatch.delenv("PYDEQ_KERNELS", raising=False)
+    monkeypatch.setattr(compiled, "_cuda_library", None)
+    monkeypatch.setattr(compiled, "_cuda_reason", "no nvcc was found")
+    monkeypatch.setattr(compiled, "_missed_cuda", False)
+    place = torch.zeros(len(Progress), dtype=torch.int64)
+    with pytest.warns(RuntimeWarning, match=r"no CUDA kernels \(no nvcc was found\).*PYDEQ_WITH_CUDA=1"):
+        reports = progress.open_reports(torch.device("cuda"), 2, place, 1)
+    assert isinstance(reports, HostReports)
+    assert isinstance(progress.open_reports(torch.device("cuda"), 2, place, 1), HostReports)  # silently
+    monkeypatch.setenv("PYDEQ_REQUIRE_KERNELS", "1")
+    with pytest.raises(ImportError, match="To run without them, unset PYDEQ_REQUIRE_KERNELS"):
+        progress.open_reports(torch.device("cuda"), 2, place, 1)
+    monkeypatch.setenv("PYDEQ_KERNELS", "off")
+    assert isinstance(progress.open_reports(torch.device("cuda"), 2, place, 1), HostReports)
