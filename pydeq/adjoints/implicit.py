@@ -67,6 +67,18 @@ class Implicit(Adjoint):
         output, at = attach(self, problem.fn, solution.image, problem.context, solution)
         return Attached(output, solution, at)
 
+    def solve_adjoint(self, fn: Callable[..., Any], v: State, context: Sequence[Tensor]) -> Solution:
+        """Solve u = fn(u, *context), the adjoint system of the cotangent ``v``; no gradient."""
+        dtype = as_tuple(v)[0].dtype
+        return fixed_point(
+            fn,
+            v,  # the first evaluation of u = 0 would be v itself
+            *context,
+            solver=self.solver,
+            rtol=0.1 * default_rtol(dtype) if self.rtol is None else self.rtol,
+            max_steps=self.max_steps,
+        )
+
 
 def attach(
     settings: Implicit, fn: Callable[..., Any], image: State, context: Sequence[Any], solution: Solution | None = None
@@ -116,16 +128,7 @@ class _Problem:
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
-        settings = self.settings
-        # The first evaluation of u = 0 would be v itself.
-        solution = fixed_point(
-            lambda u, *v: _adjoint(at, u, v),
-            v if self.layout.is_tuple else v[0],
-            *v,
-            solver=settings.solver,
-            rtol=0.1 * default_rtol(self.layout.dtype) if settings.rtol is None else settings.rtol,
-            max_steps=settings.max_steps,
-        )
+        solution = self.settings.solve_adjoint(lambda u, *v: _adjoint(at, u, v), v if self.layout.is_tuple else v[0], v)
         if self.solution is not None:
             self.solution.backward = solution
         lost = solution.status == Status.NONFINITE
