@@ -113,7 +113,7 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
     for k in range(convention.evaluations):
         row = process.advance()
         rows.append(row)
-        value = row[:, RESIDUAL] / (row[:, NORM] + 1e-9) if relative else row[:, RESIDUAL]
+        value = _relative(row[:, RESIDUAL], row[:, NORM]) if relative else row[:, RESIDUAL]
         if keeper is not None:
             keeper.keep(value < best)
         np.minimum(best, value, out=best)
@@ -215,7 +215,14 @@ def _mixture(state: str, z: Tensor, f: Tensor, damping: float, x0: Tensor, best:
 def _traces(rows: list[np.ndarray]) -> np.ndarray:
     """Absolute and relative residuals of the evaluations, [2, K, B]."""
     measured = np.stack(rows)
-    return np.stack([measured[:, :, RESIDUAL], measured[:, :, RESIDUAL] / (measured[:, :, NORM] + 1e-9)])
+    residual = measured[:, :, RESIDUAL]
+    return np.stack([residual, _relative(residual, measured[:, :, NORM])])
+
+
+def _relative(residual: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        ratio = residual / (norm + 1e-9)
+    return np.where(residual < np.inf, ratio, np.inf)
 
 
 def _stalled(rows: list[np.ndarray], newest: np.ndarray, relative: bool, tol: float) -> bool:
