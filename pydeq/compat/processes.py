@@ -133,12 +133,21 @@ class Stepped(Process):
         status = self.workspace.counters[:, Counter.STATUS].cpu().numpy()
         return (status != RUNNING) & (status != Status.CONVERGED)
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """Per sample the iterate with the smallest residual so far and its image; new tensors [B, D]."""
+    def best(self, state: str) -> Tensor:
+        """Per sample the iterate with the smallest residual so far, its image, or their mixture; a new tensor [B, D].
+
+        Args:
+            state: "z", "f" or "damped".
+        """
         workspace = self.workspace
         # The newest iterates are not copied to ``best`` before another one is evaluated.
         fresh = (workspace.counters[:, Counter.FRESH] == 1)[:, None]
-        return torch.where(fresh, self.z, workspace.best[0]), torch.where(fresh, self.f, workspace.best[1])
+        if state == "z":
+            return torch.where(fresh, self.z, workspace.best[0])
+        image = torch.where(fresh, self.f, workspace.best[1])
+        if state == "f" or self.damping == 1.0:
+            return image
+        return torch.lerp(torch.where(fresh, self.z, workspace.best[0]), image, self.damping)
 
 
 class _Plain(Process):

@@ -108,7 +108,11 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
         if keeper is not None:
             return keeper.state.clone().view(shape)
         assert isinstance(process, Stepped)
-        return _mixture(convention.state, *process.best(), process.damping, process.flat, best).view(shape)
+        found = process.best(convention.state)
+        lost = np.isinf(best)
+        if lost.any():  # f never was finite
+            found = torch.where(_rows(lost, found), process.flat, found)
+        return found.view(shape)
 
     for k in range(convention.evaluations):
         row = process.advance()
@@ -123,6 +127,8 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
         if final:
             continue
         if largest(best) < tol:
+            break
+        if k + 1 == convention.evaluations:
             break
         hopeless = process.hopeless
         if hopeless is not None and bool(((best < tol) | hopeless).all()):
@@ -203,15 +209,6 @@ def _rows(mask: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(mask).to(like.device)[:, None]
 
 
-def _mixture(state: str, z: Tensor, f: Tensor, damping: float, x0: Tensor, best: np.ndarray) -> Tensor:
-    """The state of an evaluation; x0 for samples whose f never was finite."""
-    if state == "z":
-        return z
-    found = f if state == "f" or damping == 1.0 else torch.lerp(z, f, damping)
-    finite = np.isfinite(best)
-    return found if finite.all() else torch.where(_rows(finite, x0), found, x0)
-
-
 def _traces(rows: list[np.ndarray]) -> np.ndarray:
     """Absolute and relative residuals of the evaluations, [2, K, B]."""
     measured = np.stack(rows)
@@ -220,9 +217,7 @@ def _traces(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _relative(residual: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        ratio = residual / (norm + 1e-9)
-    return np.where(residual < np.inf, ratio, np.inf)
+    return residual / (np.fmin(norm, 1e300) + 1e-9)  # norms that are not finite come with infinite residuals
 
 
 def _stalled(rows: list[np.ndarray], newest: np.ndarray, relative: bool, tol: float) -> bool:
