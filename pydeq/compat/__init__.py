@@ -5,6 +5,6 @@
 :func:`legacy` they reproduce the originals' iterates. ``docs/moving.md`` names every difference.
 """
 
-from pydeq.compat.legacy import legacy
+from pydeq.compat.mode import legacy
 
 __all__ = ["legacy"]

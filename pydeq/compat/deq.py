@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pydeq.compat.jacobian import dominant_eigenvalue, hutchinson
-from pydeq.compat.legacy import is_legacy
+from pydeq.compat.mode import is_legacy
 from pydeq.compat.processes import Process, anderson_process, broyden_process
 from pydeq.compat.rules import STALL_RATIO, STALL_TOLERANCES, STALL_WINDOW, UNKNOWN
 from pydeq.protocol import Scalar

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pydeq.compat.legacy import is_legacy, legacy
+from pydeq.compat.mode import is_legacy, legacy
 from pydeq.compat.torchdeq.dropout import reset_dropout
 from pydeq.compat.torchdeq.grad import backward_factory, make_pair
 from pydeq.compat.torchdeq.loss import power_method

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pydeq.adjoints import Implicit
 from pydeq.adjoints.implicit import attach
-from pydeq.compat.legacy import is_legacy, legacy
+from pydeq.compat.mode import is_legacy, legacy
 from pydeq.compat.processes import flatten
 from pydeq.compat.torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
 from pydeq.protocol import Counter, Scalar, Status

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pydeq.compat.jacobian import dominant_eigenvalue, hutchinson
-from pydeq.compat.legacy import is_legacy
+from pydeq.compat.mode import is_legacy
 
 __all__ = ["jac_reg", "power_method"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pydeq.compat.legacy import is_legacy
+from pydeq.compat.mode import is_legacy
 from pydeq.compat.processes import Process, anderson_process
 from pydeq.compat.torchdeq.solver.loop import Convention, Request, Result, solve
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pydeq.compat.legacy import is_legacy
+from pydeq.compat.mode import is_legacy
 from pydeq.compat.processes import Damped, Process, Stepped
 from pydeq.compat.torchdeq.solver.loop import Convention, Request, Result, solve
 from pydeq.compat.torchdeq.solver.stat import SolverStat
