@@ -234,6 +234,12 @@ def test_sampled_steps(td):
         assert td.get_deq(core="indexing", **options).indexing == indexed
 
 
+def test_names_of_the_state(td):
+    for core, name in (("sliced", "z_star"), ("indexing", "z_init")):
+        (z,), _ = td.get_deq(core=core)(lambda z: 0.5 * z, **{name: torch.ones(1, 2)})
+        assert z.shape == (1, 2)
+
+
 def test_cores_of_ones_own(td):
     class Core(td.core.DEQBase):
         def forward(self, func, z_init, **kwargs):
@@ -332,7 +338,17 @@ def test_backward_follows_the_mode_of_its_forward(new, tanh):
         z.sum().backward()
         return seen[0]["abs_trace"]
 
-    assert not torch.allclose(residuals(True), residuals(False))
+    def expected(legacy, start):
+        with pydeq.compat.legacy(legacy):
+            z = new.get_solver("fixed_point_iter")(f, f.z0, max_iter=40)[0].requires_grad_()
+            y = f(z)
+            return new.get_solver("anderson")(
+                lambda u: torch.autograd.grad(y, z, u, retain_graph=True)[0] + 1, start, max_iter=12, tol=0.0
+            )[2]["abs_trace"]
+
+    torch.testing.assert_close(residuals(True), expected(True, torch.zeros_like(f.z0)))
+    torch.testing.assert_close(residuals(False), expected(False, torch.ones_like(f.z0)))
+    assert not torch.allclose(residuals(True), residuals(False), atol=1e-6)
     deq = new.get_deq(ift=True, b_solver="anderson", b_max_iter=12, b_tol=0.0, legacy=True)
     assert torch.equal(residuals(False), residuals(True))
 

@@ -107,7 +107,7 @@ class DEQBase(nn.Module):
     def forward(
         self,
         func: Callable[..., Any],
-        z_init: Any,
+        z_init: Any = None,
         solver_kwargs: dict[str, Any] | None = None,
         sradius_mode: bool = False,
         backward_writer: Callable[[Any], Any] | None = None,
@@ -198,12 +198,13 @@ class _Sampling(DEQBase):
     def forward(
         self,
         func: Callable[..., Any],
-        z_init: Any,
+        z_init: Any = None,
         solver_kwargs: dict[str, Any] | None = None,
         sradius_mode: bool = False,
         backward_writer: Callable[[Any], Any] | None = None,
         **kwargs: Any,
     ) -> tuple[list[Any], Any]:
+        z_init = kwargs.get("z_star") if z_init is None else z_init  # what the original's DEQSliced calls it
         options = solver_kwargs or {}
         with legacy(is_legacy(options.get("legacy", self.legacy))):
             deq_func, z = deq_decorator(func, z_init, no_stat=self.no_stat and self._measures_nothing)
