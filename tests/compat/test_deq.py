@@ -128,6 +128,19 @@ def test_protective_break():
     assert torch.equal(out["result"], torch.ones(1, 2, 1))
 
 
+def test_a_solve_without_progress_near_the_tolerance_ends():
+    calls = []
+
+    def noisy(x):
+        calls.append(x)
+        return 0.5 * x + 1e-3 * (-1) ** len(calls)
+
+    out = broyden(noisy, torch.ones(2, 3, 1, dtype=torch.float64), 500, eps=1e-3, stop_mode="abs")
+    assert 31 < len(calls) < 500
+    assert out["lowest"] > 1e-3
+    assert out["prot_break"] is False
+
+
 def test_names_and_other_keywords_are_ignored(f):
     assert anderson(f, f.z0, name="forward", anything=1)["result"].equal(anderson(f, f.z0)["result"])
     assert broyden(f, f.z0, 50, name="forward")["result"].equal(broyden(f, f.z0, 50)["result"])

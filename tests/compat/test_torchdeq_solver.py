@@ -260,8 +260,10 @@ def test_never_worse_than_the_original_at_the_same_count(seed, rho, calls, name)
     options = {"max_iter": calls, "tol": 0.0}
     ours = torchdeq.get_solver(name)(f, f.z0, **options)[2]["abs_lowest"]
     theirs = import_original().get_solver(name)(f, f.z0, **options)[2]["abs_lowest"]
-    # In the mean over the batch: each sample's history is its own, and now and then luck is on the other side.
-    assert ours.log().mean() <= theirs.log().mean() + 0.7
+    gain = ours.clamp(min=1e-13).log() - theirs.clamp(min=1e-13).log()
+    # Another ridge may be the luckier one for a sample, by a little.
+    assert gain.max() <= {"anderson": 0.3, "broyden": 0.01, "fixed_point_iter": 1e-12}[name]
+    assert gain.mean() <= {"anderson": 0.1, "broyden": 0.01, "fixed_point_iter": 1e-12}[name]
 
 
 def test_ridge_is_relative(new):
@@ -399,8 +401,9 @@ def test_progress_is_looked_for_over_time_not_over_the_batch(new):
         calls.append(z)
         return 0.5 * z + 1e-3 * (-1) ** len(calls)
 
-    new.get_solver("broyden")(noisy, torch.ones(2, 3, dtype=torch.float64), max_iter=500, tol=1e-3)
+    info = new.get_solver("broyden")(noisy, torch.ones(2, 3, dtype=torch.float64), max_iter=500, tol=1e-3)[2]
     assert len(calls) < 500
+    assert (info["abs_lowest"] > 1e-3).any()
 
 
 def test_legacy_stops_where_the_original_does(original, new):
