@@ -160,6 +160,7 @@ def test_evaluation(td, tanh, solver, core):
     f.calls = 0
     deq(f, f.z0, solver_kwargs={"f_max_iter": 3})
     assert f.calls <= 4
+    assert td.get_deq(f_max_iter=10, eval_factor=3.5).eval_f_max_iter == 35
     assert td.get_deq(f_max_iter=10, eval_f_max_iter=7, eval_factor=3.0).eval_f_max_iter == 7
 
 

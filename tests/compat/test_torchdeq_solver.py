@@ -126,8 +126,10 @@ def test_return_final_runs_all_steps(td, tanh, name):
 
 def test_return_final_returns_the_last_state(td):
     # 2-periodic: the best is never the last
-    z, _, _ = td.get_solver("fixed_point_iter")(lambda z: -1.1 * z, torch.ones(2, 3), max_iter=4, return_final=True)
+    z, _, info = td.get_solver("fixed_point_iter")(lambda z: -1.1 * z, torch.ones(2, 3), max_iter=4, return_final=True)
     torch.testing.assert_close(z, torch.full((2, 3), 1.1**4))
+    torch.testing.assert_close(info["abs_lowest"], torch.full((2,), 2.1 * 1.1**3 * 3**0.5))
+    assert info["nstep"].tolist() == [4.0, 4.0]
 
 
 @each_solver
