@@ -2,6 +2,7 @@
 
 ``class CounterColumn(IntEnum)`` with a member ``STATUS = 0`` becomes ``COUNTER_COLUMN_STATUS``, and
 ``COUNTER_COLUMN_SIZE`` says how many members there are. A number in capitals keeps its name, as an int64_t or a double.
+A tuple of numbers becomes ``NAME_0``, ``NAME_1``, ...: device code can read constants, but no array of them.
 """
 
 import re
@@ -26,9 +27,11 @@ def declarations(protocol: dict[str, object]) -> dict[str, tuple[str, str]]:
             for member in value:
                 declare(f"{prefix}_{member.name}", "int", str(int(member)))
             declare(f"{prefix}_SIZE", "int", str(len(value)))
-        elif name.isupper() and isinstance(value, (int, float)) and not isinstance(value, bool):
-            # repr of a float is the shortest text that reads back as the same double, in C++ too.
-            declare(name, "double" if isinstance(value, float) else "int64_t", repr(value))
+        elif name.isupper() and isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
+            named = {f"{name}_{i}": x for i, x in enumerate(value)} if isinstance(value, tuple) else {name: value}
+            for each, number in named.items():
+                # repr of a float is the shortest text that reads back as the same double, in C++ too.
+                declare(each, "double" if isinstance(number, float) else "int64_t", repr(number))
     return constants
 
 

@@ -4,15 +4,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
 
-from pydeq import ops
-from pydeq.adjoints import Implicit, JacobianFree, Phantom
+from pydeq import nn, ops
+from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
 from pydeq.compiled import kernels
 from pydeq.fixed_point import fixed_point
-from pydeq.jacobian import frobenius_norm_squared, jacobian_penalty, spectral_radius
+from pydeq.jacobian import (
+    JacobianPenalty,
+    frobenius_norm_squared,
+    jacobian_penalty,
+    jacobian_spectrum,
+    spectral_radius,
+)
 from pydeq.layer import DEQ
 from pydeq.protocol import Status
-from pydeq.solution import ConvergenceError, Solution
-from pydeq.solvers import Anderson, Broyden, Picard
+from pydeq.solution import ConvergenceError, ConvergenceWarning, Solution
+from pydeq.solvers import GMRES, Anderson, Broyden, Picard
+from pydeq.supervision import fixed_point_correction
 
 try:
     __version__ = version("pydeq")
@@ -21,19 +28,28 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "DEQ",
+    "GMRES",
     "Anderson",
     "Broyden",
     "ConvergenceError",
+    "ConvergenceWarning",
     "Implicit",
     "JacobianFree",
+    "JacobianPenalty",
     "Phantom",
     "Picard",
+    "Reversible",
+    "Shine",
     "Solution",
     "Status",
+    "Unrolled",
     "fixed_point",
+    "fixed_point_correction",
     "frobenius_norm_squared",
     "jacobian_penalty",
+    "jacobian_spectrum",
     "kernels",
+    "nn",
     "ops",
     "spectral_radius",
 ]

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
+from pydeq.nn.scope import solve_scope
+from pydeq.precision import Autocast
+from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Solver
+from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State, layout_of
 from pydeq.termination import Rules, default_rtol
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _KEYWORDS = (
     "solver", "rtol", "atol", "max_steps", "trace", "throw", "freeze", "stall", "compact", "batched_context",
+    "process_group", "sharded",
+    "states_at",
 )  # fmt: skip
 
 
@@ -35,6 +46,9 @@ def fixed_point(
     stall: bool = True,
     compact: bool = False,
     batched_context: Sequence[bool] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharded: bool = False,
+    states_at: Sequence[int] = (),
     **unknown: NoReturn,
 ) -> Solution:
     """Find z with z = fn(z, *context), each sample of the batch on its own; no gradient.
@@ -60,6 +74,14 @@ def fixed_point(
         compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and
             take what it needs per sample through ``context``.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
+        process_group: The ranks that call fn equally often, so that an fn that communicates finds them all: a rank
+            that is done calls it on its frozen states until all are. All must call with the same ``max_steps``; a
+            batch may be empty. An exception on one rank ends the solve on all; where fn was in a collective of its
+            own on others, they end with that one's timeout. ``throw`` looks at the samples of this rank alone.
+        sharded: Each rank of ``process_group`` has its own entries of the same samples: norms and inner products are
+            those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
+        states_at: Numbers of evaluations, increasing: ``states`` gets what a solve of so many ``max_steps`` has for
+            its image, be it shorter than that or not; of :class:`pydeq.GMRES` the best image so far.
 
     Returns:
         The solution. Its tensors are new ones.
@@ -67,44 +89,93 @@ def fixed_point(
     Raises:
         TypeError: If an argument, or what fn returned, is of the wrong type, or a keyword is unknown.
         ValueError: If an argument is out of range, or fn changes the shape, dtype or device.
+        RuntimeError: If the solve failed on another rank, or under a transform of ``torch.func``.
         ConvergenceError: If ``throw`` and a sample did not converge.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
     """
     for name in unknown:
         raise unknown_keyword("fixed_point", name, _KEYWORDS)
+    return solve(
+        fn, z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace, throw=throw,
+        freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
+        process_group=process_group, sharded=sharded, states_at=states_at,
+    )[0]  # fmt: skip
+
+
+def solve(
+    fn: Callable[..., Any],
+    z0: State,
+    context: Sequence[Any],
+    *,
+    solver: Solver | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_steps: int = 50,
+    trace: bool = False,
+    throw: bool = False,
+    freeze: bool = True,
+    stall: bool = True,
+    compact: bool = False,
+    batched_context: Sequence[bool] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharded: bool = False,
+    states_at: Sequence[int] = (),
+) -> tuple[Solution, Workspace]:
+    """:func:`fixed_point`, for those who also need what the solver has gathered."""
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}")
     if solver is None:
         solver = Anderson()
     elif not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fixed_point does not work under torch.func transforms (it has no gradient, and stops samples by their"
+            " values): use pydeq.DEQ, which does"
+        )
     layout = layout_of(z0)
     max_steps = check_max_steps("max_steps", max_steps)
+    ranks = check_ranks(process_group, sharded)
+    if sharded and not solver.reduces:
+        raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
+    rules = stopping_rules(layout, rtol, atol, freeze, stall, WHOLE if ranks is None else ranks.reduction())
+    agreement = ALONE
+    if ranks is not None:
+        agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
+    states_at = check_states_at(states_at)
     cast = torch.is_autocast_enabled(layout.device.type)
-    coarsest = layout.dtype
-    if cast:
-        autocast = torch.get_autocast_dtype(layout.device.type)
-        if torch.finfo(autocast).eps > torch.finfo(coarsest).eps:
-            coarsest = autocast
-    rules = Rules(
-        rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
-        atol=check_tolerance("atol", atol),
-        eps=torch.finfo(coarsest).eps,
-        freeze=freeze,
-        stall=stall,
-    )
-    with torch.no_grad():
+    with torch.no_grad(), solve_scope():
         if compact:
             batched = _check_compact(fn, context, batched_context, layout, freeze)
             evaluator = CompactingEvaluator(fn, context, layout, cast, batched)
         else:
             evaluator = Evaluator(fn, context, layout, cast)
         flat = layout.flatten(z0)
-        solution = iterate(evaluator, flat, solver, rules, max_steps, trace)
+        solution, workspace = iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
     if throw and not bool(solution.converged.all()):
         raise ConvergenceError(solution)
-    return solution
+    return solution, workspace
+
+
+def stopping_rules(
+    layout: Layout,
+    rtol: float | None,
+    atol: float = 0.0,
+    freeze: bool = True,
+    stall: bool = True,
+    reduction: Reduction = WHOLE,
+) -> Rules:
+    """The stopping rules of a solve under the present autocast state; see :func:`fixed_point`."""
+    coarsest = Autocast.current(layout.device).coarsest(layout.dtype)
+    return Rules(
+        rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
+        atol=check_tolerance("atol", atol),
+        eps=torch.finfo(coarsest).eps,
+        freeze=freeze,
+        stall=stall,
+        reduction=reduction,
+    )
 
 
 def check_tolerance(name: str, value: float) -> float:
@@ -123,6 +194,16 @@ def check_max_steps(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of evaluations, at least 1 and increasing."""
+    if not isinstance(value, list | tuple | range):
+        raise TypeError(f"states_at must be a list of ints, got {type(value).__name__}")
+    counts = tuple(check_max_steps(f"states_at[{i}]", count) for i, count in enumerate(value))
+    if any(b <= a for a, b in itertools.pairwise(counts)):
+        raise ValueError(f"states_at must increase, got {list(counts)}")
+    return counts
 
 
 def _check_compact(

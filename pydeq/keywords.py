@@ -30,6 +30,11 @@ _ELSEWHERE = {
     "f_solver": "solver",
     "ift": "adjoint",
     "vecs": "probes",
+    "gamma": "strength",
+    "jac_loss_weight": "strength",
+    "jac_loss_freq": "frequency",
+    "jac_incremental": "every",
+    "jac_stop_epoch": "stop",
     "f_max_iter_eval": "eval_max_steps",
 }
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from pydeq.adjoints import Adjoint, Implicit
-from pydeq.adjoints.base import Problem
-from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
+from pydeq.adjoints.base import Attached, Problem
+from pydeq.adjoints.functional import transforms_active
+from pydeq.compilation import Compiler, skipped, uncompiled
+from pydeq.distributed import check_ranks
+from pydeq.fixed_point import check_max_steps, check_states_at, check_tolerance
+from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import unknown_keyword
+from pydeq.nn.scope import Bound, scope_of
+from pydeq.randomness import Replayed, random_modules
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import State
+from pydeq.state import State, layout_of
+from pydeq.supervision import attach_states
 
-_INIT = ("solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps")
-_CALL = ("return_solution", "rtol", "max_steps")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_INIT = (
+    "solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng", "process_group", "sharded",
+    "states_at",
+)  # fmt: skip
+_CALL = ("return_solution", "rtol", "max_steps", "penalty")
 
 
 class DEQ(nn.Module):
@@ -31,6 +47,17 @@ class DEQ(nn.Module):
         rtol, atol: Tolerances, see :func:`pydeq.fixed_point`.
         max_steps: Evaluations of each sample at most, without the one that attaches the graph.
         eval_max_steps: The same in evaluation mode; ``max_steps`` by default. The paper's hard stop.
+        freeze_rng: Give every evaluation of one call the same random numbers, so that a cell that draws some, like
+            ``nn.Dropout``, has a fixed point. Without it such a cell is warned about.
+        process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`.
+            They call the layer equally often and differentiate it equally often: on all of them or on none.
+        states_at: Numbers of evaluations, increasing. The solution's ``states`` are then what calls with so many
+            ``max_steps`` return, each with the gradient of one evaluation (the adjoint's own where the solve was over
+            by then), and last the output: one more state than entries here. See
+            :func:`pydeq.fixed_point_correction`.
+
+    Under torch.compile a call is one graph break, and the cell is compiled: once for the solve, and once for the
+    evaluation with gradients.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -48,6 +75,10 @@ class DEQ(nn.Module):
         atol: float = 0.0,
         max_steps: int = 50,
         eval_max_steps: int | None = None,
+        freeze_rng: bool = False,
+        process_group: ProcessGroup | None = None,
+        sharded: bool = False,
+        states_at: Sequence[int] = (),
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -62,11 +93,28 @@ class DEQ(nn.Module):
         self.adjoint = Implicit() if adjoint is None else adjoint
         if not isinstance(self.adjoint, Adjoint):
             raise TypeError(f"adjoint must be an adjoint like pydeq.Implicit(), got {adjoint!r}")
+        self.adjoint.check(self.solver)
         self.rtol = None if rtol is None else check_tolerance("rtol", rtol)
         self.atol = check_tolerance("atol", atol)
         self.max_steps = check_max_steps("max_steps", max_steps)
         self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
+        self.freeze_rng = bool(freeze_rng)
+        self._memory: dict[str, Any] = {}  # an adjoint's, from call to call
+        if not freeze_rng and (names := random_modules(self)):
+            warnings.warn(
+                f"the cell draws random numbers in training mode ({', '.join(names)}): each evaluation gets others, so"
+                " it has no fixed point; DEQ(..., freeze_rng=True) gives all of one call the same",
+                stacklevel=2,
+            )
+        self.ranks = check_ranks(process_group, sharded)
+        if self.ranks is not None and not self.adjoint.distributes:
+            raise ValueError(f"adjoint must be one that takes a process_group, got {self.adjoint!r}")
+        self.states_at = check_states_at(states_at)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_memory": {}}  # neither copied nor saved
+
+    @skipped
     def forward(
         self,
         z0: State,
@@ -74,6 +122,7 @@ class DEQ(nn.Module):
         return_solution: bool = False,
         rtol: float | None = None,
         max_steps: int | None = None,
+        penalty: JacobianPenalty | None = None,
         **unknown: NoReturn,
     ) -> Any:
         """Solve from ``z0``.
@@ -83,26 +132,82 @@ class DEQ(nn.Module):
             context: Passed on to the cell; gets gradients.
             return_solution: Also return the :class:`pydeq.Solution`.
             rtol, max_steps: Override the layer's for this call.
+            penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is then a term for the loss. It
+                takes the evaluation that attaches the graph; another one is made with gradients off, and where the
+                adjoint evaluates the cell elsewhere (``Phantom(form="unroll")``).
 
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
         """
         for name in unknown:
             raise unknown_keyword("DEQ.forward", name, _CALL)
+        if penalty is not None:
+            if not isinstance(penalty, JacobianPenalty):
+                raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
+            if not return_solution:
+                raise ValueError("penalty is returned in the solution: it needs return_solution=True")
         steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         options = {
             "solver": self.solver,
             "rtol": self.rtol if rtol is None else rtol,
             "atol": self.atol,
             "max_steps": steps if max_steps is None else max_steps,
+            "states_at": self.states_at,
         }
-        if torch.is_grad_enabled():
-            attached = self.adjoint.solve(Problem(self.cell, z0, context, options))
-            z, solution = attached.output, attached.solution
+        if self.ranks is not None:
+            options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
+        with Compiler() as compiler:
+            attached = self._solve(z0, context, options, compiler, return_solution, penalty)
+        return (attached.output, attached.solution) if return_solution else attached.output
+
+    def _solve(
+        self,
+        z0: State,
+        context: tuple[Any, ...],
+        options: dict[str, Any],
+        compiler: Compiler,
+        with_states: bool,
+        penalty: JacobianPenalty | None,
+    ) -> Attached:
+        scope = scope_of(self.cell)
+        fn, eager = compiler.compiled(self.cell), uncompiled(self.cell)
+        if self.freeze_rng:
+            fn = Replayed(fn, layout_of(z0).device)
+            eager = fn.of(eager)
+        if scope is not None:
+            fn, eager = Bound(fn, scope), Bound(eager, scope)
+        owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
+        module = owner if isinstance(owner, nn.Module) else None
+        problem = Problem(fn, z0, context, options, module, self._memory)
+        transformed = transforms_active()
+        if transformed:
+            self._check_transforms()
+        if torch.is_grad_enabled() or transformed:
+            attached = self.adjoint.solve(problem)
         else:
-            solution = fixed_point(self.cell, z0, *context, **options)
-            z = solution.image
-        return (z, solution) if return_solution else z
+            solution = self.adjoint.evaluate(problem)
+            attached = Attached(solution.image, solution, states=solution.states)
+        solution = attached.solution
+        if self.states_at and with_states:
+            states = attach_states(problem, attached) if attached.states is None else attached.states
+            solution = solution.with_states([*states, attached.output])
+        if penalty is not None:
+            # Compiled graphs are not differentiated twice, which the penalty's gradient needs.
+            at = None if compiler.compiles(self.cell) else attached.linearization
+            image = attached.output if transformed else solution.image
+            term = penalty.evaluate(eager, image, context, at)
+            solution = copy.copy(solution)  # not the one that the graph keeps
+            solution.penalty = term
+        return Attached(attached.output, solution)
+
+    def _check_transforms(self) -> None:
+        if not self.adjoint.transforms:
+            raise RuntimeError(
+                f"{type(self.adjoint).__name__} does not work under torch.func and forward-mode AD: use"
+                " pydeq.Implicit or pydeq.Phantom"
+            )
+        if self.states_at:
+            raise RuntimeError("states_at does not work under torch.func and forward-mode AD")
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}, max_steps={self.max_steps}"

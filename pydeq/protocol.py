@@ -41,7 +41,7 @@ class Counter(IntEnum):
     TRIED = 4
     """1 once a plain step from the best iterate was taken."""
     COUNT = 5
-    """Columns (Anderson) or steps (Broyden) in the sample's history."""
+    """Columns (Anderson), steps (Broyden) or basis vectors (GMRES) in the sample's history."""
     HEAD = 6
     """Anderson: the ring slot written next."""
     RESTARTED = 7
@@ -63,6 +63,17 @@ class Scalar(IntEnum):
     """||f(z)|| at the newest iterate."""
     FIRST_NORM = 5
     """||f(z)|| at z0."""
+
+
+class Coordinate(IntEnum):
+    """Rows of ``coordinates``, float64 [B, len(Coordinate), K]: what GMRES knows by coordinates in its basis."""
+
+    MINIMUM = 0
+    """The point with the smallest residual, from the start of the cycle."""
+    RESIDUAL = 1
+    """Its residual."""
+    POINT = 2
+    """The point being evaluated, from the start of the cycle."""
 
 
 class Progress(IntEnum):
@@ -88,3 +99,43 @@ COEFFICIENT_LIMIT: Final = 1e4
 """Anderson drops its oldest column while the 1-norm of the mixing coefficients is beyond this."""
 DENOMINATOR_LIMIT: Final = 0.1
 """Broyden's update is damped to keep its denominator at least this large (More and Trangenstein 1976)."""
+
+
+class Distribution(IntEnum):
+    """Of random probes; the last word of their counters, so that no two distributions share random bits."""
+
+    RADEMACHER = 0
+    """+1 or -1, each with probability 1/2."""
+    GAUSSIAN = 1
+    """The standard normal distribution."""
+
+
+PHILOX_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
+PHILOX_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
+"""Philox 4x32 (Salmon, Moraes, Dror and Shaw, SC 2011, section 3.3): multipliers, and what a round adds to the key."""
+PHILOX_ROUNDS: Final = 10
+
+# Minimax polynomials of the normal transform, each number a float32. Largest relative errors before rounding: 3e-8,
+# 4e-9, 4e-11.
+LOG_TERMS: Final = (
+    -0.49999991059303284,
+    0.33333951234817505,
+    -0.25001755356788635,
+    0.19962070882320404,
+    -0.165705144405365,
+    0.14917989075183868,
+    -0.14307482540607452,
+    0.08734750747680664,
+)
+"""log(1 + f) = f + f^2 sum_i a_i f^i for 1 + f in [sqrt(1/2), sqrt(2)]."""
+SINE_TERMS: Final = (1.5707963705062866, -0.6459634900093079, 0.07968004047870636, -0.004601669032126665)
+"""sin(pi t / 2) = t sum_i a_i t^(2 i) for |t| <= 1/2."""
+COSINE_TERMS: Final = (-1.2337005138397217, 0.25366923213005066, -0.02086028829216957, 0.0009040217264555395)
+"""cos(pi t / 2) = 1 + t^2 sum_i a_i t^(2 i) for |t| <= 1/2."""
+LOG_2: Final = 0.6931471824645996
+MARGIN: Final = 0.9
+"""GMRES evaluates its solution once the known residual is within this share of the tolerance."""
+NEWEST_SHARE: Final = 0.1
+"""A direction of GMRES has at least this share of the newest basis vector: along it alone the map is not yet known."""
+BREAKDOWN_EPSILONS: Final = 16
+"""What is smaller by this many machine epsilons than what it was subtracted from is rounding, no direction."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 
 import torch
@@ -26,7 +27,9 @@ class Solution:
         image: fn(value), kept from the solve; like z0.
         nfe: How often fn was called.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
-        backward: The adjoint's solution once backward has run; set by :class:`pydeq.DEQ`.
+        states: The states asked for by ``states_at``, each like z0; those of a :class:`pydeq.DEQ` have gradients, and
+            its output is the last one.
+        penalty: The :class:`pydeq.JacobianPenalty` asked for, 0-d, to be added to the loss; set by :class:`pydeq.DEQ`.
     """
 
     def __init__(
@@ -36,9 +39,29 @@ class Solution:
         self.image = image
         self.nfe = nfe
         self.trace = trace
-        self.backward: Solution | None = None
+        self.states: list[State] = []
+        self._backward: list[Solution | None] = [None]  # shared with copies: graphs set it, and must not see states
+        self.penalty: Tensor | None = None
         self._scalars = scalars  # [B, len(Scalar)]
         self._counters = counters  # [B, len(Counter)]
+
+    @property
+    def backward(self) -> Solution | None:
+        """The adjoint's solution once backward has run; of a :class:`pydeq.DEQ` whose adjoint solves something."""
+        return self._backward[0]
+
+    @backward.setter
+    def backward(self, solution: Solution | None) -> None:
+        self._backward[0] = solution
+
+    def with_states(self, states: list[State]) -> Solution:
+        """This solution with other states.
+
+        The graph of an output keeps its solution, so that solution must not keep the output among its states.
+        """
+        other = copy.copy(self)
+        other.states = states
+        return other
 
     @cached_property
     def status(self) -> Tensor:
@@ -85,6 +108,10 @@ class Solution:
             text += f", relative residual median {relative.median():.2g}, max {relative.max():.2g}"
         advice = self.advice()
         return f"Solution({text})" + (f"\n  {advice}" if advice else "")
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve that nobody looks at did not converge."""
 
 
 class ConvergenceError(RuntimeError):

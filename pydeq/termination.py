@@ -9,7 +9,7 @@ Shapes: B samples, D entries of state. ``z``, ``f`` and ``next`` are [B, D], ``b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from pydeq.protocol import (
     Scalar,
     Status,
 )
+from pydeq.reduction import WHOLE, Reduction, norms
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Rules:
         eps: Machine epsilon of the coarsest dtype that fn computes in.
         freeze: Whether a sample that is done is left alone. False iterates it on until the worst one is done.
         stall: Whether a sample without progress, at a residual that rounding explains, is STALLED.
+        reduction: Completes sums over the entries of a state.
     """
 
     rtol: float
@@ -45,6 +47,7 @@ class Rules:
     eps: float
     freeze: bool
     stall: bool
+    reduction: Reduction = field(default=WHOLE, repr=False)
 
 
 def default_rtol(dtype: torch.dtype) -> float:
@@ -65,17 +68,6 @@ class Verdict:
     materialize: Tensor  # the best iterate is this one and must be saved now
 
 
-def norm(x: Tensor) -> Tensor:
-    """Norms of the rows of [B, D], float64 [B], that overflow and underflow no earlier than the entries do."""
-    wide = x.double()
-    if x.dtype != torch.float64:  # the squares of every narrower type fit
-        return wide.square().sum(1).sqrt()
-    largest = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(x.shape[0])
-    scale = torch.where(largest > 0, largest, 1.0)
-    # The reciprocal of a subnormal overflows, so divide.
-    return scale * (wide / scale[:, None]).square().sum(1).sqrt()
-
-
 def judge(
     z: Tensor,
     f: Tensor,
@@ -87,6 +79,7 @@ def judge(
     freeze: bool,
     stall: bool,
     last: bool,
+    reduction: Reduction = WHOLE,
 ) -> Verdict:
     """Measure g = f - z, update ``scalars`` and ``counters`` in place, and decide.
 
@@ -94,6 +87,7 @@ def judge(
         z, f: Iterates and their images, [B, D].
         rtol, atol, eps, freeze, stall: See :class:`Rules`.
         last: Whether no evaluation follows.
+        reduction: Completes the norms.
     """
     status, best = counters[:, Counter.STATUS], scalars[:, Scalar.BEST]
     active = status == RUNNING
@@ -104,7 +98,7 @@ def judge(
     begins = active & (counters[:, Counter.EVALUATIONS] == 1)
 
     compute = torch.promote_types(z.dtype, torch.float32)
-    residual, image = norm(f.to(compute) - z.to(compute)), norm(f)
+    residual, image = norms([f.to(compute) - z.to(compute), f], reduction)
     finite = residual.isfinite() & image.isfinite()
     residual = torch.where(finite, residual, math.inf)
     for column, value in ((Scalar.RESIDUAL, residual), (Scalar.NORM, image)):

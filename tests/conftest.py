@@ -16,7 +16,7 @@ settings.register_profile(
 )
 settings.load_profile("pydeq")
 
-SOLVERS = (pydeq.Picard(), pydeq.Anderson(), pydeq.Broyden())
+SOLVERS = (pydeq.Picard(), pydeq.Anderson(), pydeq.Broyden(), pydeq.GMRES())
 
 
 def pytest_configure(config):

@@ -86,7 +86,7 @@ def test_context_is_gathered_as_it_says(solver):
         fn, problem.z0, *context, **ran, compact=True, batched_context=(True, False, True, False)
     )
     assert_identical(compact, problem.solve(**ran))
-    assert len({len(who) for who in seen}) > 2
+    assert len({len(who) for who in seen}) > 1
     for k, who in enumerate(seen):
         running = (compact.sample_nfe > k).nonzero()[:, 0]
         assert torch.isin(running, who).all()

@@ -20,6 +20,7 @@ def test_constants_keep_their_values(generator):
         LAST = 7
 
     module = {"CounterColumn": CounterColumn, "IntEnum": IntEnum, "LIMIT": 0.1, "WINDOW": 10, "BIG": 1e300, "_x": 1}
+    module["TERMS"] = (3, -0.5)
     assert generator["declarations"](module) == {
         "COUNTER_COLUMN_FIRST": ("int", "0"),
         "COUNTER_COLUMN_LAST": ("int", "7"),
@@ -27,6 +28,8 @@ def test_constants_keep_their_values(generator):
         "LIMIT": ("double", "0.1"),
         "WINDOW": ("int64_t", "10"),
         "BIG": ("double", "1e+300"),
+        "TERMS_0": ("int64_t", "3"),
+        "TERMS_1": ("double", "-0.5"),
     }
 
 

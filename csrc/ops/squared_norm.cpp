@@ -9,12 +9,13 @@ namespace pydeq {
 namespace {
 
 Tensor squared_norm_cpu(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2, "x must be of shape (batch, state), got ", describe(x));
-  const int64_t batch = x.size(0), state = x.size(1);
+  STD_TORCH_CHECK(x.dim() == 3, "x must be of shape (probes, batch, state), got ", describe(x));
+  const int64_t probes = x.size(0), batch = x.size(1), state = x.size(2);
+  STD_TORCH_CHECK(probes > 0, "x must have at least one probe, got ", describe(x));
   const Dtype dtype = state_dtype(x, "x");
-  expect(x, "x", x.scalar_type(), {batch, state});
+  expect(x, "x", x.scalar_type(), {probes, batch, state});
   Tensor y = torch::stable::new_empty(x, {batch}, compute_dtype(x.scalar_type()));
-  const SquaredNormArgs args{batch, state, dtype, x.data_ptr(), y.data_ptr(), torch_parallel()};
+  const SquaredNormArgs args{probes, batch, state, dtype, x.data_ptr(), y.data_ptr(), torch_parallel()};
   PYDEQ_CALL_KERNEL(squared_norm, args);
   return y;
 }

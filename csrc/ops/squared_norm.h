@@ -1,4 +1,4 @@
-// Sums of squares of rows; pydeq/ops/squared_norm.py says what it means.
+// Mean over probes of the sums of squares of rows; pydeq/ops/squared_norm.py says what it means.
 #pragma once
 
 #include "common/dispatch.h"
@@ -7,9 +7,9 @@
 namespace pydeq {
 
 struct SquaredNormArgs {
-  int64_t batch, state;  // B, D
+  int64_t probes, batch, state;  // K, B, D
   Dtype dtype;
-  const void* x;  // [B, D]
+  const void* x;  // [K, B, D]
   void* y;        // [B], double for double, else float
   Parallel parallel;
 };

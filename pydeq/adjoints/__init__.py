@@ -3,5 +3,8 @@
 from pydeq.adjoints.base import Adjoint
 from pydeq.adjoints.implicit import Implicit
 from pydeq.adjoints.phantom import JacobianFree, Phantom
+from pydeq.adjoints.reversible import Reversible
+from pydeq.adjoints.shine import Shine
+from pydeq.adjoints.unrolled import Unrolled
 
-__all__ = ["Adjoint", "Implicit", "JacobianFree", "Phantom"]
+__all__ = ["Adjoint", "Implicit", "JacobianFree", "Phantom", "Reversible", "Shine", "Unrolled"]

@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from torch import nn
+
+from pydeq.fixed_point import fixed_point
 from pydeq.linearization import Linearization
 from pydeq.solution import Solution
+from pydeq.solvers import Solver
 from pydeq.state import State
 
 
@@ -21,12 +25,21 @@ class Problem:
         z0: Initial state.
         context: What fn is given after z.
         options: Keywords of :func:`pydeq.fixed_point`.
+        module: What holds the parameters that fn uses; None where fn is no module.
+        memory: Where an adjoint may keep something from call to call; the layer's.
     """
 
     fn: Callable[..., Any]
     z0: State
     context: Sequence[Any]
     options: dict[str, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The options that a solve of the adjoint system has in common with this one: who solves it together."""
+        return {name: self.options[name] for name in ("process_group", "sharded") if name in self.options}
 
 
 @dataclass(frozen=True)
@@ -38,16 +51,33 @@ class Attached:
         solution: How the solve went.
         linearization: The evaluation at the solution, where the adjoint made one: a penalty on its Jacobian then needs
             no other.
+        states: The states asked for by ``states_at`` with their gradients, where the adjoint has those.
     """
 
     output: State
     solution: Solution
     linearization: Linearization | None = None
+    states: list[State] | None = None
 
 
 class Adjoint(ABC):
-    """How to differentiate a fixed point; frozen, without state."""
+    """How to differentiate a fixed point; frozen, without state.
+
+    Attributes:
+        transforms: Whether it works under transforms of torch.func.
+        distributes: Whether it works with a process_group.
+    """
+
+    transforms: ClassVar[bool] = False
+    distributes: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, problem: Problem) -> Attached:
         """Solve, and attach the solution to the graph. Gradients are on."""
+
+    def evaluate(self, problem: Problem) -> Solution:
+        """Solve without gradients, by the same iteration."""
+        return fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+
+    def check(self, solver: Solver) -> None:  # noqa: B027  # most take any
+        """Raise TypeError where this adjoint cannot differentiate what ``solver`` does."""

@@ -15,20 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.functional import solve_functional, transforms_active
+from pydeq.adjoints.sources import sources_of
+from pydeq.adjoints.watch import watch
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
+from pydeq.precision import Autocast
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import Layout, State, as_tuple
+from pydeq.state import Layout, State, as_tuple, layout_of
 from pydeq.termination import default_rtol
 
 
@@ -39,11 +43,15 @@ class Implicit(Adjoint):
 
     Args:
         solver: Solves the adjoint system; any of the fixed-point solvers.
-        rtol: Relative tolerance of the adjoint; by default 1e-4, and 1e-3 for half states.
+        rtol: Relative tolerance of the adjoint; by default 1e-4, and 5e-3 for half states or under half autocast, which
+            reach about 2e-3.
         max_steps: Vector-Jacobian products of each sample at most, at least 1.
+        warm_start: Begin each adjoint solve at the last one's solution where shapes agree; of use where a layer sees
+            the same samples again, in the same order. Costs one product more where it does not help.
 
-    Samples whose adjoint is NONFINITE get NaN gradients, so that a gradient scaler sees the overflow. Second
-    derivatives are exact, too; third ones raise.
+    A backward solve that leaves samples unconverged warns once. Samples whose adjoint is NONFINITE get NaN gradients,
+    so that a gradient scaler sees the overflow. Second derivatives are exact, too; third ones raise, except under
+    torch.func, where every order and mode is exact.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -51,9 +59,12 @@ class Implicit(Adjoint):
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019, theorem 1.
     """
 
+    transforms: ClassVar[bool] = True
+
     solver: Solver = field(default_factory=Anderson)
     rtol: float | None = None
     max_steps: int = 50
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
@@ -62,45 +73,53 @@ class Implicit(Adjoint):
             check_tolerance("rtol", self.rtol)
         check_max_steps("max_steps", self.max_steps)
 
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Of :func:`pydeq.fixed_point`, for an adjoint that is computed in this dtype."""
+        finer = 0.5 if torch.finfo(dtype).bits < 32 else 0.1
+        rtol = finer * default_rtol(dtype) if self.rtol is None else self.rtol
+        return {"solver": self.solver, "rtol": rtol, "max_steps": self.max_steps}
+
     def solve(self, problem: Problem) -> Attached:
+        if transforms_active():
+            layout = layout_of(problem.z0)
+            dtype = Autocast.current(layout.device).coarsest(layout.dtype)
+            return Attached(*solve_functional(problem, self.options(dtype) | problem.shared, self))
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        output, at = attach(self, problem.fn, solution.image, problem.context, solution)
+        output, at = attach(self, problem.fn, solution.image, problem.context, solution, problem.memory, problem.shared)
         return Attached(output, solution, at)
 
-    def solve_adjoint(self, fn: Callable[..., Any], v: State, context: Sequence[Tensor]) -> Solution:
-        """Solve u = fn(u, *context), the adjoint system of the cotangent ``v``; no gradient."""
-        dtype = as_tuple(v)[0].dtype
-        return fixed_point(
-            fn,
-            v,  # the first evaluation of u = 0 would be v itself
-            *context,
-            solver=self.solver,
-            rtol=0.1 * default_rtol(dtype) if self.rtol is None else self.rtol,
-            max_steps=self.max_steps,
-        )
+    def solve_adjoint(
+        self, fn: Callable[..., Any], start: State, v: Sequence[Tensor], options: dict[str, Any]
+    ) -> Solution:
+        """Solve the adjoint system u = fn(u, *v) from ``start``; no gradient."""
+        return fixed_point(fn, start, *v, **options)
 
 
 def attach(
-    settings: Implicit, fn: Callable[..., Any], image: State, context: Sequence[Any], solution: Solution | None = None
+    settings: Implicit,
+    fn: Callable[..., Any],
+    image: State,
+    context: Sequence[Any],
+    solution: Solution | None = None,
+    memory: dict[str, Any] | None = None,
+    shared: dict[str, Any] | None = None,
 ) -> tuple[State, Linearization]:
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
     Args:
         solution: Gets the adjoint's solution as its ``backward``.
+        memory: Where the last cotangent is kept for a warm start.
+        shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
     """
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     at = linearize(fn, image, context)
     layout, y = at.layout, at.y
-    sources, hidden = _sources(at, context, first_node)
+    sources, hidden = sources_of(at, context, first_node)
     if sources or hidden:
-        device = layout.device.type
-        autocast = (
-            device,
-            torch.get_autocast_dtype(device),
-            torch.is_autocast_enabled(device),
-            torch.is_autocast_cache_enabled(),
+        autocast = Autocast.current(layout.device)
+        problem = _Problem(
+            settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory, shared or {}
         )
-        problem = _Problem(settings, layout, fn, tuple(context), sources, hidden, autocast, solution)
         y = _Attach.apply(problem, *y, *at.z, *sources)
     else:  # everything is frozen: no adjoint to solve
         y = tuple(part.detach() for part in y)
@@ -114,7 +133,7 @@ class _Problem:
     Args:
         sources: What fn was made from: tensors of the context and leaves that require grad.
         hidden: Whether fn captures tensors that are neither: results of other computations.
-        autocast: Device, dtype, whether on, whether cached.
+        autocast: That of the forward.
     """
 
     settings: Implicit
@@ -123,18 +142,37 @@ class _Problem:
     context: tuple[Any, ...]
     sources: tuple[Tensor, ...]
     hidden: bool
-    autocast: tuple[str, torch.dtype, bool, bool]
+    autocast: Autocast
     solution: Solution | None
+    memory: dict[str, Any] | None
+    shared: dict[str, Any]
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
-        solution = self.settings.solve_adjoint(lambda u, *v: _adjoint(at, u, v), v if self.layout.is_tuple else v[0], v)
+        settings = self.settings
+        start = self._start(v)
+        with self.autocast.again():  # which says how exact J is
+            options = settings.options(self.autocast.coarsest(self.layout.dtype)) | self.shared
+            solution = settings.solve_adjoint(
+                self._adjoint(at), start if self.layout.is_tuple else start[0], v, options
+            )
         if self.solution is not None:
             self.solution.backward = solution
+        watch(settings, solution)
+        if settings.warm_start and self.memory is not None:
+            self.memory["cotangent"] = as_tuple(solution.image)
         lost = solution.status == Status.NONFINITE
         return tuple(
             part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan) for part in as_tuple(solution.image)
         )
+
+    def _start(self, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Where the adjoint solve begins."""
+        last = (self.memory or {}).get("cotangent", ())
+        if self.settings.warm_start and [_kind(part) for part in last] == [_kind(part) for part in v]:
+            # Without the samples that were lost.
+            return tuple(torch.where(part.isfinite(), part, of) for part, of in zip(last, v, strict=True))
+        return v  # what the first evaluation at u = 0 would give
 
     def differentiate(self, out: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
         """The gradients of ``sources`` for the cotangent v of ``out``, with a graph."""
@@ -146,28 +184,38 @@ class _Problem:
             )
         gate = _Gate()
         z = tuple(_Substitute.apply(gate, part) for part in out)
-        with self._autocast():
-            y = self.fn(z if self.layout.is_tuple else z[0], *self.context)
-            y = as_tuple(self.layout.check(y, self.autocast[2], detach=False))
+        # What made the context is not followed either: the context's own gradient goes there.
+        leaves, tree = tree_flatten(self.context)
+        computed = {id(x): x for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None}
+        substitutes = {key: _Substitute.apply(gate, x) for key, x in computed.items()}
+        context = tree_unflatten([substitutes.get(id(x), x) for x in leaves], tree)
+        with self.autocast.again():
+            y = self.fn(z if self.layout.is_tuple else z[0], *context)
+            y = as_tuple(self.layout.check(y, self.autocast.enabled, detach=False))
         at = Linearization(self.layout, z, y)
         u = self.solve(at, v)
-        start = u if self.layout.is_tuple else u[0]
-        u, _ = attach(self.settings, lambda u, *v: _adjoint(at, u, v), start, v)
+        with self.autocast.again():
+            u, _ = attach(self.settings, self._adjoint(at), u if self.layout.is_tuple else u[0], v, shared=self.shared)
         outputs = [part for part in y if part.requires_grad]
         seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
+        sources = [substitutes.get(id(x), x) for x in self.sources]
         with gate:  # partial derivatives: z stays where it is
-            return torch.autograd.grad(outputs, self.sources, seeds, create_graph=True, allow_unused=True)
+            return torch.autograd.grad(outputs, sources, seeds, create_graph=True, allow_unused=True)
 
-    def _autocast(self) -> torch.autocast:
-        device, dtype, enabled, cached = self.autocast
-        return torch.autocast(device, dtype, enabled, cached)
+    def _adjoint(self, at: Linearization) -> Callable[..., State]:
+        """The map u, v -> J^T u + v."""
+
+        def adjoint(u: State, *v: Tensor) -> State:
+            with self.autocast.off():
+                products = at.vjp(u, create_graph=torch.is_grad_enabled())
+                sums = tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
+            return sums if at.layout.is_tuple else sums[0]
+
+        return adjoint
 
 
-def _adjoint(at: Linearization, u: State, v: Sequence[Tensor]) -> State:
-    """J^T u + v."""
-    products = at.vjp(u, create_graph=torch.is_grad_enabled())
-    sums = tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
-    return sums if at.layout.is_tuple else sums[0]
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
 
 
 class _Attach(torch.autograd.Function):
@@ -224,31 +272,3 @@ class _Substitute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None]:
         return None, None if ctx.gate.closed else gradients[0]
-
-
-def _sources(at: Linearization, context: Sequence[Any], first_node: int) -> tuple[tuple[Tensor, ...], bool]:
-    """What the graph of y was made from, beside z, and whether it also reaches results of other computations.
-
-    Args:
-        first_node: The number of the first node that belongs to the evaluation of y.
-    """
-    found = {id(x): x for x in tree_leaves(list(context)) if isinstance(x, Tensor) and x.requires_grad}
-    known = {x.grad_fn for x in found.values()}
-    state = {id(part) for part in at.z}
-    found.update({id(x): x for x in at.y if x.requires_grad and x.is_leaf and id(x) not in state})
-    hidden = False
-    nodes = [part.grad_fn for part in at.y if part.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            if id(leaf) not in state:
-                found[id(leaf)] = leaf
-        elif node._sequence_nr() >= first_node:  # pyright: ignore
-            new = [n for n, _ in node.next_functions if n is not None and n not in seen]
-            seen.update(new)
-            nodes.extend(new)
-        elif node not in known:
-            hidden = True
-    return tuple(found.values()), hidden

@@ -10,16 +10,19 @@ which for tau = 1 are the first k terms of the Neumann series of (I - J^T)^-1 v.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.functional import solve_functional, transforms_active
+from pydeq.adjoints.sources import sources_of
 from pydeq.fixed_point import check_max_steps, fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
+from pydeq.nn.scope import share_weights
 from pydeq.solution import Solution
 from pydeq.solvers.base import check_damping
 from pydeq.state import Layout, State, as_tuple, layout_of
@@ -42,6 +45,8 @@ class Phantom(Adjoint):
     Source: Geng, Zhang, Bai, Wang and Lin, On Training Implicit Models, NeurIPS 2021.
     """
 
+    transforms: ClassVar[bool] = True
+
     steps: int = 1
     damping: float = 1.0
     form: Literal["unroll", "neumann"] = "unroll"
@@ -53,15 +58,19 @@ class Phantom(Adjoint):
             raise ValueError(f"form must be 'unroll' or 'neumann', got {self.form!r}")
 
     def solve(self, problem: Problem) -> Attached:
-        solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        layout = layout_of(solution.image)
-        if self.form == "neumann":
-            return self._neumann(problem, solution)
-        z = solution.image
+        if transforms_active():
+            if self.form == "neumann":
+                raise RuntimeError('Phantom(form="neumann") does not work under torch.func: use form="unroll"')
+            z, solution = solve_functional(problem, problem.options, self)
+            z = tuple(part.detach() for part in z) if isinstance(z, tuple) else z.detach()
+        else:
+            solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+            if self.form == "neumann":
+                return self._neumann(problem, solution)
+            z = solution.image
+        layout, fn = layout_of(problem.z0), share_weights(problem.fn)
         for _ in range(self.steps):
-            y = layout.check(
-                problem.fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False
-            )
+            y = layout.check(fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False)
             z = y if self.damping == 1.0 else self._blend(z, y, layout)
         return Attached(z, solution)
 
@@ -70,10 +79,13 @@ class Phantom(Adjoint):
         return parts if layout.is_tuple else parts[0]
 
     def _neumann(self, problem: Problem, solution: Solution) -> Attached:
+        first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         at = linearize(problem.fn, solution.image, problem.context)
         y = at.y
-        if any(part.requires_grad for part in y):
+        if any(sources_of(at, problem.context, first_node)):
             y = _Neumann.apply(self, at, *y)
+        else:  # everything is frozen
+            y = tuple(part.detach() for part in y)
         return Attached(y if at.layout.is_tuple else y[0], solution, at)
 
 

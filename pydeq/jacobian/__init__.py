@@ -1,6 +1,15 @@
-"""The Jacobian at the fixed point: norms to penalize, and the spectral radius to watch."""
+"""The Jacobian at the fixed point: norms to penalize, and the spectrum to watch."""
 
 from pydeq.jacobian.norms import frobenius_norm_squared, jacobian_penalty
-from pydeq.jacobian.spectral import spectral_radius
+from pydeq.jacobian.penalty import JacobianPenalty
+from pydeq.jacobian.spectral import SpectralRadius, Spectrum, jacobian_spectrum, spectral_radius
 
-__all__ = ["frobenius_norm_squared", "jacobian_penalty", "spectral_radius"]
+__all__ = [
+    "JacobianPenalty",
+    "SpectralRadius",
+    "Spectrum",
+    "frobenius_norm_squared",
+    "jacobian_penalty",
+    "jacobian_spectrum",
+    "spectral_radius",
+]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pydeq.jacobian.estimator import Estimator
+from pydeq.jacobian.functional import FunctionalLinearization
 from pydeq.linearization import linearize
-from pydeq.ops import squared_norm
-from pydeq.state import Layout, State, layout_of
-
-Distribution = Literal["gaussian", "rademacher"]
-Mode = Literal["vjp", "jvp"]
+from pydeq.state import State, layout_of
 
 
 def frobenius_norm_squared(
@@ -22,51 +19,48 @@ def frobenius_norm_squared(
     z: State,
     *context: Any,
     probes: int = 1,
-    distribution: Distribution = "gaussian",
-    mode: Mode = "vjp",
+    distribution: Literal["gaussian", "rademacher"] = "gaussian",
+    mode: Literal["vjp", "jvp"] = "vjp",
+    method: Literal["hutchinson", "hutch++", "exact"] = "hutchinson",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Estimate ||J||_F^2 of ``fn`` at ``z``, one value per sample.
 
-    E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). Differentiable with
-    respect to parameters and context; ``z`` is where J is taken, and gets no gradient.
+    E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). Unbiased, and so
+    is the gradient with respect to parameters and context; ``z`` is where J is taken, and gets no gradient.
+
+    All probes go through one vectorized product. Where an operator in fn has no rule for that, they go one by one, with
+    a warning that says why; the numbers are the same. The other mode may then be the faster one.
+
+    Works inside of ``torch.func.grad``, ``vmap`` (with its ``randomness="same"``) and the like.
 
     Args:
         fn: fn(z, *context) -> like z; treats samples independently.
         z: State, shape (batch, *state), or a tuple of such tensors.
         context: Passed on to fn.
-        probes: Random vectors per sample, at least 1. The relative error falls as 1/sqrt(probes).
+        probes: Products with J per sample, at least 1. Hutchinson's relative error falls as 1/sqrt(probes).
         distribution: "gaussian", variance 2 ||J J^T||_F^2, or "rademacher", 2 (||J J^T||_F^2 - sum (J J^T)_ii^2).
-        mode: "vjp" forms eps^T J, "jvp" forms J eps (by ``torch.func.jvp``).
-        generator: Where the probes come from; by default torch's own.
+        mode: "vjp" forms eps^T J, "jvp" forms J eps, for "hutchinson" in forward mode.
+        method: "hutchinson", or "hutch++" (Meyer, Musco, Musco and Woodruff 2021), for Jacobians with few dominant
+            directions: a third of the probes, which must be at least 3, finds an orthonormal basis of them by products
+            of the other mode (and one more product, since they form J eps by differentiating eps^T J), a third takes
+            their part of the norm exactly, a third estimates the rest. "exact" takes all D rows of J, for states of at
+            most 1024 entries; probes, distribution and mode are then not used.
+        generator: Where the seed of the probes comes from; by default torch's own. See :mod:`pydeq.ops.random_probes`.
 
     Returns:
-        Tensor of shape (batch,), float64 for float64 states, else float32.
+        Tensor of shape (batch,), float64 for float64 states, else float32. Without a graph where gradients are off.
 
     Raises:
-        ValueError: If probes < 1, an option is unknown, or fn changes the shape of z.
+        TypeError, ValueError: If an option is out of range, fn changes the shape of z, or z is too large for "exact".
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
     """
-    if isinstance(probes, bool) or not isinstance(probes, int):
-        raise TypeError(f"probes must be an int, got {type(probes).__name__}")
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}")
-    if distribution not in ("gaussian", "rademacher"):
-        raise ValueError(f"distribution must be 'gaussian' or 'rademacher', got {distribution!r}")
-    if mode not in ("vjp", "jvp"):
-        raise ValueError(f"mode must be 'vjp' or 'jvp', got {mode!r}")
-    layout = layout_of(z)
-    total = torch.zeros((), device=layout.device)
-    with torch.enable_grad():
-        if mode == "vjp":
-            at = linearize(fn, z, context)
-            product = functools.partial(at.flat_vjp, create_graph=True)
-        else:
-            product = _jvp(fn, z, context, layout)
-        for _ in range(probes):
-            total = total + squared_norm(product(_probe(layout, distribution, generator)))
-    return total / probes
+    estimator = Estimator(probes, distribution, mode, method)
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or (mode == "jvp" and method == "hutchinson"):
+        return estimator.norm_squared(FunctionalLinearization(fn, z, context), generator)
+    return estimator.norm_squared(linearize(fn, z, context), generator)
 
 
 def jacobian_penalty(
@@ -74,48 +68,28 @@ def jacobian_penalty(
     z: State,
     *context: Any,
     probes: int = 1,
-    distribution: Distribution = "gaussian",
-    mode: Mode = "vjp",
+    distribution: Literal["gaussian", "rademacher"] = "gaussian",
+    mode: Literal["vjp", "jvp"] = "vjp",
+    method: Literal["hutchinson", "hutch++", "exact"] = "hutchinson",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Estimate ||J||_F^2 / d at the fixed point, averaged over the batch: the paper's regularizer.
 
     Add ``strength * jacobian_penalty(...)`` to the loss. Dividing by d, the entries of the state per sample, makes it
-    a mean over every entry of the batch.
+    a mean over every entry of the batch. A layer's ``penalty=`` gives the same without another evaluation of fn.
 
     Args:
-        fn, z, context, probes, distribution, mode, generator: As in :func:`frobenius_norm_squared`.
+        fn, z, context, probes, distribution, mode, method, generator: As in :func:`frobenius_norm_squared`.
 
     Returns:
         0-d tensor, differentiable with respect to parameters and context.
 
     Raises:
-        ValueError: As :func:`frobenius_norm_squared`.
+        TypeError, ValueError: As :func:`frobenius_norm_squared`.
 
     Source: Bai, Koltun and Kolter, ICML 2021, equation 4.
     """
     norms = frobenius_norm_squared(
-        fn, z, *context, probes=probes, distribution=distribution, mode=mode, generator=generator
+        fn, z, *context, probes=probes, distribution=distribution, mode=mode, method=method, generator=generator
     )
-    layout = layout_of(z)
-    return norms.sum() / max(1, layout.batch * layout.size)
-
-
-def _probe(layout: Layout, distribution: Distribution, generator: torch.Generator | None) -> Tensor:
-    """[B, D] with E[eps eps^T] = I."""
-    flat = torch.empty(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
-    if distribution == "gaussian":
-        return flat.normal_(generator=generator)
-    return flat.bernoulli_(0.5, generator=generator).mul_(2.0).sub_(1.0)
-
-
-def _jvp(fn: Callable[..., Any], z: State, context: tuple[Any, ...], layout: Layout) -> Callable[[Tensor], Tensor]:
-    """eps -> J eps, flat [B, D], with a graph."""
-    point = z.detach() if isinstance(z, Tensor) else tuple(part.detach() for part in z)
-    cast = torch.is_autocast_enabled(layout.device.type)
-
-    def product(eps: Tensor) -> Tensor:
-        tangent = torch.func.jvp(lambda state: fn(state, *context), (point,), (layout.view(eps),))[1]
-        return layout.flatten(layout.check(tangent, cast, detach=False))
-
-    return product
+    return norms.sum() / max(1, layout_of(z).batch * layout_of(z).size)

@@ -1,56 +1,259 @@
-"""The spectral radius of the Jacobian: whether a fixed-point iteration contracts."""
+"""The eigenvalues of the Jacobian: whether, and how fast, a fixed-point iteration contracts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from pydeq.linearization import linearize
-from pydeq.state import State, layout_of
-from pydeq.termination import norm
+from pydeq.fixed_point import check_tolerance
+from pydeq.jacobian.arnoldi import arnoldi, ritz_values
+from pydeq.jacobian.estimator import identity_probes
+from pydeq.linearization import Linearization, linearize
+from pydeq.ops import random_probes
+from pydeq.protocol import Distribution
+from pydeq.reduction import norm
+from pydeq.state import State
+
+# Products before growth is first judged, and between one judgement and the next.
+_FIRST, _EVERY = 16, 8
 
 
+class SpectralRadius(NamedTuple):
+    """What :func:`spectral_radius` knows of each sample; tensors of shape (batch,)."""
+
+    value: Tensor
+    """The estimate."""
+    error: Tensor
+    """An estimate of what it may be off by, absolute."""
+    converged: Tensor
+    """Whether ``error <= rtol * value``, bool."""
+
+
+class Spectrum(NamedTuple):
+    """What :func:`jacobian_spectrum` knows of each sample; tensors of shape (batch, k)."""
+
+    values: Tensor
+    """Eigenvalues, complex, by falling modulus."""
+    error: Tensor
+    """Estimates of what they may be off by, absolute."""
+
+
+@overload
 def spectral_radius(
-    fn: Callable[..., Any], z: State, *context: Any, steps: int = 100, generator: torch.Generator | None = None
-) -> Tensor:
+    fn: Callable[..., Any],
+    z: State,
+    *context: Any,
+    steps: int = ...,
+    method: Literal["growth", "arnoldi"] = ...,
+    rtol: float = ...,
+    return_error: Literal[False] = ...,
+    generator: torch.Generator | None = ...,
+) -> Tensor: ...
+@overload
+def spectral_radius(
+    fn: Callable[..., Any],
+    z: State,
+    *context: Any,
+    steps: int = ...,
+    method: Literal["growth", "arnoldi"] = ...,
+    rtol: float = ...,
+    return_error: Literal[True],
+    generator: torch.Generator | None = ...,
+) -> SpectralRadius: ...
+def spectral_radius(
+    fn: Callable[..., Any],
+    z: State,
+    *context: Any,
+    steps: int = 100,
+    method: Literal["growth", "arnoldi"] = "growth",
+    rtol: float = 1e-3,
+    return_error: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor | SpectralRadius:
     """Estimate the largest |eigenvalue| of J = dfn/dz at ``z``, one value per sample; no gradient.
 
-    The growth of ||v^T J^k||, averaged geometrically over the second half of ``steps`` products. Rayleigh quotients,
-    the usual power method, read 0 for a rotation; growth is right for complex pairs and for J = 0.
+    rho(J) = lim ||v^T J^k||^(1/k) for almost every v. Rayleigh quotients, the usual power method, read 0 for a
+    rotation; growth is right for complex pairs, defective J and J = 0.
 
     Args:
         fn: fn(z, *context) -> like z; treats samples independently.
         z: State, shape (batch, *state), or a tuple of such tensors.
         context: Passed on to fn.
-        steps: Vector-Jacobian products, at least 2. The error falls as 1/steps, faster with a spectral gap.
-        generator: Where the start comes from; by default torch's own.
+        steps: Vector-Jacobian products at most, at least 2.
+        method: "growth" averages the logarithm of the growth per product over a window, with weights that fade to its
+            ends and so take out what oscillates (Das, Saiki, Sander and Yorke 2017); its memory is one state. It needs
+            many products where the largest eigenvalues are close in modulus. "arnoldi" finds those by far fewer, 20 to
+            40, and keeps all of them.
+        rtol: Growth ends once the estimated error of every sample is below ``rtol * value``, at least 0.
+        return_error: Also return the estimated error, and whether it met rtol. For growth that is twice the largest
+            difference between windows; for Arnoldi the residual times the condition of the eigenvalue. Neither can
+            see an eigenvector that the random start has almost nothing of.
+        generator: Where the seed of the start comes from; by default torch's own.
 
     Returns:
-        Tensor of shape (batch,), float64 for float64 states, else float32.
+        Tensor of shape (batch,), float64 for float64 states, else float32; a :class:`SpectralRadius` of three such
+        with ``return_error``. NaN where J is not finite.
 
     Raises:
-        ValueError: If steps < 2 or fn changes the shape of z.
+        TypeError, ValueError: If an option is out of range, or fn changes the shape of z.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an int, got {type(steps).__name__}")
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2, got {steps}")
-    layout = layout_of(z)
-    wide = torch.promote_types(layout.dtype, torch.float32)
+    _check_count("steps", steps, 2)
+    if method not in ("growth", "arnoldi"):
+        raise ValueError(f"method must be 'growth' or 'arnoldi', got {method!r}")
+    check_tolerance("rtol", rtol)
     at = linearize(fn, z, context)
-    if not any(part.requires_grad for part in at.y):
-        return torch.zeros(layout.batch, dtype=wide, device=layout.device)
+    with torch.inference_mode(False), torch.no_grad():
+        if method == "growth":
+            value, error = _growth(at, steps, rtol, generator)
+        else:
+            values, errors = _ritz(at, steps, generator)
+            value, error = values[:, 0].abs(), errors[:, 0]
+        wide = torch.promote_types(at.layout.dtype, torch.float32)
+        result = SpectralRadius(value.to(wide), error.to(wide), error <= rtol * value)
+    return result if return_error else result.value
 
-    v = torch.empty(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
-    v.normal_(generator=generator)
-    growth = torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
-    for step in range(steps):
+
+@overload
+def jacobian_spectrum(
+    fn: Callable[..., Any],
+    z: State,
+    *context: Any,
+    k: int | None = ...,
+    steps: int | None = ...,
+    return_error: Literal[False] = ...,
+    generator: torch.Generator | None = ...,
+) -> Tensor: ...
+@overload
+def jacobian_spectrum(
+    fn: Callable[..., Any],
+    z: State,
+    *context: Any,
+    k: int | None = ...,
+    steps: int | None = ...,
+    return_error: Literal[True],
+    generator: torch.Generator | None = ...,
+) -> Spectrum: ...
+def jacobian_spectrum(
+    fn: Callable[..., Any],
+    z: State,
+    *context: Any,
+    k: int | None = None,
+    steps: int | None = None,
+    return_error: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor | Spectrum:
+    """The eigenvalues of J = dfn/dz at ``z``, all of them or the k largest in modulus; no gradient.
+
+    Args:
+        fn, z, context: As in :func:`spectral_radius`.
+        k: How many, at most D. None: all D, from a dense Jacobian, for states of at most 1024 entries per sample.
+        steps: Vector-Jacobian products of Arnoldi's method, at least k, for a given k; by default 2 k + 20. All
+            products are kept. Eigenvalues beyond the first few that are found well need more.
+        return_error: Also return the estimated errors: residuals times the conditions of the eigenvalues.
+        generator: Where the seed of the start comes from; by default torch's own.
+
+    Returns:
+        Complex tensor of shape (batch, k), complex128 for float64 states, else complex64, by falling modulus; a
+        :class:`Spectrum` with ``return_error``. NaN for samples whose J is not finite.
+
+    Raises:
+        TypeError, ValueError: If an option is out of range, fn changes the shape of z, or z is too large.
+    """
+    if k is not None:
+        _check_count("k", k, 1)
+    if steps is not None:
+        if k is None:
+            raise ValueError("steps belongs to a given k: without k, the Jacobian is dense")
+        _check_count("steps", steps, k)
+    at = linearize(fn, z, context)
+    with torch.inference_mode(False), torch.no_grad():
+        size = at.layout.size
+        if k is None:
+            # Row i of J is the vector-Jacobian product of unit vector i.
+            rows = at.flat_vjps(identity_probes(at.layout)).permute(1, 0, 2).double()
+            left = torch.zeros(at.layout.batch, dtype=torch.float64, device=at.layout.device)
+            if size:
+                values, error = ritz_values(rows, left, torch.finfo(at.layout.dtype).eps)
+            else:
+                values, error = rows[:, :, 0:0].sum(2) * 1j, rows[:, :, 0:0].sum(2)
+        elif k > size:
+            raise ValueError(f"k must be at most the {size} entries of a sample's state, got {k}")
+        else:
+            values, error = _ritz(at, 2 * k + 20 if steps is None else steps, generator)
+            values, error = values[:, :k], error[:, :k]
+        wide = torch.promote_types(at.layout.dtype, torch.float32)
+        result = Spectrum(values.to(wide.to_complex()), error.to(wide))
+    return result if return_error else result.values
+
+
+def _start(at: Linearization, generator: torch.Generator | None) -> Tensor:
+    layout = at.layout
+    wide = torch.promote_types(layout.dtype, torch.float32)
+    like = torch.empty(layout.batch, layout.size, dtype=wide, device=layout.device)
+    return random_probes(like, 1, Distribution.GAUSSIAN, generator)[0]
+
+
+def _ritz(at: Linearization, steps: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    layout = at.layout
+    if layout.size == 0:
+        zero = torch.zeros(layout.batch, 1, dtype=torch.float64, device=layout.device)
+        return zero.to(torch.complex128), zero
+    start = _start(at, generator)
+    H, left = arnoldi(lambda v: at.flat_vjp(v.to(layout.dtype)).to(start.dtype), start, min(steps, layout.size))
+    return ritz_values(H, left, torch.finfo(layout.dtype).eps)
+
+
+def _growth(at: Linearization, steps: int, rtol: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """The estimate and its error, float64 [B] each."""
+    dtype = at.layout.dtype
+    v = _start(at, generator)
+    lengths: list[Tensor] = []  # log of the growth of each product, [B]; -inf once v is 0
+    value = error = norm(v)
+    for step in range(1, steps + 1):
         length = norm(v)
-        v = (v / torch.where(length > 0, length, 1.0)[:, None]).to(layout.dtype)
-        v = at.flat_vjp(v)
-        if step >= steps // 2:
-            growth += norm(v).log()  # -inf once v is 0, and it stays
-    return (growth / (steps - steps // 2)).exp().to(wide)
+        v = at.flat_vjp((v / torch.where(length > 0, length, 1.0)[:, None]).to(dtype)).to(v.dtype)
+        grown = norm(v)
+        lengths.append(torch.where(length == 0, 0.0, grown).log())  # -inf for 0 / 0, too; NaN stays
+        if step == steps or (step >= _FIRST and step % _EVERY == 0):
+            value, error = _judge(torch.stack(lengths), torch.finfo(dtype).eps)
+            if not bool((error > rtol * value).any()):
+                break
+    return value, error
+
+
+def _judge(lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean growth in the last half of [N, B], and twice the most that other windows differ from it.
+
+    Earlier windows show what still decays, shorter ones what oscillates: the shift of a window may be a whole period.
+    """
+    count = len(lengths)
+    half = count - count // 2
+    first = count - half
+    value = _average(lengths[first:])
+    error = 4.0 * eps * value
+    for start, size in (
+        (first // 2, half),
+        (3 * first // 4, half),
+        (first, half - half // 4),
+        (first + half // 4, half - half // 4),
+    ):
+        error = torch.maximum(error, 2.0 * (value - _average(lengths[start : start + size])).abs())
+    return value, torch.where(value == 0, 0.0, error)
+
+
+def _average(lengths: Tensor) -> Tensor:
+    """exp of a weighted mean over the first dimension, by exp(-1 / (t (1 - t))) for t in (0, 1)."""
+    t = (torch.arange(len(lengths), dtype=torch.float64, device=lengths.device) + 0.5) / len(lengths)
+    weights = torch.exp(4.0 - 1.0 / (t * (1.0 - t)))
+    terms = torch.where(weights[:, None] > 0, weights[:, None] * lengths, 0.0)  # -inf where it counts
+    return torch.exp(terms.sum(0) / weights.sum())
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -6,11 +6,21 @@ references under the same schema.
 
 from pydeq.ops.anderson_step import anderson_step
 from pydeq.ops.broyden_step import broyden_step
+from pydeq.ops.gmres_step import gmres_step
 from pydeq.ops.picard_step import picard_step
-from pydeq.ops.squared_norm import squared_norm
+from pydeq.ops.random_probes import random_probes
+from pydeq.ops.squared_norm import mean_squared_norm, squared_norm
 
 from pydeq import compiled  # isort: skip  # The kernels register themselves under schemas that must exist by now.
 
 compiled.load()
 
-__all__ = ["anderson_step", "broyden_step", "picard_step", "squared_norm"]
+__all__ = [
+    "anderson_step",
+    "broyden_step",
+    "gmres_step",
+    "mean_squared_norm",
+    "picard_step",
+    "random_probes",
+    "squared_norm",
+]

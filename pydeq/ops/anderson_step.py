@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
 from pydeq.protocol import COEFFICIENT_LIMIT, Counter
+from pydeq.reduction import WHOLE, Reduction
 from pydeq.termination import judge, report, settle
 
 
@@ -79,10 +80,11 @@ def anderson_step_reference(
     memory: int,
     damping: float,
     ridge: float,
+    reduction: Reduction = WHOLE,
 ) -> None:
     slots = values.shape[1]
     sample = torch.arange(z.shape[0], device=z.device)
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
     head, count = counters[:, Counter.HEAD].long(), counters[:, Counter.COUNT].long()
     before = z.clone()  # settling moves the iterates of stopped samples
     settle(z, f, next, best, verdict, values[sample, (head - 1) % slots], damping)
@@ -102,7 +104,7 @@ def anderson_step_reference(
         by_age = (slot[:, None] - age) % slots  # [R, memory], newest first
         valid = age < columns[:, None]
         history = torch.where(valid[:, :, None], residuals[rows[:, None], by_age], 0).double()  # [R, memory, D]
-        row = torch.einsum("bd,bmd->bm", history[:, 0], history)
+        row = reduction.sum(torch.einsum("bd,bmd->bm", history[:, 0], history))
         old = gram[rows, slot]
         new = old.scatter(1, by_age, torch.where(valid, row, old.gather(1, by_age)))
         gram[rows, slot] = new
@@ -152,6 +154,7 @@ def anderson_step(
     memory: int,
     damping: float,
     ridge: float,
+    reduction: Reduction = WHOLE,
 ) -> None:
     """Measure f(z), decide for each sample whether it is done, and mix the next iterates.
 
@@ -164,12 +167,14 @@ def anderson_step(
         memory: Columns mixed, at least 1.
         damping: In (0, 1].
         ridge: Relative to the diagonal of the Gram matrix, at least 0.
+        reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
 
     Raises:
         RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
     """
     refuse_gradients("anderson_step", z, f)
-    _anderson_step(
+    op = _anderson_step if reduction is WHOLE else reducing(anderson_step_reference, reduction)
+    op(
         z, f, next, best, residuals, values, gram, scalars, counters, progress,
         step, rtol, atol, eps, freeze, stall, last, memory, damping, ridge,
     )  # fmt: skip

@@ -29,8 +29,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
 from pydeq.protocol import DENOMINATOR_LIMIT, Counter
+from pydeq.reduction import WHOLE, Reduction
 from pydeq.termination import judge, report, settle
 
 
@@ -51,15 +52,23 @@ class _History:
     thetas: Tensor  # [B, K]
     counters: Tensor  # [B, len(Counter)]
     memory: int
+    reduction: Reduction
+
+    def products(self, a: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """<a, b> for each b of ``others``, all [R, D]: float64 [len(others), R], by one reduction."""
+        wide = a.double()
+        return self.reduction.sum(torch.stack([(wide * b.double()).sum(1) for b in others]))
 
     def append(self, slot: int, new: Tensor, g: Tensor, restarted: bool, u0: Tensor | None) -> None:
         """Store step ``new`` [R, D] in ``slot`` with its row of the Gram matrix."""
-        rows, wide = self.rows, new.double()
+        rows = self.rows
         self.steps[slot][rows] = new
-        for j in range(1 if slot else 0, slot + 1):
-            self.gram[rows, slot, j] = (wide * self.steps[j][rows].double()).sum(1)
+        first = 1 if slot else 0
+        others = [self.steps[j][rows] for j in range(first, slot + 1)]
         if restarted and u0 is not None:
-            self.gram[rows, slot, 0] = (wide * u0.double()).sum(1)
+            first, others = 0, [u0, *others]
+        for j, row in enumerate(self.products(new, others), first):
+            self.gram[rows, slot, j] = row
         if self.restart.numel():
             if slot == self.memory:  # the next step restarts, and needs this residual for y
                 self.restart[rows] = g
@@ -80,9 +89,10 @@ def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tup
     G, theta = history.gram[rows], history.thetas[rows]
     s = [history.steps[j][rows].double() for j in range(count)]
     u0 = history.restart[rows] if restarted else None
-    v, c, total = g.double(), [], g.new_zeros(len(g), dtype=torch.float64)
+    t = history.products(g, s)
+    v, c, total = g.double(), [], t[0]
     for j in range(count):
-        total = (s[j] * g.double()).sum(1)
+        total = t[j]
         for i in range(j):
             total = total + c[i] * G[:, j, 0 if restarted and i == 0 else i + 1]
         if j < k:
@@ -102,11 +112,12 @@ def _restarted_step(history: _History, g: Tensor) -> tuple[Tensor, Tensor]:
     rows, newest = history.rows, history.memory
     s, squared = history.steps[newest][rows], history.gram[rows, newest, newest]
     y = g.double() - history.restart[rows].double()
-    gamma = -(s.double() * y).sum(1) / squared
+    along_y, along_g = history.products(s, [y, g])
+    gamma = -along_y / squared
     theta = denominator_damping(gamma)
     scale = theta / (1.0 - theta + theta * gamma)
     u0 = (scale[:, None] * (s.double() + y)).to(g.dtype)
-    weight = (s.double() * g.double()).sum(1) / squared
+    weight = along_g / squared
     new = (g.double() + weight[:, None] * u0.double()).to(g.dtype)
     history.steps[0][rows] = s
     history.gram[rows, 0, 0] = squared
@@ -136,8 +147,9 @@ def broyden_step_reference(
     stall: bool,
     last: bool,
     memory: int,
+    reduction: Reduction = WHOLE,
 ) -> None:
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
     settle(z, f, next, best, verdict, None, 1.0)
     exact = iterate.numel() > 0  # then z is the rounding of iterate
     counters[verdict.retry, Counter.COUNT] = 0
@@ -150,7 +162,7 @@ def broyden_step_reference(
     kinds = counters[samples][:, [Counter.COUNT, Counter.RESTARTED]]
     for count, restarted in kinds.unique(dim=0).tolist():
         rows = samples[((kinds[:, 0] == count) & (kinds[:, 1] == restarted))]
-        history = _History(rows, steps, restart, gram, thetas, counters, memory)
+        history = _History(rows, steps, restart, gram, thetas, counters, memory, reduction)
         g = f[rows].to(compute) - position[rows]
         if count == 0:
             new, sound = g, torch.zeros(len(rows), dtype=torch.bool, device=z.device)
@@ -160,7 +172,7 @@ def broyden_step_reference(
             new, sound = _next_step(history, g, count, bool(restarted))
         plain = ~sound
         if plain.any():
-            history = _History(rows[plain], steps, restart, gram, thetas, counters, memory)
+            history = _History(rows[plain], steps, restart, gram, thetas, counters, memory, reduction)
             new[plain] = _first_step(history, g[plain])
         moved = position[rows] + new
         if exact:
@@ -202,6 +214,7 @@ def broyden_step(
     stall: bool,
     last: bool,
     memory: int,
+    reduction: Reduction = WHOLE,
 ) -> None:
     """Measure f(z), decide for each sample whether it is done, and take Broyden's step.
 
@@ -216,12 +229,14 @@ def broyden_step(
         gram: S^T S, lower triangle, float64 [B, K, K] with K the largest number of steps.
         thetas: Damping of each update, float64 [B, K].
         memory: Pairs kept, at least 1.
+        reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
 
     Raises:
         RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
     """
     refuse_gradients("broyden_step", z, f)
-    _broyden_step(
+    op = _broyden_step if reduction is WHOLE else reducing(broyden_step_reference, reduction)
+    op(
         z, f, next, best, iterate, steps, restart, gram, thetas, scalars, counters, progress,
         step, rtol, atol, eps, freeze, stall, last, memory,
     )  # fmt: skip

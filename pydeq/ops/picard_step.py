@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
 from pydeq.protocol import Counter
+from pydeq.reduction import WHOLE, Reduction
 from pydeq.termination import judge, report, settle
 
 
@@ -26,8 +27,9 @@ def picard_step_reference(
     stall: bool,
     last: bool,
     damping: float,
+    reduction: Reduction = WHOLE,
 ) -> None:
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
     # Without damping z is the image of the previous iterate.
     settle(z, f, next, best, verdict, z if damping == 1.0 else None, damping)
     proceed = verdict.proceed[:, None]
@@ -67,6 +69,7 @@ def picard_step(
     stall: bool,
     last: bool,
     damping: float,
+    reduction: Reduction = WHOLE,
 ) -> None:
     """Measure f(z), decide for each sample whether it is done, and write the next iterates.
 
@@ -82,9 +85,11 @@ def picard_step(
         rtol, atol, eps, freeze, stall: See :class:`pydeq.termination.Rules`.
         last: Whether this evaluation is the last; running samples end as MAX_STEPS.
         damping: In (0, 1]; 1 is plain iteration.
+        reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
 
     Raises:
         RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
     """
     refuse_gradients("picard_step", z, f)
-    _picard_step(z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last, damping)
+    op = _picard_step if reduction is WHOLE else reducing(picard_step_reference, reduction)
+    op(z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last, damping)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeq.reduction import Reduction
+
 _library = torch.library.Library("pydeq", "DEF")
 
 
@@ -27,15 +29,25 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-    @functools.wraps(reference)
-    def exact(first: Tensor, *others: Any) -> Any:
-        # A reference is called where fn is, maybe under autocast, which would round its products.
-        with torch.autocast(first.device.type, enabled=False):
-            return reference(first, *others)
-
-    _library.impl(name, exact, "CompositeExplicitAutograd")
+    _library.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pydeq::{name}", fake, lib=_library)
     return getattr(torch.ops.pydeq, name).default
+
+
+def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference is called where fn is, maybe under autocast, which would round its products."""
+
+    @functools.wraps(reference)
+    def exact(first: Tensor, *others: Any, **options: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return reference(first, *others, **options)
+
+    return exact
+
+
+def reducing(reference: Callable[..., Any], reduction: Reduction) -> Callable[..., Any]:
+    """The operation as its reference does it, where sums over a state are completed by ``reduction``."""
+    return functools.partial(without_autocast(reference), reduction=reduction)
 
 
 def returns_nothing(*args: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Anderson(Solver):
 
     Source: Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal. 49 (2011).
     """
+
+    reduces: ClassVar[bool] = True
 
     memory: int = 5
     damping: float = 1.0
@@ -65,5 +68,5 @@ class _AndersonWorkspace(Workspace):
             self.z[parity], f, self.z[1 - parity], self.best, self.residuals, self.values, self.gram,
             self.scalars, self.counters, self.progress,
             k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
-            self.memory, solver.damping, solver.ridge,
+            self.memory, solver.damping, solver.ridge, rules.reduction,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ class Workspace(ABC):
 
 class Solver(ABC):
     """Hyperparameters of a fixed-point solver; frozen, without state."""
+
+    reduces: ClassVar[bool] = False
+    """Whether its steps complete all sums over a state by ``rules.reduction``, so that states may be sharded."""
 
     @abstractmethod
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
+from pydeq.protocol import Counter, Progress
 from pydeq.solvers.base import Solver, Workspace, check_memory, empty
+from pydeq.solvers.inverse_jacobian import InverseJacobian
 from pydeq.termination import Rules
 
 # Steps whose inner products there is room for at first; the room doubles.
@@ -34,16 +37,18 @@ class Broyden(Solver):
     Comp. 30 (1976), for vanishing denominators.
     """
 
+    reduces: ClassVar[bool] = True
+
     memory: int = 100
 
     def __post_init__(self) -> None:
         check_memory(self.memory)
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
-        return _BroydenWorkspace(flat, rules, max_steps, self)
+        return BroydenWorkspace(flat, rules, max_steps, self)
 
 
-class _BroydenWorkspace(Workspace):
+class BroydenWorkspace(Workspace):
     """At most k + 6 state vectors beside f after k steps; float32 steps for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Broyden) -> None:
@@ -72,8 +77,29 @@ class _BroydenWorkspace(Workspace):
         broyden_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.steps, self.restart,
             self.gram, self.thetas, self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.memory,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.memory, rules.reduction,
         )  # fmt: skip
+
+    def inverse_jacobian(self) -> InverseJacobian:
+        """What the solve, which has ended, has learned of (I - J)^-1. Takes the steps over.
+
+        Raises:
+            RuntimeError: If a sample's memory was full: a restart overwrites steps that factors are made of.
+        """
+        counters = self.counters
+        if self.memory + 2 < self.max_steps and bool(counters[:, Counter.RESTARTED].any()):
+            restarted = int(counters[:, Counter.RESTARTED].sum())
+            raise RuntimeError(
+                f"the inverse Jacobian of {restarted} of {len(counters)} samples is lost: Broyden's memory of"
+                f" {self.memory} was full and restarted; raise its memory to {self.max_steps - 2} or lower max_steps"
+            )
+        taken = max(0, min(len(self.steps), int(self.progress[Progress.STEP]) - 1))
+        position = self.iterate if self.iterate.numel() else self.best[0]
+        counts = counters[:, Counter.COUNT].long()
+        # Only where the last evaluation was the best one are its iterate and image still there.
+        complete = (counters[:, Counter.SINCE_BEST] == 0) & (counts > 0)
+        residual = torch.where(complete[:, None], self.best[1].to(self.wide) - position, 0.0)
+        return InverseJacobian(self.steps[:taken], self.gram, self.thetas, counts, residual, complete)
 
     def _widen(self, columns: int) -> None:
         """Make room for the inner products of ``columns`` steps, at most ``capacity``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class Picard(Solver):
         ValueError: If damping is outside (0, 1].
     """
 
+    reduces: ClassVar[bool] = True
+
     damping: float = 1.0
 
     def __post_init__(self) -> None:
@@ -47,5 +50,5 @@ class _PicardWorkspace(Workspace):
         picard_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
             k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
-            self.solver.damping,
+            self.solver.damping, rules.reduction,
         )  # fmt: skip

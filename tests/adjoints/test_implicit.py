@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import pydeq
 
 BATCH, DIM = 3, 6
-SOLVERS = [pydeq.Picard(), pydeq.Anderson(memory=4), pydeq.Broyden(), pydeq.Broyden(memory=2)]
+SOLVERS = [pydeq.Picard(), pydeq.Anderson(memory=4), pydeq.Broyden(), pydeq.Broyden(memory=2), pydeq.GMRES()]
 
 
 class Cell(nn.Module):
@@ -218,6 +218,33 @@ def test_a_captured_computed_tensor_gets_its_gradient_but_refuses_a_second_one()
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     with pytest.raises(RuntimeError, match="captures a tensor that is computed from others"):
         torch.autograd.grad((deq(z0) * cotangent).sum(), x, create_graph=True)
+
+
+def test_a_parameter_of_both_the_cell_and_what_made_its_context():
+    weight = (0.2 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
+    data = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tight = {"rtol": 1e-12, "max_steps": 200}
+    deq = pydeq.DEQ(
+        lambda z, x: torch.tanh(z @ weight + x), adjoint=pydeq.Implicit(solver=pydeq.Broyden(), **tight), **tight
+    )
+
+    def implicit():
+        x = torch.sin(data @ weight)
+        return deq(torch.zeros_like(x), x)
+
+    def unrolled():
+        x = torch.sin(data @ weight)
+        z = torch.zeros_like(x)
+        for _ in range(200):
+            z = torch.tanh(z @ weight + x)
+        return z
+
+    derivatives = []
+    for solve in (implicit, unrolled):
+        (first,) = torch.autograd.grad(solve().square().sum(), weight, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), weight)
+        derivatives.append((first.detach(), second))
+    torch.testing.assert_close(*derivatives, rtol=1e-7, atol=1e-8)
 
 
 def test_third_derivatives_raise_instead_of_being_wrong():

@@ -91,3 +91,8 @@ def test_tuple_states(form):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         pydeq.Phantom(**arguments)
+
+
+def test_a_frozen_cell_gives_an_output_without_a_graph():
+    deq = pydeq.DEQ(lambda z, x: 0.5 * torch.tanh(z) + x, adjoint=pydeq.Phantom(2, form="neumann"))
+    assert not deq(torch.zeros(2, 3), torch.ones(2, 3)).requires_grad

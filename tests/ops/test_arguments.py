@@ -7,7 +7,12 @@ from torch import Tensor
 
 import pydeq
 
-SOLVERS = {"picard_step": pydeq.Picard(), "anderson_step": pydeq.Anderson(), "broyden_step": pydeq.Broyden(memory=2)}
+SOLVERS = {
+    "picard_step": pydeq.Picard(),
+    "anderson_step": pydeq.Anderson(),
+    "broyden_step": pydeq.Broyden(memory=2),
+    "gmres_step": pydeq.GMRES(restart=4),
+}
 OPS = {name: getattr(torch.ops.pydeq, name).default for name in SOLVERS}
 
 
@@ -38,8 +43,9 @@ def test_refuses_gradients(name, argument):
 def test_refuses_what_it_would_misread(name, fault):
     arguments = [a.name for a in OPS[name]._schema.arguments if "Tensor" in str(a.type)]
     refused = [argument for argument in arguments if refuses(name, argument, fault)]
-    # progress has no rows, and no layout of its own.
-    assert refused == [a for a in arguments if a != "progress" or fault not in ("rows", "layout")]
+    # Vectors have no rows, and no layout of their own.
+    vectors = ("progress", "lengths") if fault in ("rows", "layout") else ()
+    assert refused == [a for a in arguments if a not in vectors]
 
 
 def refuses(name, argument, fault):

@@ -12,6 +12,7 @@ SOLVERS = (
     pydeq.Picard(damping=0.5),
     pydeq.Anderson(memory=3),
     pydeq.Broyden(memory=3),
+    pydeq.GMRES(restart=3),
 )
 
 
@@ -39,7 +40,19 @@ def test_squared_norm(dtype, threads):
         results = []
         for count in (1, 2, 3):
             threads(count)
-            results.append(torch.ops.pydeq.squared_norm(x[:rows]))
+            results.append(pydeq.ops.squared_norm(x[:rows]))
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
-        assert torch.equal(results[0][:1], torch.ops.pydeq.squared_norm(x[:1]))
+        assert torch.equal(results[0][:1], pydeq.ops.squared_norm(x[:1]))
+
+
+@pytest.mark.parametrize("distribution", pydeq.protocol.Distribution)
+@pytest.mark.parametrize("shape", [(2, 3, 20000), (40, 5, 700)], ids=str)
+def test_random_probes(distribution, shape, threads):
+    probes, *like = shape
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(torch.ops.pydeq.random_probes(torch.empty(like), torch.tensor(1), probes, distribution))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pydeq
-from pydeq import Anderson, Broyden, Picard
+from pydeq import GMRES, Anderson, Broyden, Picard
 from pydeq.solvers import __all__ as listed
 from pydeq.termination import Rules
 from pydeq.testing import assert_close, linear_map, softsign_map, tanh_map
@@ -25,6 +25,8 @@ ALL = (
     Broyden(memory=1),
     Broyden(memory=2),
     Broyden(memory=5),
+    GMRES(),
+    GMRES(restart=5),
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -178,6 +180,9 @@ def vectors(workspace, batch, dim):
         (Broyden(), 2, 2 + 7),
         (Broyden(), 9, 9 + 7),
         (Broyden(memory=4), 20, 4 + 7),
+        (GMRES(), 3, 3 + 7),
+        (GMRES(), 9, 9 + 7),
+        (GMRES(restart=4), 20, 4 + 7),
     ],
     ids=str,
 )

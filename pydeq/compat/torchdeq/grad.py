@@ -38,7 +38,7 @@ def make_pair(target: Sequence[Any], source: Sequence[T]) -> Sequence[T]:
     raise ValueError(f"grad must have one entry, or one for each of {len(target)} states, got {len(source)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # its options have no hash
 class SolverImplicit(Implicit):
     """Implicit differentiation whose adjoint is solved by a solver of this package's kind.
 
@@ -54,18 +54,21 @@ class SolverImplicit(Implicit):
     writer: Callable[[Any], Any] | None = None
     reproduce: bool = False
 
-    def solve_adjoint(self, fn: Callable[..., Any], v: State, context: Sequence[Tensor]) -> Solution:
-        assert isinstance(v, Tensor)
+    def solve_adjoint(
+        self, fn: Callable[..., Any], start: State, v: Sequence[Tensor], options: dict[str, Any]
+    ) -> Solution:
+        """Solve u = fn(u, *v) by ``b_solver``; its own options count, not pydeq's."""
+        assert isinstance(start, Tensor)
         calls = 0
 
         def func(u: Tensor, tau: float = 1.0) -> Tensor:
             nonlocal calls
             calls += 1
-            image = fn(u, *context)
+            image = fn(u, *v)
             return image if tau == 1.0 else tau * image + (1 - tau) * u
 
-        # The first evaluation of 0 would be v itself; other solvers may rely on starting from 0.
-        start = v if self.b_solver in _OWN and not self.reproduce else torch.zeros_like(v)
+        if self.b_solver not in _OWN or self.reproduce:  # others may rely on starting from 0
+            start = torch.zeros_like(start)
         with legacy(self.reproduce):  # backward may run in a thread of its own
             u, _, info = self.b_solver(func, start, **self.b_solver_kwargs)
         if self.writer:
@@ -76,7 +79,7 @@ class SolverImplicit(Implicit):
         scalars = lowest.new_zeros(len(u), len(Scalar))
         scalars[:, Scalar.BEST], scalars[:, Scalar.BEST_NORM] = lowest, flatten(u).double().norm(dim=1)
         counters = torch.zeros(len(u), len(Counter), dtype=torch.int32, device=u.device)
-        counters[:, Counter.STATUS] = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE)).int()
+        counters[:, Counter.STATUS] = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE)).int()
         return Solution(u, u, calls, scalars, counters, None)
 
 

@@ -1,0 +1,303 @@
+"""Implicit differentiation under ``torch.func`` and forward-mode AD.
+
+There nothing may be captured: all that fn depends on is an explicit input, state, parameters, buffers and context. One
+``autograd.Function`` is enough, since the derivatives of a fixed point z = f(z, t) are fixed points themselves:
+
+    backward   u = J^T u + v,    then t's cotangent is (df/dt)^T u
+    forward    w = J w + (df/dt) dt
+
+of maps that are made of f by ``torch.func.vjp`` and ``jvp``, and differentiated in the same way: to any order, in any
+mix of modes. ``vmap`` folds the mapped dimension into the batch: each mapped sample stops on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore  # what tells a transformed tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from pydeq.adjoints.base import Problem
+from pydeq.adjoints.watch import watch
+from pydeq.fixed_point import fixed_point
+from pydeq.precision import Autocast
+from pydeq.protocol import Status
+from pydeq.solution import Solution
+from pydeq.state import State, as_tuple, layout_of
+
+Parts = tuple[Tensor, ...]
+# f(parts of z, *inputs) -> parts of f's value
+Map = Callable[..., Parts]
+
+
+def transforms_active() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode AD is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """The fixed-point problem z = map(z, *inputs).
+
+    Args:
+        map: Nothing but its arguments enters.
+        parts: Tensors in the state.
+        options: Of :func:`pydeq.fixed_point`.
+        adjoint: The same for the linear equations of its derivatives.
+        autocast: That of the forward, whenever it is solved; ``map`` turns it on where it belongs.
+        probe: Called like ``map``, evaluates it where a captured tensor is refused; None for maps made of others.
+        record: Gets the solution, and ``record_adjoint`` the one of the backward equation.
+    """
+
+    map: Map
+    parts: int
+    options: dict[str, Any]
+    adjoint: dict[str, Any]
+    autocast: Autocast
+    probe: Callable[..., None] | None = None
+    record: Callable[[Solution], None] = field(default=lambda solution: None)
+    record_adjoint: Callable[[Solution], None] = field(default=lambda solution: None)
+
+    def solve(self, z0: Parts, inputs: Sequence[Tensor]) -> Parts:
+        return FixedPoint.apply(self, *z0, *inputs)  # pyright: ignore[reportReturnType]
+
+    def linear(self, map: Map, record: Callable[[Solution], None]) -> Equation:
+        """An equation of a derivative."""
+        return replace(self, map=map, options=self.adjoint, probe=None, record=record)
+
+
+class FixedPoint(torch.autograd.Function):
+    """apply(equation, *z0, *inputs) -> the parts of the fixed point; z0 gets no gradient."""
+
+    @staticmethod
+    def forward(equation: Equation, *tensors: Tensor) -> Parts:
+        z0, inputs = tensors[: equation.parts], tensors[equation.parts :]
+        if equation.probe is not None:
+            equation.probe(tuple(part.detach() for part in z0), *(x.detach() for x in inputs))
+
+        def fn(z: State, *inputs: Tensor) -> Parts:
+            with equation.autocast.off():
+                return equation.map(as_tuple(z), *inputs)
+
+        with equation.autocast.again():  # which says how exact the map is
+            solution = fixed_point(fn, z0, *inputs, **equation.options)
+        equation.record(solution)
+        image = as_tuple(solution.image)
+        if equation.probe is not None:
+            return tuple(part.clone() for part in image)  # forward mode takes no views
+        # Of a derivative: a gradient scaler must see the overflow.
+        lost = solution.status == Status.NONFINITE
+        return tuple(part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan) for part in image)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
+        equation, *tensors = inputs
+        ctx.equation = equation
+        ctx.save_for_backward(*output, *tensors[equation.parts :])
+        ctx.save_for_forward(*output, *tensors[equation.parts :])
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
+        equation: Equation = ctx.equation
+        z, inputs = ctx.saved_tensors[: equation.parts], ctx.saved_tensors[equation.parts :]
+        smooth = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+        parts = equation.parts
+
+        def adjoint(u: Parts, *given: Tensor) -> Parts:  # given: z, v, inputs
+            z, v, inputs = given[:parts], given[parts : 2 * parts], given[2 * parts :]
+            (products,) = torch.func.vjp(lambda z: equation.map(z, *inputs), z)[1](u)
+            return tuple(a + b for a, b in zip(products, v, strict=True))
+
+        u = equation.linear(adjoint, equation.record_adjoint).solve(v, (*z, *v, *inputs))
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        if smooth:
+            of = _at(equation.map, z, inputs, smooth)
+            for i, gradient in zip(smooth, torch.func.vjp(of, *(inputs[i] for i in smooth))[1](u), strict=True):
+                gradients[i] = gradient
+        return (None,) * (1 + parts) + tuple(gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Parts:
+        # Torch turns forward mode off in here, and with it the outer levels of nested forward mode.
+        with forward_ad._set_fwd_grad_enabled(transforms_active()):
+            return FixedPoint._tangent(ctx, *tangents)
+
+    @staticmethod
+    def _tangent(ctx: Any, *tangents: Tensor | None) -> Parts:
+        equation: Equation = ctx.equation
+        saved = tuple(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
+        z, inputs = saved[: equation.parts], saved[equation.parts :]
+        parts = equation.parts
+        if transforms_active():
+            # The saved output lacks the tangents of outer levels of forward mode: solve anew, from the solution.
+            z = replace(equation, record=lambda solution: None).solve(z, inputs)
+        smooth = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+        given = tangents[1 + parts :]
+        along = tuple(torch.zeros_like(x) if (t := given[i]) is None else t for i in smooth for x in (inputs[i],))
+        right = tuple(torch.zeros_like(part) for part in z)
+        if smooth:
+            right = _jvp(_at(equation.map, z, inputs, smooth), tuple(inputs[i] for i in smooth), along)
+
+        def tangent(w: Parts, *given: Tensor) -> Parts:  # given: z, right, inputs
+            z, right, inputs = given[:parts], given[parts : 2 * parts], given[2 * parts :]
+            products = _jvp(lambda *z: equation.map(z, *inputs), z, w)
+            return tuple(a + b for a, b in zip(products, right, strict=True))
+
+        return equation.linear(tangent, lambda solution: None).solve(right, (*z, *right, *inputs))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], equation: Equation, *tensors: Tensor) -> tuple[Parts, Any]:
+        size, parts = info.batch_size, equation.parts
+        z0 = tuple(
+            part.expand(size, *part.shape) if dim is None else part.movedim(dim, 0)
+            for part, dim in zip(tensors[:parts], in_dims[1:], strict=False)
+        )
+        dims, batch = in_dims[1 + parts :], z0[0].shape[1]
+        mapped = torch.func.vmap(equation.map, in_dims=(0, *dims), randomness=info.randomness)
+
+        def folded(z: Parts, *inputs: Tensor) -> Parts:
+            images = mapped(tuple(part.unflatten(0, (size, batch)) for part in z), *inputs)
+            return tuple(part.flatten(0, 1) for part in images)
+
+        def probe(z: Parts, *inputs: Tensor) -> None:
+            assert equation.probe is not None
+            slices = (x if dim is None else x.select(dim, 0) for x, dim in zip(inputs, dims, strict=True))
+            equation.probe(tuple(part[:batch] for part in z), *slices)
+
+        fold = replace(equation, map=folded, probe=probe if equation.probe else None)
+        images = fold.solve(tuple(part.flatten(0, 1) for part in z0), tensors[parts:])
+        return tuple(part.unflatten(0, (size, batch)) for part in images), (0,) * parts
+
+
+def _jvp(of: Callable[..., Parts], x: Parts, along: Parts) -> Parts:
+    """The derivative of ``of`` at x along a direction."""
+    x, along = (tuple(part.contiguous() for part in parts) for parts in (x, along))  # dual numbers cannot be expanded
+    if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():
+        return torch.func.jvp(of, x, along)[1]
+    # Dual numbers do not nest outside of torch.func. (v -> J^T v) is linear: its transpose is J.
+    zero = tuple(torch.zeros_like(part) for part in of(*x))
+    return torch.func.vjp(lambda v: torch.func.vjp(of, *x)[1](v), zero)[1](along)[0]
+
+
+def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) -> Callable[..., Parts]:
+    """``map`` as a function of the inputs at ``indices`` alone."""
+
+    def of(*moving: Tensor) -> Parts:
+        every = list(inputs)
+        for i, x in zip(indices, moving, strict=True):
+            every[i] = x
+        return map(z, *every)
+
+    return of
+
+
+class RefuseCaptured(TorchFunctionMode):
+    """Raises where a computation on plain tensors meets one that a transform or autograd follows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(x, Tensor) and _is_followed(x) for x in tree_leaves((args, kwargs))):
+            raise RuntimeError(
+                "under torch.func, the cell captures a tensor that is being differentiated or mapped, which would"
+                " get no gradient: pass it to the layer as context, or make the cell a module that has it as a"
+                " parameter or buffer (torch.func.functional_call)"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _is_followed(x: Tensor) -> bool:
+    if _functorch.is_functorch_wrapped_tensor(x) or x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+class _Caller(torch.nn.Module):
+    """Calls ``fn``, which uses ``module``'s parameters, where ``functional_call`` can exchange them."""
+
+    def __init__(self, module: torch.nn.Module, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.fn = (fn,)  # not as another submodule
+
+    def forward(self, *args: Any) -> Any:
+        return self.fn[0](*args)
+
+
+def equation_of(
+    problem: Problem, adjoint: dict[str, Any], record: Callable[[Solution], None], settings: Any
+) -> tuple[Equation, Parts]:
+    """The problem with all that it depends on as explicit inputs: the equation, and its inputs.
+
+    Args:
+        adjoint: Options of :func:`pydeq.fixed_point` for the derivatives' equations.
+        record: Gets the solution, which gets the adjoint's as its ``backward``.
+        settings: The adjoint, which a warning would name.
+    """
+    layout = layout_of(problem.z0)
+    slots: dict[str, int] = {}  # of parameters and buffers: which of the inputs belongs there
+    inputs: list[Tensor] = []
+    caller = None if problem.module is None else _Caller(problem.module, problem.fn)
+    if caller is not None:
+        numbers: dict[int, int] = {}
+        for prefix, module in caller.named_modules():  # each once, while a tensor may be in several
+            for name, x in (module._parameters | module._buffers).items():
+                if x is not None:
+                    if id(x) not in numbers:
+                        numbers[id(x)] = len(inputs)
+                        inputs.append(x)
+                    slots[f"{prefix}.{name}" if prefix else name] = numbers[id(x)]
+    held = len(inputs)
+    leaves, tree = tree_flatten(tuple(problem.context))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    inputs += [leaves[i] for i in places]
+    constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    autocast = Autocast.current(layout.device)
+
+    def evaluate(z: Parts, *inputs: Tensor) -> Parts:
+        filled = list(constants)
+        for i, x in zip(places, inputs[held:], strict=True):
+            filled[i] = x
+        arguments = (z if layout.is_tuple else z[0], *tree_unflatten(filled, tree))
+        with autocast.again():
+            if caller is None:
+                y = problem.fn(*arguments)
+            else:
+                state = {name: inputs[number] for name, number in slots.items()}
+                y = torch.func.functional_call(caller, state, arguments, tie_weights=False)
+        return as_tuple(layout.check(y, autocast.enabled, detach=False))
+
+    def probe(z: Parts, *inputs: Tensor) -> None:
+        with RefuseCaptured():
+            evaluate(z, *inputs)
+
+    solutions: list[Solution] = []
+
+    def record_first(solution: Solution) -> None:
+        solutions.append(solution)
+        record(solution)
+
+    def record_adjoint(solution: Solution) -> None:
+        if solutions:
+            solutions[0].backward = solution
+        watch(settings, solution)
+
+    options = dict(problem.options)
+    return Equation(
+        evaluate, len(layout.shapes), options, adjoint, autocast, probe, record_first, record_adjoint
+    ), tuple(inputs)
+
+
+def solve_functional(problem: Problem, adjoint: dict[str, Any], settings: Any) -> tuple[State, Solution]:
+    """Solve under transforms: the fixed point, with derivatives of any order and mode, and the solution.
+
+    Under vmap the solution is that of the folded batch.
+    """
+    solutions: list[Solution] = []
+    equation, inputs = equation_of(problem, adjoint, solutions.append, settings)
+    z = equation.solve(as_tuple(problem.z0), inputs)
+    return z if isinstance(problem.z0, tuple) else z[0], solutions[0]

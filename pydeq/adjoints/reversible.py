@@ -1,0 +1,331 @@
+"""Reversible deep equilibria: an iteration that can be run backwards, and so differentiated in constant memory.
+
+Two states take turns,
+
+    y <- (1 - b) y + b f(z),    z <- (1 - b) z + b f(y),    y = z = z0 at first
+
+and each half is undone by one evaluation: z = (z' - b f(y')) / (1 - b), then y = (y' - b f(z)) / (1 - b). Backward
+evaluates f with gradients on where the iteration went, and chains the exact derivative of what was computed.
+
+Undoing amplifies rounding errors. Where f contracts, an iteration has for each eigenvalue of J two of its own, whose
+product is (1 - b)^2 and of which neither is above 1: undone, n iterations amplify by up to (1 - b)^-2n. So the two
+states are kept in float64 whatever f computes in, and a fixed number of them along the way, to start again from.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.sources import sources_of
+from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
+from pydeq.keywords import suggests_keywords
+from pydeq.linearization import linearize
+from pydeq.protocol import RUNNING, Counter, Scalar, Status
+from pydeq.solution import Solution
+from pydeq.state import Layout, State, as_tuple, layout_of
+from pydeq.termination import judge
+
+# A relative error of undone states beyond which iterations were differentiated in another place.
+_LOST = 1e-2
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class Reversible(Adjoint):
+    """The exact gradient of a reversible iteration, in memory that does not grow with it.
+
+    y <- (1 - b) y + b f(z),    z <- (1 - b) z + b f(y)
+
+    It takes the place of the layer's solver, in evaluation, too. An iteration evaluates f twice, so ``max_steps`` is
+    used up to an even number; the residual that the tolerance is held against is that of y, the output f(y) at the
+    best y. Backward evaluates f twice per iteration with gradients. z0 gets its gradient, too.
+
+    Args:
+        damping: b in (0, 1). Smaller ones are slower; larger ones are harder to undo: an iteration amplifies rounding
+            errors by up to (1 - b)^-2, 4 for .5 and 100 for .9. The two states are kept in float64 for every dtype of
+            z0, which is used up after 26 iterations at .5 and 8 at .9.
+        checkpoints: Places along the way, at least 0, whose states are kept, two float64 vectors per sample each, so
+            that no more than max_steps / (2 checkpoints + 2) iterations are undone in a row. Backward warns where
+            undoing arrives at one of them with a relative error above 1e-2.
+
+    The cell must give the same values when called again (no fresh dropout masks). Second derivatives raise.
+
+    Raises:
+        TypeError, ValueError: If an argument is of the wrong type or out of range, or ``max_steps`` of a call below 2.
+        RuntimeError: In forward, if the cell captures a tensor that was computed from ones that require grad: pass
+            it as context.
+
+    Source: McCallum, Arora and Foster, Reversible Deep Equilibrium Models, 2025.
+    """
+
+    distributes: ClassVar[bool] = False
+
+    damping: float = 0.5
+    checkpoints: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float):
+            raise TypeError(f"damping must be a number, got {type(self.damping).__name__}")
+        if not 0.0 < self.damping < 1.0:
+            raise ValueError(f"damping must be in (0, 1), got {self.damping}")
+        if isinstance(self.checkpoints, bool) or not isinstance(self.checkpoints, int):
+            raise TypeError(f"checkpoints must be an int, got {type(self.checkpoints).__name__}")
+        if self.checkpoints < 0:
+            raise ValueError(f"checkpoints must be at least 0, got {self.checkpoints}")
+
+    def solve(self, problem: Problem) -> Attached:
+        ends, sources = self._iterate(problem, differentiate=True)
+        z0 = as_tuple(problem.z0)
+        if not sources and not any(part.requires_grad for part in z0):
+            return Attached(ends.solution.image, ends.solution)
+        device = ends.layout.device.type
+        autocast = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+            torch.is_autocast_cache_enabled(),
+        )
+        run = _Run(self.damping, ends.layout, problem, sources, autocast)
+        output = _Reverse.apply(run, ends, *z0, *sources)
+        return Attached(output if ends.layout.is_tuple else output[0], ends.solution)
+
+    def evaluate(self, problem: Problem) -> Solution:
+        return self._iterate(problem, differentiate=False)[0].solution
+
+    def _iterate(self, problem: Problem, differentiate: bool) -> tuple[_Ends, tuple[Tensor, ...]]:
+        """Run the iteration; also return what fn was made from, where asked for."""
+        options, b = problem.options, self.damping
+        layout = layout_of(problem.z0)
+        rules = stopping_rules(layout, options.get("rtol"), options.get("atol", 0.0))
+        max_steps = check_max_steps("max_steps", options.get("max_steps", 50))
+        if max_steps < 2:
+            raise ValueError(f"max_steps must be at least 2 for Reversible, which evaluates in pairs, got {max_steps}")
+        states_at = check_states_at(options.get("states_at", ()))
+        cast = torch.is_autocast_enabled(layout.device.type)
+        sources: tuple[Tensor, ...] = ()
+        states: list[State] = []
+
+        def evaluate(wide: Tensor) -> Tensor:
+            z = layout.view(wide.to(layout.dtype))
+            return layout.flatten(layout.check(problem.fn(z, *problem.context), cast))
+
+        with torch.no_grad():
+            start = layout.flatten(problem.z0)
+            y = z = start.double()
+            scalars = z.new_zeros(layout.batch, len(Scalar))
+            counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
+            value, image = start, start  # the best y and f(y)
+            best_y, best_z = y, z  # there, after the whole iteration
+            best_n = counters.new_zeros(layout.batch)  # its number, from 1
+            n, last = 0, max_steps // 2
+            stride = -(-last // (self.checkpoints + 1))
+            kept: dict[int, tuple[Tensor, Tensor]] = {}
+            while layout.batch and n < last:
+                if n == 0 and differentiate:  # this graph tells what fn is made from
+                    f, sources = _first_evaluation(problem, start, layout)
+                else:
+                    f = evaluate(z)
+                n += 1
+                active = (counters[:, Counter.STATUS] == RUNNING)[:, None]
+                y = torch.where(active, (1.0 - b) * y + b * f, y)
+                rounded = y.to(layout.dtype)
+                f = evaluate(y)
+                z = torch.where(active, (1.0 - b) * z + b * f, z)
+                verdict = judge(
+                    rounded, f, scalars, counters,
+                    rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, n == last,
+                )  # fmt: skip
+                counters[:, Counter.EVALUATIONS] += verdict.active.int()  # judge counts one of the two
+                # A plain step from the best iterate could not be undone.
+                counters[verdict.retry, Counter.STATUS] = int(Status.NONFINITE)
+                improved = verdict.improved[:, None]
+                value, image = torch.where(improved, rounded, value), torch.where(improved, f, image)
+                best_y, best_z = torch.where(improved, y, best_y), torch.where(improved, z, best_z)
+                best_n = torch.where(verdict.improved, n, best_n)
+                states += [layout.view(image)] * sum(count in states_at for count in (2 * n, 2 * n + 1))
+                if n == 1 and 1 in states_at:  # there is nothing to return before the first pair
+                    states.append(layout.view(image))
+                if not bool((counters[:, Counter.STATUS] == RUNNING).any()):
+                    break
+                if differentiate and n % stride == 0 and n < last:
+                    kept[n] = y, z
+            if n:  # what is not finite from the first on stays at z0, like in other solves
+                value = torch.where(scalars[:, Scalar.BEST, None].isfinite(), value, start)
+            states += [layout.view(image)] * (len(states_at) - len(states))
+            solution = Solution(layout.view(value), layout.view(image), 2 * n, scalars, counters, None)
+            solution.states = states
+        return _Ends(layout, solution, start, best_y, best_z, best_n, n, kept), sources
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Where the iteration began and where it had the best iterate.
+
+    Args:
+        start: z0, [B, D].
+        y, z: After the best iteration, float64 [B, D].
+        best: Its number of each sample, from 1, int32 [B].
+        iterations: Of the sample with the most.
+        kept: The two states after some iterations.
+    """
+
+    layout: Layout
+    solution: Solution
+    start: Tensor
+    y: Tensor
+    z: Tensor
+    best: Tensor
+    iterations: int
+    kept: dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What backward needs beside tensors.
+
+    Args:
+        sources: What fn was made from: tensors of the context and leaves that require grad.
+        autocast: Forward's device, dtype, whether on, whether cached.
+    """
+
+    damping: float
+    layout: Layout
+    problem: Problem
+    sources: tuple[Tensor, ...]
+    autocast: tuple[str, torch.dtype, bool, bool]
+
+    def pull(self, wide: Tensor, seed: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """f at ``wide`` [B, D], and the cotangent of ``wide`` for the one ``seed`` of f; ``sums`` gets the sources'."""
+        layout, problem = self.layout, self.problem
+        device, dtype, enabled, cached = self.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled, cached):
+            context, cut = _cut(problem.context)
+            at = linearize(problem.fn, layout.view(wide.to(layout.dtype)), context)
+        f = torch.cat([part.detach().reshape(layout.batch, -1) for part in at.y], 1).double()
+        pairs = [
+            (part, v)
+            for part, v in zip(at.y, as_tuple(layout.view(seed.to(layout.dtype))), strict=True)
+            if part.requires_grad
+        ]
+        pulled = torch.zeros_like(f)
+        if pairs:
+            outputs, seeds = zip(*pairs, strict=True)
+            inputs = tuple(cut.get(id(source), source) for source in self.sources)
+            grads = torch.autograd.grad(outputs, (*at.z, *inputs), seeds, allow_unused=True)
+            parts = len(at.z)
+            z = tuple(torch.zeros_like(of) if g is None else g for g, of in zip(grads[:parts], at.z, strict=True))
+            pulled = layout.flatten(z if layout.is_tuple else z[0]).double()
+            for total, gradient in zip(sums, grads[parts:], strict=True):
+                if gradient is not None:
+                    total += gradient
+        return f, pulled
+
+
+def _first_evaluation(problem: Problem, start: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """f at ``start`` [B, D], and the tensors with gradients that fn is made from."""
+    first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
+    context, cut = _cut(problem.context)
+    at = linearize(problem.fn, layout.view(start), context)
+    sources, hidden = sources_of(at, context, first_node)
+    whole = {id(x): x for x in tree_leaves(list(problem.context))}
+    uncut = {id(copy): whole[original] for original, copy in cut.items()}
+    sources = tuple(uncut.get(id(source), source) for source in sources)
+    if hidden:
+        raise RuntimeError(
+            "Reversible cannot reach the gradients of a tensor that the cell captures and that is computed from"
+            " others: pass that tensor to the layer as context"
+        )
+    y = tuple(part.detach() for part in at.y)
+    return layout.flatten(y if layout.is_tuple else y[0]), sources
+
+
+def _cut(context: Sequence[Any]) -> tuple[list[Any], dict[int, Tensor]]:
+    """The context with leaves in place of computed tensors, and these leaves by the ids of what they stand for.
+
+    What the tensors were computed from may be a source, too; its share through them is formed by the graph outside.
+    """
+    cut: dict[int, Tensor] = {}
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.requires_grad or x.is_leaf:
+            return x
+        return cut.setdefault(id(x), x.detach().requires_grad_())
+
+    return tree_map(leaf, list(context)), cut
+
+
+class _Reverse(torch.autograd.Function):
+    """The output of the iteration; on the way back the iteration is undone."""
+
+    @staticmethod
+    def forward(run: _Run, ends: _Ends, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.clone() for part in as_tuple(ends.solution.image))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.run, ends, *tensors = inputs
+        ctx.iterations, ctx.kept = ends.iterations, list(ends.kept)
+        # The sources are saved for the check that nobody has changed them since.
+        kept = [state for pair in ends.kept.values() for state in pair]
+        ctx.save_for_backward(ends.start, ends.y, ends.z, ends.best, *kept, *tensors[len(ends.layout.shapes) :])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        run: _Run = ctx.run
+        layout, b = run.layout, run.damping
+        start, y, z, best, *saved = ctx.saved_tensors
+        kept = {n: (saved[2 * i], saved[2 * i + 1]) for i, n in enumerate(ctx.kept)}
+        kept[0] = start.double(), start.double()
+        v = layout.flatten(cotangents if layout.is_tuple else cotangents[0]).double()
+        sums = [torch.zeros_like(of, dtype=torch.promote_types(of.dtype, torch.float32)) for of in run.sources]
+        lost = v.new_zeros(())
+        of_y, of_z = torch.zeros_like(v), torch.zeros_like(v)  # the cotangents of the two states
+        for n in range(ctx.iterations, 0, -1):
+            on, ends = (best >= n)[:, None], (best == n)[:, None]
+
+            # z = (1 - b) z_before + b f(y), and the output is f(y) of the last iteration
+            seed = torch.where(on, b * of_z, 0.0) + torch.where(ends, v, 0.0)
+            f, pulled = run.pull(y, seed, sums)
+            of_y = torch.where(on, of_y + pulled, of_y)
+            of_z = torch.where(on, (1.0 - b) * of_z, of_z)
+            z = torch.where(on, (z - b * f) / (1.0 - b), z)
+
+            # y = (1 - b) y_before + b f(z_before)
+            seed = torch.where(on, b * of_y, 0.0)
+            f, pulled = run.pull(z, seed, sums)
+            of_z = torch.where(on, of_z + pulled, of_z)
+            of_y = torch.where(on, (1.0 - b) * of_y, of_y)
+            y = torch.where(on, (y - b * f) / (1.0 - b), y)
+
+            if n - 1 in kept:
+                lost = torch.maximum(lost, _relative_error(y, kept[n - 1][0], on))
+                y, z = (torch.where(on, there, here) for there, here in zip(kept[n - 1], (y, z), strict=True))
+
+        if float(lost) > _LOST:
+            warnings.warn(
+                f"the reversible iteration was undone to states that are off by {float(lost):.1g}, which gradients of"
+                " early iterations suffer from: raise checkpoints, lower the damping or max_steps, or loosen rtol",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        of_start = (of_y + of_z).to(layout.dtype)
+        of_z0 = as_tuple(layout.view(of_start))
+        return (None, None, *of_z0, *(total.to(of.dtype) for total, of in zip(sums, run.sources, strict=True)))
+
+
+def _relative_error(found: Tensor, expected: Tensor, rows: Tensor) -> Tensor:
+    """The largest relative error of a finite sample, 0-d; for small states the error in units of their entries."""
+    error = (found - expected).norm(dim=1)
+    scale = expected.norm(dim=1).clamp_min(math.sqrt(expected.shape[1]))
+    return torch.where(rows[:, 0] & error.isfinite(), error / scale, 0.0).amax()

@@ -1,0 +1,140 @@
+"""Shine: Broyden's approximation of the inverse from the forward solve, transposed, instead of the adjoint's solution.
+
+Forward, Broyden gathers N ~ (I - J)^-1 (see :mod:`pydeq.ops.broyden_step`). The adjoint of a cotangent v is
+(I - J)^-T v, so u = N^T v costs no product with J.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.sources import sources_of
+from pydeq.fixed_point import check_tolerance, fixed_point, solve
+from pydeq.keywords import suggests_keywords
+from pydeq.linearization import Linearization, linearize
+from pydeq.solution import Solution
+from pydeq.solvers import Broyden, Solver
+from pydeq.solvers.broyden import BroydenWorkspace
+from pydeq.solvers.inverse_jacobian import InverseJacobian
+from pydeq.state import Layout, as_tuple
+from pydeq.termination import default_rtol
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class Shine(Adjoint):
+    """The gradient from the forward solve's own inverse Jacobian, u = N^T v; the solver must be :class:`pydeq.Broyden`.
+
+    Cheap and biased: N is good where the solve went through, so it gets better the more evaluations the solve took.
+    After one evaluation it is :func:`pydeq.JacobianFree`. The steps of the solve are kept until backward has run, so
+    the memory grows with the evaluations.
+
+    Args:
+        refine_steps: Products with J of each sample at most, at least 0, to improve on u. They solve
+            u = u + N^T (J^T u + v - u), the adjoint preconditioned by N, from u = N^T v by Broyden's method.
+        rtol: Relative tolerance of that solve; by default 1e-4, and 1e-3 for half states.
+
+    The solution's ``backward`` is that of the refinement, and None without one. Second derivatives raise.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, or the layer's solver is another.
+        ValueError: If an argument is out of range.
+        RuntimeError: In forward, if Broyden's memory was full, which overwrites what N is made of.
+
+    Source: Ramzi, Mannel, Bai, Starck, Ciuciu and Moreau, SHINE: SHaring the INverse Estimate from the forward pass for
+    bi-level optimization and implicit models, ICLR 2022.
+    """
+
+    refine_steps: int = 0
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.refine_steps, bool) or not isinstance(self.refine_steps, int):
+            raise TypeError(f"refine_steps must be an int, got {type(self.refine_steps).__name__}")
+        if self.refine_steps < 0:
+            raise ValueError(f"refine_steps must be at least 0, got {self.refine_steps}")
+        if self.rtol is not None:
+            check_tolerance("rtol", self.rtol)
+
+    def check(self, solver: Solver) -> None:
+        if not isinstance(solver, Broyden):
+            raise TypeError(f"Shine needs the memory of pydeq.Broyden as the solver, got {solver!r}")
+
+    def solve(self, problem: Problem) -> Attached:
+        self.check(problem.options["solver"])
+        if problem.options.get("sharded"):
+            raise ValueError("Shine does not take sharded states: use pydeq.Implicit")
+        solution, workspace = solve(problem.fn, problem.z0, problem.context, **problem.options)
+        assert isinstance(workspace, BroydenWorkspace)
+        inverse = workspace.inverse_jacobian()
+        del workspace  # before fn allocates
+        first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
+        at = linearize(problem.fn, solution.image, problem.context)
+        y = at.y
+        if any(sources_of(at, problem.context, first_node)):
+            y = _Shine.apply(_Backward(self, at.layout, solution, problem.shared), inverse, *at.z, *y)
+        else:  # everything is frozen
+            y = tuple(part.detach() for part in y)
+        return Attached(y if at.layout.is_tuple else y[0], solution, at)
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """What backward needs beside tensors."""
+
+    settings: Shine
+    layout: Layout
+    solution: Solution
+    shared: dict[str, Any]
+
+    def solve(self, at: Linearization, inverse: InverseJacobian, v: Tensor) -> Tensor:
+        """u [B, D] for the cotangent v [B, D]."""
+        settings = self.settings
+        u = inverse.transpose_product(v)
+        if not settings.refine_steps:
+            return u
+
+        def refined(u: Tensor) -> Tensor:
+            return u + inverse.transpose_product(at.flat_vjp(u) + v - u)
+
+        refinement = fixed_point(
+            refined,
+            u,
+            solver=Broyden(),
+            rtol=0.1 * default_rtol(self.layout.dtype) if settings.rtol is None else settings.rtol,
+            max_steps=settings.refine_steps,
+            **self.shared,
+        )
+        self.solution.backward = refinement
+        assert isinstance(refinement.image, Tensor)
+        return refinement.image
+
+
+class _Shine(torch.autograd.Function):
+    """Hands y through; on the way back replaces its cotangent v by u."""
+
+    @staticmethod
+    def forward(problem: _Backward, inverse: InverseJacobian, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.view_as(part) for part in tensors[len(tensors) // 2 :])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.problem, inverse, *tensors = inputs
+        # Saved, the memory of the solve goes when the graph does, not when its last node does.
+        ctx.save_for_backward(*tensors, *inverse.tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        problem, tensors, parts = ctx.problem, ctx.saved_tensors, len(cotangents)
+        layout = problem.layout
+        at = Linearization(layout, tensors[:parts], tensors[parts : 2 * parts])
+        v = layout.flatten(cotangents if layout.is_tuple else cotangents[0])
+        u = layout.view(problem.solve(at, InverseJacobian.from_tensors(tensors[2 * parts :]), v))
+        return (None,) * (2 + parts) + as_tuple(u)

@@ -1,0 +1,199 @@
+"""Unrolled differentiation: autograd through every iteration of the solve.
+
+Exact for what was computed, be it converged or not, and to any order; memory grows with the evaluations. The steps
+that :mod:`pydeq.ops` fuses have no derivatives, so the iterations are made of differentiable operations here, and
+judged by the same rules: they stop where those stop.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
+from pydeq.keywords import suggests_keywords
+from pydeq.nn.scope import share_weights
+from pydeq.ops.anderson_step import mixing_coefficients
+from pydeq.protocol import RUNNING, Counter, Scalar
+from pydeq.solution import Solution
+from pydeq.solvers import Anderson, Picard, Solver
+from pydeq.state import Layout, State, as_tuple, layout_of
+from pydeq.termination import Verdict, judge
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """The gradient of the iteration itself, of :class:`pydeq.Picard` or :class:`pydeq.Anderson`; z0 gets one, too.
+
+    Args:
+        checkpoint: Keep the iterates alone and evaluate f once more in backward, in forward's autocast and random
+            state, instead of keeping the graphs of all evaluations.
+
+    The output is the image of the best iterate, with no evaluation beyond those of the solve. ``states_at`` gives
+    states with the gradients of the iterations that led to them. Samples that are done are iterated no more, and
+    their gradient does not depend on the others; but where a cell returns NaN or Inf, parameters may get NaN.
+
+    Raises:
+        TypeError: If the layer's solver is another one.
+    """
+
+    distributes: ClassVar[bool] = False
+
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, bool):
+            raise TypeError(f"checkpoint must be a bool, got {type(self.checkpoint).__name__}")
+
+    def check(self, solver: Solver) -> None:
+        if type(solver) not in _RULES:
+            names = " or ".join(f"pydeq.{kind.__name__}" for kind in _RULES)
+            raise TypeError(f"Unrolled differentiates the iterations of {names}, got {solver!r}")
+
+    def solve(self, problem: Problem) -> Attached:
+        options = problem.options
+        solver: Solver = options["solver"]
+        self.check(solver)
+        layout = layout_of(problem.z0)
+        rules = stopping_rules(layout, options.get("rtol"), options.get("atol", 0.0))
+        max_steps = check_max_steps("max_steps", options.get("max_steps", 50))
+        states_at = check_states_at(options.get("states_at", ()))
+        cast = torch.is_autocast_enabled(layout.device.type)
+
+        z = value = image = _flatten(layout, problem.z0)
+        scalars = z.new_zeros(layout.batch, len(Scalar), dtype=torch.float64)
+        counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
+        unroll = _RULES[type(solver)](solver, max_steps)
+        fn = problem.fn if self.checkpoint else share_weights(problem.fn)
+        states: list[State] = []
+        nfe = 0
+        while layout.batch and nfe < max_steps:
+            f = _flatten(layout, layout.check(self._call(fn, layout.view(z), problem.context), cast, detach=False))
+            nfe += 1
+            with torch.no_grad():
+                verdict = judge(
+                    z.detach(), f.detach(), scalars, counters,
+                    rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, nfe == max_steps,
+                )  # fmt: skip
+            improved = verdict.improved[:, None]
+            value, image = torch.where(improved, z, value), torch.where(improved, f, image)
+            if nfe in states_at:
+                states.append(layout.view(image))
+            if nfe == max_steps or not bool((counters[:, Counter.STATUS] == RUNNING).any()):
+                break
+            retry = value + unroll.damping * (image - value)
+            next = torch.where(verdict.retry[:, None], retry, value)
+            z = torch.where(verdict.proceed[:, None], unroll.step(z, f, verdict, counters), next)
+
+        output = layout.view(image)
+        states += [output] * (len(states_at) - len(states))
+        solution = Solution(_detach(layout.view(value)), _detach(output), nfe, scalars, counters, None)
+        return Attached(output, solution, states=states)
+
+    def _call(self, fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Any:
+        if self.checkpoint:
+            return checkpoint(fn, z, *context, use_reentrant=False)
+        return fn(z, *context)
+
+
+class _Unroll(ABC):
+    """One solver's iteration in differentiable operations; one for each solve."""
+
+    def __init__(self, solver: Any, max_steps: int) -> None:
+        self.solver = solver
+        self.damping = solver.damping
+
+    @abstractmethod
+    def step(self, z: Tensor, f: Tensor, verdict: Verdict, counters: Tensor) -> Tensor:
+        """The next iterates [B, D] of samples that proceed; anything finite for the others."""
+
+
+class _UnrollPicard(_Unroll):
+    def step(self, z: Tensor, f: Tensor, verdict: Verdict, counters: Tensor) -> Tensor:
+        counters[:, Counter.TRIED] |= (verdict.proceed & verdict.improved).int()
+        if self.damping == 1.0:
+            return f
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        return (wide + self.damping * (f - wide)).to(z.dtype)
+
+
+class _UnrollAnderson(_Unroll):
+    """See :mod:`pydeq.ops.anderson_step`. Histories are lists, the newest entry first."""
+
+    def __init__(self, solver: Anderson, max_steps: int) -> None:
+        super().__init__(solver, max_steps)
+        self.memory = min(solver.memory, max_steps)
+        self.residuals: list[Tensor] = []  # g_j, float64 [B, D]
+        self.values: list[Tensor] = []  # f(z_j) - (1 - damping) g_j
+        self.gram: list[list[Tensor]] = []  # <g_i, g_j> for i <= j, [B]
+
+    def step(self, z: Tensor, f: Tensor, verdict: Verdict, counters: Tensor) -> Tensor:
+        compute = torch.promote_types(z.dtype, torch.float32)
+        go = verdict.proceed[:, None]
+        # Rows of samples that do not proceed are never read again, and must not bring NaN into sums.
+        f = torch.where(go, f, 0.0).to(compute)
+        g = f - torch.where(go, z, 0.0).to(compute)
+        self.residuals = [g.double(), *self.residuals][: self.memory]
+        self.values = [f - (1.0 - self.damping) * g, *self.values][: self.memory]
+        row = [(self.residuals[0] * other).sum(1) for other in self.residuals]
+        self.gram = [row, *(old[: self.memory - 1 - j] for j, old in enumerate(self.gram))][: self.memory]
+
+        counters[verdict.retry, Counter.COUNT] = 0
+        gram = self._matrix()
+        # A sample that has just begun or was retried has fewer columns than the lists.
+        columns = torch.clamp(counters[:, Counter.COUNT].long() + 1, max=len(self.values))
+        with torch.no_grad():
+            index = torch.arange(len(self.values), device=z.device)
+            valid = index < columns[:, None]
+            seen = torch.where(valid[:, :, None] & valid[:, None, :], gram.detach(), 0.0)
+            used = mixing_coefficients(seen, columns, self.solver.ridge)[1]
+            inside = (index < used[:, None]) & go
+        a = self._coefficients(gram, inside).to(compute)
+        mixed = torch.zeros_like(f)
+        for j, value in enumerate(self.values):
+            mixed = mixed + a[:, j, None] * value
+        proceed = verdict.proceed
+        counters[:, Counter.COUNT] = torch.where(proceed, used.int(), counters[:, Counter.COUNT])
+        counters[:, Counter.TRIED] |= (proceed & (used == 1) & verdict.improved).int()
+        return mixed.to(z.dtype)
+
+    def _matrix(self) -> Tensor:
+        """The Gram matrix, float64 [B, m, m]."""
+        m = len(self.gram)
+        return torch.stack(
+            [torch.stack([self.gram[min(i, j)][abs(i - j)] for j in range(m)], dim=1) for i in range(m)], dim=1
+        )
+
+    def _coefficients(self, gram: Tensor, inside: Tensor) -> Tensor:
+        """(Gram + ridge diag(Gram)) a = 1, normalized, on the columns ``inside``; 0 outside. [B, m]"""
+        # Scaling rows and columns by constants leaves a as it is, and its derivative.
+        squared = gram.detach().diagonal(dim1=1, dim2=2)
+        scale = torch.where(inside & (squared > 0), squared, 1.0).rsqrt()
+        pairs = inside[:, :, None] & inside[:, None, :]
+        system = torch.where(pairs, gram * scale[:, :, None] * scale[:, None, :], 0.0)
+        outside = torch.where(inside & (squared > 0), 0.0, 1.0)
+        system = system + torch.diag_embed(self.solver.ridge * system.diagonal(dim1=1, dim2=2) + outside)
+        # ... and so does one factor for all of the right side, here the newest residual's norm.
+        right = torch.where(inside, scale / scale[:, :1], 0.0)
+        x = torch.linalg.solve(system, right) * right
+        total = x.sum(1, keepdim=True)
+        return x / torch.where(total == 0, 1.0, total)
+
+
+_RULES: dict[type[Solver], type[_Unroll]] = {Picard: _UnrollPicard, Anderson: _UnrollAnderson}
+
+
+def _flatten(layout: Layout, state: State) -> Tensor:
+    return torch.cat([part.reshape(layout.batch, n) for part, n in zip(as_tuple(state), layout.sizes, strict=True)], 1)
+
+
+def _detach(state: State) -> State:
+    return state.detach() if isinstance(state, Tensor) else tuple(part.detach() for part in state)

@@ -1,0 +1,98 @@
+"""Living with torch.compile: one graph break around a solve, and the cell compiled inside of it.
+
+A solve cannot be traced, since it runs until its samples have stopped. A layer's ``forward`` is therefore a frame that
+the compiler skips; it takes the compiler's hook off, so that none of the solver's own frames are compiled, and the hook
+goes back on around each call of the cell. The cell is compiled twice: without gradients for the solve, with for the
+evaluation that attaches the graph.
+
+Nothing here imports ``torch._dynamo``, which takes a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch._C._dynamo import eval_frame  # pyright: ignore
+from torch.utils._pytree import tree_map_only
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Not this frame, but those that it calls.
+_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+
+
+def skipped(method: F) -> F:
+    """Decorate a function that the compiler is to call and not to look into."""
+    method._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+    eval_frame.set_code_exec_strategy(method.__code__, _SKIP)
+    return method
+
+
+class Compiler:
+    """The compiler's hook at the time of construction: off inside ``with``, on again around the calls of a cell."""
+
+    @skipped
+    def __init__(self) -> None:
+        self.hook = eval_frame.get_eval_frame_callback()
+
+    @skipped
+    def __enter__(self) -> Compiler:
+        eval_frame.set_eval_frame(None)
+        return self
+
+    @skipped
+    def __exit__(self, *exception: object) -> None:
+        eval_frame.set_eval_frame(self.hook)
+
+    def compiles(self, cell: Callable[..., Any]) -> bool:
+        """Whether calls of ``cell`` run compiled code."""
+        return is_compiled(cell) or not (self.hook is None or self.hook is False)
+
+    def compiled(self, cell: Callable[..., Any]) -> Callable[..., Any]:
+        """``cell``, called with the hook on."""
+        hook = self.hook
+        if hook is None or hook is False:
+            return _without_history(cell) if is_compiled(cell) else cell
+
+        def call(*args: Any) -> Any:
+            before = eval_frame.set_eval_frame(hook)
+            try:
+                return cell(*args)
+            finally:
+                eval_frame.set_eval_frame(before)
+
+        return _without_history(call)
+
+
+def is_compiled(fn: Callable[..., Any]) -> bool:
+    """Whether this came from torch.compile."""
+    return hasattr(fn, "_orig_mod") or hasattr(fn, "_torchdynamo_orig_callable")
+
+
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` before torch.compile: what it compiles is not differentiated twice."""
+    return getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))
+
+
+def _without_history(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, given detached tensors where gradients are off: whether one requires grad would make another variant."""
+
+    def call(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        return fn(*args)
+
+    return call
+
+
+def reusable_graphs() -> AbstractContextManager[Any]:
+    """What is compiled inside keeps its saved tensors, so that its backward can run more than once."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    from torch._functorch import config
+
+    return config.patch(donated_buffer=False)  # pyright: ignore[reportAttributeAccessIssue]

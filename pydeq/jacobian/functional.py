@@ -1,0 +1,58 @@
+"""Products with the Jacobian by torch.func: in forward mode, and inside of its transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydeq.linearization import vectorize
+from pydeq.state import State, as_tuple, layout_of
+
+
+class FunctionalLinearization:
+    """The products of :class:`pydeq.linearization.Linearization`, each call of which evaluates fn.
+
+    J v is formed in forward mode. Works where autograd's own graph is out of reach: in a function that
+    ``torch.func.grad`` or ``vmap`` transforms. A graph to what fn captures is there whether it is asked for or not.
+
+    Args:
+        fn: fn(z, *context) -> like z.
+        z: Where J is taken, a constant.
+        context: Passed on to fn.
+    """
+
+    def __init__(self, fn: Callable[..., Any], z: State, context: Sequence[Any]) -> None:
+        self.layout = layout_of(z)
+        # A dual number needs memory of its own for every entry, which an expanded state has not.
+        self._point = tuple(part.detach().contiguous() for part in as_tuple(z))
+        self._fn, self._context = fn, context
+        self._cast = torch.is_autocast_enabled(self.layout.device.type)
+
+    def flat_vjps(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """v_k^T J for v [K, B, D], as [K, B, D]."""
+        pull = torch.func.vjp(self._image, *self._point)[1]
+        return self._map(lambda v: self._flat(pull(as_tuple(self.layout.view(v)))), v)
+
+    def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """J v_k for v [K, B, D], as [K, B, D]."""
+
+        def product(v: Tensor) -> Tensor:
+            return self._flat(torch.func.jvp(self._image, self._point, as_tuple(self.layout.view(v)))[1])
+
+        return self._map(product, v)
+
+    def _image(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        y = self._fn(parts if self.layout.is_tuple else parts[0], *self._context)
+        return as_tuple(self.layout.check(y, self._cast, detach=False))
+
+    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
+        flat = [part.reshape(self.layout.batch, n) for part, n in zip(parts, self.layout.sizes, strict=True)]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+    @staticmethod
+    def _map(product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        # Masks that fn draws are those of one evaluation.
+        return vectorize(lambda v: torch.func.vmap(product, randomness="same")(v), product, v)

@@ -1,0 +1,24 @@
+"""Modules for cells: what is random or normalized in them is drawn or computed once per solve, not per evaluation."""
+
+from pydeq.nn.dropout import (
+    SequenceDropout,
+    VariationalDropout,
+    VariationalDropout1d,
+    VariationalDropout2d,
+    VariationalDropout3d,
+)
+from pydeq.nn.normalization import apply_norm, remove_norm, spectral_norm, weight_norm
+from pydeq.nn.scope import solve_scope
+
+__all__ = [
+    "SequenceDropout",
+    "VariationalDropout",
+    "VariationalDropout1d",
+    "VariationalDropout2d",
+    "VariationalDropout3d",
+    "apply_norm",
+    "remove_norm",
+    "solve_scope",
+    "spectral_norm",
+    "weight_norm",
+]

@@ -1,0 +1,206 @@
+"""What belongs to one solve: dropout masks, directions of spectral norms, normalized weights.
+
+A fixed point exists only of a map that stays the same from one evaluation to the next. Modules whose value is drawn, or
+is costly and does not depend on the state, therefore keep it in a scope: one object for a solve and for all that is
+evaluated again for its gradients, be it long after. A module holds nothing of it, so that nothing in it gets stale.
+
+The scope belongs to the callable that a solve is given (:class:`Bound`): whoever calls that, in forward or in backward,
+on whichever thread, calls the cell in its scope.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Scoped(nn.Module):
+    """A module that keeps something in the scope."""
+
+
+class Scope:
+    """What the modules of a cell keep for one solve.
+
+    Args:
+        parent: A scope to share everything with but the weights.
+        share_graph: Keep weights that carry a graph, too: for evaluations that are one graph in the end.
+    """
+
+    def __init__(self, parent: Scope | None = None, share_graph: bool = False) -> None:
+        self.masks: dict[Any, Tensor] = {} if parent is None else parent.masks
+        self._directions: dict[nn.Module, tuple[Any, tuple[Tensor, Tensor]]] = (
+            {} if parent is None else parent._directions
+        )
+        self.share_graph = share_graph
+        self._weights: dict[Any, tuple[tuple[_Source, ...], Tensor]] = {}
+
+    def weight(self, owner: nn.Module, sources: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
+        """compute(*sources), from what was computed before where that is still right.
+
+        A weight without a graph is computed once. One with a graph is computed for each evaluation, inside it: then
+        implicit differentiation finds the parameters behind it, also to second order, and graphs that are released one
+        after the other share nothing. A compiled cell computes its weights in its graph, where they may be fused.
+        """
+        if torch.compiler.is_compiling():  # versions of tensors are not known there
+            return compute(*sources)
+        attached = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if attached and not self.share_graph:
+            # The solve is over: its weights need not live as long as the graph does.
+            self._weights.pop((owner, False), None)
+            return compute(*sources)
+        kept = self._weights.get((owner, attached))
+        if kept is not None and all(known.is_still(now) for known, now in zip(kept[0], sources, strict=True)):
+            return kept[1]
+        with outside_inference_mode():
+            value = compute(*sources)
+        self._weights[owner, attached] = (tuple(_Source.of(source) for source in sources), value)
+        return value
+
+    def direction(self, owner: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The singular vectors that were kept for this weight; None once it was changed in place."""
+        kept = self._directions.get(owner)
+        if kept is None:
+            return None
+        source, vectors = kept
+        if torch.compiler.is_compiling() or source is None or source.tensor is not weight or source.is_still(weight):
+            return vectors
+        return None
+
+    def keep_direction(self, owner: nn.Module, weight: Tensor, vectors: tuple[Tensor, Tensor]) -> None:
+        self._directions[owner] = (None if torch.compiler.is_compiling() else _Source.of(weight)), vectors
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._weights.clear()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor as it was: an optimizer, a checkpoint or a move of the module changes what is here.
+
+    Args:
+        tensor: The very object.
+        data: An alias of its memory, so that no other tensor gets this address.
+        version: How often it had been modified in place.
+    """
+
+    tensor: Tensor
+    data: Tensor
+    version: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Source:
+        return _Source(tensor, tensor.detach(), _version(tensor))
+
+    def is_still(self, now: Tensor) -> bool:
+        return (
+            now is self.tensor
+            and _version(now) == self.version
+            and now.dtype == self.data.dtype
+            and _address(now) == _address(self.data)  # "to" and FSDP put other memory under the same tensor
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # the tensors that torch.func wraps have no memory of their own; they are new ones every time
+        return 0
+
+
+class _Active(threading.local):
+    """The scope that this thread evaluates in, if any."""
+
+    scope: Scope | None = None
+
+
+_active = _Active()
+
+
+def active_scope() -> Scope | None:
+    """The scope to keep things in; None outside of solves."""
+    return _active.scope
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """For what a scope keeps: tensors of inference mode could not serve evaluations that are differentiated."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _out()
+
+
+@contextmanager
+def _out() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class Bound:
+    """A cell and the scope that it is always called in.
+
+    Args:
+        cell: cell(z, *context) -> like z.
+        scope: Its scope.
+    """
+
+    def __init__(self, cell: Callable[..., Any], scope: Scope) -> None:
+        self.cell, self.scope = cell, scope
+
+    def __call__(self, *arguments: Any) -> Any:
+        before, _active.scope = _active.scope, self.scope
+        try:
+            return self.cell(*arguments)
+        finally:
+            _active.scope = before
+
+
+def scope_of(cell: Callable[..., Any]) -> Scope | None:
+    """The scope for a solve of ``cell``: one of its own, or the one around it, as an outer solve must see inner ones
+    stay the same; None for a module that keeps nothing in a scope."""
+    if isinstance(cell, nn.Module) and not any(isinstance(module, Scoped) for module in cell.modules()):
+        return None
+    return _active.scope or Scope()
+
+
+def share_weights(cell: Callable[..., Any]) -> Callable[..., Any]:
+    """The cell of a :class:`Bound`, for evaluations with gradients that end in one graph, like unrolled steps.
+
+    Its normalized weights are computed once for all of them. Not for evaluations that are checkpointed: each of these
+    must save the same tensors when it is run again.
+    """
+    if isinstance(cell, Bound):
+        return Bound(cell.cell, Scope(cell.scope, share_graph=True))
+    return cell
+
+
+@contextmanager
+def solve_scope() -> Iterator[None]:
+    """Keep dropout masks and normalized weights from one call to the next.
+
+    Solves do this on their own, each for itself. Use it where the same masks must hold beyond a solve::
+
+        with pydeq.nn.solve_scope():
+            z = deq(z0, x)
+            loss = task(z) + 0.5 * pydeq.jacobian_penalty(deq.cell, z, x)
+
+    Inside a scope it has no effect.
+    """
+    before = _active.scope
+    scope = before or Scope()
+    _active.scope = scope
+    try:
+        yield
+    finally:
+        _active.scope = before
+        if before is None:
+            scope.close()

@@ -1,0 +1,309 @@
+"""One step of restarted GMRES (Saad and Schultz 1986) on each sample, for affine f(z) = A z + v: M z = v, M = I - A.
+
+Every point that is evaluated is measured: its residual is g = f(y) - y = r(y), with r(y) = v - M y, and nothing else is
+taken for a residual. A cycle starts at a measured point x_0 with beta = ||r_0||, V = [r_0 / beta], and evaluates
+
+    y = x + d,   d = c (r + a share of the newest basis vector where r has next to none of it)
+
+where x is the point of x_0 + span(V) with the smallest residual r so far. c is ||d|| / ||M d|| of the direction before,
+so that r(y) is about as far from r as r is from 0: with c = 1, and a small ||M||, x would be extrapolated far beyond y,
+and a rounding error of f grow by 1 / ||M|| from step to step. By then f is known on x_0 + span of all
+directions d = y - x taken so far: M d = r - g. Since g lies in span(V) but for one new direction, which becomes the
+next basis vector, all points and residuals of the cycle are known by coordinates in V:
+
+    h = G^-1 V^T g,   G = V^T V;     v_new = (g - V h) / ||g - V h||;     g = V h + ||g - V h|| v_new
+
+and the least-squares problem is one of coordinates, in float64: of an orthonormal basis e_i of the images M d and the
+directions p_i with M p_i = e_i,
+
+    e = M d - sum_i <e_i, M d> e_i,   p = d - sum_i <e_i, M d> p_i,   both divided by ||e||
+    r <- r - <e_i, r> e_i,   x <- x + <e_i, r> p_i                    for every i
+
+Inner products are those of G, so that a basis which classical Gram-Schmidt has left with an error in its orthogonality
+is used for what it is: the error neither grows from vector to vector nor enters x, as g = V h + ... holds to rounding
+whatever the inner product. That error is eps (||g|| / ||g - V h||)^2, mostly of lengths, which come from 1 - h^T V^T g.
+Measured for 24 unknowns, the largest |G - I|: 1e-11 and, in float32, 2e-3 or less; 2e-10 and 4e-2 for
+A = .99 I + 1e-3 E, whose remainders are 1e-3 of g.
+
+A cycle is closed by evaluating x itself, and the next one starts there, from the residual measured there: where the
+known residual meets the tolerance or is below what rounding shows, where the basis has ``restart`` vectors, and where
+no new direction is found. So a solve that dense GMRES ends after k products with M takes at most k + 2 evaluations, the
+first of z0 and the last of the solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydeq.ops.registry import define, refuse_gradients, returns_nothing
+from pydeq.protocol import BREAKDOWN_EPSILONS, CONTRACTION, MARGIN, NEWEST_SHARE, Coordinate, Counter, Scalar
+from pydeq.termination import judge, report, settle
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What a measured residual adds to the cycles of R samples with n basis vectors each; lengths in units of beta."""
+
+    h: Tensor  # [R, n] coordinates of g / ||g||
+    remainder: Tensor  # [R] ||g - V h|| / ||g||; 0 where there is no new direction
+    image: Tensor  # [R, n + 1] e_{n-1}
+    direction: Tensor  # [R, n] p_{n-1}
+    x: Tensor  # [R, n]
+    rho: Tensor  # [R, n + 1] coordinates of r
+    known: Tensor  # [R] ||r||
+    gain: Tensor  # [R] ||d|| / ||M d||
+    usable: Tensor  # [R] whether M d was a new image; if not, x and rho are the old ones
+
+
+def extend(
+    gram: Tensor,
+    images: Tensor,
+    directions: Tensor,
+    x: Tensor,
+    rho: Tensor,
+    a: Tensor,
+    products: Tensor,
+    ratio: Tensor,
+    eps: float,
+) -> Extension:
+    """Take the residual measured at ``a`` into the least-squares problem; all float64.
+
+    Args:
+        gram: G, [R, n, n].
+        images, directions: e_i and p_i so far, [R, n - 1, n].
+        x, rho, a: Coordinates of x, of its residual, and of the point evaluated, [R, n].
+        products: V^T g / ||g||, [R, n].
+        ratio: ||g|| / beta, [R].
+        eps: Of the dtype that products are computed in.
+    """
+    n = x.shape[1]
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    h = products / diagonal
+    for _ in range(2):  # G is nearly diagonal: errors are squared, then cubed
+        h = h + (products - _apply(gram, h)) / diagonal
+    left = 1.0 - (h * products).sum(1)
+    remainder = torch.where(left > BREAKDOWN_EPSILONS * eps, left, 0.0).sqrt()
+
+    wide = torch.zeros(len(x), n + 1, n + 1, dtype=gram.dtype, device=gram.device)
+    wide[:, :n, :n] = gram
+    wide[:, n, n] = 1.0
+    longer = torch.nn.functional.pad
+    old = longer(rho, (0, 1))
+    e = old - ratio[:, None] * torch.cat([h, remainder[:, None]], 1)
+    p = a - x
+    scale = _norm(wide, old) + ratio
+    gain = _norm(gram, p) / _norm(wide, e)
+    basis = longer(images, (0, 1))
+    for _ in range(2):
+        for i in range(n - 1):
+            c = _inner(wide, basis[:, i], e)[:, None]
+            e, p = e - c * basis[:, i], p - c * directions[:, i]
+    length = _norm(wide, e)
+    usable = length > BREAKDOWN_EPSILONS * eps * scale
+    e, p = e / length[:, None], p / length[:, None]
+    r, moved = old, x
+    for i in range(n):
+        column, way = (basis[:, i], directions[:, i]) if i < n - 1 else (e, p)
+        c = _inner(wide, column, r)[:, None]
+        r, moved = r - c * column, moved + c * way
+    r, moved = torch.where(usable[:, None], r, old), torch.where(usable[:, None], moved, x)
+    return Extension(h, remainder, e, p, moved, r, _norm(wide, r), gain, usable)
+
+
+def _apply(gram: Tensor, u: Tensor) -> Tensor:
+    return (gram * u[:, None, :]).sum(2)
+
+
+def _inner(gram: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return (u * _apply(gram, v)).sum(1)
+
+
+def _norm(gram: Tensor, u: Tensor) -> Tensor:
+    return _inner(gram, u, u).clamp(min=0.0).sqrt()
+
+
+def gmres_step_reference(
+    z: Tensor,  # [B, D]
+    f: Tensor,  # [B, D]
+    next: Tensor,  # [B, D]
+    best: Tensor,  # [2, B, D]
+    iterate: Tensor,  # [B, D] float32 for half states, else empty
+    start: Tensor,  # [B, D]
+    basis: Sequence[Tensor],  # each [B, D]
+    gram: Tensor,  # [B, K, K]
+    images: Tensor,  # [B, K, K]
+    directions: Tensor,  # [B, K, K]
+    coordinates: Tensor,  # [B, len(Coordinate), K]
+    lengths: Tensor,  # [B]
+    scalars: Tensor,  # [B, len(Scalar)]
+    counters: Tensor,  # [B, len(Counter)]
+    progress: Tensor,  # [len(Progress)]
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    penultimate: bool,
+    restart: int,
+) -> None:
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last)
+    settle(z, f, next, best, verdict, None, 1.0)
+    exact = iterate.numel() > 0  # then z is the rounding of iterate
+    counters[verdict.retry, Counter.COUNT] = 0
+    if exact:
+        iterate.copy_(torch.where(verdict.retry[:, None], next.to(iterate.dtype), iterate))
+    position = iterate if exact else z
+    compute = torch.promote_types(z.dtype, torch.float32)
+    rounding = torch.finfo(compute).eps
+
+    def move(rows: Tensor, to: Tensor) -> None:
+        next[rows] = to.to(z.dtype)
+        if exact:
+            iterate[rows] = to.to(compute)
+
+    def begin(rows: Tensor, g: Tensor, size: Tensor) -> None:
+        """A cycle from the iterate, by a plain step; without one where the residual cannot be normalized."""
+        sound = (1.0 / size).to(compute).isfinite() & (size > 0)
+        start[rows] = position[rows]
+        counters[rows, Counter.COUNT] = sound.int()
+        # From a new best a plain step is the one a retry would take.
+        counters[rows, Counter.TRIED] |= verdict.improved[rows].int()
+        move(rows, f[rows])
+        rows, size = rows[sound], size[sound]
+        basis[0][rows] = (g[sound] / size[:, None]).to(compute)
+        gram[rows, 0, 0] = basis[0][rows].double().square().sum(1)
+        lengths[rows] = size
+        for name, value in ((Coordinate.MINIMUM, 0.0), (Coordinate.RESIDUAL, 1.0), (Coordinate.POINT, 1.0)):
+            coordinates[rows, name, 0] = value
+
+    samples = verdict.proceed.nonzero()[:, 0]
+    counts = counters[samples, Counter.COUNT]
+    for n in counts.unique().tolist():
+        rows = samples[counts == n]
+        g = (f[rows].to(compute) - position[rows]).double()
+        size = _size(g, z.dtype, scalars[rows, Scalar.RESIDUAL], exact)
+        if n == 0:
+            begin(rows, g, size)
+            continue
+        V = torch.stack([basis[i][rows].double() for i in range(n)], 1)  # [R, n, D]
+        beta = lengths[rows]
+        unit = torch.where(size > 0, size, 1.0)
+        products = (V * (g / unit[:, None])[:, None]).sum(2)
+        x, rho, a = (coordinates[rows, name, :n] for name in Coordinate)
+        old = _norm(gram[rows, :n, :n], rho)
+        ratio = size / beta
+        new = extend(
+            gram[rows, :n, :n], images[rows, : n - 1, :n], directions[rows, : n - 1, :n], x, rho, a, products, ratio,
+            rounding,
+        )  # fmt: skip
+        sound = torch.cat([new.h, new.x, new.rho], 1).isfinite().all(1)
+        norm = scalars[rows, Scalar.NORM]
+        tolerance = torch.minimum(atol + rtol * norm, CONTRACTION * scalars[rows, Scalar.FIRST])
+        target = torch.maximum(MARGIN * tolerance, torch.finfo(z.dtype).eps * norm) / beta
+        closes = (new.known <= target) | (new.remainder == 0) | ~new.usable | (n == restart)
+        closes |= (ratio > old) & penultimate
+
+        d = new.rho.clone()
+        least = NEWEST_SHARE * new.known
+        d[:, n] = torch.where(d[:, n].abs() < least, torch.copysign(least, d[:, n]), d[:, n])
+        point = torch.nn.functional.pad(new.x, (0, 1)) + new.gain[:, None] * d
+        closed, grows = sound & closes, sound & ~closes
+        counters[rows[closed], Counter.COUNT] = 0
+        to = start[rows].double() + beta[:, None] * (V * new.x[:, :, None]).sum(1)
+        move(rows[closed], to[closed])
+
+        if grows.any():
+            r, V, beta = rows[grows], V[grows], beta[grows]
+            newest = (g / unit[:, None])[grows] - (V * new.h[grows][:, :, None]).sum(1)
+            newest = (newest / new.remainder[grows][:, None]).to(compute)
+            basis[n][r] = newest
+            V = torch.cat([V, newest.double()[:, None]], 1)
+            move(r, start[r].double() + beta[:, None] * (V * point[grows][:, :, None]).sum(1))
+            row = (V * V[:, n:]).sum(2)
+            gram[r, n, : n + 1] = row
+            gram[r, : n + 1, n] = row
+            images[r, n - 1, : n + 1] = new.image[grows]
+            directions[r, n - 1, :n] = new.direction[grows]
+            directions[r, n - 1, n] = 0.0
+            images[r, : n - 1, n] = 0.0
+            directions[r, : n - 1, n] = 0.0
+            coordinates[r, Coordinate.MINIMUM, : n + 1] = torch.nn.functional.pad(new.x[grows], (0, 1))
+            coordinates[r, Coordinate.RESIDUAL, : n + 1] = new.rho[grows]
+            coordinates[r, Coordinate.POINT, : n + 1] = point[grows]
+            counters[r, Counter.COUNT] = n + 1
+        if not sound.all():
+            begin(rows[~sound], g[~sound], size[~sound])
+    report(progress, counters, step)
+
+
+def _size(g: Tensor, dtype: torch.dtype, residual: Tensor, exact: bool) -> Tensor:
+    """||g||, which for all but half states is the residual, measured without overflow."""
+    return g.square().sum(1).sqrt() if exact else residual
+
+
+_gmres_step = define(
+    "gmres_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) iterate, Tensor(e!) start,"
+    " Tensor(f!)[] basis, Tensor(g!) gram, Tensor(h!) images, Tensor(i!) directions, Tensor(j!) coordinates,"
+    " Tensor(k!) lengths, Tensor(l!) scalars, Tensor(m!) counters, Tensor(n!) progress, int step, float rtol,"
+    " float atol, float eps, bool freeze, bool stall, bool last, bool penultimate, int restart) -> ()",
+    gmres_step_reference,
+    returns_nothing,
+)
+
+
+def gmres_step(
+    z: Tensor,
+    f: Tensor,
+    next: Tensor,
+    best: Tensor,
+    iterate: Tensor,
+    start: Tensor,
+    basis: Sequence[Tensor],
+    gram: Tensor,
+    images: Tensor,
+    directions: Tensor,
+    coordinates: Tensor,
+    lengths: Tensor,
+    scalars: Tensor,
+    counters: Tensor,
+    progress: Tensor,
+    step: int,
+    rtol: float,
+    atol: float,
+    eps: float,
+    freeze: bool,
+    stall: bool,
+    last: bool,
+    penultimate: bool,
+    restart: int,
+) -> None:
+    """Measure f(z), decide for each sample whether it is done, and take a step of restarted GMRES.
+
+    Args:
+        z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last: As in
+            :func:`pydeq.ops.picard_step`.
+        iterate: The iterates in float32 where z is of a half type, [B, D]; else of no elements.
+        start: Where each sample's cycle starts, [B, D], float32 for half states.
+        basis: V, each vector [B, D] like ``start``; at least min(step + 1, restart) of them unless ``last``.
+        gram: V^T V, float64 [B, K, K] with K the largest number of basis vectors.
+        images, directions: Coordinates of e_i and p_i, float64 [B, K, K].
+        coordinates: By :class:`pydeq.protocol.Coordinate`, float64 [B, len(Coordinate), K].
+        lengths: beta, the unit of the coordinates, float64 [B].
+        penultimate: Whether exactly one evaluation follows. It is spent on the point with the smallest known residual
+            where the one after that is not expected to be better.
+        restart: Basis vectors of a cycle, at least 1.
+
+    Raises:
+        RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
+    """
+    refuse_gradients("gmres_step", z, f)
+    _gmres_step(
+        z, f, next, best, iterate, start, basis, gram, images, directions, coordinates, lengths, scalars, counters,
+        progress, step, rtol, atol, eps, freeze, stall, last, penultimate, restart,
+    )  # fmt: skip

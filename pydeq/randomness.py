@@ -1,0 +1,62 @@
+"""Randomness inside of a map: a map that draws anew at each call has no fixed point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+def random_modules(module: nn.Module) -> list[str]:
+    """Names of the submodules that draw a new mask at each call."""
+    names = []
+    for name, part in module.named_modules():
+        dropout = getattr(part, "p", 0.0) if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
+        if isinstance(part, _DropoutNd | nn.MultiheadAttention | nn.RNNBase) and dropout > 0:
+            names.append(name or type(part).__name__)
+    return names
+
+
+class Replayed:
+    """A map whose every call draws the same random numbers as its first.
+
+    The generators go on as if it had been called once.
+
+    Args:
+        fn: Draws from torch's own generators.
+        device: Where it draws, beside the CPU.
+    """
+
+    def __init__(self, fn: Callable[..., Any], device: torch.device) -> None:
+        self.fn, self.device = fn, device
+        self.states: list[tuple[Tensor, ...]] = []  # of the generators before the first call; shared by those of ``of``
+
+    def of(self, fn: Callable[..., Any]) -> Replayed:
+        """Another map that draws the same numbers."""
+        other = Replayed(fn, self.device)
+        other.states = self.states
+        return other
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.states:
+            self.states.append(self._get())
+            return self.fn(*args)
+        after = self._get()
+        self._set(self.states[0])
+        try:
+            return self.fn(*args)
+        finally:
+            self._set(after)
+
+    def _get(self) -> tuple[Tensor, ...]:
+        if self.device.type == "cuda":
+            return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
+        return (torch.get_rng_state(),)
+
+    def _set(self, state: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(state[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], self.device)

@@ -1,0 +1,54 @@
+"""Where sums over the entries of a state are completed: inner products, norms.
+
+Solvers do arithmetic entry by entry, but for these sums. So a solver whose sums all go through a :class:`Reduction`
+also solves for states that are sharded over processes: each process sums over the entries it has, the reduction over
+the processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Reduction:
+    """Completes sums over the entries that are here. This one: all entries are."""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The whole of partial sums."""
+        return partial
+
+    def max(self, partial: Tensor) -> Tensor:
+        """The whole of partial maxima; NaN where one is."""
+        return partial
+
+
+WHOLE = Reduction()
+
+
+def inner(a: Tensor, b: Tensor, reduction: Reduction = WHOLE) -> Tensor:
+    """<a, b> over the last dimension, in float64; what comes before broadcasts."""
+    return reduction.sum((a.double() * b.double()).sum(-1))
+
+
+def norms(vectors: Sequence[Tensor], reduction: Reduction = WHOLE) -> Tensor:
+    """Norms of the rows of each [B, D], float64 [len(vectors), B].
+
+    They overflow and underflow no earlier than the entries do.
+    """
+    if all(x.dtype != torch.float64 for x in vectors):  # the squares of every narrower type fit
+        return reduction.sum(torch.stack([x.double().square().sum(1) for x in vectors])).sqrt()
+    wide = [x.double() for x in vectors]
+    largest = torch.stack([x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0]) for x in wide])
+    largest = reduction.max(largest)
+    scale = torch.where(largest > 0, largest, 1.0)
+    # The reciprocal of a subnormal overflows, so divide.
+    squares = torch.stack([(x / s[:, None]).square().sum(1) for x, s in zip(wide, scale, strict=True)])
+    return scale * reduction.sum(squares).sqrt()
+
+
+def norm(x: Tensor) -> Tensor:
+    """Norms of the rows of [B, D], float64 [B]."""
+    return norms([x])[0]

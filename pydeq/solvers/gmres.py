@@ -1,0 +1,83 @@
+"""Restarted GMRES (Saad and Schultz 1986) for affine maps; the step is in :mod:`pydeq.ops.gmres_step`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydeq.keywords import suggests_keywords
+from pydeq.ops import gmres_step
+from pydeq.protocol import Coordinate
+from pydeq.solvers.base import Solver, Workspace, empty
+from pydeq.termination import Rules
+
+# Basis vectors allocated at once: enough for huge pages behind small states, few enough that little is left unused.
+_BLOCK = 3
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class GMRES(Solver):
+    """The generalized minimal residual method, for maps f(z) = A z + v: adjoint systems first of all.
+
+    x_k = argmin ||f(x) - x||  over  x in z0 + span(r, M r, ..., M^{k-1} r),   M = I - A,  r = f(z0) - z0
+
+    Every residual that decides anything is measured, at the point that is returned: where dense GMRES needs k products,
+    at most k + 2 evaluations are made, the first of z0 and the last of the solution. A map that is not affine is solved
+    as if it were, cycle by cycle, which need not converge; statuses and residuals stay true.
+
+    Args:
+        restart: Products of a cycle, at least 1; the next cycle starts from the smallest residual. Vectors are
+            allocated as they are used: k steps take k of them, and at most ``restart``.
+
+    Raises:
+        TypeError, ValueError: If restart is not an int or below 1.
+
+    Source: Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986); Jiranek, Rozloznik and Gutknecht, How to make
+    simpler GMRES and GCR more stable, SIAM J. Matrix Anal. Appl. 30 (2008), for directions along the residual.
+    """
+
+    restart: int = 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.restart, int) or isinstance(self.restart, bool):
+            raise TypeError(f"restart must be an int, got {type(self.restart).__name__}")
+        if self.restart < 1:
+            raise ValueError(f"restart must be at least 1, got {self.restart}")
+
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        return _GMRESWorkspace(flat, rules, max_steps, self)
+
+
+class _GMRESWorkspace(Workspace):
+    """At most min(k, restart) + 6 state vectors beside f after k steps; a float32 basis for half states."""
+
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: GMRES) -> None:
+        super().__init__(flat, rules, max_steps)
+        self.restart = solver.restart
+        self.wide = torch.promote_types(flat.dtype, torch.float32)
+        self.iterate = flat.to(self.wide) if self.wide != flat.dtype else flat.new_empty(0)
+        self.begin = empty(flat, *flat.shape, dtype=self.wide)
+        self.basis: list[Tensor] = []
+        # The last evaluation takes no step, and the one before it adds no vector that is used.
+        columns = self.capacity = max(1, min(solver.restart, max_steps - 1))
+        batch = flat.shape[0]
+        self.gram, self.images, self.directions = (
+            empty(flat, batch, columns, columns, dtype=torch.float64) for _ in range(3)
+        )
+        self.coordinates = empty(flat, batch, len(Coordinate), columns, dtype=torch.float64)
+        self.lengths = flat.new_empty(batch, dtype=torch.float64)
+
+    def step(self, f: Tensor, k: int) -> None:
+        rules, parity, left = self.rules, k % 2, self.max_steps - 1 - k
+        if left and k < self.restart and k == len(self.basis):
+            count = min(_BLOCK, self.capacity - k)
+            self.basis.extend(empty(f, count, *f.shape, dtype=self.wide).unbind())
+        gmres_step(
+            self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.begin, self.basis,
+            self.gram, self.images, self.directions, self.coordinates, self.lengths,
+            self.scalars, self.counters, self.progress,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, left == 0, left == 1, self.restart,
+        )  # fmt: skip

@@ -1,0 +1,399 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import pydeq
+
+# What a tolerance of 1e-12 on contractive maps leaves of a derivative, with room for its condition.
+TIGHT = {"rtol": 1e-12, "max_steps": 200}
+CLOSE = {"rtol": 1e-8, "atol": 1e-9}
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def cell_fn(z, weight, x):
+    return torch.tanh(z @ weight.T + x)
+
+
+class Cell(nn.Module):
+    def __init__(self, dim=4, seed=0):
+        super().__init__()
+        self.weight = nn.Parameter(0.2 * torch.randn(dim, dim, generator=generator(seed), dtype=torch.float64))
+        self.register_buffer("shift", torch.randn(dim, generator=generator(seed + 1), dtype=torch.float64))
+
+    def forward(self, z, x):
+        return cell_fn(z, self.weight, x + self.shift)
+
+
+class TupleCell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2, dtype=torch.float64)
+        self.b = nn.Linear(2, 3, dtype=torch.float64)
+        for p in self.parameters():
+            p.data.normal_(std=0.3, generator=generator(5))
+
+    def forward(self, z, x):
+        return torch.tanh(self.a(z[1]) + x[0]), torch.tanh(self.b(z[0]) + x["second"])
+
+
+def layer(cell, solver=None, **options):
+    adjoint = pydeq.Implicit(solver=pydeq.Broyden(), **TIGHT)
+    return pydeq.DEQ(cell, solver=solver or pydeq.Broyden(), adjoint=adjoint, **(TIGHT | options))
+
+
+def unrolled(weight, x, steps=300):
+    z = torch.zeros_like(x)
+    for _ in range(steps):
+        z = cell_fn(z, weight, x)
+    return z
+
+
+@pytest.fixture
+def problem():
+    weight = 0.2 * torch.randn(4, 4, generator=generator(0), dtype=torch.float64)
+    x = torch.randn(3, 4, generator=generator(1), dtype=torch.float64)
+    deq = layer(cell_fn)
+    return weight, x, lambda weight, x: deq(torch.zeros_like(x), weight, x)
+
+
+def square(f):
+    return lambda *args: (f(*args) ** 2).sum()
+
+
+FIRST = {"grad": grad, "jacrev": jacrev, "jacfwd": jacfwd}
+SECOND = {f"{a.__name__}({b.__name__})": (a, b) for a, b in itertools.product((jacrev, jacfwd), repeat=2)}
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("argnum", [0, 1])
+@pytest.mark.parametrize("solver", [pydeq.Picard(), pydeq.Anderson(), pydeq.Broyden()], ids=lambda s: type(s).__name__)
+def test_first_derivatives_are_those_of_an_unrolled_solve(problem, name, argnum, solver):
+    weight, x, _ = problem
+    deq = layer(cell_fn, solver)
+    transform = FIRST[name]
+    wrap = square if name == "grad" else (lambda f: f)
+    got = transform(wrap(lambda w, x: deq(torch.zeros_like(x), w, x)), argnums=argnum)(weight, x)
+    torch.testing.assert_close(got, transform(wrap(unrolled), argnums=argnum)(weight, x), **CLOSE)
+
+
+@pytest.mark.parametrize("name", SECOND)
+@pytest.mark.parametrize("argnum", [0, 1])
+def test_second_derivatives_in_any_mix_of_modes(problem, name, argnum):
+    weight, x, solve = problem
+    outer, inner = SECOND[name]
+    got = outer(inner(square(solve), argnums=0), argnums=argnum)(weight, x)
+    expected = outer(inner(square(unrolled), argnums=0), argnums=argnum)(weight, x)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_third_derivatives(problem):
+    weight, x, solve = problem
+    direction = torch.randn(4, 4, generator=generator(3), dtype=torch.float64)
+
+    def along(f):
+        return lambda t: square(f)(weight + t * direction, x)
+
+    t = torch.zeros((), dtype=torch.float64)
+    got = grad(grad(grad(along(solve))))(t)
+    expected = grad(grad(grad(along(unrolled))))(t)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_hessian_vector_product(problem):
+    weight, x, solve = problem
+    v = torch.randn(4, 4, generator=generator(3), dtype=torch.float64)
+
+    def product(f):
+        return jvp(grad(lambda w: square(f)(w, x)), (weight,), (v,))[1]
+
+    torch.testing.assert_close(product(solve), product(unrolled), **CLOSE)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0), (1, 2)], ids=str)
+def test_vmap_folds_into_the_batch(problem, in_dims):
+    weight, x, solve = problem
+    scales = torch.tensor([0.5, 1.0, 1.5, 0.1, 0.9], dtype=torch.float64)
+    weights, xs = (
+        t if dim is None else torch.stack([s * t for s in scales], dim)
+        for t, dim in zip((weight, x), in_dims, strict=True)
+    )
+    got = vmap(solve, in_dims)(weights, xs)
+    torch.testing.assert_close(got, vmap(unrolled, in_dims)(weights, xs), **CLOSE)
+    got = vmap(grad(square(solve), argnums=(0, 1)), in_dims)(weights, xs)
+    expected = vmap(grad(square(unrolled), argnums=(0, 1)), in_dims)(weights, xs)
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_vmap_of_vmap(problem):
+    weight, x, solve = problem
+    weights = torch.stack([weight, 0.5 * weight])
+    xs = torch.stack([x, 2.0 * x, -x])
+    got = vmap(vmap(solve, (None, 0)), (0, None))(weights, xs)
+    expected = torch.stack([torch.stack([unrolled(w, x) for x in xs]) for w in weights])
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_vmap_with_an_eager_backward(problem):
+    weight, x, solve = problem
+    weights = torch.stack([weight, 0.5 * weight]).requires_grad_()
+    vmap(solve, (0, None))(weights, x).square().sum().backward()
+    expected = vmap(grad(square(unrolled)), (0, None))(weights.detach(), x)
+    torch.testing.assert_close(weights.grad, expected, **CLOSE)
+
+
+def test_a_mapped_initial_state(problem):
+    weight, x, _ = problem
+    deq = layer(cell_fn)
+    z0 = torch.randn(2, 3, 4, generator=generator(9), dtype=torch.float64)
+    got = vmap(lambda z0: deq(z0, weight, x))(z0)
+    torch.testing.assert_close(got, unrolled(weight, x).expand(2, 3, 4), **CLOSE)
+
+
+def test_parameters_and_buffers_through_functional_call():
+    x = torch.randn(3, 4, generator=generator(1), dtype=torch.float64)
+    deq = layer(Cell())
+    state = dict(deq.named_parameters()) | dict(deq.named_buffers())
+    state = {name: value.detach() for name, value in state.items()}
+
+    def loss(state):
+        return functional_call(deq, state, (torch.zeros_like(x), x)).square().sum()
+
+    got = grad(loss)(state)
+    expected = grad(lambda w, b: unrolled(w, x + b).square().sum(), argnums=(0, 1))(*state.values())
+    torch.testing.assert_close(tuple(got.values()), expected, **CLOSE)
+
+    ensemble = {name: torch.stack([value, 0.5 * value]) for name, value in state.items()}
+    got = vmap(grad(loss))(ensemble)
+    for i in range(2):
+        expected = grad(loss)({name: value[i] for name, value in ensemble.items()})
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name][i], value, **CLOSE)
+
+
+def test_per_sample_gradients():
+    x = torch.randn(3, 4, generator=generator(1), dtype=torch.float64)
+    deq = layer(Cell())
+    state = {name: value.detach() for name, value in deq.state_dict().items()}
+
+    def loss(state, x):
+        return functional_call(deq, state, (torch.zeros_like(x[None]), x[None])).square().sum()
+
+    got = vmap(grad(loss), (None, 0))(state, x)["cell.weight"]
+    for i in range(3):
+        torch.testing.assert_close(got[i], grad(loss)(state, x[i])["cell.weight"], **CLOSE)
+
+
+def test_tuple_state_nested_context_and_constants():
+    deq = layer(TupleCell())
+    zeros = (torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64))
+    state = {name: value.detach() for name, value in deq.named_parameters()}
+    x = (torch.ones(2, 2, dtype=torch.float64), "constant")
+    second = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+
+    def solve(state, second):
+        z = functional_call(deq, state, (zeros, {0: x[0], "second": second}))
+        return z[0].sum() + z[1].square().sum()
+
+    def reference(state, second):
+        z = zeros
+        for _ in range(200):
+            z = functional_call(deq.cell, {k[5:]: v for k, v in state.items()}, (z, {0: x[0], "second": second}))
+        return z[0].sum() + z[1].square().sum()
+
+    for outer in (grad, jacfwd):
+        got, expected = (outer(f, argnums=(0, 1))(state, second) for f in (solve, reference))
+        torch.testing.assert_close(got, expected, **CLOSE)
+    torch.testing.assert_close(hessian(solve, 1)(state, second), hessian(reference, 1)(state, second), **CLOSE)
+
+
+def test_forward_mode_without_transforms(problem):
+    weight, x, solve = problem
+    tangent = torch.randn(3, 4, generator=generator(7), dtype=torch.float64)
+    with forward_ad.dual_level():
+        value, got = forward_ad.unpack_dual(solve(weight, forward_ad.make_dual(x, tangent)))
+    expected, along = jvp(lambda x: unrolled(weight, x), (x,), (tangent,))
+    torch.testing.assert_close((value, got), (expected, along), **CLOSE)
+
+
+def test_integer_inputs_pass_through():
+    table = torch.randn(5, 4, generator=generator(0), dtype=torch.float64)
+    deq = layer(lambda z, table, ids: 0.5 * torch.tanh(z + table[ids]))
+    ids = torch.tensor([0, 3, 3])
+    zeros = torch.zeros(3, 4, dtype=torch.float64)
+
+    def reference(table):
+        z = zeros
+        for _ in range(200):
+            z = 0.5 * torch.tanh(z + table[ids])
+        return z.sum()
+
+    got = grad(lambda table: deq(zeros, table, ids).sum())(table)
+    torch.testing.assert_close(got, grad(reference)(table), **CLOSE)
+    got = jacfwd(lambda table: deq(zeros, table, ids).sum())(table)
+    torch.testing.assert_close(got, grad(reference)(table), **CLOSE)
+
+
+def capturing(deq_of):
+    """x -> the layer whose cell captures 2 x."""
+
+    def solve(x: Tensor) -> Tensor:
+        scale = 0.1 * x
+        return deq_of(lambda z, y: torch.tanh(scale * z + y))(torch.zeros(3, 4, dtype=torch.float64), x).sum()
+
+    return solve
+
+
+@pytest.mark.parametrize("adjoint", [pydeq.Implicit(), pydeq.Phantom(2)], ids=["Implicit", "Phantom"])
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f, x: grad(f)(x),
+        lambda f, x: jvp(f, (x,), (x,)),
+        lambda f, x: vmap(f)(torch.stack([x, x])),
+        lambda f, x: vmap(grad(f))(torch.stack([x, x])),
+        lambda f, x: jacfwd(f)(x),
+        lambda f, x: hessian(f)(x),
+    ],
+    ids=["grad", "jvp", "vmap", "vmap of grad", "jacfwd", "hessian"],
+)
+def test_a_captured_tensor_raises_instead_of_giving_zero(transformed, adjoint):
+    solve = capturing(lambda cell: pydeq.DEQ(cell, adjoint=adjoint))
+    x = torch.randn(3, 4, generator=generator(2), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="captures a tensor"):
+        transformed(solve, x)
+
+
+def test_a_captured_leaf_raises_under_vmap():
+    weight = torch.eye(4, requires_grad=True)
+    deq = pydeq.DEQ(lambda z, x: 0.1 * z @ weight + x)
+    with pytest.raises(RuntimeError, match="captures a tensor"):
+        vmap(lambda x: deq(torch.zeros_like(x), x))(torch.ones(2, 3, 4))
+
+
+def test_a_bound_method_has_its_modules_parameters():
+    cell = Cell()
+    deq = layer(cell.forward)
+    x = torch.randn(2, 3, 4, generator=generator(1), dtype=torch.float64)
+    vmap(lambda x: deq(torch.zeros_like(x), x))(x).sum().backward()
+    got, cell.weight.grad = cell.weight.grad, None
+    deq(torch.zeros(6, 4, dtype=torch.float64), x.flatten(0, 1)).sum().backward()
+    torch.testing.assert_close(got, cell.weight.grad, **CLOSE)
+
+
+def test_fixed_point_itself_raises_under_transforms():
+    for transform in (grad, vmap):
+        with pytest.raises(RuntimeError, match=r"use pydeq\.DEQ"):
+            transform(lambda x: pydeq.fixed_point(lambda z: z + x, x).image.sum())(torch.ones(2, 3))
+
+
+def test_phantom_unrolls_under_transforms(problem):
+    weight, x, _ = problem
+    deq = pydeq.DEQ(cell_fn, adjoint=pydeq.Phantom(3), **TIGHT)
+    star = unrolled(weight, x)
+
+    def reference(weight, x):
+        z = star
+        for _ in range(3):
+            z = cell_fn(z, weight, x)
+        return z
+
+    def solve(weight, x):
+        return deq(torch.zeros_like(x), weight, x)
+
+    torch.testing.assert_close(grad(square(solve))(weight, x), grad(square(reference))(weight, x), **CLOSE)
+    torch.testing.assert_close(jacfwd(solve)(weight, x), jacfwd(reference)(weight, x), **CLOSE)
+    deq.adjoint = pydeq.Phantom(3, form="neumann")
+    with pytest.raises(RuntimeError, match='form="unroll"'):
+        grad(square(solve))(weight, x)
+
+
+def test_the_solution_comes_out_of_a_transform(problem):
+    weight, x, _ = problem
+    deq = layer(cell_fn)
+
+    solutions = []
+
+    def loss(weight):
+        z, solution = deq(torch.zeros_like(x), weight, x, return_solution=True)
+        solutions.append(solution)
+        return z.sum(), solution.residual
+
+    _, residual = grad(loss, has_aux=True)(weight)
+    (solution,) = solutions
+    assert (residual < 1e-10).all()
+    assert solution.converged.all()
+    assert solution.backward.converged.all()
+    assert solution.nfe > 1
+
+
+def test_evaluations_run_in_the_autocast_state_of_the_forward():
+    dtypes = set()
+
+    def cell(z, weight, x):
+        product = z @ weight
+        dtypes.add(product.dtype)
+        return torch.tanh(product + x)
+
+    deq = pydeq.DEQ(cell, rtol=1e-2)
+    weight, x = 0.2 * torch.eye(4), torch.ones(3, 4)
+
+    def solve(weight):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return deq(torch.zeros(3, 4), weight, x)
+
+    value, backward = torch.func.vjp(solve, weight)
+    (gradient,) = backward(torch.ones_like(value))
+    assert dtypes == {torch.bfloat16}
+    assert gradient.dtype == torch.float32
+    expected = grad(lambda w: unrolled(w.T, x).sum())(weight)
+    torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.05)
+
+
+def test_shared_modules_and_tied_parameters():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4, dtype=torch.float64)
+            self.again = self.first
+            self.other = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+            self.other.weight = self.first.weight
+
+        def forward(self, z, x):
+            return torch.tanh(0.2 * (self.first(z) + self.again(x) + self.other(z)))
+
+    deq = layer(Tied())
+    x = torch.randn(3, 4, generator=generator(1), dtype=torch.float64)
+    gradients = []
+    for solve in (deq, lambda z, x: vmap(deq)(z[None], x[None])):
+        solve(torch.zeros_like(x), x).square().sum().backward()
+        gradients.append({name: p.grad for name, p in deq.named_parameters()})
+        deq.zero_grad()
+    eager, mapped = gradients
+    assert list(mapped) == ["cell.first.weight", "cell.first.bias"]
+    torch.testing.assert_close(mapped, eager, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [pydeq.Shine(), pydeq.Unrolled(), pydeq.Reversible()], ids=lambda a: type(a).__name__
+)
+def test_other_adjoints_say_that_they_do_not_work(adjoint):
+    name = type(adjoint).__name__
+    solver = pydeq.Broyden() if isinstance(adjoint, pydeq.Shine) else None
+    deq = pydeq.DEQ(lambda z, x: 0.5 * z + x, solver=solver, adjoint=adjoint)
+    with pytest.raises(RuntimeError, match=rf"{name} does not work under torch\.func.*use pydeq\.Implicit"):
+        grad(lambda x: deq(torch.zeros_like(x), x).sum())(torch.ones(2, 3))
+
+
+def test_states_along_the_way_are_refused(problem):
+    _, x, _ = problem
+    deq = layer(lambda z, x: 0.5 * z + x, states_at=[2])
+    with pytest.raises(RuntimeError, match="states_at"):
+        vmap(lambda x: deq(torch.zeros_like(x), x))(x[None])

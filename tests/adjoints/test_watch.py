@@ -1,0 +1,53 @@
+import warnings
+
+import pytest
+import torch
+
+import pydeq
+
+
+def slow(adjoint):
+    """A layer whose backward is as slow as its forward: J = 0.99 I."""
+    return pydeq.DEQ(lambda z, x: 0.99 * z.roll(1, 1) + x, solver=pydeq.Broyden(), adjoint=adjoint, rtol=1e-6)
+
+
+def backward(deq, scale=1.0):
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z, solution = deq(torch.zeros_like(x), x, return_solution=True)
+    (scale * z * torch.linspace(-1, 1, 40)).sum().backward()
+    return solution, x.grad
+
+
+def test_a_backward_solve_that_does_not_converge_warns_once_for_its_settings():
+    deq = slow(pydeq.Implicit(max_steps=3, rtol=1.1e-6))
+    with pytest.warns(pydeq.ConvergenceWarning, match=r"Implicit\(.*max_steps=3.*increase its max_steps"):
+        solution, _ = backward(deq)
+    assert (solution.backward.status == pydeq.Status.MAX_STEPS).all()
+    backward(deq)  # again: warnings are errors
+    with pytest.warns(pydeq.ConvergenceWarning, match="max_steps=4"):
+        backward(slow(pydeq.Implicit(max_steps=4, rtol=1.1e-6)))
+
+
+def test_a_converged_backward_says_nothing():
+    solution, _ = backward(slow(pydeq.Implicit(solver=pydeq.Broyden(), max_steps=200)))
+    assert solution.backward.converged.all()
+
+
+def test_an_overflow_is_not_warned_about():
+    solution, gradient = backward(slow(pydeq.Implicit(solver=pydeq.Broyden(), max_steps=201)), scale=torch.inf)
+    assert (solution.backward.status == pydeq.Status.NONFINITE).all()
+    assert gradient.isnan().any()
+
+
+def test_under_transforms_too():
+    deq = slow(pydeq.Implicit(max_steps=3, rtol=1.2e-6))
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+
+    def loss(x):
+        return (deq(torch.zeros_like(x), x) * torch.linspace(-1, 1, 40)).sum()
+
+    with pytest.warns(pydeq.ConvergenceWarning):
+        torch.func.grad(loss)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.func.grad(loss)(x)
