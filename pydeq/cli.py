@@ -24,12 +24,25 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def migrate(arguments: argparse.Namespace) -> int:
+    """Find, and rewrite, imports of torchdeq and of locuslab/deq's solvers."""
+    from pydeq.compat.migrate import migrate as run
+
+    return run(arguments.paths, arguments.write)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
     top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
     commands = top.add_subparsers(title="commands", dest="command", required=True)
     command = commands.add_parser("info", help="say which kernels run, on which versions and machine")
     command.set_defaults(run=info)
+    command = commands.add_parser(
+        "migrate", help="move imports of torchdeq and of locuslab/deq's lib.solvers to pydeq.compat"
+    )
+    command.add_argument("paths", nargs="+", metavar="FILE", help="a file, or a folder with *.py files")
+    command.add_argument("--write", action="store_true", help="rewrite the files instead of listing what would change")
+    command.set_defaults(run=migrate)
     return top
 
 

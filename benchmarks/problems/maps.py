@@ -71,3 +71,14 @@ def elementwise(batch: int, dim: int) -> Problem:
         return torch.addcmul(x, slopes, z).tanh_()
 
     return Problem(f"{batch}x{dim}", f"({batch}, {dim})", fn, torch.zeros(batch, dim))
+
+
+def diagonal(batch: int, dim: int) -> Problem:
+    """z = a z + x entry by entry, with slopes a that fill [-0.9, 0.9]: one pass over the state."""
+    slopes = torch.linspace(-0.9, 0.9, dim)
+    x = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0))
+
+    def fn(z: Tensor) -> Tensor:
+        return torch.addcmul(x, slopes, z)
+
+    return Problem(f"diagonal.{batch}x{dim}", f"a z + x, ({batch}, {dim})", fn, torch.zeros(batch, dim))

@@ -40,6 +40,11 @@ SECTIONS: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {
         " the model must answer after so many evaluations of its cell.",
         (("accuracy", "Test accuracy against evaluations allowed, and spectral radius against epoch"),),
     ),
+    "compat": (
+        "Moving over",
+        "The same user code with torchdeq and with pydeq.compat.torchdeq, its replacement.",
+        (),
+    ),
 }
 
 STYLE = """

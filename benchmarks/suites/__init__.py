@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.suites import digits, importing, kernels, memory, nfe, overhead
+from benchmarks.suites import compat, digits, importing, kernels, memory, nfe, overhead
 from benchmarks.suites.base import Context
 
 SUITES: dict[str, Callable[[Context], None]] = {
@@ -14,6 +14,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
     "memory": memory.run,
     "import": importing.run,
     "digits": digits.run,
+    "compat": compat.run,
 }
 
 __all__ = ["SUITES", "Context"]

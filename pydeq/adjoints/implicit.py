@@ -88,6 +88,12 @@ class Implicit(Adjoint):
         output, at = attach(self, problem.fn, solution.image, problem.context, solution, problem.memory, problem.shared)
         return Attached(output, solution, at)
 
+    def solve_adjoint(
+        self, fn: Callable[..., Any], start: State, v: Sequence[Tensor], options: dict[str, Any]
+    ) -> Solution:
+        """Solve the adjoint system u = fn(u, *v) from ``start``; no gradient."""
+        return fixed_point(fn, start, *v, **options)
+
 
 def attach(
     settings: Implicit,
@@ -146,12 +152,9 @@ class _Problem:
         settings = self.settings
         start = self._start(v)
         with self.autocast.again():  # which says how exact J is
-            solution = fixed_point(
-                self._adjoint(at),
-                start if self.layout.is_tuple else start[0],
-                *v,
-                **settings.options(self.autocast.coarsest(self.layout.dtype)),
-                **self.shared,
+            options = settings.options(self.autocast.coarsest(self.layout.dtype)) | self.shared
+            solution = settings.solve_adjoint(
+                self._adjoint(at), start if self.layout.is_tuple else start[0], v, options
             )
         if self.solution is not None:
             self.solution.backward = solution

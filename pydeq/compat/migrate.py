@@ -1,0 +1,78 @@
+"""``python -m pydeq migrate``: find, and rewrite, a code base's imports of torchdeq and of locuslab/deq's solvers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+def migrate(paths: Sequence[str], write: bool) -> int:
+    """Report, and with ``write`` rewrite, the imports in some files and in the ``*.py`` files of some folders.
+
+    Args:
+        paths: Files and folders.
+        write: Whether to change them.
+
+    Returns:
+        The exit status: 0, or 1 where a file could not be read or parsed, or 2 without libcst.
+    """
+    try:
+        from pydeq.compat.rewriting import UnparsableError, rewrite
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "libcst":
+            raise
+        print("pydeq migrate needs libcst: pip install libcst, or pip install 'pydeq[migrate]'", file=sys.stderr)
+        return 2
+
+    status = files = changed = imports = doubts = 0
+    for path in _files(paths):
+        files += 1
+        try:
+            source = path.read_bytes()
+            found = rewrite(source)
+        except (OSError, UnparsableError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        imports += len(found.changes)
+        doubts += len(found.doubts)
+        for line, before, after in found.changes:
+            print(f"{path}:{line}: {before}  ->  {after}")
+        for line, text in found.doubts:
+            print(f"{path}:{line}: not understood: {text}")
+        if found.source != source:
+            changed += 1
+            if write:
+                _replace(path, found.source)
+    verb = "rewritten" if write else "to rewrite"
+    print(f"{files} files: {imports} imports {verb} in {changed} of them, {doubts} places not understood")
+    if imports and not write:
+        print("--write rewrites them")
+    return status
+
+
+def _files(paths: Sequence[str]) -> Iterator[Path]:
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            yield from sorted(found for found in path.rglob("*.py") if found.is_file())
+        else:
+            yield path
+
+
+def _replace(path: Path, source: bytes) -> None:
+    """Write a file in one step, with the permissions that it has."""
+    path = path.resolve()
+    mode = path.stat().st_mode
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(source)
+        os.chmod(scratch, mode)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise

@@ -1,0 +1,32 @@
+"""Whether the originals' own iterates are asked for, instead of pydeq's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_active: ContextVar[bool] = ContextVar("pydeq.compat.legacy", default=False)
+
+
+@contextmanager
+def legacy(enabled: bool = True) -> Iterator[None]:
+    """Reproduce the originals' iterates to rounding inside a ``with`` statement.
+
+    The solvers of :mod:`pydeq.compat` then take the originals' steps, stop where they stop and return what they
+    return, without their crashes; their power methods use the originals' Rayleigh quotient. A layer's backward pass
+    follows the mode of its forward pass. ``legacy=True`` does the same for one call.
+
+    Args:
+        enabled: False asks for pydeq's numerics inside of a legacy block.
+    """
+    token = _active.set(enabled)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def is_legacy(asked: bool | None = None) -> bool:
+    """Whether to reproduce the original: as ``asked`` for, else as the block around says."""
+    return _active.get() if asked is None else bool(asked)

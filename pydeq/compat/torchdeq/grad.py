@@ -1,0 +1,162 @@
+"""How states get gradients: implicitly, or by phantom steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pydeq.adjoints import Implicit
+from pydeq.adjoints.implicit import attach
+from pydeq.compat.mode import is_legacy, legacy
+from pydeq.compat.processes import flatten
+from pydeq.compat.torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
+from pydeq.protocol import Counter, Scalar, Status
+from pydeq.solution import Solution
+from pydeq.state import State
+
+__all__ = ["backward_factory"]
+
+T = TypeVar("T")
+
+_OWN = (anderson_solver, broyden_solver, fixed_point_iter)
+
+
+def make_pair(target: Sequence[Any], source: Sequence[T]) -> Sequence[T]:
+    """``source`` with an entry for each of ``target``; a single one is repeated.
+
+    Raises:
+        ValueError: If the lengths do not allow it.
+    """
+    if len(target) == len(source):
+        return source
+    if len(source) == 1:
+        return [source[0]] * len(target)
+    raise ValueError(f"grad must have one entry, or one for each of {len(target)} states, got {len(source)}")
+
+
+@dataclass(frozen=True, eq=False)  # its options have no hash
+class SolverImplicit(Implicit):
+    """Implicit differentiation whose adjoint is solved by a solver of this package's kind.
+
+    Args:
+        b_solver: Called as b_solver(func, x0, **b_solver_kwargs).
+        b_solver_kwargs: Its options.
+        writer: Called with the statistics of each solve.
+        reproduce: Whether to reproduce the original's iterates.
+    """
+
+    b_solver: Callable[..., Any] = fixed_point_iter
+    b_solver_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    writer: Callable[[Any], Any] | None = None
+    reproduce: bool = False
+
+    def solve_adjoint(
+        self, fn: Callable[..., Any], start: State, v: Sequence[Tensor], options: dict[str, Any]
+    ) -> Solution:
+        """Solve u = fn(u, *v) by ``b_solver``; its own options count, not pydeq's."""
+        assert isinstance(start, Tensor)
+        calls = 0
+
+        def func(u: Tensor, tau: float = 1.0) -> Tensor:
+            nonlocal calls
+            calls += 1
+            image = fn(u, *v)
+            return image if tau == 1.0 else tau * image + (1 - tau) * u
+
+        if self.b_solver not in _OWN or self.reproduce:  # others may rely on starting from 0
+            start = torch.zeros_like(start)
+        with legacy(self.reproduce):  # backward may run in a thread of its own
+            u, _, info = self.b_solver(func, start, **self.b_solver_kwargs)
+        if self.writer:
+            self.writer(info)
+        u = u.detach()
+        lowest = info["abs_lowest"].detach().double().expand(len(u))
+        finite = flatten(u).isfinite().all(1) & lowest.isfinite()
+        scalars = lowest.new_zeros(len(u), len(Scalar))
+        scalars[:, Scalar.BEST], scalars[:, Scalar.BEST_NORM] = lowest, flatten(u).double().norm(dim=1)
+        counters = torch.zeros(len(u), len(Counter), dtype=torch.int32, device=u.device)
+        counters[:, Counter.STATUS] = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE)).int()
+        return Solution(u, u, calls, scalars, counters, None)
+
+
+@dataclass(frozen=True)
+class ImplicitGradient:
+    """One evaluation at the state, with the gradients of the fixed point."""
+
+    b_solver: Callable[..., Any]
+    b_solver_kwargs: Mapping[str, Any]
+
+    def __call__(self, trainer: Any, func: Callable[..., Any], z_pred: Any, writer: Any = None, **kwargs: Any) -> list:
+        if not torch.is_grad_enabled():
+            return [func(z_pred)]
+        settings = SolverImplicit(
+            b_solver=self.b_solver, b_solver_kwargs=self.b_solver_kwargs, writer=writer, reproduce=is_legacy()
+        )
+        z = z_pred.detach()
+        if z.dim():
+            return [attach(settings, func, z, ())[0]]
+        y, _ = attach(settings, lambda z: func(z[0])[None], z[None], ())
+        assert isinstance(y, Tensor)
+        return [y[0]]
+
+
+@dataclass(frozen=True)
+class PhantomGradient:
+    """A few damped evaluations from the state, with the graph through them.
+
+    Args:
+        steps: How many.
+        tau: Damping.
+        sup_gap: If above 0, every so many steps a state is returned.
+        sup_loc: Else the states after these steps, and the last one.
+    """
+
+    steps: int
+    tau: float
+    sup_gap: int
+    sup_loc: tuple[int, ...]
+
+    def __call__(self, trainer: Any, func: Callable[..., Any], z_pred: Any, **kwargs: Any) -> list:
+        states = []
+        for k in range(1, self.steps + 1):
+            z_pred = func(z_pred, tau=self.tau)
+            if k % self.sup_gap == 0 if self.sup_gap > 0 else k in self.sup_loc:
+                states.append(z_pred)
+        if self.sup_gap <= 0 or not states:
+            states.append(z_pred)
+        return states
+
+
+def backward_factory(
+    grad_type: str | int = "ift",
+    hook_ift: bool = False,
+    b_solver: Callable[..., Any] | None = None,
+    b_solver_kwargs: Mapping[str, Any] | None = None,
+    sup_gap: int = -1,
+    sup_loc: Sequence[int] | None = None,
+    tau: float = 1.0,
+    **grad_factory_kwargs: Any,
+) -> Callable[..., list]:
+    """A function (trainer, func, z, writer=None) -> list of states with gradients.
+
+    Args:
+        grad_type: "ift" for implicit differentiation, or the steps of a phantom gradient.
+        hook_ift: No meaning here: implicit differentiation needs no hook.
+        b_solver: Solver of the adjoint; fixed-point iteration by default.
+        b_solver_kwargs: Its options.
+        sup_gap, sup_loc: Which states of the phantom steps to return.
+        tau: Damping of the phantom steps.
+        grad_factory_kwargs: Ignored.
+
+    Raises:
+        AssertionError: If grad_type is neither.
+    """
+    if grad_type == "ift":
+        return ImplicitGradient(b_solver or fixed_point_iter, dict(b_solver_kwargs or {}))
+    if not isinstance(grad_type, int) or grad_type < 1:
+        raise AssertionError(f"grad must be at least 1, got {grad_type!r}")
+    return PhantomGradient(grad_type, tau, sup_gap, tuple(sup_loc or ()))

@@ -1,0 +1,104 @@
+"""What the norms share: a weight made of parameters, kept as a plain attribute of its module between two resets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TARGETS = {
+    nn.Linear: ("weight", 0),
+    nn.Conv1d: ("weight", 0),
+    nn.Conv2d: ("weight", 0),
+    nn.Conv3d: ("weight", 0),
+    nn.ConvTranspose1d: ("weight", 1),
+    nn.ConvTranspose2d: ("weight", 1),
+    nn.ConvTranspose3d: ("weight", 1),
+}
+
+
+class WeightRule(ABC):
+    """w <- w * min(clip_value, scale / norm(w)), the minimum where ``clip``.
+
+    Args:
+        names: Weights of the module.
+        dims: For each the dimension of its outputs.
+        learn_scale: Whether scale is a parameter; else it is ``target_norm``.
+        target_norm: Scale.
+        clip: Whether the factor is bounded.
+        clip_value: Its bound.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        dims: Sequence[int],
+        learn_scale: bool = True,
+        target_norm: float = 1.0,
+        clip: bool = False,
+        clip_value: float = 1.0,
+    ) -> None:
+        self.names, self.dims = names, dims
+        self.learn_scale, self.target_norm = learn_scale, target_norm
+        self.clip, self.clip_value = clip, clip_value
+
+    @abstractmethod
+    def weight(self, module: nn.Module, name: str, dim: int, learn: bool) -> Tensor:
+        """The normed weight, with a graph; ``learn`` allows to update running estimates."""
+
+    @abstractmethod
+    def parameters(self, name: str) -> tuple[str, ...]:
+        """The names of what the weight is made of."""
+
+    def scaled(self, module: nn.Module, name: str, weight: Tensor, norm: Tensor) -> Tensor:
+        """``weight`` times its factor."""
+        factor = (getattr(module, name + "_g") if self.learn_scale else self.target_norm) / norm
+        return weight * (factor.clamp(max=self.clip_value) if self.clip else factor)
+
+    def __call__(self, module: nn.Module) -> None:
+        """Compute the weights of ``module`` anew."""
+        for name, dim in zip(self.names, self.dims, strict=True):
+            hold(module, name, self.weight(module, name, dim, module.training))
+
+    def remove(self, module: nn.Module) -> None:
+        """Make the weights of ``module`` plain parameters."""
+        for name, dim in zip(self.names, self.dims, strict=True):
+            with torch.no_grad():
+                weight = self.weight(module, name, dim, False)
+            delattr(module, name)
+            for part in self.parameters(name):
+                delattr(module, part)
+            module.register_parameter(name, nn.Parameter(weight.detach()))
+
+
+def hold(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Make ``weight`` an attribute of ``module``.
+
+    With a graph behind it, torch refuses to copy it; a copy of the module holds its value until the next reset.
+    """
+    weight.__deepcopy__ = lambda memo, weight=weight: weight.detach().clone()  # pyright: ignore
+    setattr(module, name, weight)
+
+
+def named(targets: dict[type, Any], module: nn.Module, names: Any, dims: Any) -> tuple[list[str], list[int]]:
+    """The weights of ``module`` to norm, and their dimensions, as lists."""
+    if names is None or dims is None:
+        names, dims = targets[type(module)]
+    names, dims = [names] if isinstance(names, str) else list(names), [dims] if isinstance(dims, int) else list(dims)
+    if len(names) != len(dims):
+        raise AssertionError(f"names and dims must be of one length, got {len(names)} and {len(dims)}")
+    return names, dims
+
+
+def shared_options(args: Any, learn_scale: bool, target_norm: float, clip: bool, clip_value: float) -> dict[str, Any]:
+    """The options of every norm, where ``args`` has them from there."""
+    get = (args or {}).get
+    return {
+        "learn_scale": not get("norm_no_scale", not learn_scale),
+        "target_norm": get("norm_target_norm", target_norm),
+        "clip": get("norm_clip", clip),
+        "clip_value": get("norm_clip_value", clip_value),
+    }

@@ -1,0 +1,396 @@
+"""Norms, dropout, losses, estimates, configuration: the contract on replacement and original; then what is better."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pydeq.compat
+
+NORMS = ("weight_norm", "spectral_norm")
+MODULES = {
+    "linear": lambda: nn.Linear(4, 3),
+    "conv": lambda: nn.Conv2d(2, 3, 3),
+    "transposed": lambda: nn.ConvTranspose1d(2, 3, 3),
+}
+
+# fmt: off
+NAMES = [
+    "get_deq", "reset_deq", "register_deq",
+    "add_deq_args", "mem_gc", "mixed_init",
+    "get_solver", "register_solver", "jac_reg",
+    "power_method", "solver_stat_from_final_step", "fp_correction",
+    "register_weight_func", "apply_norm", "reset_norm",
+    "remove_norm", "register_norm", "register_norm_module",
+    "VariationalDropout", "VariationalDropout1d", "VariationalDropout2d",
+    "VariationalDropout3d", "VariationalDropToken1d", "VariationalDropToken2d",
+    "VariationalDropToken3d", "reset_dropout", "core.DEQBase",
+    "core.DEQSliced", "core.DEQIndexing", "core.get_deq",
+    "solver.get_solver", "solver.stat.SolverStat", "solver.anderson.anderson_solver",
+    "solver.broyden.broyden_solver", "solver.fp_iter.fixed_point_iter", "solver.fp_iter.simple_fixed_point_iter",
+    "norm.apply_norm", "norm.weight_norm.WeightNorm", "norm.spectral_norm.SpectralNorm",
+    "loss.fp_correction", "loss.jac_reg", "loss.power_method",
+    "loss.jacobian.jac_reg", "loss.correction.fp_correction", "utils.mem_gc",
+    "utils.config.DEQConfig", "utils.arg_utils.add_deq_args", "utils.layer_utils.deq_decorator",
+    "grad.backward_factory", "dropout.VariationalDropout",
+]
+# fmt: on
+
+
+def test_names_and_submodules(td):
+    for path in NAMES:
+        thing = td
+        for name in path.split("."):
+            thing = getattr(thing, name)
+        assert callable(thing)
+
+
+def test_every_public_name_of_the_original_is_here(original, new):
+    names = {name for name in dir(original) if not name.startswith("_")}
+    modules = {name for name in names if inspect.ismodule(getattr(original, name))}
+    assert not {name for name in names - modules if not hasattr(new, name)}
+    assert modules >= {"core", "solver", "grad", "norm", "loss", "utils", "dropout"}
+
+
+# Norms
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_weight_norm(td, kind):
+    torch.manual_seed(0)
+    module = MODULES[kind]()
+    before, dim = module.weight.detach().clone(), int(kind == "transposed")
+    td.apply_norm(module)
+    assert {name for name, _ in module.named_parameters()} == {"weight_g", "weight_v", "bias"}
+    torch.testing.assert_close(module.weight.detach(), before)
+    assert module.weight_g.shape == tuple(size if i == dim else 1 for i, size in enumerate(before.shape))
+    with torch.no_grad():
+        module.weight_g.mul_(2)
+    torch.testing.assert_close(module.weight.detach(), before)  # until the reset
+    td.reset_norm(module)
+    torch.testing.assert_close(module.weight.detach(), 2 * before)
+    module.weight.sum().backward()
+    assert module.weight_g.grad is not None
+    td.remove_norm(module)
+    assert isinstance(module.weight, nn.Parameter)
+    torch.testing.assert_close(module.weight.detach(), 2 * before)
+    assert {name for name, _ in module.named_parameters()} == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("learn", [True, False])
+def test_spectral_norm(td, kind, learn):
+    torch.manual_seed(0)
+    module = MODULES[kind]()
+    before, dim = module.weight.detach().clone(), int(kind == "transposed")
+    td.apply_norm(module, "spectral_norm", learn_scale=learn, target_norm=0.5)
+    names = {"weight_orig", "bias"} | ({"weight_g"} if learn else set())
+    assert {name for name, _ in module.named_parameters()} == names
+    assert {name for name, _ in module.named_buffers()} == {"weight_u", "weight_v"}
+    for _ in range(200):
+        td.reset_norm(module)
+    sigma = torch.linalg.matrix_norm(before.movedim(dim, 0).flatten(1), 2)
+    torch.testing.assert_close(module.weight.detach(), 0.5 * before / sigma, rtol=1e-3, atol=1e-5)
+    module.eval()
+    u = module.weight_u.clone()
+    td.reset_norm(module)
+    assert torch.equal(module.weight_u, u)
+    td.remove_norm(module)
+    assert {name for name, _ in module.named_parameters()} == {"weight", "bias"}
+    assert not list(module.buffers())
+
+
+def test_norm_options(td):
+    linear = nn.Linear(4, 4)
+    td.apply_norm(
+        linear, args={"norm_no_scale": True, "norm_target_norm": 3.0, "norm_clip": True, "norm_clip_value": 0.1}
+    )
+    assert not hasattr(linear, "weight_g")
+    torch.testing.assert_close(linear.weight, 0.1 * linear.weight_v)
+    linear = nn.Linear(4, 4)
+    td.apply_norm(linear, norm_type="none")
+    assert isinstance(linear.weight, nn.Parameter)
+    with pytest.raises(AssertionError):
+        td.apply_norm(linear, "other_norm")
+    model = nn.ModuleDict({"embedding": nn.Linear(2, 2), "body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    td.apply_norm(model, filter_out="bed", prefix_filter_out=["head"])
+    assert [hasattr(module, "weight_v") for module in model.values()] == [False, True, False]
+
+
+def test_norms_of_ones_own(td):
+    class Halved:
+        _target_modules = {}  # noqa: RUF012
+
+        @classmethod
+        def apply(cls, module, deq_args=None, **kwargs):
+            return cls()
+
+        def __call__(self, module):
+            module.resets = getattr(module, "resets", 0) + 1
+
+        def remove(self, module):
+            del module.resets
+
+    td.register_norm("halved", Halved)
+    td.register_norm_module(nn.Linear, "halved", "weight", 0)
+    assert Halved._target_modules == {nn.Linear: ("weight", 0)}
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    td.apply_norm(model, "halved")
+    td.reset_deq(model)
+    td.reset_norm(model)
+    assert model[0].resets == 2
+    td.remove_norm(model)
+    assert not hasattr(model[0], "resets")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_checkpoints_are_exchanged(original, new, norm):
+    torch.manual_seed(0)
+    theirs, ours = nn.Conv1d(2, 3, 3), nn.Conv1d(2, 3, 3)
+    original.apply_norm(theirs, norm)
+    new.apply_norm(ours, norm)
+    ours.load_state_dict(theirs.state_dict())
+    for model, package in ((ours, new), (theirs, original)):
+        package.reset_norm(model.train())
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_normed_modules_are_copied(new, norm):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(1, 1, 1))
+    new.apply_norm(model, norm)
+    new.reset_norm(model)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(again[0].weight, model[0].weight.detach())
+    new.reset_norm(again)
+    again[0].weight.sum().backward()
+    assert again[0].weight_g.grad is not None
+    assert model[0].weight_g.grad is None
+    copy.deepcopy(again)
+
+
+def test_norming_twice_changes_nothing(new):
+    linear = nn.Linear(3, 3)
+    new.apply_norm(linear)
+    new.apply_norm(linear)
+    assert {name for name, _ in linear.named_parameters()} == {"weight_g", "weight_v", "bias"}
+
+
+# Dropout
+
+SHARED = {  # name -> dimensions along which the mask is constant, token_first and not
+    "VariationalDropout1d": ((1,), (2,)),
+    "VariationalDropout2d": ((1, 2), (2, 3)),
+    "VariationalDropout3d": ((1, 2, 3), (2, 3, 4)),
+    "VariationalDropToken1d": ((2,), (1,)),
+    "VariationalDropToken2d": ((3,), (1,)),
+    "VariationalDropToken3d": ((4,), (1,)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("token_first", [True, False])
+def test_dropout_shares_its_mask(td, name, token_first):
+    torch.manual_seed(0)
+    dropout = getattr(td, name)(0.4, token_first=token_first)
+    shared = SHARED[name][not token_first]
+    x = torch.ones(50, *range(6, 6 + int(name[-2]) + 1))
+    y = dropout(x)
+    assert ((y == 0) | torch.isclose(y, torch.tensor(1 / 0.6))).all()
+    for dim in range(x.dim()):
+        assert (y == y.narrow(dim, 0, 1)).all() == (dim in shared)
+    share = (y == 0).double().mean().item()
+    independent = math.prod(size for dim, size in enumerate(x.shape) if dim not in shared)
+    assert abs(share - 0.4) < 5 * (0.24 / independent) ** 0.5
+    assert torch.equal(dropout(2 * x), 2 * y)
+    td.reset_dropout(nn.Sequential(dropout))
+    assert not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_of_single_entries(td):
+    torch.manual_seed(0)
+    dropout = td.VariationalDropout(0.25)
+    x = torch.ones(4000)
+    y = dropout(x)
+    assert abs((y == 0).double().mean().item() - 0.25) < 5 * (0.1875 / 4000) ** 0.5
+    td.reset_deq(dropout)
+    assert dropout.mask is None
+    assert torch.equal(td.VariationalDropout(0.0)(x), x)
+    for bad in (-0.1, 1.5):
+        with pytest.raises(ValueError):
+            td.VariationalDropout(bad)
+
+
+def test_dropout_draws_where_the_tensor_is(new):
+    dropout = new.VariationalDropout(0.5)
+    assert dropout(torch.ones(3, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert dropout(torch.ones(2, 4, dtype=torch.bfloat16)).shape == (2, 4)  # a last, smaller batch
+    assert dropout(torch.ones(3, 4, device="meta")).device.type == "meta"
+
+
+def test_dropping_everything_gives_zeros(new):
+    assert torch.equal(new.VariationalDropout1d(1.0)(torch.ones(2, 3, 4)), torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="must have 3 dimensions"):
+        new.VariationalDropout1d()(torch.ones(2, 3))
+
+
+# Losses and estimates
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, [0.64, 0.8, 1.0]),
+        ({"gamma": 0.5}, [0.25, 0.5, 1.0]),
+        ({"weight_func": "linear"}, [0.4, 0.7, 1.0]),
+        ({"weight_func": "linear", "gamma": 0.3, "bias": 1.0}, [1.8, 1.9, 2.0]),
+    ],
+)
+def test_fixed_point_correction(td, options, weights):
+    states, target = [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0)], torch.tensor(0.5)
+    loss, values = td.fp_correction(lambda z, y: (z - y) ** 2, (states, target), return_loss_values=True, **options)
+    assert values == [0.25, 2.25, 12.25]
+    torch.testing.assert_close(loss, torch.tensor(sum(w * v for w, v in zip(weights, values, strict=True))))
+    assert td.fp_correction(lambda z, y: (z - y) ** 2, (states, target), **options) == loss
+    with pytest.raises(AssertionError):
+        td.fp_correction(lambda z: z, [states], weight_func="nothing")
+    with pytest.raises(AssertionError):
+        td.register_weight_func("own", 3)
+    td.register_weight_func("own", lambda n, k, **kwargs: float(k == 0))
+    assert td.fp_correction(lambda z, y: (z - y) ** 2, (states, target), weight_func="own") == 0.25
+
+
+def test_constant_correction_works_on_any_device(new):
+    assert new.fp_correction(lambda z: z, [[1.0, 2.0]], weight_func="const", c=3.0) == 9.0
+
+
+def linear_map(A, batch=4, dtype=torch.float64):
+    z = torch.randn(batch, len(A), dtype=dtype, requires_grad=True)
+    return z @ A.T.to(dtype), z
+
+
+def test_jacobian_penalty(td):
+    torch.manual_seed(0)
+    A = torch.randn(6, 6, dtype=torch.float64)
+    f0, z0 = linear_map(A, batch=2)
+    estimates = torch.stack([td.jac_reg(f0, z0, vecs=8, create_graph=False) for _ in range(300)])
+    assert estimates.shape == (300,)
+    expected = A.square().sum() / 6
+    error = estimates.std() / 300**0.5
+    assert abs(estimates.mean() - expected) < 5 * error
+    parameter = torch.tensor(2.0, requires_grad=True)
+    z = torch.ones(2, 3, requires_grad=True)
+    torch.manual_seed(1)
+    td.jac_reg(parameter * z, z).backward()
+    torch.manual_seed(1)
+    v = torch.randn(2, 3)
+    torch.testing.assert_close(parameter.grad, 4 * v.square().mean())
+
+
+def test_power_method_on_a_real_spectrum(td):
+    torch.manual_seed(0)
+    A = torch.diag(torch.tensor([-0.9, 0.5, 0.3], dtype=torch.float64))
+    f0, z0 = linear_map(A)
+    evector, evalue = td.power_method(f0, z0)
+    assert evector.shape == z0.shape
+    torch.testing.assert_close(evalue, torch.full((4,), 0.9, dtype=torch.float64))
+    torch.testing.assert_close(evector.abs()[:, 0], torch.ones(4, dtype=torch.float64))
+    f0, z0 = linear_map(A)
+    assert td.power_method(f0, z0, 3)[1].shape == (4,)
+
+
+def rotation(modulus, angle):
+    c, s = modulus * math.cos(angle), modulus * math.sin(angle)
+    return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("angle", [math.pi / 2, 1.0, 3.0, 0.01, math.pi])
+def test_power_method_on_complex_pairs(new, angle, dtype):
+    torch.manual_seed(0)
+    A = torch.block_diag(rotation(0.9, angle), torch.diag(torch.tensor([0.6, -0.2], dtype=torch.float64)))
+    basis = torch.randn(4, 4, dtype=torch.float64)
+    f0, z0 = linear_map(basis @ A @ torch.linalg.inv(basis), dtype=dtype)
+    modulus = new.power_method(f0, z0)[1]
+    torch.testing.assert_close(
+        modulus, torch.full((4,), 0.9, dtype=dtype), rtol=1e-3 if dtype == torch.float64 else 1e-2, atol=0
+    )
+
+
+def test_power_method_without_a_jacobian(new):
+    z = torch.ones(2, 3, requires_grad=True)
+    for image in (0 * z, torch.ones(2, 3, requires_grad=True) * 2):
+        evector, evalue = new.power_method(image, z)
+        assert (evalue == 0).all()
+        assert evector.isfinite().all()
+
+
+def test_power_method_of_opposite_eigenvalues(new):
+    f0, z0 = linear_map(torch.diag(torch.tensor([0.8, -0.8, 0.1])))
+    torch.testing.assert_close(new.power_method(f0, z0)[1], torch.full((4,), 0.8, dtype=torch.float64))
+
+
+def test_legacy_power_method_is_the_originals(original, new):
+    torch.manual_seed(0)
+    f0, z0 = linear_map(torch.randn(5, 5))
+    torch.manual_seed(1)
+    with pydeq.compat.legacy():
+        ours = new.power_method(f0, z0, 20)
+    torch.manual_seed(1)
+    theirs = original.power_method(f0, z0, 20)
+    torch.testing.assert_close(ours, theirs)
+
+
+# The rest
+
+
+def test_checkpointing(td):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    x = torch.randn(2, 3, requires_grad=True)
+    plain = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+    out = td.mem_gc(module, (x,))
+    for mine, yours in zip(torch.autograd.grad(out.square().sum(), [x, *module.parameters()]), plain, strict=True):
+        torch.testing.assert_close(mine, yours)
+
+
+def test_mixed_init(td):
+    torch.manual_seed(0)
+    z = td.mixed_init((100, 50))
+    assert z.shape == (100, 50)
+    assert abs((z == 0).double().mean() - 0.5) < 0.05
+    assert abs(z[z != 0].std() - 1) < 0.1
+
+
+def test_configuration(td):
+    config = td.utils.config.DEQConfig({"a": 1})
+    config.update(b=2)
+    assert (config.get("a"), config.get("b"), config.get("c"), config.get("c", 4)) == (1, 2, None, 4)
+
+    class Options:
+        def __init__(self):
+            self.a = 5
+
+    with pytest.warns(UserWarning, match="Unrecognized config type"):
+        assert td.utils.config.DEQConfig(Options()).get("a") == 5
+
+
+def test_wrappers(td):
+    wrap = td.utils.layer_utils.deq_decorator
+    z = (torch.ones(2, 3), torch.full((2, 2, 2), 2.0))
+    func, flat = wrap(lambda a, b: (2 * a, 3 * b), z, no_stat=False)
+    assert flat.shape == (2, 7)
+    for part, expected in zip(func.vec2list(func(flat, tau=0.5)), (1.5 * z[0], 2.0 * z[1]), strict=True):
+        torch.testing.assert_close(part, expected)
+    func, same = wrap(lambda a, b: (2 * a, 3 * b), z, no_stat=True)
+    assert same is z
+    torch.testing.assert_close(func(z, tau=0.5)[1], 2.0 * z[1])
+    func, same = wrap(lambda a: 2 * a, z[0])
+    torch.testing.assert_close(func(same, tau=0.25), 1.25 * z[0])
+    with pytest.raises(AssertionError):
+        wrap(lambda a: a, 3)
