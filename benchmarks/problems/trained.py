@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,7 +42,9 @@ class Trained:
 @cache
 def trained(epochs: int, penalized: bool, batch: int = 64, seed: int = 0) -> Trained:
     """Train on digits with Adam, exact gradients and, if asked for, the Jacobian penalty on every step."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # A cap on products is part of the recipe.
+        warnings.simplefilter("ignore", pydeq.ConvergenceWarning)
         torch.manual_seed(seed)
         digits, model = load_digits(), Classifier(CHANNELS)
         adjoint = pydeq.Implicit(rtol=1e-3, max_steps=15)

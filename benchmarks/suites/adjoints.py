@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -66,7 +67,8 @@ class Case:
 def run(context: Context) -> None:
     cases = list(_cases(context))
     context.bar.start(len(cases) * (len(SOLVERS) + len(ADJOINTS)))
-    with threads(1):
+    with threads(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", pydeq.ConvergenceWarning)  # the table says it
         _solvers(context, cases)
         _gradients(context, cases)
 
