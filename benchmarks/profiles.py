@@ -22,6 +22,11 @@ class Profile:
         nfe_repeats: Timed solves of each side, on the first of these maps.
         import_repeats: Fresh processes of each side.
         digits_epochs, digits_seeds: Length and number of the trainings.
+        training_repeats: Timed training steps of each side.
+        jacobian_repeats: Timed penalties of each side.
+        jacobian_draws: Estimates behind each relative error.
+        adjoints_epochs: Length of the trainings before adjoints are compared.
+        adjoints_repeats: Timed steps with each adjoint.
     """
 
     name: str
@@ -38,6 +43,11 @@ class Profile:
     import_repeats: int
     digits_epochs: int
     digits_seeds: int
+    training_repeats: int
+    jacobian_repeats: int
+    jacobian_draws: int
+    adjoints_epochs: int
+    adjoints_repeats: int
 
 
 SHAPES = ((32, 512), (32, 8192), (8, 65536))
@@ -61,6 +71,11 @@ PROFILES = {
             import_repeats=1,
             digits_epochs=1,
             digits_seeds=1,
+            training_repeats=2,
+            jacobian_repeats=2,
+            jacobian_draws=4,
+            adjoints_epochs=1,
+            adjoints_repeats=1,
         ),
         Profile(
             "quick",
@@ -77,6 +92,11 @@ PROFILES = {
             import_repeats=5,
             digits_epochs=8,
             digits_seeds=2,
+            training_repeats=7,
+            jacobian_repeats=7,
+            jacobian_draws=40,
+            adjoints_epochs=6,
+            adjoints_repeats=5,
         ),
         Profile(
             "full",
@@ -93,6 +113,11 @@ PROFILES = {
             import_repeats=15,
             digits_epochs=20,
             digits_seeds=3,
+            training_repeats=25,
+            jacobian_repeats=25,
+            jacobian_draws=200,
+            adjoints_epochs=12,
+            adjoints_repeats=15,
         ),
     )
 }

@@ -114,6 +114,26 @@ class Timed:
         return result
 
 
+class WatchedCell:
+    """A cell(z, x) that counts its calls, and the products with its Jacobian from the left.
+
+    A product is counted where a gradient reaches z, also in the pass that forms the gradients of the parameters.
+    """
+
+    def __init__(self, cell: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.cell, self.calls, self.products = cell, 0, 0
+
+    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
+        self.calls += 1
+        if z.requires_grad:
+            z = z.view_as(z)  # each call of its own, and none after another
+            z.register_hook(self._count)
+        return self.cell(z, x)
+
+    def _count(self, gradient: Tensor) -> None:
+        self.products += 1
+
+
 class Counted:
     """A map that counts its calls: the one count of evaluations that treats every library alike."""
 

@@ -72,6 +72,10 @@ class Layer(Protocol):
         """The Hutchinson estimate of ||J||_F^2 over the entries of z, one Gaussian probe; with a graph."""
         ...
 
+    def solve_penalized(self, z0: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The fixed point and the penalty at it, the cheapest way that the library has to get both."""
+        ...
+
 
 class Peer(ABC):
     """One library.

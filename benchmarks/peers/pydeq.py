@@ -59,5 +59,9 @@ class _Layer:
     def penalty(self, z: Tensor, x: Tensor) -> Tensor:
         return pydeq.jacobian_penalty(self.cell, z.detach(), x)
 
+    def solve_penalized(self, z0: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, solution = self.deq(z0, x, return_solution=True, penalty=pydeq.JacobianPenalty(1.0))
+        return z, solution.penalty
+
 
 PEER = _Pydeq()

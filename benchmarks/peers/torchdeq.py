@@ -90,5 +90,9 @@ class _Layer:
         z = z.detach().requires_grad_()
         return jac_reg(self.cell(z, x), z)
 
+    def solve_penalized(self, z0: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.solve(z0, x)
+        return z, self.penalty(z, x)
+
 
 PEER = _Torchdeq()

@@ -45,6 +45,24 @@ SECTIONS: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {
         "The same user code with torchdeq and with pydeq.compat.torchdeq, its replacement.",
         (),
     ),
+    "training": (
+        "A training step",
+        "Forward, backward and the Jacobian penalty around the same cell, to the same caps and tolerances: two cells in"
+        " which f dominates, and one in which it does not.",
+        (),
+    ),
+    "jacobian": (
+        "The Jacobian penalty",
+        "What several probes cost, and how far estimates of the squared Frobenius norm of the Jacobian are from its"
+        " exact value.",
+        (),
+    ),
+    "adjoints": (
+        "Adjoints",
+        "Products with the Jacobian that backward solvers need on trained cells, and what approximate gradients save"
+        " and miss.",
+        (),
+    ),
 }
 
 STYLE = """

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.suites import compat, digits, importing, kernels, memory, nfe, overhead
+from benchmarks.suites import (
+    adjoints,
+    compat,
+    digits,
+    importing,
+    jacobian,
+    kernels,
+    memory,
+    nfe,
+    overhead,
+    training,
+)
 from benchmarks.suites.base import Context
 
 SUITES: dict[str, Callable[[Context], None]] = {
@@ -15,6 +26,9 @@ SUITES: dict[str, Callable[[Context], None]] = {
     "import": importing.run,
     "digits": digits.run,
     "compat": compat.run,
+    "training": training.run,
+    "jacobian": jacobian.run,
+    "adjoints": adjoints.run,
 }
 
 __all__ = ["SUITES", "Context"]

@@ -12,13 +12,19 @@ pytest.importorskip("rich", reason="the benchmark suite's own requirements are n
 from benchmarks import __main__ as command
 from benchmarks import peers
 from benchmarks.environment import facts
-from benchmarks.peers.base import METHODS, Method
+from benchmarks.peers.base import METHODS, LayerSettings, Method
+from benchmarks.problems.convolution import ConvCell
+from benchmarks.problems.dense import DenseCell
 from benchmarks.problems.maps import elementwise, symmetric_linear, tanh_map
+from benchmarks.problems.trained import trained
+from benchmarks.problems.transformer import TransformerCell
 from benchmarks.profiles import PROFILES
+from benchmarks.progress import SILENT
 from benchmarks.results import Results, Target, number
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, adjoints, jacobian, training
+from benchmarks.suites.base import Context
 from benchmarks.suites.memory import peak_bytes
-from benchmarks.timing import Counted, Recorded, Timed, alternate, ratios, spread
+from benchmarks.timing import Counted, Recorded, Timed, WatchedCell, alternate, ratios, spread
 
 PEERS, _ = peers.load()
 
@@ -149,6 +155,138 @@ def test_a_missing_peer_is_left_out_with_a_notice(monkeypatch):
     assert list(found) == ["pydeq"]
     assert len(notices) == 1
     assert "torchdeq is left out" in notices[0]
+
+
+@pytest.fixture
+def context():
+    results = Results(facts(PROFILES["smoke"], dict.fromkeys(PEERS, "0")))
+    return Context(PROFILES["smoke"], PEERS, results, SILENT, (1,))
+
+
+def test_watched_cells_count_evaluations_and_products():
+    torch.manual_seed(0)
+    watched = WatchedCell(DenseCell(4))
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        watched(x, x)
+    z = x.clone().requires_grad_()
+    y = watched(watched(z, x), x)
+    assert (watched.calls, watched.products) == (3, 0)
+    for _ in range(2):
+        torch.autograd.grad(y.sum(), z, retain_graph=True)
+    assert watched.products == 4
+    torch.autograd.grad(y.sum(), watched.cell.linear.weight)
+    assert watched.products == 5  # the inner evaluation's z needs none
+    torch.autograd.grad(watched(z, x).sum(), z)
+    assert watched.products == 6
+
+
+@pytest.mark.parametrize("cell", ["conv", "transformer", "dense"])
+def test_libraries_agree_on_a_training_step(cell):
+    torch.manual_seed(0)
+    cell, x = {
+        "conv": lambda: (ConvCell(8), torch.randn(2, 8, 4, 4)),
+        "transformer": lambda: (TransformerCell(16, 2, 32), torch.randn(2, 5, 48)),
+        "dense": lambda: (DenseCell(12), torch.randn(3, 12)),
+    }[cell]()
+    z0 = torch.zeros(*x.shape[:-1], 16) if isinstance(cell, TransformerCell) else torch.zeros_like(x)
+    settings = LayerSettings(Method("anderson", 6), rtol=1e-5, max_calls=60, adjoint_rtol=1e-5, adjoint_max_calls=60)
+    weights = torch.randn_like(z0)
+    gradients, penalties = [], []
+    for peer in PEERS.values():
+        z, penalty = peer.layer(cell, settings).solve_penalized(z0, x)
+        gradients.append(torch.autograd.grad((z * weights).sum(), list(cell.parameters()), retain_graph=True))
+        penalties.append(penalty)
+        torch.autograd.grad(penalty, list(cell.parameters()), allow_unused=True)
+    for ours, theirs in zip(gradients[0], gradients[-1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
+    # Other probes, but one quantity: a mean over every entry.
+    assert 0.3 < penalties[0] / penalties[-1] < 3.0
+
+
+def test_transformer_cells_look_back_only():
+    torch.manual_seed(0)
+    cell = TransformerCell(8, 2, 16)
+    z, x = torch.randn(1, 6, 8), torch.randn(1, 6, 24)
+    J = torch.autograd.functional.jacobian(lambda x: cell(z, x)[0, :, 0], x)[:, 0].abs().sum(-1)
+    assert (J.triu(1) == 0).all()
+    assert (J.tril()[3] > 0)[:4].all()
+
+
+def test_dense_cells_have_the_radius_and_rank_asked_for():
+    torch.manual_seed(0)
+    weight = DenseCell(32, radius=0.7, rank=3).linear.weight.detach()
+    assert torch.linalg.eigvals(weight).abs().max().item() == pytest.approx(0.7, rel=1e-4)
+    assert torch.linalg.matrix_rank(weight).item() == 3
+
+
+def test_training_reports_what_it_counts(context, monkeypatch):
+    case = training.Case("tiny", "tiny", lambda: (DenseCell(8), torch.zeros(2, 8), torch.randn(2, 8)), 3.0)
+    monkeypatch.setattr(training, "CASES", (case,))
+    training.run(context)
+    value = context.results.value
+    for kind in training.KINDS:
+        for name in PEERS:
+            assert value(f"training.tiny.{kind}.{name}.step") > 0
+            assert 3 <= value(f"training.tiny.{kind}.{name}.evaluations") <= 33
+            assert 2 <= value(f"training.tiny.{kind}.{name}.products") <= 33
+            assert value(f"training.tiny.{kind}.{name}.memory") > 0
+    evaluations = [value(f"training.tiny.{kind}.pydeq.evaluations") for kind in training.KINDS]
+    assert evaluations[0] == evaluations[1]  # the penalty takes none of its own
+    assert {target.name for target in context.results.targets} == {"training.tiny", "training.never_slower"}
+
+
+def test_estimates_come_closer_with_more_products(context, monkeypatch):
+    monkeypatch.setattr(training, "CASES", training.CASES[-1:])
+
+    def cells(_):
+        torch.manual_seed(0)
+        z = torch.randn(4, 32)
+        yield "tiny", "tiny", DenseCell(32, rank=5), z, z
+
+    monkeypatch.setattr(jacobian, "_cells", cells)
+    jacobian.run(context)
+    for estimate in jacobian.ESTIMATES:
+        errors = [context.results.value(f"jacobian.error.tiny.{estimate.key}.probes{k}") for k in jacobian.PRODUCTS]
+        assert errors[0] > 2 * errors[-1]
+        if estimate.options.get("method") == "hutch++":
+            assert errors[-1] < 1e-5  # ten directions hold all of rank 5
+    assert context.results.value("jacobian.dense.probes8.torchdeq") or "torchdeq" not in PEERS
+
+
+def test_adjoints_compare_with_the_exact_gradient(context, monkeypatch):
+    torch.manual_seed(0)
+    cell, x, target = DenseCell(24, radius=0.8), torch.randn(4, 24), torch.randn(4, 24)
+    case = adjoints.Case("tiny", "tiny", cell, x, lambda z: (z - target.to(z)).square().mean())
+    # Against the formula: u = (I - J^T)^-1 v at the fixed point, in float64.
+    W = cell.linear.weight.detach().double().requires_grad_()
+    z = torch.zeros(4, 24, dtype=torch.float64)
+    for _ in range(400):
+        z = torch.tanh(z @ W.detach().T + x)
+    slope = 1 - z.square()
+    v = 2 * (z - target) / z.numel()
+    J = slope[:, :, None] * W.detach()
+    u = torch.linalg.solve(torch.eye(24, dtype=torch.float64) - J.mT, v[:, :, None])[:, :, 0]
+    expected = (u * slope).T @ z
+    torch.testing.assert_close(adjoints._reference(case), expected.flatten(), rtol=1e-6, atol=1e-9)
+
+    monkeypatch.setattr(adjoints, "_cases", lambda _: iter([case]))
+    adjoints.run(context)
+    value = context.results.value
+    assert value("adjoints.tiny.implicit_gmres_1e-6.error") < 1e-2
+    assert value("adjoints.tiny.jacobian_free.error") > 0.1
+    assert value("adjoints.tiny.phantom_3.products") == 2
+    assert value("adjoints.tiny.rtol1e-06.gmres.converged") == 1.0
+    assert value("adjoints.tiny.rtol1e-06.gmres.products") <= 27  # 24 unknowns, the first and the last
+
+
+def test_trained_cells_classify():
+    found = trained(1, penalized=False)
+    with torch.no_grad():
+        solve = PEERS["pydeq"].layer(found.cell, training.SETTINGS).solve
+        logits, _, _ = found.model(found.images, lambda z0, x: solve(z0, x))
+    assert (logits.argmax(1) == found.labels).float().mean() > 0.3
+    assert trained(1, penalized=False) is found
 
 
 def test_unknown_suite_names_the_choices(capsys):

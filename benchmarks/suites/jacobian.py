@@ -1,0 +1,179 @@
+"""The Jacobian penalty: the time of eight probes, and the error of estimates at equal cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pydeq
+from benchmarks.problems.dense import DenseCell
+from benchmarks.problems.trained import trained
+from benchmarks.results import number, times
+from benchmarks.suites import training
+from benchmarks.suites.base import BASELINE, Context
+from benchmarks.timing import Spread, alternate, ratios, spread, threads
+
+PROBES = 8
+LIMIT = 0.6  # of torchdeq's time
+PRODUCTS = (3, 9, 30)  # probes of the estimates
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A way to estimate ||J||_F^2; ``options`` are those of :func:`pydeq.frobenius_norm_squared`."""
+
+    key: str
+    title: str
+    options: dict[str, Any]
+
+
+ESTIMATES = (
+    Estimate("gaussian", "Hutchinson, Gaussian", {"distribution": "gaussian"}),
+    Estimate("rademacher", "Hutchinson, Rademacher", {"distribution": "rademacher"}),
+    Estimate("gaussian_jvp", "Hutchinson, Gaussian, JVP", {"distribution": "gaussian", "mode": "jvp"}),
+    Estimate("rademacher_jvp", "Hutchinson, Rademacher, JVP", {"distribution": "rademacher", "mode": "jvp"}),
+    Estimate("hutchpp", "Hutch++, Gaussian", {"distribution": "gaussian", "method": "hutch++"}),
+    Estimate("hutchpp_rademacher", "Hutch++, Rademacher", {"distribution": "rademacher", "method": "hutch++"}),
+)
+
+
+def run(context: Context) -> None:
+    context.bar.start(len(training.CASES) + len(ESTIMATES) * 4)
+    with threads(1):
+        _time(context)
+        _errors(context)
+
+
+def _time(context: Context) -> None:
+    """Eight probes at once against a loop over them: a penalty with its gradients."""
+    results, rows, shares = context.results, [], []
+    for case in training.CASES:
+        context.bar.show(f"{PROBES} probes, {case.key}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            cell, z, x = case.make()
+            z = torch.randn_like(z)
+        sides = dict(_sides(context, cell, z, x))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            measured = alternate(sides, context.profile.jacobian_repeats)
+        results.notices += dict.fromkeys(
+            f"{PROBES} probes, {case.key}: {warning.message}"
+            for warning in caught
+            if warning.category is RuntimeWarning
+        )
+        for side, values in measured.items():
+            found = spread(values)
+            results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}", found.scaled(1e3), "ms")
+            over = ""
+            for other in context.others:
+                if side.startswith(BASELINE):
+                    ratio = ratios(values, measured[other])
+                    results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}_over_{other}", ratio, "1")
+                    over = times(ratio.median)
+                    if side == BASELINE and other == "torchdeq":
+                        shares.append(ratio.median)
+            rows.append((case.title, side.replace("_", ", "), number(found.median * 1e3), over))
+        context.bar.advance()
+    results.target(
+        "jacobian.probes",
+        f"A penalty with {PROBES} probes and its gradients: share of the time of torchdeq's loop, worst of"
+        f" {len(training.CASES)} cells",
+        "<=",
+        LIMIT,
+        max(shares) if shares else None,
+        "x",
+    )
+    results.table(
+        "jacobian",
+        f"The penalty with {PROBES} Gaussian probes and its gradients, one thread, float32",
+        ("cell", "library", "ms", *(f"share of {name}'s" for name in context.others)),
+        rows,
+        f"One evaluation of the cell, {PROBES} products, and backward through them. Medians of turns.",
+    )
+
+
+def _sides(context: Context, cell: nn.Module, z: Tensor, x: Tensor) -> Iterator[tuple[str, Callable[[], float]]]:
+    def timed(penalty: Callable[[], Tensor]) -> Callable[[], float]:
+        def measure() -> float:
+            cell.zero_grad()
+            start = time.perf_counter()
+            penalty().backward()
+            return time.perf_counter() - start
+
+        return measure
+
+    for mode in ("vjp", "jvp"):
+        name = BASELINE if mode == "vjp" else f"{BASELINE}_{mode}"
+        yield name, timed(lambda mode=mode: pydeq.jacobian_penalty(cell, z, x, probes=PROBES, mode=mode))
+    if "torchdeq" in context.peers:
+        from torchdeq.loss import jac_reg
+
+        def loop() -> Tensor:
+            leaf = z.clone().requires_grad_()
+            return jac_reg(cell(leaf, x), leaf, vecs=PROBES)
+
+        yield "torchdeq", timed(loop)
+
+
+def _cells(context: Context) -> Iterator[tuple[str, str, Callable[..., Tensor], Tensor, Tensor]]:
+    """Key, title, cell, its equilibrium and x, of at most 1024 entries of state per sample: those have exact values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(SAMPLES, 256)
+        found: list[tuple[str, str, nn.Module, Tensor, Tensor]] = [
+            ("dense", "tanh(Wz + x), D 256", DenseCell(256), torch.zeros_like(x), x),
+            ("lowrank", "tanh(Wz + x), D 256, W of rank 8", DenseCell(256, rank=8), torch.zeros_like(x), x),
+        ]
+    for penalized in (False, True):
+        model = trained(context.profile.adjoints_epochs, penalized)
+        with torch.no_grad():
+            x = model.model.inject(model.images[:SAMPLES])
+        found.append((f"digits_{model.key}", f"{model.title}, D 1024", model.cell, torch.zeros_like(x), x))
+    for key, title, cell, z0, x in found:
+        z = pydeq.fixed_point(cell, z0, x, rtol=1e-5, max_steps=100).image
+        assert isinstance(z, Tensor)
+        yield key, title, cell, z, x
+
+
+def _errors(context: Context) -> None:
+    """Root mean square of the relative errors over samples and draws."""
+    results, draws, rows = context.results, context.profile.jacobian_draws, []
+    for key, title, cell, z, x in _cells(context):
+        with torch.no_grad():
+            exact = pydeq.frobenius_norm_squared(cell, z, x, method="exact").double()
+        for estimate in ESTIMATES:
+            context.bar.show(f"error of {estimate.key}, {key}")
+            cells = []
+            for probes in PRODUCTS:
+                generator = torch.Generator().manual_seed(0)
+                squares = []
+                for _ in range(draws):
+                    with torch.no_grad():
+                        found = pydeq.frobenius_norm_squared(
+                            cell, z, x, probes=probes, generator=generator, **estimate.options
+                        )
+                    squares.append(((found.double() - exact) / exact).square().mean().item())
+                error = spread(squares)
+                mean = statistics.fmean(squares) ** 0.5
+                bounds = Spread(mean, error.low**0.5, error.high**0.5, draws)
+                results.figure(f"jacobian.error.{key}.{estimate.key}.probes{probes}", bounds, "1")
+                cells.append(number(mean))
+            rows.append((title, estimate.title, *cells))
+            context.bar.advance()
+    results.table(
+        "jacobian",
+        "Relative error of the estimate of ||J||_F^2, by the number of products",
+        ("cell", "estimate", *(str(probes) for probes in PRODUCTS)),
+        rows,
+        f"Root mean square over {SAMPLES} samples and {draws} draws, against the exact value. Hutch++ takes its"
+        " products out of the same number, and one more. A penalty averages over the batch besides.",
+    )

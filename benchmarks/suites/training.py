@@ -1,0 +1,198 @@
+"""A training step: forward, backward and the Jacobian penalty, by each library around the same cell.
+
+Two cells in which f dominates, convolutional and transformer, and one so cheap that the solver does. Weights stay as
+they were initialized, so every step of a case is the same work; caps and tolerances are alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import Layer, LayerSettings, Method, Peer
+from benchmarks.problems.convolution import ConvCell
+from benchmarks.problems.dense import DenseCell
+from benchmarks.problems.transformer import TransformerCell
+from benchmarks.results import number, times
+from benchmarks.suites.base import BASELINE, Context
+from benchmarks.suites.memory import peak_bytes
+from benchmarks.timing import WatchedCell, alternate, ratios, spread, threads
+
+SETTINGS = LayerSettings(Method("anderson", memory=6), rtol=1e-3, max_calls=30, adjoint_rtol=1e-4, adjoint_max_calls=30)
+STRENGTH = 0.5
+KINDS = ("plain", "penalty")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cell with its input, and how many times torchdeq's time a step should save.
+
+    Args:
+        key: For names of figures.
+        title: For readers.
+        make: Makes cell, z0 and x under a seed.
+        limit: torchdeq's time over pydeq's, at least.
+    """
+
+    key: str
+    title: str
+    make: Callable[[], tuple[nn.Module, Tensor, Tensor]]
+    limit: float
+
+
+def _convolutional() -> tuple[nn.Module, Tensor, Tensor]:
+    return ConvCell(32), torch.zeros(16, 32, 16, 16), torch.randn(16, 32, 16, 16)
+
+
+def _transformer() -> tuple[nn.Module, Tensor, Tensor]:
+    return TransformerCell(128, heads=4, inner=512), torch.zeros(8, 64, 128), torch.randn(8, 64, 384)
+
+
+def _dense() -> tuple[nn.Module, Tensor, Tensor]:
+    return DenseCell(256), torch.zeros(32, 256), torch.randn(32, 256)
+
+
+CASES = (
+    Case("conv", "convolutional, (16, 32x16x16)", _convolutional, 1.3),
+    Case("transformer", "transformer, (8, 64x128)", _transformer, 1.3),
+    Case("dense", "tanh(Wz + x), (32, 256)", _dense, 3.0),
+)
+
+
+def run(context: Context) -> None:
+    results, bar = context.results, context.bar
+    bar.start(len(CASES) * len(KINDS))
+    rows: list[tuple[str, ...]] = []
+    lowest: list[float] = []
+    with threads(1):
+        for case in CASES:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                cell, z0, x = case.make()
+            x.requires_grad_()
+            worst: list[float] = []
+            for kind in KINDS:
+                bar.show(f"{case.key}, {kind}")
+                ratio = _measure(context, case, kind, cell, z0, x, rows)
+                worst += [] if ratio is None else [ratio]
+                bar.advance()
+            lowest += worst
+            results.target(
+                f"training.{case.key}",
+                f"A training step, {case.title}: torchdeq's time over pydeq's, with and without penalty",
+                ">=",
+                case.limit,
+                min(worst) if worst else None,
+                "x",
+            )
+    results.target(
+        "training.never_slower",
+        "A training step: torchdeq's time over pydeq's, in the worst case",
+        ">=",
+        1.0,
+        min(lowest) if lowest else None,
+        "x",
+    )
+    results.table(
+        "training",
+        "A training step, one thread, float32",
+        ("cell", "loss", "library", "ms", f"times {BASELINE}'s", "evaluations", "products", "peak MiB", "in f"),
+        rows,
+        "Forward, backward and, where the loss has it, the penalty with one Gaussian probe. Medians of steps taken in"
+        " turns. Evaluations of the cell and products of a cotangent with its Jacobian are counted by the cell, the"
+        " ones that attach the graph and form the gradients of the parameters among them. Peak: tensors that the step"
+        f" allocates. In f: what the step without penalty spends in evaluations and products. {_conditions()}",
+    )
+
+
+def _measure(
+    context: Context, case: Case, kind: str, cell: nn.Module, z0: Tensor, x: Tensor, rows: list[tuple[str, ...]]
+) -> float | None:
+    """The figures of one case; torchdeq's time over pydeq's."""
+    results, name = context.results, f"training.{case.key}.{kind}"
+    steps = {side: _step(peer, cell, cell, z0, x, kind) for side, peer in context.peers.items()}
+
+    def timed(step: Callable[[], object]) -> Callable[[], float]:
+        def measure() -> float:
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+
+        return measure
+
+    measured = alternate({side: timed(step) for side, step in steps.items()}, context.profile.training_repeats)
+    evaluation, product = _cost(cell, z0, x)
+    for side, peer in context.peers.items():
+        counted = WatchedCell(cell)
+        _step(peer, cell, counted, z0, x, kind)()
+        peak = peak_bytes(steps[side]) / 2**20
+        seconds = spread(measured[side])
+        inside = (counted.calls * evaluation + counted.products * product) / seconds.median
+        results.figure(f"{name}.{side}.step", seconds, "s")
+        results.figure(f"{name}.{side}.evaluations", counted.calls, "calls")
+        results.figure(f"{name}.{side}.products", counted.products, "products")
+        results.figure(f"{name}.{side}.memory", peak, "MiB")
+        over = ""
+        if side != BASELINE:
+            ratio = ratios(measured[side], measured[BASELINE])
+            results.figure(f"{name}.step.{side}_over_{BASELINE}", ratio, "1")
+            over = times(ratio.median)
+        label = "with penalty" if kind == "penalty" else "without penalty"
+        share = f"{100 * inside:.0f}%" if kind == "plain" else ""
+        row = (case.title, label, side, number(seconds.median * 1e3), over)
+        rows.append((*row, str(counted.calls), str(counted.products), number(peak), share))
+    return results.value(f"{name}.step.torchdeq_over_{BASELINE}")
+
+
+def _step(
+    peer: Peer, cell: nn.Module, called: Callable[[Tensor, Tensor], Tensor], z0: Tensor, x: Tensor, kind: str
+) -> Callable[[], None]:
+    """A training step of one library, which calls ``called`` for the cell; gradients as it leaves them."""
+    layer: Layer = peer.layer(called, SETTINGS)
+    # Norms would hide a loss of z's length from the cell.
+    weights = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1))
+
+    def step() -> None:
+        cell.zero_grad()
+        x.grad = None
+        if kind == "penalty":
+            z, penalty = layer.solve_penalized(z0, x)
+            loss = (z * weights).mean() + STRENGTH * penalty
+        else:
+            loss = (layer.solve(z0, x) * weights).mean()
+        loss.backward()
+
+    return step
+
+
+def _cost(cell: nn.Module, z0: Tensor, x: Tensor) -> tuple[float, float]:
+    """Seconds of an evaluation and of a product, medians."""
+
+    def evaluation() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            cell(z0, x)
+        return time.perf_counter() - start
+
+    z = z0.clone().requires_grad_()
+    y = cell(z, x)
+    v = torch.ones_like(y)
+
+    def product() -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(y, z, v, retain_graph=True)
+        return time.perf_counter() - start
+
+    measured = alternate({"evaluation": evaluation, "product": product}, 5)
+    return spread(measured["evaluation"]).median, spread(measured["product"]).median
+
+
+def _conditions() -> str:
+    return (
+        f"Anderson of memory 6 everywhere, forward to rtol {SETTINGS.rtol:g} in at most {SETTINGS.max_calls}"
+        f" evaluations, backward to {SETTINGS.adjoint_rtol:g} in at most {SETTINGS.adjoint_max_calls}."
+    )
