@@ -18,6 +18,7 @@ from pydeq.adjoints.sources import sources_of
 from pydeq.fixed_point import check_tolerance, fixed_point, solve
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
+from pydeq.reduction import norm
 from pydeq.solution import Solution
 from pydeq.solvers import Broyden, Solver
 from pydeq.solvers.broyden import BroydenWorkspace
@@ -29,7 +30,9 @@ from pydeq.termination import default_rtol
 @suggests_keywords
 @dataclass(frozen=True)
 class Shine(Adjoint):
-    """The gradient from the forward solve's own inverse Jacobian, u = N^T v; the solver must be :class:`pydeq.Broyden`.
+    """The gradient from the forward solve's own inverse Jacobian, u ~ N^T v; the solver must be :class:`pydeq.Broyden`.
+
+    u = v + c (N^T v - v),   c = min(1, limit ||v|| / ||N^T v - v||) of each sample
 
     Cheap and biased: N is good where the solve went through, so it gets better the more evaluations the solve took.
     After one evaluation it is :func:`pydeq.JacobianFree`. The steps of the solve are kept until backward has run, so
@@ -37,8 +40,12 @@ class Shine(Adjoint):
 
     Args:
         refine_steps: Products with J of each sample at most, at least 0, to improve on u. They solve
-            u = u + N^T (J^T u + v - u), the adjoint preconditioned by N, from u = N^T v by Broyden's method.
+            u = u + N^T (J^T u + v - u), the adjoint preconditioned by N, from u by Broyden's method.
         rtol: Relative tolerance of that solve; by default 1e-4, and 1e-3 for half states.
+        limit: Bound of the correction's norm relative to v, at least 0. N is known where the solve went, and elsewhere
+            it can be far too large: after hard solves of trained cells N^T v is at times a hundred times v, and without
+            a bound the gradient worse than :func:`pydeq.JacobianFree`, which is ``limit=0``. ``math.inf`` takes N^T v
+            as it is. The source falls back to v, for the whole of it, where ||N^T v|| > 1.3 ||v||.
 
     The solution's ``backward`` is that of the refinement, and None without one. Second derivatives raise.
 
@@ -53,6 +60,7 @@ class Shine(Adjoint):
 
     refine_steps: int = 0
     rtol: float | None = None
+    limit: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.refine_steps, bool) or not isinstance(self.refine_steps, int):
@@ -61,6 +69,7 @@ class Shine(Adjoint):
             raise ValueError(f"refine_steps must be at least 0, got {self.refine_steps}")
         if self.rtol is not None:
             check_tolerance("rtol", self.rtol)
+        check_tolerance("limit", self.limit)
 
     def check(self, solver: Solver) -> None:
         if not isinstance(solver, Broyden):
@@ -96,7 +105,7 @@ class _Backward:
     def solve(self, at: Linearization, inverse: InverseJacobian, v: Tensor) -> Tensor:
         """u [B, D] for the cotangent v [B, D]."""
         settings = self.settings
-        u = inverse.transpose_product(v)
+        u = self._limited(v, inverse.transpose_product(v) - v)
         if not settings.refine_steps:
             return u
 
@@ -114,6 +123,14 @@ class _Backward:
         self.solution.backward = refinement
         assert isinstance(refinement.image, Tensor)
         return refinement.image
+
+    def _limited(self, v: Tensor, correction: Tensor) -> Tensor:
+        """v plus a correction that is no longer than ``limit`` times v."""
+        most = self.settings.limit * norm(v)
+        length = norm(correction)
+        # NaN and Inf stay what they are.
+        scale = torch.where(length > most, most / length, 1.0).to(v.dtype)
+        return v + scale[:, None] * correction
 
 
 class _Shine(torch.autograd.Function):

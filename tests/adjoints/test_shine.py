@@ -1,6 +1,7 @@
 """Shine: what it makes of the forward solve, what it costs, and how close it comes."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -54,6 +55,28 @@ def test_the_cotangent_is_the_transposed_inverse_of_the_forward_solve():
     z = problem.fn(solution.image, *problem.context)
     torch.testing.assert_close(actual, u * (1.0 - z.square()), rtol=1e-12, atol=1e-13)  # tanh' times u
     assert solution.backward is None
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1, 1.0, math.inf])
+def test_the_correction_is_limited_per_sample(limit):
+    # J^T is far from normal: N^T v - v is longer than v for some samples, and shorter for others.
+    problem = tanh_map(1.5, 10, dtype=torch.float64)
+    v = cotangent(problem)
+    actual, solution = gradient(Shine(limit=limit), problem, v, rtol=1e-6)
+    _, workspace = solve(problem.fn, problem.z0, problem.context, solver=Broyden(), rtol=1e-6)
+    correction = workspace.inverse_jacobian().transpose_product(v) - v
+    ratios = correction.norm(dim=1) / v.norm(dim=1)
+    if 0.0 < limit < math.inf:
+        assert ratios.min() < 1.0 < ratios.max() or limit < 1.0
+    expected = v + torch.clamp(limit / ratios, max=1.0)[:, None] * correction
+    z = problem.fn(solution.image, *problem.context)
+    torch.testing.assert_close(actual, expected * (1.0 - z.square()), rtol=1e-11, atol=1e-12)
+
+
+def test_without_a_correction_it_is_jacobian_free():
+    problem = tanh_map(0.7, 10, dtype=torch.float64)
+    v = cotangent(problem)
+    assert torch.equal(gradient(Shine(limit=0.0), problem, v)[0], gradient(JacobianFree(), problem, v)[0])
 
 
 def test_after_one_evaluation_it_is_jacobian_free():
