@@ -13,6 +13,7 @@ from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import unknown_keyword
+from pydeq.nn.dropout import VariationalDropout
 from pydeq.nn.scope import solve_scope
 from pydeq.precision import Autocast
 from pydeq.reduction import WHOLE, Reduction
@@ -245,6 +246,11 @@ def _check_compact(
                 raise ValueError(
                     f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode)"
                     " computes its statistics from: use eval mode, another norm, or compact=False"
+                )
+            if isinstance(module, VariationalDropout) and module.training and module.p > 0:
+                raise ValueError(
+                    f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode) drew"
+                    " its mask for: use eval mode, or compact=False"
                 )
     return batched_context
 

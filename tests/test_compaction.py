@@ -203,6 +203,8 @@ def test_refuses_batch_norm_in_training():
         pydeq.fixed_point(cell, torch.ones(3, 2), compact=True)
     with pytest.raises(ValueError, match=r"the batch that fn \(BatchNorm1d in training mode\)"):
         pydeq.fixed_point(nn.BatchNorm1d(2), torch.ones(3, 2), compact=True)
+    with pytest.raises(ValueError, match="drew its mask for"):
+        pydeq.fixed_point(nn.Sequential(pydeq.nn.VariationalDropout(0.5)), torch.ones(3, 2), compact=True)
     with pytest.raises(ValueError, match="BatchNorm1d in training mode"):
         pydeq.fixed_point(cell.forward, torch.ones(3, 2), compact=True)
     pydeq.fixed_point(cell.eval(), torch.ones(3, 2), compact=True)
