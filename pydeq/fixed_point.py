@@ -249,8 +249,8 @@ def _check_compact(
                 )
             if isinstance(module, VariationalDropout) and module.training and module.p > 0:
                 raise ValueError(
-                    f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode) drew"
-                    " its mask for: use eval mode, or compact=False"
+                    f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode)"
+                    " drew its mask for: use eval mode, or compact=False"
                 )
     return batched_context
 
