@@ -17,8 +17,9 @@ import pydeq
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
 from pydeq.ops.picard_step import picard_step_reference
+from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import squared_norm_reference
-from pydeq.protocol import RUNNING, Counter, Status
+from pydeq.protocol import RUNNING, Counter, Distribution, Status
 
 MODULES = {"picard_step": test_picard_step, "anderson_step": test_anderson_step, "broyden_step": test_broyden_step}
 REFERENCES = {
@@ -248,6 +249,31 @@ def test_a_mean_squared_norm_does_not_depend_on_its_batch():
     alone = [Case("squared_norm", {"x": x[:, b : b + 1].contiguous(), "y": y[:1]}, limits, b + 1) for b in range(4)]
     first, *others = [result.arguments["y"] for result in emulate([whole, *alone])]
     assert torch.equal(bits(first), bits(torch.cat(others)))
+
+
+PROBE_SIZES = (1, 2, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1100)
+PROBE_SEEDS = (0, -1, 0x123456789ABCDEF0, -(2**63))
+
+
+@pytest.mark.parametrize("distribution", Distribution)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_probes_are_those_of_the_cpu(dtype, distribution):
+    """To the last bit; whatever is not written stays NaN."""
+    tests = []
+    for limits in (Limits(), Limits(max_threads=32, max_blocks=3)):
+        for index, size in enumerate(PROBE_SIZES):
+            out = torch.full((1 + index % 3, 1 + index % 2, size), torch.nan, dtype=dtype)
+            key = torch.tensor(PROBE_SEEDS[index % len(PROBE_SEEDS)])
+            arguments = {"out": out, "key": key, "distribution": int(distribution)}
+            tests.append(Case("random_probes", arguments, limits, index, offset=index % 2 * dtype.itemsize))
+    for case, result in zip(tests, emulate(tests), strict=True):
+        out = case.arguments["out"]
+        call = (out[0], case.arguments["key"], out.shape[0], int(distribution))
+        drawn = bits(result.arguments["out"])
+        assert torch.equal(drawn, bits(random_probes_reference(*call))), tuple(out.shape)
+        assert torch.equal(drawn, bits(torch.ops.pydeq.random_probes(*call))), tuple(out.shape)
+        assert result.launches == 1
+        assert result.stored == out.numel() * out.element_size()
 
 
 @every_path
