@@ -20,13 +20,13 @@ struct NormalPair {
   float first, second;
 };
 
-PYDEQ_HOST_DEVICE float float_of_bits(uint32_t bits) {
+PYDEQ_EVERYWHERE float float_of_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-PYDEQ_HOST_DEVICE uint32_t bits_of_float(float x) {
+PYDEQ_EVERYWHERE uint32_t bits_of_float(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
@@ -37,7 +37,7 @@ constexpr float kUnit = 1.0f / 4294967296.0f;  // 2^-32
 constexpr uint32_t kRootHalf = 0x3f3504f3, kOne = 0x3f800000;
 
 // log((w + 1/2) / 2^32), below 0.
-PYDEQ_HOST_DEVICE float log_of_word(uint32_t w) {
+PYDEQ_EVERYWHERE float log_of_word(uint32_t w) {
   using namespace protocol;
   const uint32_t bits = bits_of_float((static_cast<float>(w) + 0.5f) * kUnit) + (kOne - kRootHalf);
   const int32_t e = static_cast<int32_t>(bits >> 23) - 127;
@@ -56,7 +56,7 @@ PYDEQ_HOST_DEVICE float log_of_word(uint32_t w) {
   return static_cast<float>(e) * static_cast<float>(LOG_2) + (f + f * f * p);
 }
 
-PYDEQ_HOST_DEVICE NormalPair normal_pair(uint32_t w0, uint32_t w1) {
+PYDEQ_EVERYWHERE NormalPair normal_pair(uint32_t w0, uint32_t w1) {
   using namespace protocol;
   const float r = sqrtf(-2.0f * log_of_word(w0));
   // The angle is pi / 2 times (quadrant + t), t = (2 i + 1) / 2^31 in (-1/2, 1/2).

@@ -9,9 +9,9 @@
 #include "pydeq_protocol.h"
 
 #if defined(__CUDACC__)
-#define PYDEQ_HOST_DEVICE __host__ __device__ __forceinline__
+#define PYDEQ_EVERYWHERE __host__ __device__ __forceinline__
 #else
-#define PYDEQ_HOST_DEVICE inline
+#define PYDEQ_EVERYWHERE inline
 #endif
 
 namespace pydeq {
@@ -22,7 +22,7 @@ struct PhiloxBlock {
 };
 
 // The random words of `counter` under the key (key0, key1).
-PYDEQ_HOST_DEVICE PhiloxBlock philox(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
+PYDEQ_EVERYWHERE PhiloxBlock philox(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < protocol::PHILOX_ROUNDS; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(protocol::PHILOX_MULTIPLIERS_0) * counter.w[0];
     const uint64_t p1 = static_cast<uint64_t>(protocol::PHILOX_MULTIPLIERS_1) * counter.w[2];

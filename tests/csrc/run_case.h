@@ -45,6 +45,7 @@ struct Case {
 
 // Each runs one operation on the case's buffers, in place.
 void run_squared_norm(const Case&);
+void run_random_probes(const Case&);
 void run_picard_step(const Case&);
 void run_anderson_step(const Case&);
 void run_broyden_step(const Case&);

@@ -69,6 +69,7 @@ namespace {
 void run(const Case& test) {
   emulator::seed(static_cast<uint64_t>(test.integer("seed")));
   if (test.name == "squared_norm") return run_squared_norm(test);
+  if (test.name == "random_probes") return run_random_probes(test);
   if (test.name == "picard_step") return run_picard_step(test);
   if (test.name == "anderson_step") return run_anderson_step(test);
   if (test.name == "broyden_step") return run_broyden_step(test);

@@ -17,8 +17,9 @@ import pydeq
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
 from pydeq.ops.picard_step import picard_step_reference
+from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import squared_norm_reference
-from pydeq.protocol import RUNNING, Counter, Status
+from pydeq.protocol import RUNNING, Counter, Distribution, Status
 
 MODULES = {"picard_step": test_picard_step, "anderson_step": test_anderson_step, "broyden_step": test_broyden_step}
 REFERENCES = {
@@ -221,8 +222,16 @@ def test_traffic(name, dtype, path):
 def test_squared_norms(dtype):
     tests = []
     for limits in (Limits(), Limits(max_threads=32, max_blocks=3)):
-        for batch, size in [(1, 0), (3, 1), (2, 7), (3, 511), (3, 512), (2, 513), (3, 2100)]:
-            (x,) = [test_squared_norm.inputs(batch, size, dtype)]
+        for probes, batch, size in [
+            (1, 1, 0),
+            (1, 3, 1),
+            (3, 2, 7),
+            (2, 3, 511),
+            (1, 3, 512),
+            (5, 2, 513),
+            (2, 3, 2100),
+        ]:
+            x = squared_norm_inputs(probes, batch, size, dtype)
             y = x.new_full((batch,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
             tests.append(Case("squared_norm", {"x": x, "y": y}, limits, offset=size % 2 * dtype.itemsize))
     for case, result in zip(tests, emulate(tests), strict=True):
@@ -231,6 +240,40 @@ def test_squared_norms(dtype):
         compare(f"{tuple(x.shape)}", result.arguments["y"], y, allowed)
         assert result.launches == 1
         assert result.loaded == x.numel() * x.element_size()
+
+
+def test_a_mean_squared_norm_does_not_depend_on_its_batch():
+    limits, x = Limits(max_threads=32), squared_norm_inputs(3, 4, 600)
+    y = torch.full((4,), torch.nan)
+    whole = Case("squared_norm", {"x": x, "y": y}, limits)
+    alone = [Case("squared_norm", {"x": x[:, b : b + 1].contiguous(), "y": y[:1]}, limits, b + 1) for b in range(4)]
+    first, *others = [result.arguments["y"] for result in emulate([whole, *alone])]
+    assert torch.equal(bits(first), bits(torch.cat(others)))
+
+
+PROBE_SIZES = (1, 2, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1100)
+PROBE_SEEDS = (0, -1, 0x123456789ABCDEF0, -(2**63))
+
+
+@pytest.mark.parametrize("distribution", Distribution)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_probes_are_those_of_the_cpu(dtype, distribution):
+    """To the last bit; whatever is not written stays NaN."""
+    tests = []
+    for limits in (Limits(), Limits(max_threads=32, max_blocks=3)):
+        for index, size in enumerate(PROBE_SIZES):
+            out = torch.full((1 + index % 3, 1 + index % 2, size), torch.nan, dtype=dtype)
+            key = torch.tensor(PROBE_SEEDS[index % len(PROBE_SEEDS)])
+            arguments = {"out": out, "key": key, "distribution": int(distribution)}
+            tests.append(Case("random_probes", arguments, limits, index, offset=index % 2 * dtype.itemsize))
+    for case, result in zip(tests, emulate(tests), strict=True):
+        out = case.arguments["out"]
+        call = (out[0], case.arguments["key"], out.shape[0], int(distribution))
+        drawn = bits(result.arguments["out"])
+        assert torch.equal(drawn, bits(random_probes_reference(*call))), tuple(out.shape)
+        assert torch.equal(drawn, bits(torch.ops.pydeq.random_probes(*call))), tuple(out.shape)
+        assert result.launches == 1
+        assert result.stored == out.numel() * out.element_size()
 
 
 @every_path
@@ -243,12 +286,16 @@ def test_nothing_races(name, path):
 
 
 def test_squared_norm_does_not_race():
-    x = test_squared_norm.inputs(2, 700)
+    x = squared_norm_inputs(3, 2, 700)
     tests = [
         Case("squared_norm", {"x": x, "y": torch.full((2,), torch.nan)}, Limits(max_threads=32), seed)
         for seed in range(5)
     ]
     emulate(tests, "thread")
+
+
+def squared_norm_inputs(probes: int, batch: int, size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return test_squared_norm.inputs(probes * batch, size, dtype).view(probes, batch, size)
 
 
 def rows(arguments: dict, index: list[int]) -> dict:

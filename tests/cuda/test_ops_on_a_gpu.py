@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map_only
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
 from pydeq.ops.picard_step import picard_step_reference
-from pydeq.ops.squared_norm import squared_norm, squared_norm_reference
-from pydeq.protocol import Progress
+from pydeq.ops.random_probes import random_probes_reference
+from pydeq.ops.squared_norm import mean_squared_norm, squared_norm, squared_norm_reference
+from pydeq.protocol import Distribution, Progress
 from pydeq.testing import tolerance
 
 STEPS = [
@@ -163,16 +164,18 @@ def test_a_tensor_on_another_device_is_refused(step):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(0, 5), (3, 0), (1, 1), (5, 33), (700, 3), (3, 2047), (3, 2049), (2, 100000)], ids=str
+    "shape",
+    [(1, 0, 5), (2, 3, 0), (1, 1, 1), (3, 5, 33), (2, 700, 3), (1, 3, 2047), (4, 3, 2049), (2, 2, 100000)],
+    ids=str,
 )
-def test_squared_norm(shape, dtype):
+def test_mean_squared_norm(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-    expected, actual = squared_norm_reference(x), squared_norm(x.cuda())
+    expected, actual = squared_norm_reference(x), mean_squared_norm(x.cuda())
     assert actual.dtype == expected.dtype
     compute = torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance(compute, shape[1]), atol=0.0)
-    assert torch.equal(bits(squared_norm(x.cuda())), bits(actual))
-    rows = squared_norm(x[1:].cuda().contiguous())
+    torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance(compute, shape[2]), atol=0.0)
+    assert torch.equal(bits(mean_squared_norm(x.cuda())), bits(actual))
+    rows = mean_squared_norm(x[:, 1:].cuda().contiguous())
     assert torch.equal(bits(rows), bits(actual[1:]))
 
 
@@ -181,3 +184,36 @@ def test_squared_norm_of_rows_that_are_not_aligned():
     storage = torch.randn(3 * 5001 + 1, generator=torch.Generator().manual_seed(0)).cuda()
     x = storage[1:].view(3, 5001)
     assert torch.equal(squared_norm(x), squared_norm(x.clone()))
+
+
+@pytest.mark.parametrize("distribution", Distribution)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 2, 5), (1, 0, 5), (2, 3, 0), (1, 1, 1), (3, 5, 33), (2, 700, 3), (2, 3, 2047), (1, 3, 2049), (2, 2, 100000)],
+    ids=str,
+)
+def test_random_probes_are_those_of_the_cpu(shape, dtype, distribution):
+    """To the last bit."""
+    probes, *sample = shape
+    like = torch.empty(sample, dtype=dtype)
+    for seed in (0, -1, 0x123456789ABCDEF0):
+        call = (torch.tensor(seed), probes, int(distribution))
+        expected = bits(random_probes_reference(like, *call))
+        assert torch.equal(bits(torch.ops.pydeq.random_probes(like, *call)), expected)
+        drawn = torch.ops.pydeq.random_probes(like.cuda(), call[0].cuda(), *call[1:])
+        assert torch.equal(bits(drawn.cpu()), expected)
+
+
+def test_random_probes_refuse_a_seed_on_another_device():
+    with pytest.raises(RuntimeError, match=r"seed must be .*on another device"):
+        torch.ops.pydeq.random_probes(torch.empty(2, 3, device="cuda"), torch.tensor(0), 1, 0)
+
+
+@pytest.mark.sanitize
+def test_random_probes_of_rows_that_are_not_aligned():
+    like, seed = torch.empty(3, 5001, dtype=torch.float16), torch.tensor(7)
+    for distribution in Distribution:
+        call = (2, int(distribution))
+        drawn = torch.ops.pydeq.random_probes(like.cuda(), seed.cuda(), *call)
+        assert torch.equal(bits(drawn.cpu()), bits(random_probes_reference(like, seed, *call)))
