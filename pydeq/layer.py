@@ -22,6 +22,7 @@ from pydeq.nn.scope import Bound, scope_of
 from pydeq.randomness import Replayed, random_modules
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import State, layout_of
+from pydeq.stateless import Remembered, fill_parametrization_cache, is_exchanged
 from pydeq.supervision import attach_states
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class DEQ(nn.Module):
         self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
         self.freeze_rng = bool(freeze_rng)
         self._memory: dict[str, Any] = {}  # an adjoint's, from call to call
-        if not freeze_rng and (names := random_modules(self)):
+        if not freeze_rng and (names := random_modules(_module_of(cell))):
             warnings.warn(
                 f"the cell draws random numbers in training mode ({', '.join(names)}): each evaluation gets others, so"
                 " it has no fixed point; DEQ(..., freeze_rng=True) gives all of one call the same",
@@ -176,12 +177,20 @@ class DEQ(nn.Module):
             eager = fn.of(eager)
         if scope is not None:
             fn, eager = Bound(fn, scope), Bound(eager, scope)
-        owner = getattr(self.cell, "__self__", self.cell)  # of a bound method
-        module = owner if isinstance(owner, nn.Module) else None
-        problem = Problem(fn, z0, context, options, module, self._memory)
+        module = _module_of(self.cell)
         transformed = transforms_active()
+        if module is not None and torch.is_grad_enabled() and not transformed:
+            fill_parametrization_cache(module)
+            if is_exchanged(module):
+                fn = Remembered(module, fn)
+        problem = Problem(fn, z0, context, options, module, self._memory)
         if transformed:
-            self._check_transforms()
+            self._check_transforms(penalty)
+        if penalty is not None and self.freeze_rng and compiler.compiles(self.cell) and random_modules(module):
+            raise RuntimeError(
+                "a compiled cell draws other random numbers than the uncompiled one that a penalty needs: use"
+                " pydeq.nn.VariationalDropout, or do not compile"
+            )
         if torch.is_grad_enabled() or transformed:
             attached = self.adjoint.solve(problem)
         else:
@@ -200,7 +209,7 @@ class DEQ(nn.Module):
             solution.penalty = term
         return Attached(attached.output, solution)
 
-    def _check_transforms(self) -> None:
+    def _check_transforms(self, penalty: JacobianPenalty | None) -> None:
         if not self.adjoint.transforms:
             raise RuntimeError(
                 f"{type(self.adjoint).__name__} does not work under torch.func and forward-mode AD: use"
@@ -208,6 +217,16 @@ class DEQ(nn.Module):
             )
         if self.states_at:
             raise RuntimeError("states_at does not work under torch.func and forward-mode AD")
+        if penalty is not None:
+            raise RuntimeError(
+                "penalty does not work under torch.func and forward-mode AD: use pydeq.jacobian_penalty on the output"
+            )
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}, max_steps={self.max_steps}"
+
+
+def _module_of(cell: Any) -> nn.Module | None:
+    """What holds the parameters of a cell that is a module or a module's bound method."""
+    owner = getattr(cell, "__self__", cell)
+    return owner if isinstance(owner, nn.Module) else None

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 
-def random_modules(module: nn.Module) -> list[str]:
+def random_modules(module: nn.Module | None) -> list[str]:
     """Names of the submodules that draw a new mask at each call."""
     names = []
-    for name, part in module.named_modules():
+    for name, part in () if module is None else module.named_modules():
         dropout = getattr(part, "p", 0.0) if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
-        if isinstance(part, _DropoutNd | nn.MultiheadAttention | nn.RNNBase) and dropout > 0:
+        drawing = isinstance(part, _DropoutNd | nn.MultiheadAttention | nn.RNNBase) and dropout > 0
+        if drawing or isinstance(part, nn.RReLU):
             names.append(name or type(part).__name__)
     return names
 

@@ -30,8 +30,13 @@ def x():
 
 
 def test_a_cell_with_dropout_warns_and_names_it():
-    with pytest.warns(UserWarning, match=r"\(cell\.dropout\).*freeze_rng=True"):
+    with pytest.warns(UserWarning, match=r"\(dropout\).*freeze_rng=True"):
         pydeq.DEQ(Noisy())
+
+
+def test_a_bound_method_of_a_module_with_dropout_warns():
+    with pytest.warns(UserWarning, match=r"\(dropout\)"):
+        pydeq.DEQ(Noisy().forward)
 
 
 @pytest.mark.parametrize("cell", [Noisy(p=0.0), nn.Linear(3, 3)], ids=["p=0", "none"])

@@ -30,6 +30,7 @@ from pydeq.precision import Autocast
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.state import State, as_tuple, layout_of
+from pydeq.stateless import Stateless
 
 Parts = tuple[Tensor, ...]
 # f(parts of z, *inputs) -> parts of f's value
@@ -105,7 +106,8 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
         equation: Equation = ctx.equation
-        z, inputs = ctx.saved_tensors[: equation.parts], ctx.saved_tensors[equation.parts :]
+        saved = ctx.saved_tensors  # once: checkpoints allow no more
+        z, inputs = saved[: equation.parts], saved[equation.parts :]
         smooth = [i for i, x in enumerate(inputs) if x.is_floating_point()]
         parts = equation.parts
 
@@ -216,18 +218,6 @@ def _is_followed(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
-class _Caller(torch.nn.Module):
-    """Calls ``fn``, which uses ``module``'s parameters, where ``functional_call`` can exchange them."""
-
-    def __init__(self, module: torch.nn.Module, fn: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.fn = (fn,)  # not as another submodule
-
-    def forward(self, *args: Any) -> Any:
-        return self.fn[0](*args)
-
-
 def equation_of(
     problem: Problem, adjoint: dict[str, Any], record: Callable[[Solution], None], settings: Any
 ) -> tuple[Equation, Parts]:
@@ -239,18 +229,8 @@ def equation_of(
         settings: The adjoint, which a warning would name.
     """
     layout = layout_of(problem.z0)
-    slots: dict[str, int] = {}  # of parameters and buffers: which of the inputs belongs there
-    inputs: list[Tensor] = []
-    caller = None if problem.module is None else _Caller(problem.module, problem.fn)
-    if caller is not None:
-        numbers: dict[int, int] = {}
-        for prefix, module in caller.named_modules():  # each once, while a tensor may be in several
-            for name, x in (module._parameters | module._buffers).items():
-                if x is not None:
-                    if id(x) not in numbers:
-                        numbers[id(x)] = len(inputs)
-                        inputs.append(x)
-                    slots[f"{prefix}.{name}" if prefix else name] = numbers[id(x)]
+    stateless = None if problem.module is None else Stateless(problem.module, problem.fn)
+    inputs = [] if stateless is None else list(stateless.tensors)
     held = len(inputs)
     leaves, tree = tree_flatten(tuple(problem.context))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -264,11 +244,7 @@ def equation_of(
             filled[i] = x
         arguments = (z if layout.is_tuple else z[0], *tree_unflatten(filled, tree))
         with autocast.again():
-            if caller is None:
-                y = problem.fn(*arguments)
-            else:
-                state = {name: inputs[number] for name, number in slots.items()}
-                y = torch.func.functional_call(caller, state, arguments, tie_weights=False)
+            y = problem.fn(*arguments) if stateless is None else stateless.call(inputs[:held], arguments)
         return as_tuple(layout.check(y, autocast.enabled, detach=False))
 
     def probe(z: Parts, *inputs: Tensor) -> None:

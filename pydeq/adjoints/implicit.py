@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
@@ -117,10 +118,12 @@ def attach(
     sources, hidden = sources_of(at, context, first_node)
     if sources or hidden:
         autocast = Autocast.current(layout.device)
+        versions = [x._version for x in sources]
         problem = _Problem(
-            settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory, shared or {}
+            settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory, shared or {}, versions
         )
         y = _Attach.apply(problem, *y, *at.z, *sources)
+        y = tuple(part.clone() for part in y)  # which may be modified in place
     else:  # everything is frozen: no adjoint to solve
         y = tuple(part.detach() for part in y)
     return y if layout.is_tuple else y[0], at
@@ -146,9 +149,15 @@ class _Problem:
     solution: Solution | None
     memory: dict[str, Any] | None
     shared: dict[str, Any]
+    versions: list[int]
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
+        if any(_functorch.is_legacy_batchedtensor(part) for part in v):
+            raise RuntimeError(
+                "a DEQ cannot be differentiated by is_grads_batched or vectorize=True: use torch.func.jacrev, or"
+                " vectorize=False"
+            )
         settings = self.settings
         start = self._start(v)
         with self.autocast.again():  # which says how exact J is
@@ -182,6 +191,11 @@ class _Problem:
                 " puts part of its graph out of reach; pass that tensor to the layer as context (third derivatives are"
                 " out of reach in any case)"
             )
+        if [x._version for x in self.sources] != self.versions:
+            raise RuntimeError(
+                "a parameter or a tensor of the context was modified in place between forward and backward, but f is to"
+                " be evaluated again for a second derivative: differentiate first, or modify a copy"
+            )
         gate = _Gate()
         z = tuple(_Substitute.apply(gate, part) for part in out)
         # What made the context is not followed either: the context's own gradient goes there.
@@ -200,7 +214,15 @@ class _Problem:
         seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
         sources = [substitutes.get(id(x), x) for x in self.sources]
         with gate:  # partial derivatives: z stays where it is
-            return torch.autograd.grad(outputs, sources, seeds, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                outputs, [*sources, *computed.values()], seeds, create_graph=True, allow_unused=True
+            )
+        if any(part is not None for part in found[len(sources) :]):
+            raise RuntimeError(
+                "this gradient cannot be differentiated: the cell captures a computed tensor that it is also given as"
+                " context: let it use the one that it is given"
+            )
+        return found[: len(sources)]
 
     def _adjoint(self, at: Linearization) -> Callable[..., State]:
         """The map u, v -> J^T u + v."""
@@ -238,7 +260,8 @@ class _Attach(torch.autograd.Function):
         parts, sources = len(cotangents), len(problem.sources)
         if all(v is None for v in cotangents):
             return (None,) * (1 + 2 * parts + sources)
-        y, z, out = (ctx.saved_tensors[i * parts : (i + 1) * parts] for i in range(3))
+        saved = ctx.saved_tensors  # once: checkpoints allow no more
+        y, z, out = (saved[i * parts : (i + 1) * parts] for i in range(3))
         v = tuple(torch.zeros_like(of) if v is None else v for v, of in zip(cotangents, y, strict=True))
         if torch.is_grad_enabled():
             return (None,) * (1 + 2 * parts) + tuple(problem.differentiate(out, v))
@@ -268,6 +291,7 @@ class _Substitute(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.gate = inputs[0]
+        ctx.set_materialize_grads(False)  # what a closed gate stopped is no zero to be differentiated in turn
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None]:

@@ -102,7 +102,7 @@ class _Neumann(torch.autograd.Function):
 
     @staticmethod
     def forward(settings: Phantom, at: Linearization, *y: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.view_as(part) for part in y)
+        return tuple(part.clone() for part in y)  # no views: they may be modified
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

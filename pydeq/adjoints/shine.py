@@ -138,7 +138,7 @@ class _Shine(torch.autograd.Function):
 
     @staticmethod
     def forward(problem: _Backward, inverse: InverseJacobian, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.view_as(part) for part in tensors[len(tensors) // 2 :])
+        return tuple(part.clone() for part in tensors[len(tensors) // 2 :])  # no views: they may be modified
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

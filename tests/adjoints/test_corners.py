@@ -1,0 +1,190 @@
+"""Gradients where a layer meets what surrounds it: exchanged parameters, captured tensors, checkpoints, nesting."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import pydeq
+
+TIGHT = {"rtol": 1e-12, "max_steps": 300}
+CLOSE = {"rtol": 1e-7, "atol": 1e-8}
+
+
+def exact():
+    return pydeq.Implicit(solver=pydeq.Broyden(), **TIGHT)
+
+
+def layer(cell, adjoint=None):
+    return pydeq.DEQ(cell, solver=pydeq.Anderson(), adjoint=adjoint or exact(), **TIGHT)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def iterate(fn, *context, steps=300):
+    z = torch.zeros(3, 5, dtype=torch.float64)
+    for _ in range(steps):
+        z = fn(z, *context)
+    return z
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5, dtype=torch.float64)
+        self.linear.weight.data = 0.15 * random(5, 5, seed=1)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)
+
+
+@pytest.fixture
+def x():
+    return random(3, 5, seed=2)
+
+
+def gradients(z, tensors, second):
+    """Of a loss, or of the squared length of its gradients."""
+    first = torch.autograd.grad(z.pow(3).sum(), tensors, create_graph=second)
+    if not second:
+        return first
+    return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaves", "computed"])
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize(
+    "adjoint", [exact(), pydeq.Reversible(checkpoints=40), pydeq.Unrolled(checkpoint=True)], ids=str
+)
+def test_parameters_exchanged_by_functional_call(x, adjoint, second, leaf):
+    if second and (isinstance(adjoint, pydeq.Reversible) or not leaf):
+        pytest.skip("has no second derivatives")
+    if isinstance(adjoint, pydeq.Reversible) and not leaf:
+        pytest.skip("takes no computed tensors but as context")
+    deq = layer(Cell(), adjoint)
+    weights = {name: (1.3 * p.detach() + 0.1).requires_grad_() for name, p in deq.named_parameters()}
+    used = weights if leaf else {name: 1.0 * w for name, w in weights.items()}
+    z = functional_call(deq, used, (torch.zeros_like(x), x))
+    got = gradients(z, list(weights.values()), second)
+    cell = {name.removeprefix("cell."): w for name, w in weights.items()}
+    reference = iterate(lambda z, x: functional_call(deq.cell, cell, (z, x)), x)
+    torch.testing.assert_close(got, gradients(reference, list(weights.values()), second), rtol=1e-6, atol=1e-7)
+
+
+def test_results_of_one_operation_are_told_apart():
+    w = random(3, 10).requires_grad_()
+    weight = 0.1 * random(5, 5, seed=1)
+
+    def split():
+        return (1.3 * w).chunk(2, 1)
+
+    z0 = torch.zeros(3, 5, dtype=torch.float64)
+
+    def fn(z, q, k):
+        return torch.tanh(z @ weight + q * k)
+
+    q, k = split()
+    z = layer(lambda z, q: fn(z, q, k))(z0, q)
+    with pytest.raises(RuntimeError, match="pass that tensor to the layer as context"):
+        torch.autograd.grad(z.pow(3).sum(), w, create_graph=True)
+    got = gradients(layer(fn)(z0, *split()), [w], second=True)
+    torch.testing.assert_close(got, gradients(iterate(fn, *split()), [w], second=True), **CLOSE)
+
+
+def test_a_computed_context_that_is_also_captured_refuses_a_second_derivative():
+    w = random(3, 5).requires_grad_()
+    weight = 0.1 * random(5, 5, seed=1)
+    z0 = torch.zeros(3, 5, dtype=torch.float64)
+
+    def capturing(h):
+        return lambda z, q: torch.tanh(z @ weight + q) + 0.2 * torch.sin(h) * z
+
+    h = 1.3 * w
+    got = gradients(layer(capturing(h))(z0, h), [w], second=False)
+    h = 1.3 * w
+    torch.testing.assert_close(got, gradients(iterate(capturing(h), h), [w], second=False), **CLOSE)
+    h = 1.3 * w
+    z = layer(capturing(h))(z0, h)
+    with pytest.raises(RuntimeError, match="also given as context"):
+        torch.autograd.grad(z.pow(3).sum(), w, create_graph=True)
+
+
+def test_a_parameter_changed_in_place_before_a_second_derivative_raises(x):
+    deq = layer(Cell())
+    z = deq(torch.zeros_like(x), x)
+    with torch.no_grad():
+        deq.cell.linear.bias.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
+        torch.autograd.grad(z.pow(3).sum(), deq.cell.linear.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("adjoint", [exact(), pydeq.Phantom(2)], ids=str)
+def test_a_parametrization_cache_around_a_layer(x, adjoint):
+    deq = layer(Cell(), adjoint)
+    parametrizations.weight_norm(deq.cell.linear)
+    parameters = list(deq.parameters())
+    expected = gradients(deq(torch.zeros_like(x), x), parameters, second=False)
+    with parametrize.cached():
+        z = deq(torch.zeros_like(x), x)
+    torch.testing.assert_close(gradients(z, parameters, second=False), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_a_layer(x, reentrant):
+    deq = layer(Cell())
+    parameters = list(deq.parameters())
+    x = x.requires_grad_()
+    deq(torch.zeros_like(x), 2.0 * x).pow(3).sum().backward()
+    expected = [t.grad for t in (x, *parameters)]
+    for t in (x, *parameters):
+        t.grad = None
+    checkpoint(deq, torch.zeros_like(x), 2.0 * x, use_reentrant=reentrant).pow(3).sum().backward()
+    torch.testing.assert_close([t.grad for t in (x, *parameters)], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+def test_a_layer_inside_of_a_cell(x, second):
+    inner, u = Cell(), (0.2 * random(5, 5, seed=4)).requires_grad_()
+    inside = layer(inner)
+
+    def outer(z, x, solve):
+        return torch.tanh(0.3 * solve(z @ u + x) + x)
+
+    deq = layer(lambda z, x: outer(z, x, lambda y: inside(torch.zeros_like(y), y)))
+    x = x.requires_grad_()
+    tensors = [u, *inner.parameters(), x]
+    got = gradients(deq(torch.zeros_like(x), 1.0 * x), tensors, second)
+    reference = iterate(lambda z: outer(z, x, lambda y: iterate(inner, y, steps=60)), steps=40)
+    torch.testing.assert_close(got, gradients(reference, tensors, second), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [exact(), pydeq.Phantom(2, form="neumann"), pydeq.Shine()], ids=lambda a: type(a).__name__
+)
+def test_the_output_may_be_modified_in_place(x, adjoint):
+    deq = pydeq.DEQ(Cell(), solver=pydeq.Broyden(), adjoint=adjoint, **TIGHT)
+    weight = deq.cell.linear.weight
+    (expected,) = torch.autograd.grad(deq(torch.zeros_like(x), x).relu().sum(), weight)
+    (got,) = torch.autograd.grad(deq(torch.zeros_like(x), x).relu_().sum(), weight)
+    assert torch.equal(got, expected)
+
+
+def test_old_vectorization_says_what_to_use(x):
+    deq = layer(Cell())
+    with pytest.raises(RuntimeError, match=r"torch\.func\.jacrev"):
+        torch.autograd.functional.jacobian(lambda x: deq(torch.zeros_like(x), x), x, vectorize=True)
+
+
+def test_a_penalty_under_transforms_says_what_to_use(x):
+    deq = layer(Cell())
+
+    def loss(x):
+        z, solution = deq(torch.zeros_like(x), x, return_solution=True, penalty=pydeq.JacobianPenalty(1.0))
+        return z.sum() + solution.penalty
+
+    with pytest.raises(RuntimeError, match=r"pydeq\.jacobian_penalty"):
+        torch.func.grad(loss)(x)
