@@ -6,13 +6,14 @@ namespace {
 
 Tensor squared_norm_cuda(const Tensor& x) {
   const Launch launch("squared_norm", x, "x");
-  STD_TORCH_CHECK(x.dim() == 2, "x must be of shape (batch, state), got ", describe(x));
-  const int64_t batch = x.size(0), state = x.size(1);
+  STD_TORCH_CHECK(x.dim() == 3, "x must be of shape (probes, batch, state), got ", describe(x));
+  const int64_t probes = x.size(0), batch = x.size(1), state = x.size(2);
+  STD_TORCH_CHECK(probes > 0, "x must have at least one probe, got ", describe(x));
   const Dtype dtype = state_dtype(x, "x");
-  expect(x, "x", x.scalar_type(), {batch, state}, &x);
+  expect(x, "x", x.scalar_type(), {probes, batch, state}, &x);
   Tensor y = torch::stable::new_empty(x, {batch}, compute_dtype(x.scalar_type()));
   if (batch == 0) return y;
-  const SquaredNormArgs args{batch, state, dtype, x.data_ptr(), y.data_ptr(), torch_parallel()};
+  const SquaredNormArgs args{probes, batch, state, dtype, x.data_ptr(), y.data_ptr(), torch_parallel()};
   const SquaredNormShape shape = squared_norm_shape(args, step_limits(launch));
   const Scratch scratch(x, shape.scratch_bytes);
   if (shape.scratch_bytes > 0) {

@@ -1,7 +1,8 @@
-// y[b] = sum_d x[b, d]^2                                                                         x: [B, D]   y: [B]
+// y[b] = 1/K sum_k sum_d x[k, b, d]^2                                                         x: [K, B, D]   y: [B]
 //
-// A block of 256 threads per tile of 2048 entries; neighbouring threads read neighbouring 16 bytes. Reads x once. Where
-// a sample has several tiles, the block that finishes the last one adds them up, in order, and writes y.
+// A block of 256 threads per tile of 2048 entries of a sample, which it takes from each probe; neighbouring threads
+// read neighbouring 16 bytes. One launch; reads x once, writes y once. Where a sample has several tiles, the block that
+// finishes the last one adds them up, in order: 8 bytes written and read per tile, and a counter set to 0 before.
 #pragma once
 
 #include "common/step.cuh"
@@ -46,17 +47,21 @@ squared_norm_kernel(PYDEQ_PARAMETER SquaredNormArgs args, PYDEQ_PARAMETER Square
     const int64_t b = item / shape.tiles, t = item % shape.tiles;
     const Tile<kPack> tile{t * block_threads() * kShare, args.state, 0};
     sums.clear();
-    A x[kShare];
-    load_wide(static_cast<const T*>(args.x) + b * args.state, tile, x);
-    A square[1] = {dot_share<A>(x, x)};
-    sums.add(0, square);
+    for (int64_t k = 0; k < args.probes; ++k) {
+      A x[kShare];
+      load_wide(static_cast<const T*>(args.x) + (k * args.batch + b) * args.state, tile, x);
+      A square[1] = {dot_share<A>(x, x)};
+      sums.add(0, square);
+    }
     sums.finish(totals);
     if (shape.tiles > 1) {
       store_partial(totals, partial + b * shape.tiles, 1, shape.tiles, t);
       if (!arrives_last(arrived + b, shape.tiles, flag)) continue;
       add_tiles(partial + b * shape.tiles, totals, 1, shape.tiles);
     }
-    if (thread_index() == 0) static_cast<A*>(args.y)[b] = static_cast<A>(totals[0]);
+    if (thread_index() == 0) {
+      static_cast<A*>(args.y)[b] = static_cast<A>(totals[0] / static_cast<double>(args.probes));
+    }
     block_sync();  // the next item takes the shared memory
   }
 }

