@@ -30,6 +30,16 @@ using Compute = typename ComputeOf<T>::Type;
 template <class T>
 constexpr bool is_half = sizeof(T) == 2;
 
+// What 1 is away from the next larger number.
+template <class T>
+constexpr double epsilon = __DBL_EPSILON__;
+template <>
+constexpr double epsilon<float> = __FLT_EPSILON__;
+template <>
+constexpr double epsilon<Float16> = 0x1p-10;
+template <>
+constexpr double epsilon<BFloat16> = 0x1p-7;
+
 }  // namespace pydeq
 
 // Runs the statement with `T` standing for the type of `dtype`.

@@ -36,6 +36,22 @@ struct Extension {
 
 constexpr int64_t extension_size(int64_t n) { return 6 * (n + 1); }
 
+// A cycle is closed where the residual that it knows is this or less.
+PYDEQ_HOST_DEVICE inline double closing_residual(const double* scalars, const Rules& rules, double eps) {
+  using namespace protocol;
+  const double norm = scalars[SCALAR_NORM], contracted = CONTRACTION * scalars[SCALAR_FIRST];
+  double tolerance = rules.atol + rules.rtol * norm;
+  if (contracted < tolerance) tolerance = contracted;
+  const double target = MARGIN * tolerance;
+  return eps * norm > target ? eps * norm : target;
+}
+
+// The coordinate of a direction along the newest basis vector, from the one that r has there and from ||r||.
+PYDEQ_HOST_DEVICE inline double newest_share(double coordinate, double known) {
+  const double least = protocol::NEWEST_SHARE * known;
+  return __builtin_fabs(coordinate) < least ? __builtin_copysign(least, coordinate) : coordinate;
+}
+
 // out = G u, G with a last row and column of the identity where size is n + 1.
 PYDEQ_HOST_DEVICE inline void apply_gram(const Cycle& cycle, int64_t size, const double* u, double* out) {
   for (int64_t i = 0; i < cycle.n; ++i) {

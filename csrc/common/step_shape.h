@@ -1,6 +1,6 @@
 // How a step is laid out on a GPU: launches, blocks, shared memory and scratch; plain host code.
 //
-// A launch, for Step one of PicardStep<T>, AndersonStep<T>, BroydenStep<T> of csrc/ops/<op>.cuh:
+// A launch, for Step one of PicardStep<T>, AndersonStep<T>, BroydenStep<T>, GmresStep<T> of csrc/ops/<op>.cuh:
 //
 //   StepShape shape = step_shape<Step>(args, limits);           refuse unless shape.valid
 //   scratch: shape.scratch_bytes of device memory, uninitialized, until the step's last kernel has run; may be null at

@@ -15,15 +15,6 @@ namespace pydeq {
 namespace PYDEQ_ISA {
 namespace {
 
-template <class T>
-constexpr double epsilon = __DBL_EPSILON__;
-template <>
-constexpr double epsilon<float> = __FLT_EPSILON__;
-template <>
-constexpr double epsilon<Float16> = 0x1p-10;
-template <>
-constexpr double epsilon<BFloat16> = 0x1p-7;
-
 // v[i] -= sum_j h[j] rows[j][i] and y[i] += sum_j c[j] rows[j][i], four rows at a time. No v where h is null.
 template <class A, class Row>
 inline void combine(A* v, A* y, Row row, const double* h, const double* c, int64_t count, int64_t n) {
@@ -181,12 +172,7 @@ struct GmresStep {
     const Extension add = extend(cycle, products, ratio, epsilon<A>, work);
     if (!add.sound) return false;
 
-    const Rules& rules = args.step.rules;
-    const double norm = row.scalars[SCALAR_NORM];
-    double tolerance = rules.atol + rules.rtol * norm;
-    if (CONTRACTION * row.scalars[SCALAR_FIRST] < tolerance) tolerance = CONTRACTION * row.scalars[SCALAR_FIRST];
-    double target = MARGIN * tolerance;
-    if (epsilon<T> * norm > target) target = epsilon<T> * norm;
+    const double target = closing_residual(row.scalars, args.step.rules, epsilon<T>);
     const bool closes = add.known <= target / beta || add.remainder == 0.0 || !add.usable || n == args.restart ||
                         (ratio > before && args.penultimate);
     plan.beta = beta;
@@ -202,8 +188,7 @@ struct GmresStep {
     plan.kind = Kind::extend;
     plan.inverse_remainder = 1.0 / add.remainder;
     for (int64_t i = 0; i < n; ++i) point[i] = add.x[i] + add.gain * add.rho[i];
-    const double least = NEWEST_SHARE * add.known;
-    point[n] = add.gain * (__builtin_fabs(add.rho[n]) < least ? __builtin_copysign(least, add.rho[n]) : add.rho[n]);
+    point[n] = add.gain * newest_share(add.rho[n], add.known);
 
     for (int64_t i = 0; i < n - 1; ++i) cycle.images[i * K + n] = cycle.directions[i * K + n] = 0.0;
     for (int64_t i = 0; i <= n; ++i) {

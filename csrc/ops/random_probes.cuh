@@ -4,8 +4,7 @@
 // and numbers come from them by the same operations in the same order: the same bits.
 //
 // A block of at most 256 threads per tile of 8 entries a thread of a row (k, b); neighbouring threads write
-// neighbouring 16 bytes. One launch; writes out once, reads the seed's 8 bytes and nothing else. What a thread draws it
-// needs alone: drawing a block of words once more costs less than waiting for it.
+// neighbouring 16 bytes. One launch; writes out once, reads the seed's 8 bytes and nothing else.
 #pragma once
 
 #include "common/normal.h"

@@ -189,6 +189,8 @@ def write(file: Any, case: Case) -> None:
         integers["slots"] = case.arguments["values"].shape[1]
     if "thetas" in case.arguments:
         integers["capacity"], integers["stored"] = case.arguments["thetas"].shape[1], len(case.arguments["steps"])
+    if "basis" in case.arguments:
+        integers["capacity"], integers["stored"] = case.arguments["gram"].shape[2], len(case.arguments["basis"])
     lines = [f"case {case.name}"]
     for name, value in {**integers, **case.arguments}.items():
         if isinstance(value, bool | int):

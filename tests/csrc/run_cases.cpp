@@ -73,6 +73,7 @@ void run(const Case& test) {
   if (test.name == "picard_step") return run_picard_step(test);
   if (test.name == "anderson_step") return run_anderson_step(test);
   if (test.name == "broyden_step") return run_broyden_step(test);
+  if (test.name == "gmres_step") return run_gmres_step(test);
   if (test.name == "specimen") return run_specimen(test);
   emulator::fail("unknown case %s", test.name.c_str());
 }

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import test_anderson_step
 import test_broyden_step
+import test_gmres_step
 import test_picard_step
 import test_squared_norm
 import torch
@@ -16,16 +17,23 @@ from emulated import Case, Limits, Result, emulate
 import pydeq
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.gmres_step import gmres_step_reference
 from pydeq.ops.picard_step import picard_step_reference
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import squared_norm_reference
 from pydeq.protocol import RUNNING, Counter, Distribution, Status
 
-MODULES = {"picard_step": test_picard_step, "anderson_step": test_anderson_step, "broyden_step": test_broyden_step}
+MODULES = {
+    "picard_step": test_picard_step,
+    "anderson_step": test_anderson_step,
+    "broyden_step": test_broyden_step,
+    "gmres_step": test_gmres_step,
+}
 REFERENCES = {
     "picard_step": picard_step_reference,
     "anderson_step": anderson_step_reference,
     "broyden_step": broyden_step_reference,
+    "gmres_step": gmres_step_reference,
 }
 # One launch; two, with tiles of 256 entries.
 PATHS = {"fused": Limits(), "split": Limits(fused_state=-1, max_threads=32)}
@@ -61,7 +69,11 @@ def check(tests: list[Case]) -> list[Result]:
 @every_path
 @every_step
 def test_equals_its_reference(name, path):
-    options = {"picard_step": {"damping": 0.6}, "anderson_step": {"damping": 0.6, "memory": 3}}
+    options = {
+        "picard_step": {"damping": 0.6},
+        "anderson_step": {"damping": 0.6, "memory": 3},
+        "gmres_step": {"restart": 3},
+    }
     tests = []
     for dtype in DTYPES:
         tests += cases(name, PATHS[path], dtype=dtype, dim=300, max_steps=9)
@@ -123,6 +135,7 @@ def test_memories(path):
         )
     for memory in (1, 3, 40):
         tests += cases("broyden_step", PATHS[path], batch=3, memory=memory, max_steps=10 if memory < 40 else 38, dim=65)
+        tests += cases("gmres_step", PATHS[path], batch=3, restart=memory, max_steps=10 if memory < 40 else 38, dim=65)
     check(tests)
 
 
@@ -189,6 +202,8 @@ def vectors_allowed(name: str, path: str, k: int, memory: int) -> tuple[float, f
     if name == "anderson_step":
         columns = min(k + 1, memory)
         return 2 * columns + (0 if path == "fused" else 1), 3
+    if name == "gmres_step":  # k vectors are in the basis; the first step writes the start of the cycle, others read it
+        return (k + 3 if path == "fused" else 2 * k + 5, 4 if k == 0 else 3)
     return (k + 2, 3) if path == "fused" else (max(2 * k + 3, 4), 3)  # k steps are stored
 
 
@@ -203,13 +218,14 @@ def test_traffic(name, dtype, path):
         "picard_step": pydeq.Picard(),
         "anderson_step": pydeq.Anderson(memory=memory),
         "broyden_step": pydeq.Broyden(memory=50),
+        "gmres_step": pydeq.GMRES(restart=50),
     }[name]
     x = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     rates = torch.linspace(0.5, 0.6, dim).to(dtype)
     samples = record(solver, lambda z, k: rates * z.roll(1, 1) + x, torch.zeros_like(x), max_steps, rtol=0.0)
     names = MODULES[name].NAMES
     tests = [Case(name, dict(zip(names, sample, strict=True)), limits) for sample in samples[:-1]]
-    wide = 4 if name == "broyden_step" else dtype.itemsize  # bytes of an entry of the history
+    wide = 4 if name in ("broyden_step", "gmres_step") else dtype.itemsize  # bytes of an entry of the history
     for k, result in enumerate(emulate(tests)):
         counters = result.arguments["counters"]
         assert (counters[:, Counter.STATUS] == RUNNING).all()
@@ -279,7 +295,7 @@ def test_random_probes_are_those_of_the_cpu(dtype, distribution):
 @every_path
 @every_step
 def test_nothing_races(name, path):
-    memory = {} if name == "picard_step" else {"memory": 2}
+    memory = {"picard_step": {}, "gmres_step": {"restart": 2}}.get(name, {"memory": 2})
     tests = cases(name, PATHS[path], batch=4, dim=270, max_steps=5, dtype=torch.float32, **memory)
     tests += cases(name, PATHS[path], batch=4, dim=40, max_steps=4, dtype=torch.bfloat16, scale=1e-18)
     emulate(tests, "thread")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import test_anderson_step
 import test_broyden_step
+import test_gmres_step
 import test_picard_step
 import torch
 from check_op import DTYPES, SCALES, bits, check_frozen, compare, copy, run
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.gmres_step import gmres_step_reference
 from pydeq.ops.picard_step import picard_step_reference
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import mean_squared_norm, squared_norm, squared_norm_reference
@@ -23,12 +25,13 @@ STEPS = [
     (test_picard_step, picard_step_reference),
     (test_anderson_step, anderson_step_reference),
     (test_broyden_step, broyden_step_reference),
+    (test_gmres_step, gmres_step_reference),
 ]
 # Either side of a pack, a warp, the smallest block, the largest state of one block, and several tiles with a remainder.
 SIZES = (1, 3, 4, 31, 33, 511, 512, 513, 4097, 8191, 8192, 8193, 20000)
 
 
-@pytest.fixture(params=STEPS, ids=["picard", "anderson", "broyden"])
+@pytest.fixture(params=STEPS, ids=["picard", "anderson", "broyden", "gmres"])
 def step(request):
     return request.param
 
@@ -87,7 +90,7 @@ def test_dtypes(step, dtype):
 def test_a_little_of_everything(step, dtype, dim):
     """One launch and two, the history full once, a sample lost on the way; few calls, since each is slow there."""
     module, reference = step
-    more = {} if module is test_picard_step else {"memory": 3}
+    more = {test_picard_step: {}, test_gmres_step: {"restart": 3}}.get(module, {"memory": 3})
     samples = module.steps(batch=5, dim=dim, dtype=dtype, max_steps=7, **more)
     check(module, reference, [samples[k] for k in (0, 4, 5, 6)])
 
@@ -106,9 +109,10 @@ def test_batches(step, batch, dim):
 
 @pytest.mark.parametrize("dim", [33, 9000])
 @pytest.mark.parametrize("memory", [1, 2, 7, 20])
-@pytest.mark.parametrize("module", STEPS[1:], ids=["anderson", "broyden"])
+@pytest.mark.parametrize("module", STEPS[1:], ids=["anderson", "broyden", "gmres"])
 def test_memories(module, memory, dim):
-    check(*module, module[0].steps(batch=4, memory=memory, dim=dim, max_steps=16 if dim < 100 else 9))
+    depth = {"restart" if module[0] is test_gmres_step else "memory": memory}
+    check(*module, module[0].steps(batch=4, dim=dim, max_steps=16 if dim < 100 else 9, **depth))
 
 
 @pytest.mark.parametrize("dim", [33, 9000])
