@@ -63,6 +63,10 @@ def test_every_operation_with_device_code_says_what_it_does():
     files = sorted((CSRC / "ops").glob("*.cuh"))
     steps = {"picard_step.cuh", "anderson_step.cuh", "broyden_step.cuh", "gmres_step.cuh"}
     assert steps | {"squared_norm.cuh", "random_probes.cuh"} <= {f.name for f in files}
+    for path in files:
+        opening = path.read_text().split("#pragma once")[0]
+        for word in ("=", "threads", "block", "reads", "writes", "b, d]"):
+            assert word in opening.lower(), f"{path.name} opens without {word!r}"
 
 
 @pytest.mark.parametrize(
