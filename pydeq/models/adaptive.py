@@ -1,7 +1,7 @@
 """Adaptive embedding and adaptive softmax: frequent words get many dimensions, rare ones few.
 
-The vocabulary, sorted by frequency, is cut into bands [c_i, c_{i+1}). Band i has vectors of d_embed // div^i entries and
-a projection P_i to the model's width:
+The vocabulary, sorted by frequency, is cut into bands [c_i, c_{i+1}). Band i has vectors of d_embed // div^i entries
+and a projection P_i to the model's width:
 
     embedding:  e(w) = sqrt(d_model) P_i E_i[w - c_i]
     softmax:    log p(w | h) = log softmax(head(h))[w]                                  for the first band,
@@ -9,12 +9,13 @@ a projection P_i to the model's width:
 
 where the head scores the words of the first band and one entry for each other band.
 
-Sources: Grave, Joulin, Cisse, Grangier and Jegou, Efficient Softmax Approximation for GPUs, ICML 2017; Baevski and Auli,
-Adaptive Input Representations for Neural Language Modeling, ICLR 2019.
+Sources: Grave, Joulin, Cisse, Grangier and Jegou, Efficient Softmax Approximation for GPUs, ICML 2017; Baevski and
+Auli, Adaptive Input Representations for Neural Language Modeling, ICLR 2019.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +39,7 @@ class Bands(nn.Module):
         super().__init__()
         self.ends = bounds(vocabulary, d_embed, cutoffs, div)
         self.tables = nn.ParameterList()
-        for i, (begin, end) in enumerate(zip(self.ends, self.ends[1:], strict=False)):
+        for i, (begin, end) in enumerate(itertools.pairwise(self.ends)):
             self.tables.append(nn.Parameter(torch.empty(end - begin, d_embed // div**i)))
         self.projections = make_projections(d_embed, d_model, len(self.tables), div)
 
@@ -57,7 +58,7 @@ def bounds(vocabulary: int, d_embed: int, cutoffs: Sequence[int], div: int) -> t
     if div < 1:
         raise ValueError(f"div must be at least 1, got {div}")
     ends = (0, *cutoffs, vocabulary)
-    if any(begin >= end for begin, end in zip(ends, ends[1:], strict=False)):
+    if any(begin >= end for begin, end in itertools.pairwise(ends)):
         raise ValueError(f"cutoffs must rise from above 0 to below the vocabulary's {vocabulary}, got {list(cutoffs)}")
     if d_embed // div ** len(cutoffs) < 1:
         raise ValueError(f"d_embed must be at least div ** bands, {div ** len(cutoffs)}, got {d_embed}")
@@ -77,7 +78,7 @@ class AdaptiveEmbedding(Bands):
 
     def __init__(self, vocabulary: int, d_embed: int, d_model: int, cutoffs: Sequence[int] = (), div: int = 1) -> None:
         super().__init__(vocabulary, d_embed, d_model, cutoffs, div)
-        self.scale = d_model**0.5
+        self.width, self.scale = d_model, d_model**0.5
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens, integers (batch, length) -> (batch, length, d_model)."""
@@ -87,12 +88,12 @@ class AdaptiveEmbedding(Bands):
         rows = []
         order = []
         # Bands without a word take part, too: every parameter gets a gradient, as DDP expects.
-        for i, (begin, end) in enumerate(zip(self.ends, self.ends[1:], strict=False)):
+        for i, (begin, end) in enumerate(itertools.pairwise(self.ends)):
             where = ((flat >= begin) & (flat < end)).nonzero()[:, 0]
             order.append(where)
             rows.append(self._project(functional.embedding(flat[where] - begin, self.tables[i]), i))
         back = torch.cat(order).argsort()
-        return self.scale * torch.cat(rows)[back].view(*tokens.shape, -1)
+        return self.scale * torch.cat(rows)[back].view(*tokens.shape, self.width)
 
     def _project(self, vectors: Tensor, band: int) -> Tensor:
         return functional.linear(vectors, self.projections[band]) if len(self.projections) else vectors
@@ -151,7 +152,7 @@ class AdaptiveSoftmax(nn.Module):
         flat, words = hidden.flatten(0, -2), targets.flatten()
         head = self._head(flat, embedding)
         rows, order = [], []
-        for i, (begin, end) in enumerate(zip(self.ends, self.ends[1:], strict=False)):
+        for i, (begin, end) in enumerate(itertools.pairwise(self.ends)):
             where = ((words >= begin) & (words < end)).nonzero()[:, 0]
             inside = (words[where] - begin)[:, None]
             if i == 0:

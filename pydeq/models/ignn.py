@@ -136,7 +136,7 @@ def normalized_edges(edges: Tensor, nodes: int, dtype: torch.dtype) -> tuple[Ten
         raise TypeError(f"edges must be a tensor of int64, got {getattr(edges, 'dtype', type(edges).__name__)}")
     if edges.dim() != 2 or edges.shape[0] != 2:
         raise ValueError(f"edges must be of shape (2, edges), got {tuple(edges.shape)}")
-    if edges.numel() and not (0 <= int(edges.min()) and int(edges.max()) < nodes):
+    if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= nodes):
         raise ValueError(f"edges must name nodes in [0, {nodes}), got {int(edges.min())} to {int(edges.max())}")
     loops = torch.arange(nodes, device=edges.device)
     sources, targets = torch.cat([edges[0], loops]), torch.cat([edges[1], loops])

@@ -5,6 +5,7 @@ Source: Bai, Koltun and Kolter, Multiscale Deep Equilibrium Models, NeurIPS 2020
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a projected shortcut; its norms have no affine parameters but the shortcut's.
+    """1x1, 3x3 and 1x1 convolutions beside a projected shortcut; only the shortcut's norm has affine parameters.
 
     Args:
         channels: Of the input.
@@ -69,7 +70,7 @@ class ClassificationHead(nn.Module):
                 nn.BatchNorm2d(EXPANSION * coarse, momentum=momentum),
                 nn.ReLU(inplace=True),
             )
-            for fine, coarse in zip(inner, inner[1:], strict=False)
+            for fine, coarse in itertools.pairwise(inner)
         )
         self.final = nn.Sequential(
             nn.Conv2d(EXPANSION * inner[-1], final, 1), nn.BatchNorm2d(final, momentum=momentum), nn.ReLU(inplace=True)

@@ -257,7 +257,9 @@ class MDEQ(EquilibriumModel):
             head = config.classification
             self.head = ClassificationHead(config.channels, head.channels, head.final, head.classes, momentum)
         elif config.segmentation is not None:
-            self.head = SegmentationHead(config.channels, config.segmentation.classes, config.segmentation.kernel, momentum)
+            self.head = SegmentationHead(
+                config.channels, config.segmentation.classes, config.segmentation.kernel, momentum
+            )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=config.init_std)

@@ -312,7 +312,9 @@ def _check_words(name: str, words: Tensor, vocabulary: int) -> None:
         got = words.dtype if isinstance(words, Tensor) else type(words).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
     if words.dim() != 2 or words.shape[1] < 1:
-        raise ValueError(f"{name} must be of shape (batch, length), with a length of at least 1, got {tuple(words.shape)}")
+        raise ValueError(
+            f"{name} must be of shape (batch, length), with a length of at least 1, got {tuple(words.shape)}"
+        )
     if words.numel() and not words.is_meta:
         low, high = (int(bound) for bound in torch.aminmax(words))
         if low < 0 or high >= vocabulary:
