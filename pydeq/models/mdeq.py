@@ -1,13 +1,13 @@
 """Multiscale deep equilibrium models for images.
 
-The state is a tuple of feature maps, one per resolution, each half as high and wide as the one before. One evaluation is a
-residual block at each resolution, then a fusion of all with all:
+The state is a tuple of feature maps, one per resolution, each half as high and wide as the one before. One evaluation
+is a residual block at each resolution, then a fusion of all with all:
 
     y_i = GN3(relu(GN2(drop(W2 relu(GN1(W1 z_i))) + x_i) + z_i))          x_0 the injection, x_i = 0 else
     f_i(z) = GN(P_i relu(sum_j R_ij(y_j)))
 
-R_ij is the identity for i = j, a chain of strided 3x3 convolutions with GN down, and a 1x1 convolution with GN and nearest
-interpolation up.
+R_ij is the identity for i = j, a chain of strided 3x3 convolutions with GN down, and a 1x1 convolution with GN and
+nearest interpolation up.
 
 Sources: Bai, Koltun and Kolter, Multiscale Deep Equilibrium Models, NeurIPS 2020; Stabilizing Equilibrium Models by
 Jacobian Regularization, ICML 2021.
@@ -80,7 +80,7 @@ class MDEQConfig(Config):
         groups: Of the group norms; half as many after the fusion.
         block_affine, fusion_affine, post_affine: Whether the norms of blocks, of the fusion and after it have affine
             parameters.
-        weight_norm: Whether the convolutions of blocks and those after the fusion are normalized, one length per filter.
+        weight_norm: Whether the convolutions of blocks and after the fusion are normalized, one length per filter.
         dropout: Probability that a channel is dropped in a block.
         batch_norm_momentum: Of the stem's and the head's batch norms.
         init_std: Of the initial convolutions.

@@ -124,7 +124,7 @@ def relative_shift(by_distance: Tensor) -> Tensor:
 
 
 def relative_sinusoids(length: int, width: int, like: Tensor) -> Tensor:
-    """sin(d w_i), then cos(d w_i), with w_i = 10000^(-2 i / width), for d = length - 1 down to 0: (1, length, width)."""
+    """sin(d w_i), then cos(d w_i), w_i = 10000^(-2 i / width), for d = length - 1 down to 0: (1, length, width)."""
     distance = torch.arange(length - 1, -1, -1, dtype=torch.float64, device=like.device)
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=like.device) / width)
     angle = distance[:, None] * frequency

@@ -9,9 +9,9 @@ One Transformer-XL block, applied until it changes nothing any more:
     h = z + attention(LN(z); u, LN(memory))                pre-LN
     f(z) = LN(h) + feedforward(LN(h))
 
-without affine parameters in LN. Pre-LN adds to the normalized h, as the published models do, so that f is bounded but for
-attention. Memory holds the equilibria and injections of tokens before these. Its keys and values, and the projected
-positions, do not depend on z: they are computed once per call, outside of the iterations.
+without affine parameters in LN. Pre-LN adds to the normalized h, as the published models do: f is bounded then. Memory
+holds the equilibria and injections of tokens before these. Its keys and values, and the projected positions, do
+not depend on z: they are computed once per call, outside of the iterations.
 
 Sources: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019; Bai, Koltun and Kolter, Stabilizing Equilibrium
 Models by Jacobian Regularization, ICML 2021.
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pydeq.compilation import uncompiled
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
 from pydeq.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
@@ -253,7 +254,9 @@ class DEQTransformerLM(EquilibriumModel):
 
     @property
     def _cell(self) -> DEQTransformerCell:
-        return getattr(self.deq.cell, "_orig_mod", self.deq.cell)
+        cell = uncompiled(self.deq.cell)
+        assert isinstance(cell, DEQTransformerCell)
+        return cell
 
     def _checked(self, memory: Memory, batch: int) -> Memory:
         widths = (self.config.d_model, self.injection.out_features)

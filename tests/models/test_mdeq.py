@@ -101,8 +101,8 @@ def test_penalty_over_several_resolutions_trains_with_two_probes():
     model = mdeq().float()
     x = images().float()
     penalty = pydeq.JacobianPenalty(0.5, probes=2, mode="jvp")
-    logits, solution = model(x, return_solution=True, penalty=penalty, rtol=1e-4, max_steps=40)
     model.deq.adjoint = pydeq.JacobianFree()
+    logits, solution = model(x, return_solution=True, penalty=penalty, rtol=1e-4, max_steps=40)
     (logits.square().mean() + solution.penalty).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 

@@ -28,6 +28,10 @@ def gradients(model, loss):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def naming(name):
+    return lambda message: f"{name}: {message}"
+
+
 def test_implicit_gradients_are_those_of_the_unrolled_iteration(case, generator):
     model, inputs = case.make(), case.inputs(generator)
     output, solution = model(*inputs, return_solution=True)
@@ -41,7 +45,7 @@ def test_implicit_gradients_are_those_of_the_unrolled_iteration(case, generator)
     # Weights in front of a norm have gradients that cancel: held against the largest of all.
     scale = max(float(gradient.abs().max()) for gradient in unrolled.values())
     for name, gradient in implicit.items():
-        torch.testing.assert_close(gradient, unrolled[name], rtol=1e-7, atol=1e-8 * scale, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(gradient, unrolled[name], rtol=1e-7, atol=1e-8 * scale, msg=naming(name))
 
 
 def test_penalty_is_that_of_the_cell_and_reaches_parameters(case, generator):

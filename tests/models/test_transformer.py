@@ -113,12 +113,12 @@ def test_gradients_with_a_memory_are_those_of_the_unrolled_iteration(pre_norm):
         model(text[:, 4:8], text[:, 5:], memory, max_steps=300).nll.mean().backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-8, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_dropout_is_drawn_once_per_call():
-    model, text = transformer(dropout=0.3, attention_dropout=0.3).train(), words(3, 7)
-    solution = model(text, return_solution=True)[1]
+    model, text = transformer(dropout=0.2, attention_dropout=0.2).train(), words(3, 7)
+    solution = model(text, return_solution=True, rtol=1e-8)[1]
     assert solution.converged.all(), "no fixed point: something was drawn anew for each evaluation"
     first, second = model(text).hidden, model(text).hidden
     assert not torch.allclose(first, second)
