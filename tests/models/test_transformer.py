@@ -38,6 +38,10 @@ def test_a_stream_with_a_short_memory_sees_less(pre_norm):
     model.memory_length = 3
     parts = list(model.stream(text, 4))
     assert [output.memory.states.shape[1] for output, _ in parts] == [3, 3, 3, 3]
+    assert all(
+        torch.equal(output.memory.states[:, -length:], output.hidden[:, -3:])
+        for (output, _), length in zip(parts, (3, 3, 3, 2), strict=True)
+    )
     short = torch.cat([output.nll for output, _ in parts], 1)
     torch.testing.assert_close(short[:, :4], whole[:, :4], rtol=1e-9, atol=1e-9)
     assert (short[:, 4:] - whole[:, 4:]).abs().max() > 1e-4
