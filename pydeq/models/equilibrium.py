@@ -77,7 +77,7 @@ class PenaltyConfig(Config):
     """The Jacobian penalty that a configuration was published with; see :class:`pydeq.JacobianPenalty`.
 
     Args:
-        strength, frequency, increment, every, probes: As there; steps are training steps.
+        strength, frequency, increment, every, probes, mode: As there; steps are training steps.
         stop_epoch: The first epoch without a penalty.
         pretraining_strength: The strength during shallow pre-training.
     """
@@ -87,6 +87,7 @@ class PenaltyConfig(Config):
     increment: float = 0.0
     every: int | None = None
     probes: int = 1
+    mode: Literal["vjp", "jvp"] = "vjp"
     stop_epoch: int | None = None
     pretraining_strength: float = 0.0
 
@@ -111,6 +112,7 @@ class PenaltyConfig(Config):
             every=self.every,
             stop=stop,
             probes=self.probes,
+            mode=self.mode,
         )
 
 

@@ -70,6 +70,7 @@ def test_the_regularized_ones_have_a_penalty(name):
     if penalty is not None:
         schedule = penalty.build(steps_per_epoch=10)
         assert schedule.strength_at(0) == penalty.strength
+        assert (schedule.probes, schedule.mode) == ((2, "jvp") if name.startswith("mdeq") else (1, "vjp"))
         if penalty.stop_epoch:
             assert schedule.strength_at(10 * penalty.stop_epoch) == 0.0
             with pytest.raises(ValueError, match="steps_per_epoch"):
