@@ -1,0 +1,103 @@
+"""Reference models on :class:`pydeq.DEQ`, and their published configurations.
+
+    model = pydeq.models.build("mdeq_cifar_tiny")
+    logits, solution = model(images, return_solution=True, penalty=pydeq.JacobianPenalty(0.5))
+
+Import it as ``import pydeq.models`` or ``from pydeq import models``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydeq.models.configuration import Config, build_config, config_names, config_path, read_yaml
+from pydeq.models.conv_deq import ConvDEQ, ConvDEQConfig
+from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
+from pydeq.models.ignn import IGNN, IGNNConfig
+from pydeq.models.implicit_mlp import ImplicitMLP, ImplicitMLPConfig
+from pydeq.models.mdeq import MDEQ, ClassificationConfig, MDEQConfig, SegmentationConfig
+from pydeq.models.transformer import DEQTransformerConfig, DEQTransformerLM, LMOutput, Memory
+
+MODELS: dict[str, tuple[type[Config], type[EquilibriumModel]]] = {
+    "conv_deq": (ConvDEQConfig, ConvDEQ),
+    "deq_transformer_lm": (DEQTransformerConfig, DEQTransformerLM),
+    "ignn": (IGNNConfig, IGNN),
+    "implicit_mlp": (ImplicitMLPConfig, ImplicitMLP),
+    "mdeq": (MDEQConfig, MDEQ),
+}
+"""What a configuration file's key ``model`` may say."""
+
+
+def config_from_mapping(mapping: dict[str, Any]) -> Config:
+    """The configuration in a mapping of ``model`` and the fields of its configuration.
+
+    Raises:
+        TypeError: If a key is unknown (with the nearest name), missing, or of another type.
+        ValueError: If the model is unknown, or a value is out of range.
+    """
+    model = mapping.get("model")
+    if model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+    return build_config(MODELS[model][0], {key: value for key, value in mapping.items() if key != "model"})
+
+
+def load_config(name: str | Path) -> Config:
+    """Read a configuration.
+
+    Args:
+        name: One of :func:`config_names`, or the path of a file.
+
+    Raises:
+        ModuleNotFoundError: Without PyYAML.
+        TypeError, ValueError: If the file is not a configuration, naming it and what is wrong.
+    """
+    path = config_path(name)
+    mapping = read_yaml(path)
+    try:
+        return config_from_mapping(mapping)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def build(config: Config | str | Path) -> EquilibriumModel:
+    """The model of a configuration, with new parameters.
+
+    Args:
+        config: A configuration, or what :func:`load_config` takes.
+
+    Raises:
+        TypeError: If it is no configuration of a model.
+    """
+    found = load_config(config) if isinstance(config, str | Path) else config
+    for kind, model in MODELS.values():
+        if isinstance(found, kind):
+            return model(found)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    raise TypeError(f"config must be a name, a path or the configuration of a model, got {type(found).__name__}")
+
+
+__all__ = [
+    "IGNN",
+    "MDEQ",
+    "MODELS",
+    "ClassificationConfig",
+    "Config",
+    "ConvDEQ",
+    "ConvDEQConfig",
+    "DEQTransformerConfig",
+    "DEQTransformerLM",
+    "EquilibriumModel",
+    "IGNNConfig",
+    "ImplicitMLP",
+    "ImplicitMLPConfig",
+    "LMOutput",
+    "MDEQConfig",
+    "Memory",
+    "PenaltyConfig",
+    "SegmentationConfig",
+    "SolverConfig",
+    "build",
+    "config_from_mapping",
+    "config_names",
+    "load_config",
+]

@@ -1,0 +1,124 @@
+"""A convolutional starter at one resolution, small enough to train anywhere.
+
+    f(z, x) = GN(relu(z + GN(x + V * GN(relu(W * z)))))
+
+Source: Kolter, Duvenaud and Johnson, Deep Implicit Layers, NeurIPS 2020 tutorial, chapter 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pydeq.jacobian import JacobianPenalty
+from pydeq.keywords import suggests_keywords
+from pydeq.models.configuration import Config
+from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
+from pydeq.nn import VariationalDropout2d, solve_scope
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class ConvDEQConfig(Config):
+    """A :class:`ConvDEQ`.
+
+    Args:
+        image_channels: Of the input.
+        classes: Of the images.
+        channels, inner: Widths of the state and within the cell.
+        groups: Of the group norms.
+        stride: Of the stem: the state is that much smaller than the image.
+        dropout: Probability that a channel is dropped in the cell, the same ones in all of a solve.
+        init_std: Of the cell's initial convolutions.
+        solver: How the equilibrium is solved.
+    """
+
+    image_channels: int
+    classes: int
+    channels: int = 48
+    inner: int = 64
+    groups: int = 8
+    stride: int = 1
+    dropout: float = 0.0
+    init_std: float = 0.01
+    solver: SolverConfig = field(default_factory=SolverConfig)
+
+    def check(self) -> None:
+        for name in ("image_channels", "classes", "channels", "inner", "groups", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("channels", "inner"):
+            if getattr(self, name) % self.groups:
+                raise ValueError(f"{name} must be a multiple of groups, {self.groups}, got {getattr(self, name)}")
+
+
+class ConvCell(nn.Module):
+    """The cell f(z, x); z and x are (batch, channels, height, width)."""
+
+    def __init__(self, config: ConvDEQConfig) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(config.channels, config.inner, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(config.groups, config.inner)
+        self.conv2 = nn.Conv2d(config.inner, config.channels, 3, padding=1, bias=False)
+        self.dropout = VariationalDropout2d(config.dropout)
+        self.norm2 = nn.GroupNorm(config.groups, config.channels)
+        self.norm3 = nn.GroupNorm(config.groups, config.channels)
+        nn.init.normal_(self.conv1.weight, std=config.init_std)
+        nn.init.normal_(self.conv2.weight, std=config.init_std)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        y = self.norm1(functional.relu(self.conv1(z)))
+        y = self.norm2(x + self.dropout(self.conv2(y)))
+        return self.norm3(functional.relu(z + y))
+
+
+class ConvDEQ(EquilibriumModel):
+    """Classifies images by one convolutional equilibrium.
+
+    Args:
+        config: Its sizes and options.
+    """
+
+    def __init__(self, config: ConvDEQConfig) -> None:
+        super().__init__(ConvCell(config), config.solver)
+        self.config = config
+        self.stem = nn.Sequential(
+            nn.Conv2d(config.image_channels, config.channels, 3, stride=config.stride, padding=1),
+            nn.BatchNorm2d(config.channels),
+        )
+        self.norm = nn.BatchNorm2d(config.channels)
+        self.classifier = nn.Linear(config.channels, config.classes)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        return_solution: bool = False,
+        layers: int | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        penalty: JacobianPenalty | None = None,
+    ) -> Any:
+        """(batch, image_channels, height, width) -> logits (batch, classes).
+
+        Args:
+            images: The input.
+            return_solution: Also return the :class:`pydeq.Solution`.
+            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+        """
+        if images.dim() != 4 or images.shape[1] != self.config.image_channels:
+            raise ValueError(
+                f"images must be of shape (batch, {self.config.image_channels}, height, width), got"
+                f" {tuple(images.shape)}"
+            )
+        with solve_scope():
+            x = self.stem(images)
+            z0 = self.classifier.weight.new_zeros(x.shape)
+            z, solution = self.solve(
+                z0, x, return_solution=return_solution, layers=layers, rtol=rtol, max_steps=max_steps, penalty=penalty
+            )
+        logits = self.classifier(self.norm(z).mean((-2, -1)))
+        return (logits, solution) if return_solution else logits

@@ -1,0 +1,169 @@
+"""What all models share: how their fixed point is solved and differentiated, and how they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from pydeq.adjoints import Implicit, Unrolled
+from pydeq.jacobian import JacobianPenalty
+from pydeq.keywords import suggests_keywords
+from pydeq.layer import DEQ
+from pydeq.models.configuration import Config
+from pydeq.solution import Solution
+from pydeq.solvers import GMRES, Anderson, Broyden, Picard, Solver
+from pydeq.state import State
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class SolverConfig(Config):
+    """How a model's fixed point and its adjoint are solved.
+
+    Args:
+        forward, backward: Solvers.
+        memory, backward_memory: Of Anderson, Broyden (pairs) or GMRES (restart); None for the solver's own default.
+        rtol, atol, max_steps, eval_max_steps: Of :class:`pydeq.DEQ`.
+        backward_rtol, backward_max_steps: Of :class:`pydeq.Implicit`.
+    """
+
+    forward: Literal["anderson", "broyden", "picard"] = "anderson"
+    backward: Literal["anderson", "broyden", "picard", "gmres"] = "anderson"
+    memory: int | None = None
+    backward_memory: int | None = None
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int = 50
+    eval_max_steps: int | None = None
+    backward_rtol: float | None = None
+    backward_max_steps: int = 50
+
+    def check(self) -> None:
+        self.build(nn.Identity())
+
+    @staticmethod
+    def build_solver(name: str, memory: int | None) -> Solver:
+        if name == "picard":
+            if memory is not None:
+                raise ValueError(f"memory must be left out for picard, got {memory}")
+            return Picard()
+        if name == "gmres":
+            return GMRES() if memory is None else GMRES(restart=memory)
+        kind = Anderson if name == "anderson" else Broyden
+        return kind() if memory is None else kind(memory=memory)
+
+    def build_adjoint(self) -> Implicit:
+        solver = self.build_solver(self.backward, self.backward_memory)
+        return Implicit(solver=solver, rtol=self.backward_rtol, max_steps=self.backward_max_steps)
+
+    def build(self, cell: nn.Module) -> DEQ:
+        """The layer that solves ``cell`` so."""
+        return DEQ(
+            cell,
+            solver=self.build_solver(self.forward, self.memory),
+            adjoint=self.build_adjoint(),
+            rtol=self.rtol,
+            atol=self.atol,
+            max_steps=self.max_steps,
+            eval_max_steps=self.eval_max_steps,
+        )
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class PenaltyConfig(Config):
+    """The Jacobian penalty that a configuration was published with; see :class:`pydeq.JacobianPenalty`.
+
+    Args:
+        strength, frequency, increment, every, probes, mode: As there; steps are training steps.
+        stop_epoch: The first epoch without a penalty.
+        pretraining_strength: The strength during shallow pre-training.
+    """
+
+    strength: float
+    frequency: float = 1.0
+    increment: float = 0.0
+    every: int | None = None
+    probes: int = 1
+    mode: Literal["vjp", "jvp"] = "vjp"
+    stop_epoch: int | None = None
+    pretraining_strength: float = 0.0
+
+    def check(self) -> None:
+        self.build(steps_per_epoch=1)
+
+    def build(self, steps_per_epoch: int | None = None) -> JacobianPenalty:
+        """The penalty and its schedule.
+
+        Args:
+            steps_per_epoch: Needed where the penalty ends with an epoch.
+        """
+        stop = None
+        if self.stop_epoch is not None:
+            if steps_per_epoch is None:
+                raise ValueError(f"steps_per_epoch is needed: the penalty stops at epoch {self.stop_epoch}")
+            stop = self.stop_epoch * steps_per_epoch
+        return JacobianPenalty(
+            self.strength,
+            frequency=self.frequency,
+            increment=self.increment,
+            every=self.every,
+            stop=stop,
+            probes=self.probes,
+            mode=self.mode,
+        )
+
+
+class EquilibriumModel(nn.Module):
+    """A model around one :class:`pydeq.DEQ`, its attribute ``deq``.
+
+    Args:
+        cell: cell(z, *context) -> like z.
+        solver: How to solve it.
+    """
+
+    def __init__(self, cell: nn.Module, solver: SolverConfig) -> None:
+        super().__init__()
+        self.deq = solver.build(cell)
+
+    def parameter_count(self) -> int:
+        """Trainable entries, each parameter once."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def solve(
+        self,
+        z0: State,
+        *context: Any,
+        return_solution: bool = True,
+        layers: int | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        penalty: JacobianPenalty | None = None,
+    ) -> tuple[Any, Solution]:
+        """The equilibrium from ``z0``, or what ``layers`` applications of the cell give.
+
+        Called within a :func:`pydeq.nn.solve_scope`, so that all of a call shares its dropout masks.
+
+        Args:
+            return_solution: Whether the caller hands the solution on, which a penalty needs.
+            layers: Shallow pre-training: apply the cell so many times and differentiate through all of them. The
+                solution is then that of the last application.
+            rtol, max_steps, penalty: As in :meth:`pydeq.DEQ.forward`.
+        """
+        if penalty is not None and not return_solution:
+            raise ValueError("penalty is returned in the solution: it needs return_solution=True")
+        if layers is None:
+            return self.deq(z0, *context, return_solution=True, rtol=rtol, max_steps=max_steps, penalty=penalty)
+        if isinstance(layers, bool) or not isinstance(layers, int):
+            raise TypeError(f"layers must be an int, got {type(layers).__name__}")
+        if layers < 1:
+            raise ValueError(f"layers must be at least 1, got {layers}")
+        if rtol is not None or max_steps is not None:
+            raise ValueError("layers applies the cell without a solve: rtol and max_steps do not go with it")
+        z = z0
+        for _ in range(layers - 1):
+            z = self.deq.cell(z, *context)
+        last = DEQ(self.deq.cell, solver=Picard(), adjoint=Unrolled(), rtol=0.0, max_steps=1)
+        return last(z, *context, return_solution=True, penalty=penalty)

@@ -1,0 +1,98 @@
+"""The smallest model: z = tanh(W z + U x + b), and a linear map of the equilibrium."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pydeq.jacobian import JacobianPenalty
+from pydeq.keywords import suggests_keywords
+from pydeq.models.configuration import Config
+from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
+from pydeq.nn import VariationalDropout, solve_scope, spectral_norm
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class ImplicitMLPConfig(Config):
+    """An :class:`ImplicitMLP`.
+
+    Args:
+        inputs, hidden, outputs: Widths.
+        bound: Of the spectral norm of W: below 1 there is one equilibrium, whatever the input. None leaves W free.
+        dropout: Probability that an entry of the state is dropped, the same ones in all of a solve.
+        solver: How the equilibrium is solved.
+    """
+
+    inputs: int
+    hidden: int
+    outputs: int
+    bound: float | None = 0.9
+    dropout: float = 0.0
+    solver: SolverConfig = field(default_factory=SolverConfig)
+
+    def check(self) -> None:
+        for name in ("inputs", "hidden", "outputs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class ImplicitMLPCell(nn.Module):
+    """tanh(W drop(z) + injection)."""
+
+    def __init__(self, config: ImplicitMLPConfig) -> None:
+        super().__init__()
+        self.recurrent = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.dropout = VariationalDropout(config.dropout)
+        if config.bound is not None:
+            spectral_norm(self.recurrent, bound=config.bound, clip=True)
+
+    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        return torch.tanh(self.recurrent(self.dropout(z)) + injection)
+
+
+class ImplicitMLP(EquilibriumModel):
+    """An implicit multilayer perceptron.
+
+    Args:
+        config: Its sizes and options.
+
+    Source: El Ghaoui, Gu, Travacca, Askari and Tsai, Implicit Deep Learning, SIAM J. Math. Data Science 3, 2021.
+    """
+
+    def __init__(self, config: ImplicitMLPConfig) -> None:
+        super().__init__(ImplicitMLPCell(config), config.solver)
+        self.config = config
+        self.injection = nn.Linear(config.inputs, config.hidden)
+        self.output = nn.Linear(config.hidden, config.outputs)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        return_solution: bool = False,
+        layers: int | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        penalty: JacobianPenalty | None = None,
+    ) -> Any:
+        """(batch, inputs) -> (batch, outputs).
+
+        Args:
+            x: The input.
+            return_solution: Also return the :class:`pydeq.Solution`.
+            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+        """
+        if x.dim() != 2 or x.shape[1] != self.config.inputs:
+            raise ValueError(f"x must be of shape (batch, {self.config.inputs}), got {tuple(x.shape)}")
+        with solve_scope():
+            z0 = self.injection.weight.new_zeros(len(x), self.config.hidden)
+            z, solution = self.solve(
+                z0, self.injection(x), return_solution=return_solution, layers=layers, rtol=rtol,
+                max_steps=max_steps, penalty=penalty,
+            )  # fmt: skip
+        y = self.output(z)
+        return (y, solution) if return_solution else y

@@ -1,0 +1,324 @@
+"""The deep equilibrium transformer for language.
+
+One Transformer-XL block, applied until it changes nothing any more:
+
+    u = U e(tokens) + c                                    the injection, once per call
+    h = LN(z + attention(z; u, memory))                    post-LN
+    f(z) = LN(h + feedforward(h))
+
+    h = z + attention(LN(z); u, LN(memory))                pre-LN
+    f(z) = LN(h) + feedforward(LN(h))
+
+without affine parameters in LN. Pre-LN adds to the normalized h, as the published models do: f is bounded then. Memory
+holds the equilibria and injections of tokens before these. Its keys and values, and the projected positions, do
+not depend on z: they are computed once per call, outside of the iterations.
+
+Sources: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019; Bai, Koltun and Kolter, Stabilizing Equilibrium
+Models by Jacobian Regularization, ICML 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pydeq.compilation import uncompiled
+from pydeq.jacobian import JacobianPenalty
+from pydeq.keywords import suggests_keywords
+from pydeq.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from pydeq.models.configuration import Config
+from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
+from pydeq.models.relative_attention import RelativeAttention
+from pydeq.nn import SequenceDropout, solve_scope, weight_norm
+from pydeq.solution import Solution
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class DEQTransformerConfig(Config):
+    """A :class:`DEQTransformerLM`.
+
+    Args:
+        vocabulary: Words, sorted by falling frequency where there are cutoffs.
+        d_model, d_inner: Widths of the state and of the feedforward layer.
+        heads, d_head: Attention heads and the width of each.
+        d_embed: Width of the embedding's vectors; d_model by default.
+        cutoffs, div: Of the adaptive embedding and softmax, see :class:`pydeq.models.adaptive.Bands`.
+        tie_weights: Whether the softmax has the embedding's vectors.
+        tie_projections: Whether it also has its projections, but for the first band.
+        pre_norm: Pre-LN instead of post-LN.
+        weight_norm: Whether the block's weights are normalized, one length per row.
+        dropout, attention_dropout: Probabilities.
+        memory_length: Tokens remembered from call to call, at least 0.
+        window: Tokens at this distance and beyond are not attended to.
+        init_std: Of the initial weights.
+        solver: How the equilibrium is solved.
+        penalty: What it was published with.
+    """
+
+    vocabulary: int
+    d_model: int
+    d_inner: int
+    heads: int
+    d_head: int
+    d_embed: int | None = None
+    cutoffs: tuple[int, ...] = ()
+    div: int = 1
+    tie_weights: bool = True
+    tie_projections: bool = False
+    pre_norm: bool = False
+    weight_norm: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    memory_length: int = 0
+    window: int = 1000
+    init_std: float = 0.01
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    penalty: PenaltyConfig | None = None
+
+    def check(self) -> None:
+        for name in ("vocabulary", "d_model", "d_inner", "heads", "d_head", "div", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % 2:
+            raise ValueError(f"d_model must be even, for sines and cosines of positions, got {self.d_model}")
+        if self.memory_length < 0:
+            raise ValueError(f"memory_length must be at least 0, got {self.memory_length}")
+        if self.tie_projections and not self.tie_weights:
+            raise ValueError("tie_projections needs tie_weights")
+        if self.tie_weights and self.d_embed is not None and self.div == 1 and self.d_embed < 1:
+            raise ValueError(f"d_embed must be at least 1, got {self.d_embed}")
+
+
+class Memory(NamedTuple):
+    """What a call remembers for the next one; without a graph.
+
+    Args:
+        states: Equilibria of the last tokens, (batch, M, d_model).
+        injection: Their injections, (batch, M, 3 * heads * d_head).
+    """
+
+    states: Tensor
+    injection: Tensor
+
+
+class LMOutput(NamedTuple):
+    """What a :class:`DEQTransformerLM` returns.
+
+    Args:
+        nll: -log p(target) of each position, (batch, L); None without targets.
+        hidden: The equilibrium, (batch, L, d_model), with dropout in training.
+        memory: For the next call.
+    """
+
+    nll: Tensor | None
+    hidden: Tensor
+    memory: Memory
+
+
+class DEQTransformerCell(nn.Module):
+    """The block f(z, injection, keys, values, positions, mask); see :class:`RelativeAttention` for its arguments."""
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        super().__init__()
+        c = config
+        self.pre_norm = c.pre_norm
+        self.attention = RelativeAttention(c.d_model, c.heads, c.d_head, c.dropout, c.attention_dropout, c.window)
+        self.feedforward = nn.Sequential(
+            nn.Linear(c.d_model, c.d_inner),
+            nn.ReLU(inplace=True),
+            SequenceDropout(c.dropout),
+            nn.Linear(c.d_inner, c.d_model),
+            SequenceDropout(c.dropout),
+        )
+
+    def context(self, injection: Tensor, memory: Memory) -> tuple[Tensor, ...]:
+        """What :meth:`forward` takes beside the state: all that does not depend on it."""
+        states = _layer_norm(memory.states) if self.pre_norm else memory.states
+        length, remembered = injection.shape[1], states.shape[1]
+        keys, values = self.attention.remember(states, memory.injection)
+        positions = self.attention.positions(remembered + length, states)
+        return injection, keys, values, positions, self.attention.mask(remembered, length, states)
+
+    def forward(self, z: Tensor, *context: Tensor) -> Tensor:
+        if self.pre_norm:
+            h = _layer_norm(z + self.attention(_layer_norm(z), *context))
+            return h + self.feedforward(h)
+        h = _layer_norm(z + self.attention(z, *context))
+        return _layer_norm(h + self.feedforward(h))
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:])
+
+
+class DEQTransformerLM(EquilibriumModel):
+    """Predicts the next word.
+
+        model = DEQTransformerLM(config)
+        (nll, hidden, memory), solution = model(tokens, targets, return_solution=True)
+
+    Args:
+        config: Its sizes and options.
+    """
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        cell = DEQTransformerCell(config)
+        super().__init__(cell, config.solver)
+        self.config = config
+        self.memory_length = config.memory_length
+        """Tokens to remember; may be set at any time, as evaluation with a longer memory does."""
+        bands = (config.vocabulary, config.d_embed or config.d_model, config.d_model, config.cutoffs, config.div)
+        self.embedding = AdaptiveEmbedding(*bands)
+        self.embedding_dropout = SequenceDropout(config.dropout)
+        self.injection = nn.Linear(config.d_model, 3 * config.heads * config.d_head)
+        self.output_dropout = SequenceDropout(config.dropout)
+        self.softmax = AdaptiveSoftmax(*bands, config.tie_weights, config.tie_projections)
+        self._reset_parameters(cell)
+
+    def _reset_parameters(self, cell: DEQTransformerCell) -> None:
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        attention = cell.attention
+        nn.init.normal_(attention.content_bias, std=std)
+        nn.init.normal_(attention.position_bias, std=std)
+        self.embedding.reset_parameters(std)
+        self.softmax.reset_parameters(std)
+        if self.config.weight_norm:
+            first, second = (layer for layer in cell.feedforward if isinstance(layer, nn.Linear))
+            for layer in (attention.qkv, attention.position, attention.output, first, second):
+                weight_norm(layer, dim=0)
+
+    def empty_memory(self, batch: int) -> Memory:
+        """The memory before the first token."""
+        states = self.injection.weight.new_empty(batch, 0, self.config.d_model)
+        return Memory(states, states.new_empty(batch, 0, self.injection.out_features))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        memory: Memory | None = None,
+        *,
+        return_solution: bool = False,
+        layers: int | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        penalty: JacobianPenalty | None = None,
+    ) -> Any:
+        """The equilibrium of a segment of text, and the loss of its predictions.
+
+        Args:
+            tokens: Words, integers (batch, L).
+            targets: The word after each, integers (batch, L).
+            memory: What the call on the text before returned.
+            return_solution: Also return the :class:`pydeq.Solution`.
+            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+
+        Returns:
+            :class:`LMOutput`; with ``return_solution`` the pair (output, solution).
+
+        Raises:
+            TypeError, ValueError: If an argument is of the wrong type, shape or range.
+        """
+        _check_words("tokens", tokens, self.config.vocabulary)
+        if targets is not None:
+            _check_words("targets", targets, self.config.vocabulary)
+            if targets.shape != tokens.shape:
+                raise ValueError(
+                    f"targets must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
+                )
+        batch, length = tokens.shape
+        memory = self.empty_memory(batch) if memory is None else self._checked(memory, batch)
+        with solve_scope():
+            injection = self.injection(self.embedding_dropout(self.embedding(tokens)))
+            context = self._cell.context(injection, memory)
+            z0 = self.injection.weight.new_zeros(batch, length, self.config.d_model)
+            z, solution = self.solve(
+                z0, *context, return_solution=return_solution, layers=layers, rtol=rtol, max_steps=max_steps,
+                penalty=penalty,
+            )  # fmt: skip
+            hidden = self.output_dropout(z)
+            nll = None if targets is None else self.softmax(hidden, targets, self.embedding)
+        output = LMOutput(nll, hidden, self._remember(memory, z, injection))
+        return (output, solution) if return_solution else output
+
+    @property
+    def _cell(self) -> DEQTransformerCell:
+        cell = uncompiled(self.deq.cell)
+        assert isinstance(cell, DEQTransformerCell)
+        return cell
+
+    def _checked(self, memory: Memory, batch: int) -> Memory:
+        widths = (self.config.d_model, self.injection.out_features)
+        for name, part, width in zip(Memory._fields, memory, widths, strict=True):
+            if part.dim() != 3 or part.shape[0] != batch or part.shape[2] != width:
+                raise ValueError(f"memory.{name} must be of shape ({batch}, M, {width}), got {tuple(part.shape)}")
+        if memory.states.shape[1] != memory.injection.shape[1]:
+            raise ValueError(
+                f"memory.states and memory.injection must be of one length, got {memory.states.shape[1]} and"
+                f" {memory.injection.shape[1]}"
+            )
+        return memory
+
+    def _remember(self, memory: Memory, z: Tensor, injection: Tensor) -> Memory:
+        def last(before: Tensor, now: Tensor) -> Tensor:
+            both = torch.cat([before, now.detach().to(before.dtype)], dim=1)
+            return both[:, both.shape[1] - min(self.memory_length, both.shape[1]) :].clone()
+
+        with torch.no_grad():
+            return Memory(last(memory.states, z), last(memory.injection, injection))
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """log p of every next word, (batch, L, vocabulary), for small vocabularies."""
+        return self.softmax.log_probabilities(hidden, self.embedding)
+
+    def stream(
+        self, tokens: Tensor, length: int, memory: Memory | None = None, **options: Any
+    ) -> Iterator[tuple[LMOutput, Solution]]:
+        """Read a long text in segments, each with the memory of what was before; without gradients.
+
+            nll = torch.cat([output.nll for output, _ in model.eval().stream(tokens, 150)], dim=1)
+
+        Args:
+            tokens: Words, integers (batch, T); every word but the first is predicted from those before it.
+            length: Of a segment, at least 1; the last one may be shorter.
+            memory: Of the text before.
+            options: ``rtol`` and ``max_steps``.
+
+        Yields:
+            The output and the solution of each segment.
+        """
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"length must be an int, got {type(length).__name__}")
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        for begin in range(0, tokens.shape[1] - 1, length):
+            segment = tokens[:, begin : begin + length + 1]
+            with torch.no_grad():
+                output, solution = self(segment[:, :-1], segment[:, 1:], memory, return_solution=True, **options)
+            memory = output.memory
+            yield output, solution
+
+
+def _check_words(name: str, words: Tensor, vocabulary: int) -> None:
+    if not isinstance(words, Tensor) or words.dtype not in (torch.int64, torch.int32):
+        got = words.dtype if isinstance(words, Tensor) else type(words).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if words.dim() != 2 or words.shape[1] < 1:
+        raise ValueError(
+            f"{name} must be of shape (batch, length), with a length of at least 1, got {tuple(words.shape)}"
+        )
+    if words.numel() and not words.is_meta:
+        low, high = (int(bound) for bound in torch.aminmax(words))
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"{name} must be in [0, {vocabulary}), got {low if low < 0 else high}")
