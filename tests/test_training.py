@@ -111,7 +111,9 @@ def test_many_forwards_without_backward_keep_nothing(deq, x):
         kept = []
         for _ in range(3):
             z, solution = deq(torch.zeros_like(x), x, return_solution=True)
-            kept += [weakref.ref(z), weakref.ref(solution), weakref.ref(z.grad_fn)]
+            attached = z.grad_fn.next_functions[0][0]  # behind a copy
+            kept += [weakref.ref(z), weakref.ref(solution), weakref.ref(attached)]
+            del attached
             del z, solution
         assert all(ref() is None for ref in kept)  # by counting references alone
     finally:

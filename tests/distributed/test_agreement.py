@@ -55,7 +55,8 @@ def test_ranks_that_converge_at_different_speeds(world, solver, dtype, compact):
         options |= {"compact": True, "batched_context": (True, True)}
     (together, first), (other, second) = world.run(solve_own, (FAST, SLOW), solver, dtype, options)
     assert together == other == max(first, second)
-    assert first < second
+    # GMRES needs as few for the slow ones as for the fast, where a tolerance is as coarse as that.
+    assert first < second or (isinstance(solver, pydeq.GMRES) and dtype == torch.bfloat16)
 
 
 @settings(max_examples=10, phases=[Phase.generate])  # to shrink would start processes again and again
