@@ -25,6 +25,15 @@
 
 namespace pydeq {
 
+// Vectors that a launch can name.
+constexpr int kMaxListed = 512;
+
+// The arguments of a step that has a list of vectors, with the list where a kernel can read it: by value.
+template <class Args>
+struct Listing : Args {
+  void* rows[kMaxListed];  // `stored` pointers to [B, D]
+};
+
 // The rows of one sample.
 template <class T>
 struct DeviceRows {

@@ -14,10 +14,11 @@ void broyden_step_cuda(const Tensor& z, const Tensor& f, const Tensor& next, con
                        int64_t memory) {
   const Launch launch("broyden_step", z, "z");
   std::vector<void*> pointers;
-  BroydenDeviceArgs args{broyden_step_args(z, f, next, best, iterate, steps, restart, gram, thetas, scalars, counters,
-                                           progress, step, rtol, atol, eps, freeze, stall, last, memory, pointers),
-                         {}};
-  STD_TORCH_CHECK(args.stored <= kMaxSteps, "on a GPU memory must be at most ", kMaxSteps - 1, ", got ", memory,
+  Listing<BroydenStepArgs> args{
+      broyden_step_args(z, f, next, best, iterate, steps, restart, gram, thetas, scalars, counters, progress, step,
+                        rtol, atol, eps, freeze, stall, last, memory, pointers),
+      {}};
+  STD_TORCH_CHECK(args.stored <= kMaxListed, "on a GPU memory must be at most ", kMaxListed - 1, ", got ", memory,
                   " with ", args.stored, " steps stored");
   std::copy(pointers.begin(), pointers.end(), args.rows);
   PYDEQ_DISPATCH(args.step.dtype, T, launch_step<BroydenStep<T>>(launch, z, args));

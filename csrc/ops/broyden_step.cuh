@@ -18,14 +18,6 @@
 
 namespace pydeq {
 
-// Steps that a launch can name.
-constexpr int kMaxSteps = 512;
-
-// BroydenStepArgs with its list of steps where a kernel can read it: by value. The base's `steps` is not read.
-struct BroydenDeviceArgs : BroydenStepArgs {
-  void* rows[kMaxSteps];  // `stored` pointers to [B, D]
-};
-
 template <class T>
 struct BroydenStep {
   using Type = T;
@@ -33,7 +25,7 @@ struct BroydenStep {
   static constexpr int kPack = 16 / sizeof(A);
   static constexpr int kSplitThreads = 128;
   static constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;  // steps under way at once
-  using Args = BroydenDeviceArgs;
+  using Args = Listing<BroydenStepArgs>;                 // the base's `steps` is not read
   using Tile = pydeq::Tile<kPack>;
   using Stage = pydeq::Stage<kPack, A>;
   enum class Kind { first, next, restart };

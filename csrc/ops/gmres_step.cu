@@ -14,11 +14,11 @@ void gmres_step_cuda(const Tensor& z, const Tensor& f, const Tensor& next, const
                      bool freeze, bool stall, bool last, bool penultimate, int64_t restart) {
   const Launch launch("gmres_step", z, "z");
   std::vector<void*> pointers;
-  GmresDeviceArgs args{
+  Listing<GmresStepArgs> args{
       gmres_step_args(z, f, next, best, iterate, start, basis, gram, images, directions, coordinates, lengths, scalars,
                       counters, progress, step, rtol, atol, eps, freeze, stall, last, penultimate, restart, pointers),
       {}};
-  STD_TORCH_CHECK(args.stored <= kMaxVectors, "on a GPU restart must be at most ", kMaxVectors, ", got ", restart,
+  STD_TORCH_CHECK(args.stored <= kMaxListed, "on a GPU restart must be at most ", kMaxListed, ", got ", restart,
                   " with ", args.stored, " basis vectors stored");
   std::copy(pointers.begin(), pointers.end(), args.rows);
   PYDEQ_DISPATCH(args.step.dtype, T, launch_step<GmresStep<T>>(launch, z, args));

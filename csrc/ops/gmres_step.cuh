@@ -16,14 +16,6 @@
 
 namespace pydeq {
 
-// Basis vectors that a launch can name.
-constexpr int kMaxVectors = 512;
-
-// GmresStepArgs with its list of vectors where a kernel can read it: by value. The base's `basis` is not read.
-struct GmresDeviceArgs : GmresStepArgs {
-  void* rows[kMaxVectors];  // `stored` pointers to [B, D]
-};
-
 template <class T>
 struct GmresStep {
   using Type = T;
@@ -31,7 +23,7 @@ struct GmresStep {
   static constexpr int kPack = 16 / sizeof(A);
   static constexpr int kSplitThreads = 128;
   static constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;  // vectors under way at once
-  using Args = GmresDeviceArgs;
+  using Args = Listing<GmresStepArgs>;                   // the base's `basis` is not read
   using Tile = pydeq::Tile<kPack>;
   using Stage = pydeq::Stage<kPack, A>;
   enum class Kind { plain, begin, extend, close };

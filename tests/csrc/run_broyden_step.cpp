@@ -4,7 +4,7 @@
 namespace pydeq {
 
 void run_broyden_step(const Case& test) {
-  BroydenDeviceArgs args{};
+  Listing<BroydenStepArgs> args{};
   static_cast<BroydenStepArgs&>(args) = {test.step_args(),
                                          test.pointer("iterate"),
                                          nullptr,

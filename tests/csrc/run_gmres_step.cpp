@@ -4,7 +4,7 @@
 namespace pydeq {
 
 void run_gmres_step(const Case& test) {
-  GmresDeviceArgs args{};
+  Listing<GmresStepArgs> args{};
   static_cast<GmresStepArgs&>(args) = {test.step_args(),
                                        test.pointer("iterate"),
                                        test.pointer("start"),
