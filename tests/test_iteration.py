@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydeq
 from pydeq import Status
@@ -27,6 +28,37 @@ def options(solver, **more):
 
 
 # What is called, and how often
+
+
+class Operations(TorchDispatchMode):
+    """The names of pydeq's operations that were dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pydeq":
+            self.names.append(func._schema.name.removeprefix("pydeq::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "adjoint"])
+def test_an_iteration_is_one_dispatched_operation(solver, backward):
+    """A reference that is called past the dispatcher would be right, and slow: the kernels are behind the operation."""
+    problem = softsign_map([0.1, 0.5, 0.9], 9)
+    name = f"{type(solver).__name__.lower()}_step"
+    with Operations() as operations:
+        if backward:
+            adjoint = pydeq.Implicit(solver=solver, rtol=1e-3)
+            deq = pydeq.DEQ(problem.fn, solver=solver, adjoint=adjoint, rtol=1e-3)
+            x, *others = problem.context
+            z, solution = deq(problem.z0, x.clone().requires_grad_(), *others, return_solution=True)
+            z.square().sum().backward()
+            calls = solution.nfe + solution.backward.nfe
+        else:
+            calls = problem.solve(solver=solver, rtol=1e-3).nfe
+    assert operations.names == [name] * calls
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 5, 50])
