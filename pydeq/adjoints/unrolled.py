@@ -40,6 +40,7 @@ class Unrolled(Adjoint):
     The output is the image of the best iterate, with no evaluation beyond those of the solve. ``states_at`` gives
     states with the gradients of the iterations that led to them. Samples that are done are iterated no more, and
     their gradient does not depend on the others; but where a cell returns NaN or Inf, parameters may get NaN.
+    Anderson's system is nearly singular near the solution, which costs second derivatives digits: Picard's keep them.
 
     Raises:
         TypeError: If the layer's solver is another one.

@@ -18,7 +18,9 @@ def exact():
 
 
 def layer(cell, adjoint=None):
-    return pydeq.DEQ(cell, solver=pydeq.Anderson(), adjoint=adjoint or exact(), **TIGHT)
+    # Anderson's system is nearly singular at the end, which costs unrolled second derivatives their digits.
+    solver = pydeq.Picard() if isinstance(adjoint, pydeq.Unrolled) else pydeq.Anderson()
+    return pydeq.DEQ(cell, solver=solver, adjoint=adjoint or exact(), **TIGHT)
 
 
 def random(*shape, seed=0):
@@ -55,16 +57,22 @@ def gradients(z, tensors, second):
     return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
 
 
-@pytest.mark.parametrize("leaf", [True, False], ids=["leaves", "computed"])
-@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
-@pytest.mark.parametrize(
-    "adjoint", [exact(), pydeq.Reversible(checkpoints=40), pydeq.Unrolled(checkpoint=True)], ids=str
-)
+# Of Implicit, second derivatives that reach beyond an evaluation's own tensors raise. Reversible has none, and takes
+# computed tensors as context alone.
+EXCHANGED = [
+    (exact(), False, True),
+    (exact(), False, False),
+    (exact(), True, True),
+    (pydeq.Unrolled(checkpoint=True), False, True),
+    (pydeq.Unrolled(checkpoint=True), False, False),
+    (pydeq.Unrolled(checkpoint=True), True, True),
+    (pydeq.Unrolled(checkpoint=True), True, False),
+    (pydeq.Reversible(checkpoints=40), False, True),
+]
+
+
+@pytest.mark.parametrize(("adjoint", "second", "leaf"), EXCHANGED, ids=str)
 def test_parameters_exchanged_by_functional_call(x, adjoint, second, leaf):
-    if second and (isinstance(adjoint, pydeq.Reversible) or not leaf):
-        pytest.skip("has no second derivatives")
-    if isinstance(adjoint, pydeq.Reversible) and not leaf:
-        pytest.skip("takes no computed tensors but as context")
     deq = layer(Cell(), adjoint)
     weights = {name: (1.3 * p.detach() + 0.1).requires_grad_() for name, p in deq.named_parameters()}
     used = weights if leaf else {name: 1.0 * w for name, w in weights.items()}
