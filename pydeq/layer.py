@@ -170,22 +170,22 @@ class DEQ(nn.Module):
         with_states: bool,
         penalty: JacobianPenalty | None,
     ) -> Attached:
-        scope = scope_of(self.cell)
+        transformed = transforms_active()
+        if transformed:
+            self._check_transforms(penalty)
+        module, scope = _module_of(self.cell), scope_of(self.cell)
         fn, eager = compiler.compiled(self.cell), uncompiled(self.cell)
+        remembered = None
         if self.freeze_rng:
             fn = Replayed(fn, layout_of(z0).device)
             eager = fn.of(eager)
-        if scope is not None:
-            fn, eager = Bound(fn, scope), Bound(eager, scope)
-        module = _module_of(self.cell)
-        transformed = transforms_active()
         if module is not None and torch.is_grad_enabled() and not transformed:
             fill_parametrization_cache(module)
             if is_exchanged(module):
-                fn = Remembered(module, fn)
+                fn = remembered = Remembered(module, fn)
+        if scope is not None:
+            fn, eager = Bound(fn, scope), Bound(eager, scope)
         problem = Problem(fn, z0, context, options, module, self._memory)
-        if transformed:
-            self._check_transforms(penalty)
         if penalty is not None and self.freeze_rng and compiler.compiles(self.cell) and random_modules(module):
             raise RuntimeError(
                 "a compiled cell draws other random numbers than the uncompiled one that a penalty needs: use"
@@ -203,10 +203,11 @@ class DEQ(nn.Module):
         if penalty is not None:
             # Compiled graphs are not differentiated twice, which the penalty's gradient needs.
             at = None if compiler.compiles(self.cell) else attached.linearization
-            image = attached.output if transformed else solution.image
-            term = penalty.evaluate(eager, image, context, at)
+            term = penalty.evaluate(eager, solution.image, context, at)
             solution = copy.copy(solution)  # not the one that the graph keeps
             solution.penalty = term
+        if remembered is not None:
+            remembered.late = True
         return Attached(attached.output, solution)
 
     def _check_transforms(self, penalty: JacobianPenalty | None) -> None:
