@@ -24,7 +24,7 @@ def migrate(paths: Sequence[str], write: bool) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "libcst":
             raise
-        print("pydeq migrate needs libcst: pip install libcst, or pip install 'pydeq[migrate]'", file=sys.stderr)
+        print("pydeq migrate needs libcst: pip install libcst", file=sys.stderr)
         return 2
 
     status = files = changed = imports = doubts = 0

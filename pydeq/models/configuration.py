@@ -128,9 +128,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "configuration files need PyYAML: pip install PyYAML, or pip install 'pydeq[models]'", name="yaml"
-        ) from error
+        raise ModuleNotFoundError("configuration files need PyYAML: pip install PyYAML", name="yaml") from error
 
     class Loader(yaml.SafeLoader):
         """Refuses keys that stand there twice; the YAML library keeps the last one."""
