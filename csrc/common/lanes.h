@@ -33,6 +33,8 @@ struct Lanes {
 };
 
 #define PYDEQ_UNROLL _Pragma("GCC unroll 16")
+// Of a function with many loops: the compiler would leave some bodies calls, with their registers in memory.
+#define PYDEQ_FLATTEN __attribute__((flatten))
 
 template <class A>
 inline Lanes<A> splat(A value) {
@@ -249,25 +251,46 @@ inline double dot(const T* x, const U* y, int64_t n) {
   return sum(total);
 }
 
-// out[j] = sum_i row(j)[i] y[i] of one chunk, j in [0, count). Four rows at a time: y is read less often, and more of
+// totals[j] += row(j)[i] y[i] lane by lane, j in [0, 4): y is read less often than for one row at a time, and more of
 // memory is under way at once.
+template <class A, class Row, class U>
+inline void add_four_products(Row row, const U* y, int64_t n, Lanes<A>* totals) {
+  const auto *r0 = row(0), *r1 = row(1), *r2 = row(2), *r3 = row(3);
+  Lanes<A> t0 = totals[0], t1 = totals[1], t2 = totals[2], t3 = totals[3];
+  for_blocks(n, [&](int64_t i, auto part) {
+    const Lanes<A> x = part.template load<A>(y + i);
+    t0 = t0 + part.template load<A>(r0 + i) * x;
+    t1 = t1 + part.template load<A>(r1 + i) * x;
+    t2 = t2 + part.template load<A>(r2 + i) * x;
+    t3 = t3 + part.template load<A>(r3 + i) * x;
+  });
+  totals[0] = t0;
+  totals[1] = t1;
+  totals[2] = t2;
+  totals[3] = t3;
+}
+
+// totals[j] += row(j)[i] y[i] lane by lane, j in [0, count).
+template <class A, class Row, class U>
+inline void add_products(Row row, int64_t count, const U* y, int64_t n, Lanes<A>* totals) {
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) add_four_products([&](int64_t i) { return row(j + i); }, y, n, totals + j);
+  for (; j < count; ++j) {
+    const auto* r = row(j);
+    Lanes<A> t = totals[j];
+    for_blocks(n, [&](int64_t i, auto part) { t = t + part.template load<A>(r + i) * part.template load<A>(y + i); });
+    totals[j] = t;
+  }
+}
+
+// out[j] = sum_i row(j)[i] y[i] of one chunk, j in [0, count).
 template <class A, class Row, class U>
 inline void dots(Row row, int64_t count, const U* y, int64_t n, double* out) {
   int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
-    const auto *r0 = row(j), *r1 = row(j + 1), *r2 = row(j + 2), *r3 = row(j + 3);
-    Lanes<A> t0 = splat(A(0)), t1 = t0, t2 = t0, t3 = t0;
-    for_blocks(n, [&](int64_t i, auto part) {
-      const Lanes<A> x = part.template load<A>(y + i);
-      t0 = t0 + part.template load<A>(r0 + i) * x;
-      t1 = t1 + part.template load<A>(r1 + i) * x;
-      t2 = t2 + part.template load<A>(r2 + i) * x;
-      t3 = t3 + part.template load<A>(r3 + i) * x;
-    });
-    out[j] = sum(t0);
-    out[j + 1] = sum(t1);
-    out[j + 2] = sum(t2);
-    out[j + 3] = sum(t3);
+    Lanes<A> totals[4] = {splat(A(0)), splat(A(0)), splat(A(0)), splat(A(0))};
+    add_four_products([&](int64_t i) { return row(j + i); }, y, n, totals);
+    for (int64_t i = 0; i < 4; ++i) out[j + i] = sum(totals[i]);
   }
   for (; j < count; ++j) out[j] = dot<A>(row(j), y, n);
 }

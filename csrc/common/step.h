@@ -164,27 +164,29 @@ struct Runner {
   }
   int64_t width() const { return sums > products ? sums : products; }
 
-  // All of a sample on one thread. scratch: [2, width].
+  // All of a sample on one thread. The second pass goes backwards: it finds in the cache what the first one read last.
+  // scratch: [width + max(sums, chunks * products)].
   void run_sample(int64_t s, double* scratch) const {
     const int64_t b = samples[s];
-    double *total = scratch, *part = scratch + width();
+    double *total = scratch, *parts = scratch + width();
     for (int64_t i = 0; i < sums; ++i) total[i] = 0.0;
     for (int64_t c = 0; c < chunks; ++c) {
-      step.reduce(b, c * kChunk, length(c), part);
-      for (int64_t i = 0; i < sums; ++i) total[i] += part[i];
+      step.reduce(b, c * kChunk, length(c), parts);
+      for (int64_t i = 0; i < sums; ++i) total[i] += parts[i];
     }
     step.decide(b, total, plans[s], plan_coefficients + s * coefficients);
-    for (int64_t i = 0; i < products; ++i) total[i] = part[i] = 0.0;
-    for (int64_t c = 0; c < chunks; ++c) {
-      step.apply(b, plans[s], c * kChunk, length(c), part);
-      for (int64_t i = 0; i < products; ++i) total[i] += part[i];
+    for (int64_t i = 0; i < chunks * products; ++i) parts[i] = 0.0;
+    for (int64_t c = chunks - 1; c >= 0; --c) {
+      step.apply(b, plans[s], c * kChunk, length(c), parts + c * products);
     }
+    add_up(parts, products, products, total);
     step.close(b, plans[s], total);
   }
 
   static void run_samples(void* context, int64_t begin, int64_t end) {
     const Runner& run = *static_cast<const Runner*>(context);
-    double* scratch = static_cast<double*>(std::malloc(2 * run.width() * sizeof(double) + 1));
+    const int64_t parts = run.chunks * run.products > run.sums ? run.chunks * run.products : run.sums;
+    double* scratch = static_cast<double*>(std::malloc((run.width() + parts) * sizeof(double) + 1));
     for (int64_t s = begin; s < end; ++s) run.run_sample(s, scratch);
     std::free(scratch);
   }
@@ -207,11 +209,11 @@ struct Runner {
     }
   }
 
-  // Adds up the chunks of sample s, in order.
-  void total(int64_t s, int64_t count, double* out) const {
+  // out[j] = the sum over chunks, in order, of entry j of parts [chunks, stride].
+  void add_up(const double* parts, int64_t stride, int64_t count, double* out) const {
     for (int64_t j = 0; j < count; ++j) out[j] = 0.0;
     for (int64_t c = 0; c < chunks; ++c) {
-      for (int64_t j = 0; j < count; ++j) out[j] += partial[(s * chunks + c) * width() + j];
+      for (int64_t j = 0; j < count; ++j) out[j] += parts[c * stride + j];
     }
   }
 };
@@ -248,12 +250,12 @@ inline void run_step(Step& step, const StepArgs& args) {
     double* totals = static_cast<double*>(std::malloc(run.width() * sizeof(double) + 1));
     args.parallel.run(active * run.chunks, Runner<Step>::reduce_chunks, &run);
     for (int64_t s = 0; s < active; ++s) {
-      run.total(s, run.sums, totals);
+      run.add_up(run.partial + s * run.chunks * run.width(), run.width(), run.sums, totals);
       step.decide(run.samples[s], totals, run.plans[s], run.plan_coefficients + s * run.coefficients);
     }
     args.parallel.run(active * run.chunks, Runner<Step>::apply_chunks, &run);
     for (int64_t s = 0; s < active; ++s) {
-      run.total(s, run.products, totals);
+      run.add_up(run.partial + s * run.chunks * run.width(), run.width(), run.products, totals);
       step.close(run.samples[s], run.plans[s], totals);
     }
     std::free(totals);

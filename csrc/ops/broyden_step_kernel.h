@@ -17,13 +17,19 @@ namespace pydeq {
 namespace PYDEQ_ISA {
 namespace {
 
-// v[i] += sum_j c[j] rows[j][i], four rows at a time so that v passes through the registers less often.
-template <class A>
-inline void accumulate(A* v, const A* const* rows, const double* c, int64_t count, int64_t n) {
+// Elements of all steps that the second pass visits at once: the rows that v is combined from are still in the
+// first-level cache when v is multiplied with them.
+constexpr int64_t kTile = 256;
+// Columns whose products are formed along; those of more are formed once a chunk is done.
+constexpr int64_t kColumns = 64;
+
+// v[i] += sum_j c[j] rows(j)[i], four rows at a time so that v passes through the registers less often.
+template <class A, class Row>
+inline void accumulate(A* v, Row row, const double* c, int64_t count, int64_t n) {
   int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
     const A c0 = A(c[j]), c1 = A(c[j + 1]), c2 = A(c[j + 2]), c3 = A(c[j + 3]);
-    const A *r0 = rows[j], *r1 = rows[j + 1], *r2 = rows[j + 2], *r3 = rows[j + 3];
+    const A *r0 = row(j), *r1 = row(j + 1), *r2 = row(j + 2), *r3 = row(j + 3);
     for_blocks(n, [&](int64_t i, auto part) {
       Lanes<A> x = part.template load<A>(v + i);
       x = x + c0 * part.template load<A>(r0 + i);
@@ -35,7 +41,7 @@ inline void accumulate(A* v, const A* const* rows, const double* c, int64_t coun
   }
   for (; j < count; ++j) {
     const A cj = A(c[j]);
-    const A* r = rows[j];
+    const A* r = row(j);
     for_blocks(n, [&](int64_t i, auto part) {
       part.store(v + i, part.template load<A>(v + i) + cj * part.template load<A>(r + i));
     });
@@ -93,7 +99,7 @@ struct BroydenStep {
     dots<Sum>([&](int64_t j) { return step_row(j, b) + begin; }, count, g, n, sums + 3);
   }
 
-  void reduce(int64_t b, int64_t begin, int64_t n, double* sums) const {
+  PYDEQ_FLATTEN void reduce(int64_t b, int64_t begin, int64_t n, double* sums) const {
     const Rows<T> row(args.step, b);
     A g[kChunk];
     Lanes<A> rr = splat(A(0)), ff = splat(A(0));
@@ -178,11 +184,7 @@ struct BroydenStep {
     }
   }
 
-  double product(const Plan& plan, const A* x, const A* y, int64_t n) const {
-    return plan.wide ? dot<double>(x, y, n) : dot<A>(x, y, n);
-  }
-
-  void apply(int64_t b, const Plan& plan, int64_t begin, int64_t n, double* products) const {
+  PYDEQ_FLATTEN void apply(int64_t b, const Plan& plan, int64_t begin, int64_t n, double* products) const {
     const Rows<T> row(args.step, b);
     settle<T>(row, plan.verdict, nullptr, 1.0, begin, n);
     A* iterate = is_half<T> ? row_of(args.iterate, b) + begin : nullptr;
@@ -192,13 +194,48 @@ struct BroydenStep {
     }
     if (!plan.verdict.proceed) return;
 
-    A g[kChunk], v[kChunk];
+    // The next step may restart, and then needs this residual: whole, since u_0 is in use until the end.
+    A* u0 = args.restart ? row_of(args.restart, b) + begin : nullptr;
+    const bool keep = u0 && plan.slot == args.memory;
+    A residuals[kChunk];
+    const int64_t from = first_column(plan), count = plan.slot + 1 - from;
+    const int64_t along = plan.wide ? 0 : count < kColumns ? count : kColumns;
+    Lanes<A> totals[kColumns];
+    for (int64_t j = 0; j < along; ++j) totals[j] = splat(A(0));
+    for (int64_t i = 0; i < n; i += kTile) {
+      advance(row, b, plan, begin + i, n - i < kTile ? n - i : kTile, residuals + (keep ? i : 0), along, totals);
+    }
+    for (int64_t j = 0; j < along; ++j) products[from + j] = sum(totals[j]);
+    const A* newest = step_row(plan.slot, b) + begin;
+    const auto rest = [&](int64_t j) { return column(plan, b, from + along + j) + begin; };
+    if (plan.wide) {
+      dots<double>(rest, count - along, newest, n, products + from + along);
+    } else {
+      dots<A>(rest, count - along, newest, n, products + from + along);
+    }
+    if (keep) copy(u0, residuals, n);
+  }
+
+  // What the new step is multiplied with for entry j of its row of the Gram matrix: s_j, or u_0 after a restart. No
+  // coefficient needs <s_j, s_0>.
+  int64_t first_column(const Plan& plan) const { return plan.slot > 0 && !plan.restarted ? 1 : 0; }
+  A* column(const Plan& plan, int64_t b, int64_t j) const {
+    return j == 0 && plan.restarted ? row_of(args.restart, b) : step_row(j, b);
+  }
+  // u_j, which coefficient j belongs to.
+  A* factor(const Plan& plan, int64_t b, int64_t j) const {
+    return j == 0 && plan.restarted ? row_of(args.restart, b) : step_row(j + 1, b);
+  }
+
+  // The new step and the next iterate of a tile; products with the first `along` columns are added to totals.
+  void advance(const Rows<T>& row, int64_t b, const Plan& plan, int64_t begin, int64_t n, A* g, int64_t along,
+               Lanes<A>* totals) const {
+    A v[kTile];
     residual(row, b, begin, n, g);
     copy(v, g, n);
-    A* u0 = args.restart ? row_of(args.restart, b) + begin : nullptr;
     if (plan.kind == Kind::restart) {
       const A* s = step_row(args.memory, b) + begin;
-      A* kept = step_row(0, b) + begin;
+      A *kept = step_row(0, b) + begin, *u0 = row_of(args.restart, b) + begin;
       const A scale = A(plan.scale), weight = A(plan.weight);
       for_blocks(n, [&](int64_t i, auto part) {
         const Lanes<A> newest = part.template load<A>(s + i), x = part.template load<A>(g + i);
@@ -208,18 +245,12 @@ struct BroydenStep {
         part.store(v + i, x + weight * w);
       });
     } else if (plan.kind == Kind::next) {
-      const A* u[4];  // u_j, four at a time
-      for (int64_t j = 0; j < plan.slot - 1; j += 4) {
-        const int64_t group = plan.slot - 1 - j < 4 ? plan.slot - 1 - j : 4;
-        for (int64_t i = 0; i < group; ++i) u[i] = step_row(j + i + 1, b) + begin;
-        if (j == 0 && plan.restarted) u[0] = u0;
-        accumulate(v, u, plan.c + j, group, n);
-      }
+      accumulate(v, [&](int64_t j) { return factor(plan, b, j) + begin; }, plan.c, plan.slot - 1, n);
       const A scale = A(plan.scale);
       for_blocks(n, [&](int64_t i, auto part) { part.store(v + i, scale * part.template load<A>(v + i)); });
     }
 
-    A* stored = step_row(plan.slot, b) + begin;
+    A *stored = step_row(plan.slot, b) + begin, *iterate = is_half<T> ? row_of(args.iterate, b) + begin : nullptr;
     for_blocks(n, [&](int64_t i, auto part) {
       const Lanes<A> s = part.template load<A>(v + i);
       part.store(stored + i, s);
@@ -231,21 +262,14 @@ struct BroydenStep {
         part.store(row.next + begin + i, part.template load<A>(row.z + begin + i) + s);
       }
     });
-    if (plan.restarted) products[0] = product(plan, v, u0, n);
-    const auto older = [&](int64_t j) { return step_row(j + 1, b) + begin; };
-    if (plan.wide) {
-      dots<double>(older, plan.slot - 1, v, n, products + 1);
-    } else {
-      dots<A>(older, plan.slot - 1, v, n, products + 1);
-    }
-    products[plan.slot] = product(plan, v, v, n);
-    if (u0 && plan.slot == args.memory) copy(u0, g, n);  // the next step restarts, and needs this residual
+    const int64_t from = first_column(plan);
+    add_products([&](int64_t j) { return column(plan, b, from + j) + begin; }, along, v, n, totals);
   }
 
   void close(int64_t b, const Plan& plan, const double* products) const {
     if (!plan.verdict.proceed) return;
     double* gram = args.gram + (b * args.capacity + plan.slot) * args.capacity;
-    for (int64_t j = plan.slot > 0 && !plan.restarted ? 1 : 0; j <= plan.slot; ++j) gram[j] = products[j];
+    for (int64_t j = first_column(plan); j <= plan.slot; ++j) gram[j] = products[j];
   }
 };
 

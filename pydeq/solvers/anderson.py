@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import anderson_step
-from pydeq.solvers.base import Solver, Workspace, check_damping, check_memory, empty
+from pydeq.solvers.base import Solver, Workspace, check_damping, check_memory
+from pydeq.solvers.buffers import empty
 from pydeq.termination import Rules
 
 

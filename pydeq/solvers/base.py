@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pydeq.compiled import advise_huge_pages
 from pydeq.protocol import Counter, Progress, Scalar
+from pydeq.solvers.buffers import empty
 from pydeq.termination import Rules
 
 
@@ -31,7 +30,7 @@ class Workspace(ABC):
         iterates = empty(flat, 2, *flat.shape)
         iterates[0] = flat
         self.z = (iterates[0], iterates[1])
-        self.best = flat.new_empty(2, *flat.shape)
+        self.best = empty(flat, 2, *flat.shape)
         self.scalars = flat.new_zeros(batch, len(Scalar), dtype=torch.float64)
         self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)  # RUNNING is 0
         self.progress = torch.zeros(len(Progress), dtype=torch.int64)
@@ -52,28 +51,6 @@ class Solver(ABC):
     @abstractmethod
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         """Allocate the workspace of one solve from initial iterates [B, D]."""
-
-
-# Scratch from here on is worth a system call and rounding up.
-_LARGE, _HUGE_PAGE = 1 << 20, 1 << 21
-
-
-def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialized buffer of this shape, of the device and, by default, the dtype of ``like``.
-
-    Large ones on the CPU lie in whole huge pages, inside of a storage that is up to two pages larger; what is never
-    touched takes no memory. For scratch alone: a user who saves a view would save all of it.
-    """
-    dtype = dtype or like.dtype
-    count = math.prod(shape)
-    used = count * dtype.itemsize
-    if like.device.type != "cpu" or used < _LARGE:
-        return like.new_empty(shape, dtype=dtype)
-    pages = -(-used // _HUGE_PAGE)
-    storage = like.new_empty((pages + 1) * _HUGE_PAGE // dtype.itemsize, dtype=dtype)
-    start = -storage.data_ptr() % _HUGE_PAGE // dtype.itemsize
-    advise_huge_pages(storage.data_ptr() + start * dtype.itemsize, pages * _HUGE_PAGE)
-    return storage[start : start + count].view(shape)
 
 
 def check_memory(memory: int) -> None:
