@@ -100,11 +100,13 @@ def fixed_point(
     """
     for name in unknown:
         raise unknown_keyword("fixed_point", name, _KEYWORDS)
-    return solve(
+    solution, workspace = solve(
         fn, z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace, throw=throw,
         freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
         process_group=process_group, sharded=sharded, states_at=states_at,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    workspace.scratch.release()
+    return solution
 
 
 def solve(

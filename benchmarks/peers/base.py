@@ -89,6 +89,9 @@ class Peer(ABC):
     def version(self) -> str:
         return version(self.name)
 
+    def forget(self) -> None:  # noqa: B027  # most keep nothing
+        """Free memory that is kept from one solve for the next."""
+
     @abstractmethod
     def solve(self, fn: Map, z0: Tensor, method: Method, rtol: float, max_calls: int) -> Outcome:
         """Solve z = fn(z) until ||fn(z) - z|| <= rtol ||fn(z)|| for every sample."""

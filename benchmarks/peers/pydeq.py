@@ -10,6 +10,7 @@ from torch import Tensor
 import pydeq
 from benchmarks.peers.base import Layer, LayerSettings, Method, Outcome, Peer
 from benchmarks.timing import Map
+from pydeq.solvers import buffers
 
 
 def _solver(method: Method, max_calls: int) -> Any:
@@ -22,6 +23,9 @@ def _solver(method: Method, max_calls: int) -> Any:
 
 class _Pydeq(Peer):
     name = "pydeq"
+
+    def forget(self) -> None:
+        buffers.clear()
 
     def solve(self, fn: Map, z0: Tensor, method: Method, rtol: float, max_calls: int) -> Outcome:
         solver = _solver(method, max_calls)

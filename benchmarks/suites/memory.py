@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.peers import Method
+from benchmarks.peers import Method, Peer
 from benchmarks.problems.maps import elementwise
 from benchmarks.results import number
 from benchmarks.suites.base import BASELINE, Context
@@ -36,7 +36,7 @@ def run(context: Context) -> None:
         for name, peer in context.peers.items():
             context.bar.show(f"{key}, {name}")
             with threads(1):
-                peak = peak_bytes(lambda peer=peer, m=method, c=calls: peer.run(problem.fn, problem.z0, m, c))
+                peak = peak_bytes(peer, lambda peer=peer, m=method, c=calls: peer.run(problem.fn, problem.z0, m, c))
             vectors = peak / (4 * BATCH * DIM)
             context.results.figure(f"memory.{key}.{name}", vectors, "state vectors")
             row.append(number(vectors))
@@ -62,9 +62,10 @@ def run(context: Context) -> None:
     )
 
 
-def peak_bytes(solve: Callable[[], object]) -> int:
-    """The most bytes that ``solve`` holds at any moment, of what it allocates itself."""
-    solve()  # whatever is allocated once and kept
+def peak_bytes(peer: Peer, solve: Callable[[], object]) -> int:
+    """The most bytes that ``solve``, by ``peer``, holds at any moment, of what it allocates itself."""
+    solve()  # whatever a process allocates once
+    peer.forget()
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = solve()
     del kept

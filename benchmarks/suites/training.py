@@ -129,7 +129,7 @@ def _measure(
     for side, peer in context.peers.items():
         counted = WatchedCell(cell)
         _step(peer, cell, counted, z0, x, kind)()
-        peak = peak_bytes(steps[side]) / 2**20
+        peak = peak_bytes(peer, steps[side]) / 2**20
         seconds = spread(measured[side])
         inside = (counted.calls * evaluation + counted.products * product) / seconds.median
         results.figure(f"{name}.{side}.step", seconds, "s")

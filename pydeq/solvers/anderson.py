@@ -12,7 +12,6 @@ from torch import Tensor
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import anderson_step
 from pydeq.solvers.base import Solver, Workspace, check_damping, check_memory
-from pydeq.solvers.buffers import empty
 from pydeq.termination import Rules
 
 
@@ -59,8 +58,8 @@ class _AndersonWorkspace(Workspace):
         self.memory = min(solver.memory, max_steps)
         batch, size = flat.shape
         slots = max(self.memory, 2)  # the image of the previous iterate must outlive the next evaluation
-        self.residuals = empty(flat, batch, slots, size)
-        self.values = empty(flat, batch, slots, size)
+        self.residuals = self.scratch.empty(batch, slots, size)
+        self.values = self.scratch.empty(batch, slots, size)
         self.gram = flat.new_zeros(batch, slots, slots, dtype=torch.float64)
 
     def step(self, f: Tensor, k: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydeq.protocol import Counter, Progress, Scalar
-from pydeq.solvers.buffers import empty
+from pydeq.solvers.buffers import Scratch, empty
 from pydeq.termination import Rules
 
 
@@ -34,6 +34,7 @@ class Workspace(ABC):
         self.scalars = flat.new_zeros(batch, len(Scalar), dtype=torch.float64)
         self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)  # RUNNING is 0
         self.progress = torch.zeros(len(Progress), dtype=torch.int64)
+        self.scratch = Scratch(flat)  # the history, which a solve that ends well releases
         self.rules = rules
         self.max_steps = max_steps
 

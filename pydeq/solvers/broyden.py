@@ -12,7 +12,7 @@ from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
 from pydeq.protocol import Counter, Progress
 from pydeq.solvers.base import Solver, Workspace, check_memory
-from pydeq.solvers.buffers import empty, rows
+from pydeq.solvers.buffers import empty
 from pydeq.solvers.inverse_jacobian import InverseJacobian
 from pydeq.termination import Rules
 
@@ -69,7 +69,7 @@ class BroydenWorkspace(Workspace):
         rules, parity, last = self.rules, k % 2, k + 1 == self.max_steps
         if not last and k <= self.memory:
             if k == len(self.steps):
-                self.steps.extend(rows(f, k, min(_BLOCK, self.capacity - k), self.wide))
+                self.steps.extend(self.scratch.rows(k, min(_BLOCK, self.capacity - k), self.wide))
                 if len(self.steps) > self.thetas.shape[1]:
                     self._widen(2 * self.thetas.shape[1])
             if k == self.memory and k + 2 < self.max_steps:  # the next step restarts

@@ -1,18 +1,27 @@
-"""The large buffers of a solve: scratch that is allocated once, uninitialized, and laid out for the kernels."""
+"""The large buffers of a solve: uninitialized, laid out for the kernels, and kept for the next solve.
+
+Fresh memory costs a page fault for every page that is first written, which for middle-sized states is as much as the
+steps of a short solve. So histories, which no user ever sees, are kept when a solve is done, 64 MiB of them at most.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import deque
 
 import torch
 from torch import Tensor
 
 from pydeq.compiled import advise_huge_pages
 
-# From here on a system call pays.
-_LARGE = 1 << 21
+# From here on huge pages are asked for, and buffers are kept; and as much is kept.
+_LARGE, _KEPT_FROM, _KEPT_BYTES = 1 << 21, 1 << 17, 1 << 26
 # Rows of a history are read at the same entries all at once. A cache finds a line by its place within a page: rows that
 # start at the same place would push each other out. So each starts 17 lines after the one before, with room for that.
 _PAGE, _LINE, _LINES_APART, _STAGGERED_FROM = 4096, 64, 17, 1 << 16
+
+# Each operation on it is atomic: threads share it without a lock, which a fork could leave locked.
+_kept: deque[Tensor] = deque()
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,18 +35,69 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return buffer
 
 
-def rows(like: Tensor, first: int, count: int, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Rows ``first`` to ``first + count - 1`` of a history that grows, each an uninitialized buffer like ``like``.
+class Scratch:
+    """The history of one solve.
 
     Args:
-        like: A contiguous tensor: shape, device and, by default, dtype of a row.
+        like: A contiguous tensor: device and, by default, dtype of all buffers, and the shape of a row.
     """
-    dtype = dtype or like.dtype
-    size, entries = like.numel(), like.numel() * dtype.itemsize
-    if like.device.type != "cpu" or entries < _STAGGERED_FROM:
-        return list(empty(like, count, *like.shape, dtype=dtype).unbind())
-    page, line = _PAGE // dtype.itemsize, _LINE // dtype.itemsize
-    storage = empty(like, count * (size + page), dtype=dtype)
-    strides = like.stride()
-    starts = (i * (size + page) + (first + i) * _LINES_APART * line % page for i in range(count))
-    return [storage.as_strided(like.shape, strides, start) for start in starts]
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._taken: list[Tensor] = []
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialized buffer of this shape."""
+        return self._take(math.prod(shape), self._like.dtype).view(shape)
+
+    def rows(self, first: int, count: int, dtype: torch.dtype) -> list[Tensor]:
+        """Rows ``first`` to ``first + count - 1`` of a history that grows, uninitialized, each like ``like``."""
+        like, size = self._like, self._like.numel()
+        if like.device.type != "cpu" or size * dtype.itemsize < _STAGGERED_FROM:
+            return list(self._take(count * size, dtype).view(count, *like.shape).unbind())
+        page, line = _PAGE // dtype.itemsize, _LINE // dtype.itemsize
+        storage = self._take(count * (size + page), dtype)
+        starts = (i * (size + page) + (first + i) * _LINES_APART * line % page for i in range(count))
+        return [storage[start : start + size].view(like.shape) for start in starts]
+
+    def release(self) -> None:
+        """Keep the buffers for the next solve: nobody has any of them any more."""
+        for buffer in self._taken:
+            if buffer.device.type == "cpu" and buffer.nbytes >= _KEPT_FROM and type(buffer) is Tensor:
+                _kept.append(buffer)
+        self._taken.clear()
+        total = sum(buffer.nbytes for buffer in list(_kept))
+        while total > _KEPT_BYTES:
+            try:
+                total -= _kept.popleft().nbytes
+            except IndexError:  # another thread took it
+                break
+
+    def _take(self, count: int, dtype: torch.dtype) -> Tensor:
+        buffer = None
+        if self._like.device.type == "cpu":
+            buffer = _find_kept(count, dtype)
+        if buffer is None:
+            buffer = empty(self._like, count, dtype=dtype)
+        self._taken.append(buffer)
+        return buffer
+
+
+def _find_kept(count: int, dtype: torch.dtype) -> Tensor | None:
+    """A kept buffer of this size, which is kept no longer."""
+    inference = torch.is_inference_mode_enabled()
+    for _ in range(len(_kept)):
+        try:
+            buffer = _kept.popleft()
+        except IndexError:
+            return None
+        # Buffers made in inference mode may not be written outside of it.
+        if buffer.dtype == dtype and buffer.numel() == count and buffer.is_inference() == inference:
+            return buffer
+        _kept.append(buffer)
+    return None
+
+
+def clear() -> None:
+    """Free the buffers that are kept."""
+    _kept.clear()

@@ -12,7 +12,7 @@ from pydeq.keywords import suggests_keywords
 from pydeq.ops import gmres_step
 from pydeq.protocol import Coordinate
 from pydeq.solvers.base import Solver, Workspace
-from pydeq.solvers.buffers import empty, rows
+from pydeq.solvers.buffers import empty
 from pydeq.termination import Rules
 
 # Basis vectors allocated at once: enough for huge pages behind small states, few enough that little is left unused.
@@ -78,7 +78,7 @@ class _GMRESWorkspace(Workspace):
         rules, parity, left = self.rules, k % 2, self.max_steps - 1 - k
         if left and k < self.restart and k == len(self.basis):
             count = min(_BLOCK, self.capacity - k)
-            self.basis.extend(rows(f, len(self.basis), count, self.wide))
+            self.basis.extend(self.scratch.rows(k, count, self.wide))
         gmres_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.begin, self.basis,
             self.gram, self.images, self.directions, self.coordinates, self.lengths,

@@ -13,6 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks import peers
 from benchmarks.environment import facts
 from benchmarks.peers.base import METHODS, LayerSettings, Method
+from benchmarks.peers.pydeq import PEER
 from benchmarks.problems.convolution import ConvCell
 from benchmarks.problems.dense import DenseCell
 from benchmarks.problems.maps import elementwise, symmetric_linear, tanh_map
@@ -25,6 +26,7 @@ from benchmarks.suites import SUITES, adjoints, jacobian, training
 from benchmarks.suites.base import Context
 from benchmarks.suites.memory import peak_bytes
 from benchmarks.timing import Counted, Recorded, Timed, WatchedCell, alternate, ratios, spread
+from pydeq.solvers.buffers import Scratch
 
 PEERS, _ = peers.load()
 
@@ -121,7 +123,18 @@ def test_peak_bytes_sees_what_is_held_at_once():
         del first
         return second, torch.empty(size, dtype=torch.uint8)
 
-    assert peak_bytes(two_of_three) == 2 * size
+    assert peak_bytes(PEER, two_of_three) == 2 * size
+
+
+def test_peak_bytes_counts_what_is_kept_for_the_next_solve():
+    size = 1 << 20
+
+    def take_and_keep():
+        scratch = Scratch(torch.zeros(1, dtype=torch.uint8))
+        scratch.empty(size)
+        scratch.release()
+
+    assert peak_bytes(PEER, take_and_keep) >= size
 
 
 def test_targets_tell_met_from_missed_from_unmeasured():
