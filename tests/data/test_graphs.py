@@ -152,7 +152,7 @@ def test_raw_citations_that_do_not_fit_are_refused(monkeypatch):
         parse_citations(content, cites)
     monkeypatch.setattr(graphs, "VALID", 0)
     monkeypatch.setattr(graphs, "TEST", 0)
-    with pytest.raises(ValueError, match="must name papers of cora.content, got nobody"):
+    with pytest.raises(ValueError, match=r"must name papers of cora\.content, got nobody"):
         parse_citations(content, b"paper0 nobody\n")
     with pytest.raises(ValueError, match="must name pairs"):
         parse_citations(content, b"paper0 paper1 paper2\n")

@@ -29,7 +29,7 @@ def test_digits_are_whole_and_scaled_exactly():
 
 def test_digits_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(images, "_DIGITS_SHA256", "0" * 64)
-    with pytest.raises(AlteredDataError, match="scikit-learn's digits .* expected 0000"):
+    with pytest.raises(AlteredDataError, match=r"scikit-learn's digits .* expected 0000"):
         load_images("digits", "train")
 
 
@@ -37,7 +37,7 @@ def test_digits_without_scikit_learn(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match="the digits needs scikit-learn.*pip install scikit-learn"):
+    with pytest.raises(ModuleNotFoundError, match=r"the digits needs scikit-learn.*pip install scikit-learn"):
         load_images("digits", "train")
 
 

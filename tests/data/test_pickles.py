@@ -41,7 +41,9 @@ def test_what_calls_anything_is_refused_and_not_called(tmp_path, protocol):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x02", b"cnumpy\nndarray\n)R.", b"not a pickle", b"\x80\x02]q\x00K\x01b."])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02", b"cnumpy\nndarray\n)R.", b"not a pickle", b"\x80\x02]q\x00K\x01b."]
+)
 def test_what_is_no_pickle_is_refused(content):
     with pytest.raises(ValueError, match="graph must be a pickle"):
         read_pickle(content, "graph")

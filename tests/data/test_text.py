@@ -12,9 +12,8 @@ TEST = " the <unk> \n"
 
 
 def files(train=TRAIN, valid=VALID, test=TEST, pattern="wiki.{}.tokens"):
-    return {
-        pattern.format(split): content.encode() for split, content in zip(text.SPLITS, (train, valid, test), strict=True)
-    }
+    contents = zip(text.SPLITS, (train, valid, test), strict=True)
+    return {pattern.format(split): content.encode() for split, content in contents}
 
 
 @pytest.mark.parametrize("place", ["files", "archive"])
@@ -138,7 +137,7 @@ def test_bad_arguments_are_named(write, tmp_path):
     with pytest.raises(MissingDataError, match=r"one file for valid, such as valid\.txt, got dev\.txt, valid\.txt"):
         load_text(tmp_path / "part")
     (tmp_path / "part" / "dev.txt").unlink()
-    with pytest.raises(MissingDataError, match="one file for test, such as test.txt, got none"):
+    with pytest.raises(MissingDataError, match=r"one file for test, such as test\.txt, got none"):
         load_text(tmp_path / "part")
 
 
