@@ -162,7 +162,7 @@ def obtain_package(package: Package, scratch: Path) -> Path:
     folder = scratch / "package"
     folder.mkdir()
     if package.client == "npm":
-        command = ["npm", "pack", f"{package.name}@{package.version}"]
+        command = ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"]
     elif package.client == "pip":
         # The sum stands in the request: pip compares before it runs anything of a source package.
         requirements = folder / "requirements.txt"

@@ -101,7 +101,8 @@ def batches(
         n: Samples.
         batch: Samples of a batch, of all ranks together.
         seed, epoch: What the order depends on, and all that it depends on.
-        rank, world: This rank's number, and how many share each batch. Parts differ by at most one sample.
+        rank, world: This rank's number, and how many share each batch. Parts differ by at most one sample; of a last
+            batch smaller than world some are empty.
         start: Batches to leave out at the beginning.
         shuffle: Whether the order is random; else it is 0, 1, 2, ...
         drop_last: Whether to leave out the last batch where it is smaller than the others.

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -98,3 +99,17 @@ def test_without_pillow(publish, tmp_path, capsys, monkeypatch):
 def test_arguments_that_make_no_sense(arguments, message, capsys):
     assert main(["data", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_line_and_the_package_need_no_optional_package():
+    code = """
+import sys
+for name in ("sklearn", "PIL", "scipy"):
+    sys.modules[name] = None
+import pydeq.data, pydeq.data.obtaining
+from pydeq.cli import main
+sys.exit(main(["data", "list", "cora"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cora  no" in done.stdout

@@ -90,6 +90,7 @@ def test_features_that_sum_to_one():
         ({"graph": {0: [12]}}, r"graph must name pairs of nodes in \[0, 12\)"),
         ({"graph": {-1: [0]}}, r"graph must name pairs of nodes in \[0, 12\)"),
         ({"graph": {0: ["a"]}}, r"graph must name pairs of nodes"),
+        ({"graph": {0: [1.5]}}, r"graph must name pairs of nodes"),
         ({"graph": [1, 2]}, r"graph must hold a mapping"),
         ({"allx": np.ones((8, 5))}, r"ind\.cora\.allx must hold a sparse matrix in CSR format, got ndarray"),
         ({"ally": np.ones(8)}, r"ally must hold an array of numbers of 2 dimensions, got float64 of shape \(8,\)"),
@@ -154,8 +155,10 @@ def test_raw_citations_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(graphs, "TEST", 0)
     with pytest.raises(ValueError, match=r"must name papers of cora\.content, got nobody"):
         parse_citations(content, b"paper0 nobody\n")
-    with pytest.raises(ValueError, match="must name pairs"):
-        parse_citations(content, b"paper0 paper1 paper2\n")
+    with pytest.raises(ValueError, match="lines of two papers' names"):
+        parse_citations(content, b"paper0 paper1\npaper0 paper1 paper2\n")
+    with pytest.raises(ValueError, match=r"features that are numbers: .*'x'"):
+        parse_citations(content.replace(b"\t1\t0\t", b"\tx\t0\t"), cites)
     with pytest.raises(ValueError, match="each paper once"):
         parse_citations(content + b"\npaper0\t0\t1\t0\tclass0", cites)
     with pytest.raises(ValueError, match="as many features each"):
