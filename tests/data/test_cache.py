@@ -121,3 +121,11 @@ def test_the_catalogue_pins_every_file_but_those_without_a_published_sum():
         assert len({file.name for file in pinned}) == len(pinned)
         assert all(len(file.sha256) in (0, 64) for file in pinned)
         assert all(archive.sha256 for archive in data.archives)
+
+
+def test_what_a_compressed_file_holds_is_checked_too(publish, write, cache):
+    packed = gzipped(b"something else")
+    data = publish("wikitext103", {"wiki.train.tokens": b"what was published"}, {"wiki.train.tokens": packed})
+    write(cache / "wikitext103", {"wiki.train.tokens.gz": packed})
+    with pytest.raises(AlteredDataError, match=r"tokens\.gz, uncompressed, has 14 bytes, expected 18"):
+        read_files(data, ["wiki.train.tokens"])
