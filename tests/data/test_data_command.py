@@ -5,6 +5,7 @@ import pytest
 from formats import cifar10, cifar10_package, pinned, tar_gz
 
 from pydeq.cli import main
+from pydeq.data import command
 from pydeq.data.catalogue import DATA_SETS
 
 
@@ -77,8 +78,8 @@ def test_failures_are_told_and_the_others_go_on(published, cache, tmp_path, caps
 
 def test_all_leaves_out_what_no_package_holds(write, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name in [name for name, data in DATA_SETS.items() if data.package]:
-        monkeypatch.delitem(DATA_SETS, name)
+    unpackaged = {name: data for name, data in DATA_SETS.items() if data.package is None}
+    monkeypatch.setattr(command, "DATA_SETS", unpackaged)
     write(tmp_path / "own" / "wikitext103", {f"wiki.{split}.tokens": b"x\n" for split in ("train", "valid", "test")})
     assert main(["data", "get", "all", "--root", str(tmp_path / "own")]) == 0
     out = capsys.readouterr().out
@@ -119,6 +120,7 @@ for name in ("sklearn", "PIL", "scipy"):
     sys.modules[name] = None
 import pydeq.data, pydeq.data.obtaining
 from pydeq.cli import main
+from pydeq.data import command
 sys.exit(main(["data", "list", "cora"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
