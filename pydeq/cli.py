@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from pydeq.compiled import kernels
+from pydeq.data.command import add_arguments as add_data_arguments
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -31,6 +32,13 @@ def migrate(arguments: argparse.Namespace) -> int:
     return run(arguments.paths, arguments.write)
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """Say which data sets are here, and get others."""
+    from pydeq.data.command import run
+
+    return run(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
     top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
@@ -43,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("paths", nargs="+", metavar="FILE", help="a file, or a folder with *.py files")
     command.add_argument("--write", action="store_true", help="rewrite the files instead of listing what would change")
     command.set_defaults(run=migrate)
+    command = commands.add_parser("data", help="say which data sets are here and how to get the others; get them")
+    add_data_arguments(command)
+    command.set_defaults(run=data)
     return top
 
 
