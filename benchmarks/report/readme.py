@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.profiles import BEYOND_CACHE
 from benchmarks.report.tables import limit_text, measured_text
 from benchmarks.results import Target, number
 
@@ -101,7 +102,8 @@ def _lines(path: Path, link: str) -> Iterator[str]:
         " stop. Few seeds: at low stops single trainings differ by tens of points."
     )
     yield from _digits(found, peer)
-    yield from _paragraph(_rest(found, peer))
+    for text in _rest(found, peer).splitlines():
+        yield from _paragraph(text)
     yield from _targets(found)
     yield ""
 
@@ -184,7 +186,15 @@ def _rest(found: _Summary, peer: str) -> str:
     def pair(case: str) -> str:
         return f"{found.text(f'memory.{case}.pydeq')} ({peer} {found.text(f'memory.{case}.{peer}')})"
 
+    def shares(batch: int, dim: int) -> str:
+        steps = ("picard", "anderson", "broyden")
+        name = f"kernels.{{}}_step.{batch}x{dim}.t{found.facts['threads'][0]}.kernel.copy_share"
+        return ", ".join(f"{found.figures[name.format(step)]['value']:.2f}" for step in steps)
+
     return (
+        "At the larger shapes memory is the limit: one thread's steps of Picard, Anderson and Broyden move their bytes"
+        f" at {shares(8, 65536)} times the speed of a copy at (8, 65536), and at {shares(*BEYOND_CACHE)} times beyond the"
+        f" caches, at {BEYOND_CACHE}.\n"
         f"Peak memory of a solve, in state vectors: Anderson of memory 6 {pair('anderson.memory6')}, Broyden after 30"
         f" steps {pair('broyden.steps30')}. `import pydeq` adds {found.text('import.pydeq')} s to `import torch`."
     )
