@@ -13,6 +13,7 @@ import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -348,26 +349,30 @@ class LowRankBroyden(_Plain):
         phi0 = square(self.g)
         s0 = torch.ones_like(phi0)
         x, g, p0 = measure(s0)
-        taken, done = p0.clone(), enough(s0, p0)
-        first = (x, g)
+        done = enough(s0, p0)
         if bool(done.all()):
             return x, g
+        # A full step also ends a search that fails, unless f is not finite there.
+        lost = ~p0.isfinite()
+        least = p0.clone()
 
-        def accept(new_x: Tensor, new_g: Tensor, phi: Tensor, rows: Tensor) -> None:
-            nonlocal x, g, taken
+        def take(new_x: Tensor, new_g: Tensor, rows: Tensor) -> None:
+            nonlocal x, g
             x, g = torch.where(rows[:, None], new_x, x), torch.where(rows[:, None], new_g, g)
-            taken = torch.where(rows, phi, taken)
+
+        def rescue(new_x: Tensor, new_g: Tensor, phi: Tensor) -> None:
+            nonlocal least
+            better = lost & ~done & (phi < least)
+            take(new_x, new_g, better)
+            least = torch.where(better, phi, least)
 
         # The minimizer of the parabola with value and slope (taken as -phi0) at 0 and the value at 1.
         s1 = phi0 / 2 / p0
-        lost = ~p0.isfinite()
         s1 = torch.where(lost, torch.full_like(s1, 0.0 if whole else 0.5), s1)
         new_x, new_g, p1 = measure(torch.where(done, s0, s1))
         if not whole:
-            # The originals look at the parabola's minimizer only through the cubic that follows.
-            rows = ~done & (p1 < taken)
-            accept(new_x, new_g, p1, rows)
-            done = done | (rows & enough(s1, p1))
+            rescue(new_x, new_g, p1)
+        # As in the originals it counts only through the cubic that follows.
         searching = ~done & (s1 > _SHORTEST)
         while bool(searching.any()):
             scale = s0**2 * s1**2 * (s1 - s0)
@@ -378,14 +383,14 @@ class LowRankBroyden(_Plain):
             s2 = torch.where(s2.isfinite(), s2, s1 / 2)
             new_x, new_g, p2 = measure(torch.where(searching, s2, 0.0))
             found = searching & enough(s2, p2)
-            accept(new_x, new_g, p2, found if whole else searching & (p2 < taken))
+            take(new_x, new_g, found)
             done = done | found
+            if not whole:
+                rescue(new_x, new_g, torch.where(searching, p2, torch.inf))
             shorter = ((s1 - s2) > s1 / 2) | (1 - s2 / s1 < 0.96)
             s2 = torch.where(shorter, s1 / 2, s2)
             s0, s1, p0, p1 = s1, s2, p1, p2
             searching = searching & ~found & (s1 > _SHORTEST)
-        if whole and not bool(done.all()):
-            return first  # the originals fall back to a full step
         return x, g
 
 
@@ -395,7 +400,23 @@ def anderson_process(
     """Anderson mixing by pydeq, or by the originals in legacy mode and for damping outside of (0, 1]."""
     if legacy or not 0.0 < tau <= 1.0:
         return AbsoluteRidgeAnderson(func, x0, m, lam, tau)
-    return Stepped(func, x0, Anderson(memory=m, damping=tau, ridge=_RIDGE_PER_LAM * lam), evaluations, tau)
+    solver = Anderson(memory=m, damping=tau, ridge=_RIDGE_PER_LAM * lam)
+    process = Stepped(func, x0, solver, evaluations, tau)
+    if tau != 1.0:
+        _begin_undamped(process, solver)
+    return process
+
+
+def _begin_undamped(process: Stepped, solver: Anderson) -> None:
+    """Let the first step be f(x0), as that of the originals: tau damps what is mixed."""
+    workspace: Any = process.workspace
+    workspace.solver = replace(solver, damping=1.0)
+
+    def first(f: Tensor, k: int) -> None:
+        workspace.step(f, k)
+        workspace.solver, process.step = solver, workspace.step
+
+    process.step = first
 
 
 def broyden_process(

@@ -384,6 +384,40 @@ def test_line_search_is_per_sample(new):
     assert seen[1][1] == 1.0  # the full step
 
 
+@pytest.mark.parametrize("slope", [3, 12])
+def test_line_search_does_for_a_sample_what_it_does_for_a_batch_of_one(new, slope):
+    def f(z):
+        return z - slope * torch.atan(z)
+
+    x0 = torch.tensor([[4.0, 1.0], [0.5, -3.0], [20.0, 30.0]], dtype=torch.float64)
+    options = {"max_iter": 8, "tol": 0.0, "ls": True}
+    together = new.get_solver("broyden")(f, x0, **options)[2]
+    for i in range(len(x0)):  # alone, a sample takes the original's steps
+        alone = new.get_solver("broyden")(f, x0[i : i + 1], legacy=True, **options)[2]
+        torch.testing.assert_close(together["abs_trace"][i], alone["abs_trace"][0], rtol=1e-6, atol=1e-9)
+
+
+def test_line_search_comes_back_from_where_f_is_not_finite(new):
+    def f(z):
+        return torch.where(z > 1.5, torch.nan, 0.5 * z + 1 - 0.1 * z**3)
+
+    x0 = torch.tensor([[-1.8, 0.0], [0.0, 0.1]], dtype=torch.float64)
+    info = new.get_solver("broyden")(f, x0, max_iter=40, tol=1e-9, ls=True)[2]
+    assert (info["abs_lowest"] < 1e-9).all()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damped_anderson_begins_with_an_undamped_step(new, tanh, legacy):
+    f, seen = tanh(), []
+
+    def watched(z):
+        seen.append(z.clone())
+        return f(z)
+
+    new.get_solver("anderson")(watched, f.z0, max_iter=4, tol=0.0, tau=0.3, legacy=legacy)
+    assert torch.equal(seen[1], f(f.z0))
+
+
 def slow_problem():
     """A linear map that Broyden's method solves slowly, alone in its batch, and its start."""
     slopes = torch.linspace(-0.99, 0.99, 80, dtype=torch.float64)
