@@ -202,7 +202,7 @@ class _Rewriter(cst.CSTTransformer):
 
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         value = node.evaluated_value
-        if isinstance(value, str) and (value == PACKAGE or value.startswith(PACKAGE + ".")):
+        if isinstance(value, str) and (value == PACKAGE or value.startswith(PACKAGE + ".") or _is_library(value)):
             self.doubt(node, f"the string {node.value}, which may name the module")
 
     def check_uses(self) -> None:
