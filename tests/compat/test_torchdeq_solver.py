@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import pydeq.compat
 import pydeq.compat.torchdeq as torchdeq
+from pydeq.compat.processes import broyden_process
+from tests.compat.conftest import Tanh
 
 SOLVERS = ("anderson", "broyden", "fixed_point_iter")
 # calls of f and columns of the traces for max_iter = 30
@@ -227,8 +229,6 @@ def test_solver_stat(td):
     tol=st.sampled_from([0.0, 1e-6, 1e-2]),
 )
 def test_any_call_keeps_its_promises(seed, rho, max_iter, name, stop_mode, indexing, tol):
-    from tests.compat.conftest import Tanh
-
     f = Tanh(rho=rho, seed=seed)
     wanted = {i for i in indexing if i <= max_iter}
     z, states, info = torchdeq.get_solver(name)(
@@ -255,7 +255,7 @@ def test_any_call_keeps_its_promises(seed, rho, max_iter, name, stop_mode, index
     name=st.sampled_from(SOLVERS),
 )
 def test_never_worse_than_the_original_at_the_same_count(seed, rho, calls, name):
-    from tests.compat.conftest import Tanh, import_original
+    from tests.compat.conftest import import_original
 
     pytest.importorskip("torchdeq")
     f = Tanh(rho=rho, seed=seed)
@@ -360,6 +360,41 @@ def test_an_early_stop_fills_the_states_asked_for(new, tanh):
         assert states[1].equal(z)
         assert states[2].equal(z)
         assert not states[0].equal(z)
+
+
+def test_a_singular_sample_concerns_no_other(original, new, tanh):
+    f = tanh(dtype=torch.float64)
+    # Without a ridge the system of a sample that is done is singular: torchdeq raises for the whole batch.
+    f.z0[1] = f.solution()[1]
+    with pytest.raises(RuntimeError):
+        original.get_solver("anderson")(f, f.z0, max_iter=60, tol=0.0, lam=0.0)
+    z, _, info = new.get_solver("anderson")(f, f.z0, max_iter=60, tol=1e-12, lam=0.0)
+    assert (info["abs_lowest"] < 1e-12).all()
+    torch.testing.assert_close(z, f.solution(), rtol=0, atol=1e-11)
+
+
+def test_vanishing_denominators_stay_in_their_sample(original, new, tanh):
+    f = tanh(rho=0.9)
+    drifts = torch.tensor([False, True, False])[:, None]
+
+    def fn(z):  # g = 1 has no root, and no change from which Broyden could learn
+        return torch.where(drifts, z + 1, f(z))
+
+    options = {"max_iter": 12, "tol": 0.0}
+    _, _, info = new.get_solver("broyden")(fn, f.z0, **options)
+    assert torch.equal(info["abs_trace"][::2], new.get_solver("broyden")(f, f.z0, **options)[2]["abs_trace"][::2])
+    assert info["abs_trace"].isfinite().all()
+    theirs = original.get_solver("broyden")(fn, f.z0, **options)[2]
+    assert not theirs["abs_trace"][1].isfinite().all()
+
+
+def test_broyden_holds_the_vectors_that_it_has_used():
+    f = Tanh(rho=0.9, shape=(50,))
+    process = broyden_process(f, f.z0, 10_000, False, 10_001, False)
+    for steps in range(1, 12):
+        process.advance()
+        held = {step.untyped_storage().data_ptr(): step.untyped_storage().nbytes() for step in process.workspace.steps}
+        assert sum(held.values()) <= (steps + 3) * f.z0.numel() * f.z0.element_size()
 
 
 def test_limited_broyden_keeps_the_secant_condition(new, tanh):

@@ -81,6 +81,8 @@ def solve(start: Callable[[], Process], convention: Convention, x0: Tensor, requ
     """Run the process that ``start`` makes; no gradient."""
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("torchdeq's solvers do not work under torch.func transforms, nor do these: use pydeq.DEQ")
     with torch.no_grad():
         if convention.evaluations < 1 or x0.numel() == 0:
             state = x0.detach().clone().view(_shape(x0))
