@@ -10,17 +10,17 @@ from pathlib import Path
 
 
 def migrate(paths: Sequence[str], write: bool) -> int:
-    """Report, and with ``write`` rewrite, the imports in some files and in the ``*.py`` files of some folders.
+    """Report, and with ``write`` rewrite, the imports in some files and in the ``*.py`` and ``*.ipynb`` of folders.
 
     Args:
-        paths: Files and folders.
+        paths: Files and folders. Notebooks are reported, not rewritten.
         write: Whether to change them.
 
     Returns:
         The exit status: 0, or 1 where a file could not be read or parsed, or 2 without libcst.
     """
     try:
-        from pydeq.compat.rewriting import UnparsableError, rewrite
+        from pydeq.compat.rewriting import UnparsableError, inspect_notebook, rewrite
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "libcst":
             raise
@@ -32,7 +32,7 @@ def migrate(paths: Sequence[str], write: bool) -> int:
         files += 1
         try:
             source = path.read_bytes()
-            found = rewrite(source)
+            found = (inspect_notebook if path.suffix == ".ipynb" else rewrite)(source)
         except (OSError, UnparsableError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             status = 1
@@ -43,7 +43,7 @@ def migrate(paths: Sequence[str], write: bool) -> int:
             print(f"{path}:{line}: {before}  ->  {after}")
         for line, text in found.doubts:
             print(f"{path}:{line}: not understood: {text}")
-        if found.source != source:
+        if found.changes:
             changed += 1
             if write:
                 _replace(path, found.source)
@@ -58,7 +58,8 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            yield from sorted(found for found in path.rglob("*.py") if found.is_file())
+            files = (found for pattern in ("*.py", "*.ipynb") for found in path.rglob(pattern))
+            yield from sorted(found for found in files if found.is_file() and ".ipynb_checkpoints" not in found.parts)
         else:
             yield path
 

@@ -9,8 +9,11 @@ out in plain torch: they reproduce the methods of the originals, and serve the o
 
 from __future__ import annotations
 
+import functools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +27,16 @@ from pydeq.termination import Rules
 
 # Armijo's condition and the shortest step of the line search, as in both originals.
 _DECREASE, _SHORTEST = 1e-4, 1e-2
-_RUNNING_COLUMN = int(Progress.RUNNING)
+_RUNNING_COLUMN, _RESIDUAL, _BEST = int(Progress.RUNNING), int(Scalar.RESIDUAL), int(Scalar.BEST)
+_LARGEST = sys.float_info.max
 # The default lam of both, 1e-4, stands for pydeq's default ridge, 1e-6 of the diagonal.
 _RIDGE_PER_LAM = 1e-2
+
+
+@functools.cache
+def _rules(dtype: torch.dtype) -> Rules:
+    """Iterate every sample until it diverges or is lost; stopping is the caller's."""
+    return Rules(rtol=0.0, atol=0.0, eps=torch.finfo(dtype).eps, freeze=False, stall=False)
 
 
 class Process(ABC):
@@ -46,16 +56,16 @@ class Process(ABC):
 
     def __init__(self, func: Callable[..., Any], x0: Tensor) -> None:
         self.func, self.shape = func, x0.shape
-        self.flat = flatten(x0.detach()).contiguous()
-        self.flat_shape, self.dtype = self.flat.shape, x0.dtype
+        self.flat = flat = flatten(x0.detach()).contiguous()
+        self.flat_shape, self.dtype = flat.shape, x0.dtype
         self.calls = 0
 
     @abstractmethod
     def advance(self) -> np.ndarray:
         """Evaluate f once more and measure; a new array, float64 [B, len(Scalar)].
 
-        Its columns RESIDUAL and NORM hold ||f(z) - z|| and ||f(z)||, inf residuals where f is not finite. The others
-        have no meaning here.
+        Its columns RESIDUAL and NORM hold ||f(z) - z|| and ||f(z)||, inf residuals where f is not finite. BEST is the
+        smallest residual so far, of :class:`Stepped` alone. The others have no meaning here.
         """
 
     @property
@@ -86,8 +96,6 @@ class Process(ABC):
 class Stepped(Process):
     """The steps of one of pydeq's solvers.
 
-    Every sample runs on until it diverges or is lost; stopping is the caller's.
-
     Args:
         func, x0: As in :class:`Process`.
         solver: One of pydeq's solvers.
@@ -99,11 +107,14 @@ class Stepped(Process):
         self, func: Callable[..., Any], x0: Tensor, solver: Solver, evaluations: int, damping: float = 1.0
     ) -> None:
         super().__init__(func, x0)
-        rules = Rules(rtol=0.0, atol=0.0, eps=torch.finfo(x0.dtype).eps, freeze=False, stall=False)
-        self.workspace = workspace = solver.start(self.flat, rules, evaluations)
+        self.workspace = workspace = solver.start(self.flat, _rules(x0.dtype), evaluations)
         self.damping = damping
+        self.buffers, self.step = workspace.z, workspace.step
         self.views = [z.view(self.shape) for z in workspace.z]
-        self.scalars = workspace.scalars.numpy() if x0.device.type == "cpu" else None
+        # Views of what a step writes, where this memory is the CPU's.
+        on_cpu = x0.device.type == "cpu"
+        self.scalars = workspace.scalars.numpy() if on_cpu else None
+        self.counters = workspace.counters.numpy() if on_cpu else None
         self.progress = workspace.progress.numpy()
         self.batch = len(self.flat)
         # Tensors made in inference mode do not count their versions.
@@ -111,16 +122,20 @@ class Stepped(Process):
         self.k = 0
 
     def advance(self) -> np.ndarray:
-        workspace, k = self.workspace, self.k
-        z = workspace.z[k % 2]
+        k = self.k
+        parity = k % 2
+        z = self.buffers[parity]
         version = z._version if self.watch else 0
         self.calls += 1
-        f = self.result(self.func(self.views[k % 2]))
+        f = self.func(self.views[parity])
         if self.watch and z._version != version:
             raise ValueError("func must not modify its argument in place: work on a copy, z.clone()")
-        workspace.step(f, k)
+        f = self.result(f)
+        self.step(f, k)
         self.z, self.f, self.k = z, f, k + 1
-        return workspace.scalars.cpu().numpy() if self.scalars is None else self.scalars.copy()
+        scalars = self.scalars
+        self.newest = self.workspace.scalars.cpu().numpy() if scalars is None else scalars.copy()
+        return self.newest
 
     @property
     def damped(self) -> Tensor:
@@ -130,24 +145,36 @@ class Stepped(Process):
     def hopeless(self) -> np.ndarray | None:
         if self.progress[_RUNNING_COLUMN] == self.batch:
             return None
-        status = self.workspace.counters[:, Counter.STATUS].cpu().numpy()
+        status = self._counters(Counter.STATUS)
         return (status != RUNNING) & (status != Status.CONVERGED)
 
     def best(self, state: str) -> Tensor:
         """Per sample the iterate with the smallest residual so far, its image, or their mixture; a new tensor [B, D].
 
+        Where f never was finite: x0.
+
         Args:
             state: "z", "f" or "damped".
         """
-        workspace = self.workspace
-        # The newest iterates are not copied to ``best`` before another one is evaluated.
-        fresh = (workspace.counters[:, Counter.FRESH] == 1)[:, None]
-        if state == "z":
-            return torch.where(fresh, self.z, workspace.best[0])
-        image = torch.where(fresh, self.f, workspace.best[1])
-        if state == "f" or self.damping == 1.0:
-            return image
-        return torch.lerp(torch.where(fresh, self.z, workspace.best[0]), image, self.damping)
+        row = self.newest
+        lowest = row[:, _BEST]
+        if np.count_nonzero(row[:, _RESIDUAL] <= np.minimum(lowest, _LARGEST)) == self.batch:  # the newest one
+            found = self.z if state == "z" else self.f if state == "f" else self.damped
+            return found if found is not self.z and found is not self.f else found.clone()
+        fresh = self._counters(Counter.FRESH) == 1  # best, and not copied to ``best`` before another evaluation
+        value, image = self.workspace.best
+        if state != "f":
+            value = torch.where(column(fresh, value), self.z, value)
+        if state != "z":
+            image = torch.where(column(fresh, image), self.f, image)
+        damped = state == "damped" and self.damping != 1.0
+        found = value if state == "z" else torch.lerp(value, image, self.damping) if damped else image
+        lost = np.isinf(lowest)
+        return torch.where(column(lost, found), self.flat, found) if lost.any() else found
+
+    def _counters(self, which: Counter) -> np.ndarray:
+        """One column of the counters, int32 [B]."""
+        return self.workspace.counters[:, which].cpu().numpy() if self.counters is None else self.counters[:, which]
 
 
 class _Plain(Process):
@@ -322,26 +349,30 @@ class LowRankBroyden(_Plain):
         phi0 = square(self.g)
         s0 = torch.ones_like(phi0)
         x, g, p0 = measure(s0)
-        taken, done = p0.clone(), enough(s0, p0)
-        first = (x, g)
+        done = enough(s0, p0)
         if bool(done.all()):
             return x, g
+        # A full step also ends a search that fails, unless f is not finite there.
+        lost = ~p0.isfinite()
+        least = p0.clone()
 
-        def accept(new_x: Tensor, new_g: Tensor, phi: Tensor, rows: Tensor) -> None:
-            nonlocal x, g, taken
+        def take(new_x: Tensor, new_g: Tensor, rows: Tensor) -> None:
+            nonlocal x, g
             x, g = torch.where(rows[:, None], new_x, x), torch.where(rows[:, None], new_g, g)
-            taken = torch.where(rows, phi, taken)
+
+        def rescue(new_x: Tensor, new_g: Tensor, phi: Tensor) -> None:
+            nonlocal least
+            better = lost & ~done & (phi < least)
+            take(new_x, new_g, better)
+            least = torch.where(better, phi, least)
 
         # The minimizer of the parabola with value and slope (taken as -phi0) at 0 and the value at 1.
         s1 = phi0 / 2 / p0
-        lost = ~p0.isfinite()
         s1 = torch.where(lost, torch.full_like(s1, 0.0 if whole else 0.5), s1)
         new_x, new_g, p1 = measure(torch.where(done, s0, s1))
         if not whole:
-            # The originals look at the parabola's minimizer only through the cubic that follows.
-            rows = ~done & (p1 < taken)
-            accept(new_x, new_g, p1, rows)
-            done = done | (rows & enough(s1, p1))
+            rescue(new_x, new_g, p1)
+        # As in the originals it counts only through the cubic that follows.
         searching = ~done & (s1 > _SHORTEST)
         while bool(searching.any()):
             scale = s0**2 * s1**2 * (s1 - s0)
@@ -352,14 +383,14 @@ class LowRankBroyden(_Plain):
             s2 = torch.where(s2.isfinite(), s2, s1 / 2)
             new_x, new_g, p2 = measure(torch.where(searching, s2, 0.0))
             found = searching & enough(s2, p2)
-            accept(new_x, new_g, p2, found if whole else searching & (p2 < taken))
+            take(new_x, new_g, found)
             done = done | found
+            if not whole:
+                rescue(new_x, new_g, torch.where(searching, p2, torch.inf))
             shorter = ((s1 - s2) > s1 / 2) | (1 - s2 / s1 < 0.96)
             s2 = torch.where(shorter, s1 / 2, s2)
             s0, s1, p0, p1 = s1, s2, p1, p2
             searching = searching & ~found & (s1 > _SHORTEST)
-        if whole and not bool(done.all()):
-            return first  # the originals fall back to a full step
         return x, g
 
 
@@ -369,7 +400,23 @@ def anderson_process(
     """Anderson mixing by pydeq, or by the originals in legacy mode and for damping outside of (0, 1]."""
     if legacy or not 0.0 < tau <= 1.0:
         return AbsoluteRidgeAnderson(func, x0, m, lam, tau)
-    return Stepped(func, x0, Anderson(memory=m, damping=tau, ridge=_RIDGE_PER_LAM * lam), evaluations, tau)
+    solver = Anderson(memory=m, damping=tau, ridge=_RIDGE_PER_LAM * lam)
+    process = Stepped(func, x0, solver, evaluations, tau)
+    if tau != 1.0:
+        _begin_undamped(process, solver)
+    return process
+
+
+def _begin_undamped(process: Stepped, solver: Anderson) -> None:
+    """Let the first step be f(x0), as that of the originals: tau damps what is mixed."""
+    workspace: Any = process.workspace
+    workspace.solver = replace(solver, damping=1.0)
+
+    def first(f: Tensor, k: int) -> None:
+        workspace.step(f, k)
+        workspace.solver, process.step = solver, workspace.step
+
+    process.step = first
 
 
 def broyden_process(
@@ -384,6 +431,11 @@ def broyden_process(
 def flatten(x: Tensor) -> Tensor:
     """[B, ...] -> [B, D]; every element of a 0-d or 1-d tensor is a sample."""
     return x.flatten(1) if x.dim() >= 2 else x.reshape(x.numel(), 1)
+
+
+def column(mask: np.ndarray, like: Tensor) -> Tensor:
+    """A mask of samples, bool [B], as [B, 1] where ``like`` is."""
+    return torch.from_numpy(mask).to(like.device)[:, None]
 
 
 def norms(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,40 @@ def rewrite(source: bytes) -> Rewritten:
     found.source = module.bytes
     found.changes.sort()
     found.doubts = sorted(set(found.doubts))
+    return found
+
+
+def inspect_notebook(source: bytes) -> Rewritten:
+    """What :func:`rewrite` would do to the code cells of a notebook, as doubts: the notebook stays as it is.
+
+    A doubt's line is the number of its cell. Cells that are no plain Python, but for lines that begin with % or !, are
+    doubts where they name torchdeq.
+
+    Raises:
+        UnparsableError: If the source is no notebook.
+    """
+    try:
+        cells = json.loads(source)["cells"]
+        texts = [
+            text if isinstance(text, str) else "".join(text)
+            for text in (cell["source"] if cell["cell_type"] == "code" else "" for cell in cells)
+        ]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UnparsableError(f"is no notebook: {error!r}") from error
+    found = Rewritten(source)
+    for number, text in enumerate(texts, start=1):
+        lines = ["pass" if line.startswith(("%", "!")) else line for line in text.splitlines()]
+        try:
+            cell = rewrite("\n".join(lines).encode())
+        except UnparsableError:
+            if PACKAGE in text:
+                found.doubts.append((number, f"a cell that cannot be parsed names {PACKAGE}"))
+            continue
+        found.doubts += [
+            (number, f"{before}, in a notebook, which is not rewritten: write {after}")
+            for _, before, after in cell.changes
+        ]
+        found.doubts += [(number, doubt) for _, doubt in cell.doubts]
     return found
 
 
@@ -202,7 +237,7 @@ class _Rewriter(cst.CSTTransformer):
 
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         value = node.evaluated_value
-        if isinstance(value, str) and (value == PACKAGE or value.startswith(PACKAGE + ".")):
+        if isinstance(value, str) and (value == PACKAGE or value.startswith(PACKAGE + ".") or _is_library(value)):
             self.doubt(node, f"the string {node.value}, which may name the module")
 
     def check_uses(self) -> None:

@@ -189,3 +189,88 @@ def test_jacobian_estimates():
     z3 = torch.randn(3, 2, 4, requires_grad=True)
     rotated = 0.9 * torch.stack([z3[:, 1], -z3[:, 0]], 1)
     torch.testing.assert_close(power_method(rotated, z3)[1], torch.full((3, 1), 0.9))
+
+
+# Measured on locuslab/deq of 2021-10-28, torch 2.13, float64: residuals ||f(x) - x|| of the steps, calls of f, nstep.
+# f is waves(rho) for the first six, else bends.
+MEASURED = [
+    ("anderson", 0.9, {"threshold": 8}, (8, 7),
+     [6.64445653e-02, 9.56873049e-03, 6.91984031e-04, 4.42467118e-04, 3.24765462e-04, 2.79671346e-04]),
+    ("anderson", 0.9, {"threshold": 8, "m": 2, "beta": 0.5, "lam": 1e-3}, (8, 7),
+     [1.98583117e-01, 3.59791946e-02, 1.67938631e-02, 1.26547586e-02, 7.68795933e-03, 5.29228478e-03]),
+    ("anderson", 3.0, {"threshold": 8}, (8, 7),
+     [3.64412949e-01, 3.78685768e-01, 3.86974564e-02, 8.98042905e-03, 5.13303153e-03, 3.28862256e-03]),
+    ("anderson", 3.0, {"threshold": 8, "m": 2, "beta": 0.5, "lam": 1e-3}, (8, 7),
+     [6.26496190e-01, 3.22060711e-01, 5.81392727e-02, 6.32428507e-03, 6.97571752e-03, 2.74010775e-03]),
+    ("broyden", 0.9, {"threshold": 8}, (9, 8),
+     [4.56493299e-01, 9.67973506e-02, 9.84084697e-03, 2.43474132e-03, 2.25921010e-05, 4.89412139e-07, 2.77529714e-08,
+      3.86440324e-10, 3.86440324e-10]),
+    ("broyden", 3.0, {"threshold": 8, "ls": True}, (9, 8),
+     [1.49118237e+00, 8.75219214e-01, 4.01977699e-01, 1.97201556e-01, 1.34749009e-02, 5.17478240e-03, 9.83912724e-04,
+      2.15799195e-04, 2.15799195e-04]),
+    # The original evaluates a full step that ends a failed search once more: 25 calls.
+    ("broyden", None, {"threshold": 6, "ls": True}, (24, 6),
+     [2.98265119e+01, 4.89119567e+01, 3.37506737e+01, 3.14865434e+01, 3.01750513e+01, 2.96919622e+01, 2.96919622e+01]),
+]  # fmt: skip
+
+
+def waves(rho):
+    """tanh(W z + x) on (2, 3, 2), ||W|| = ``rho``, without random numbers; and its start."""
+    W = torch.sin(1.7 * torch.arange(36, dtype=torch.float64) + 0.3).view(6, 6)
+    W = rho * W / torch.linalg.matrix_norm(W, 2)
+    x = torch.cos(torch.arange(12, dtype=torch.float64)).view(2, 6)
+    return lambda z: torch.tanh(z.reshape(2, -1) @ W.T + x).view_as(z), torch.zeros(2, 3, 2, dtype=torch.float64)
+
+
+def bends():
+    x0 = torch.tensor([[[4.0, 1.0], [-0.5, 2.0]], [[0.5, -3.0], [1.0, 0.2]]], dtype=torch.float64)
+    return lambda z: z - 12 * torch.atan(z), x0
+
+
+@pytest.mark.parametrize(("name", "rho", "options", "counts", "trace"), MEASURED)
+@each_mode
+def test_legacy_reproduces_what_was_measured(name, rho, options, counts, trace, stop_mode):
+    f, x0 = bends() if rho is None else waves(rho)
+    calls = []
+
+    def counted(z):
+        calls.append(z)
+        return f(z)
+
+    solve = {"anderson": anderson, "broyden": broyden}[name]
+    out = solve(counted, x0, eps=1e-12, stop_mode=stop_mode, legacy=True, **options)
+    assert (len(calls), out["nstep"]) == counts
+    assert list(out) == ["result", "lowest", "nstep", "prot_break", "abs_trace", "rel_trace", "eps", "threshold"]
+    assert out["abs_trace"] == pytest.approx(trace, rel=1e-5)  # rounding has grown to 1e-7 of a residual of 1e-10
+    better = solve(f, x0, eps=1e-12, stop_mode=stop_mode, **options)
+    if rho is not None:
+        assert min(better["abs_trace"]) <= min(trace) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("stop_mode", "growth"), [("abs", 1e6), ("rel", 1e3)])
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_the_protective_break_is_where_the_original_has_it(stop_mode, growth, length, legacy, share):
+    """At a residual of so many times the first one and the length of the sequence."""
+    calls, first = 0, 0.0
+    x0 = torch.zeros(1, 6 // length, length, dtype=torch.float64)
+    W = 0.9 * torch.sin(1.7 * torch.arange(36, dtype=torch.float64) + 0.3).view(6, 6)
+
+    def f(z):
+        nonlocal calls, first
+        calls += 1
+        y = torch.tanh((z.reshape(-1, 6) @ W.T / 3 + 1).view_as(z))
+        if calls == 2:
+            first = (y - z).norm().item() / (y.norm().item() if stop_mode == "rel" else 1.0)
+        if calls == 4:
+            direction, target = torch.ones_like(z) / 6**0.5, share * first * growth * length
+            return z + target * direction if stop_mode == "abs" else direction * z.norm() / target
+        return y
+
+    out = broyden(f, x0, 9, eps=1e-15, stop_mode=stop_mode, legacy=legacy)
+    assert out["prot_break"] is (share > 1)
+    assert calls == (4 if share > 1 else 10)
+    assert len(out["abs_trace"]) == 10
+    if share > 1:
+        assert out["nstep"] == 2

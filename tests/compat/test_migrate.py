@@ -1,6 +1,7 @@
 """python -m pydeq migrate: which imports it rewrites, what it reports, and that it leaves all else alone."""
 
 import ast
+import json
 import sys
 
 import pytest
@@ -63,6 +64,7 @@ REPORTED = [  # source, what it becomes, what is said
     ("import lib.solvers", None, "it binds lib"),
     ("from lib.solvers import *", "from pydeq.compat.deq import *", "only the names in __all__"),
     ('importlib.import_module("torchdeq.core")', None, 'the string "torchdeq.core"'),
+    ('importlib.import_module("lib.solvers")', None, 'the string "lib.solvers"'),
     (
         "import torchdeq as t\nt.solver.nothing(3)\nt.get_deq().anything",
         "import pydeq.compat.torchdeq as t\nt.solver.nothing(3)\nt.get_deq().anything",
@@ -173,3 +175,26 @@ def test_without_libcst_it_says_what_to_install(tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["migrate", str(tmp_path)]) == 2
     assert "pip install libcst" in capsys.readouterr().err
+
+
+@needs_libcst
+def test_notebooks_are_reported(tmp_path, capsys):
+    cells = [
+        {"cell_type": "markdown", "source": ["import torchdeq\n"]},
+        {"cell_type": "code", "source": ["%matplotlib inline\n", "!pip install torchdeq\n", "import torch\n"]},
+        {"cell_type": "code", "source": "from torchdeq import get_deq, nothing"},
+        {"cell_type": "code", "source": ["%%time\n", "for torchdeq\n"]},
+    ]
+    path = tmp_path / "run.ipynb"
+    path.write_text(json.dumps({"cells": cells, "nbformat": 4}))
+    before = path.read_bytes()
+    assert main(["migrate", str(tmp_path), "--write"]) == 0
+    out = capsys.readouterr().out
+    assert path.read_bytes() == before
+    assert f"{path}:3: not understood: from torchdeq import get_deq, nothing, in a notebook" in out
+    assert f"{path}:3: not understood: nothing of" in out
+    assert f"{path}:4: not understood: a cell that cannot be parsed names torchdeq" in out
+    assert "1 files: 0 imports rewritten in 0 of them, 3 places not understood" in out
+    path.write_text("[]")
+    assert main(["migrate", str(path)]) == 1
+    assert "is no notebook" in capsys.readouterr().err

@@ -416,3 +416,32 @@ def test_custom_backward_solvers_begin_at_zero(new, tanh):
         torch.testing.assert_close(f.W.grad, implicit_gradient(f, torch.ones_like(f.z0)), rtol=1e-6, atol=1e-8)
     finally:
         del new.solver._solvers["own"]
+
+
+# Dynamo looks at the .grad of what comes out of one graph and goes into the next.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_the_compiler_leaves_the_solve_alone(new, tanh):
+    f = tanh()
+    deq = new.get_deq(ift=True, f_solver="anderson", b_solver="anderson", f_tol=1e-10, b_tol=1e-10)
+
+    def step(W):
+        z, _ = deq(lambda z: torch.tanh(z.flatten(1) @ W.T + f.x).view_as(z), 1 * f.z0)
+        return z[-1].square().sum()
+
+    def gradient(fn):
+        return torch.autograd.grad(fn(f.W), f.W)[0]
+
+    torch._dynamo.reset()
+    try:
+        # What is before and after the layer, and the map without and with gradients.
+        assert torch._dynamo.explain(step)(f.W).graph_count == 4
+        torch.testing.assert_close(gradient(torch.compile(step, backend="eager")), gradient(step))
+    finally:
+        torch._dynamo.reset()
+
+
+def test_transforms_of_torch_func_are_refused(new, tanh):
+    f = tanh()
+    deq = new.get_deq(f_solver="anderson")
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms.*use pydeq\.DEQ"):
+        torch.func.grad(lambda W: deq(lambda z: torch.tanh(z @ W.T + f.x), f.z0)[0][-1].sum())(f.W.detach())

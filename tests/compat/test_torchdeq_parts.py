@@ -1,8 +1,10 @@
 """Norms, dropout, losses, estimates, configuration: the contract on replacement and original; then what is better."""
 
 import copy
+import importlib
 import inspect
 import math
+import pkgutil
 
 import pytest
 import torch
@@ -394,3 +396,114 @@ def test_wrappers(td):
     torch.testing.assert_close(func(same, tau=0.25), 1.25 * z[0])
     with pytest.raises(AssertionError):
         wrap(lambda a: a, 3)
+
+
+# Signatures
+
+# Parts of the original's solvers and of its checkpointing that no code outside of it calls.
+INTERNAL = {"line_search", "matvec", "rmatvec", "scalar_search_armijo", "DEQGradCkpt"}
+INTERNAL |= {"filter_input", "filter_out", "reset_grad"}
+METHODS = ("__init__", "forward", "apply", "compute_weight", "remove", "from_solver_info", "from_final_step", "get")
+METHODS += ("update", "reset_mask")
+
+
+def public(original):
+    """(module, name) of every public function and class, by the modules that define them."""
+    found = []
+    for info in pkgutil.walk_packages(original.__path__, "torchdeq."):
+        module = importlib.import_module(info.name)
+        for name, thing in vars(module).items():
+            if callable(thing) and not name.startswith("_") and getattr(thing, "__module__", "") == info.name:
+                found.append((info.name.removeprefix("torchdeq."), name))
+    return found
+
+
+def test_signatures_are_the_originals(original, new):
+    empty = inspect.Parameter.empty
+    compared = 0
+    for path, name in public(original):
+        if name in INTERNAL:
+            continue
+        theirs = getattr(importlib.import_module(f"torchdeq.{path}"), name)
+        ours = getattr(importlib.import_module(f"{new.__name__}.{path}"), name)
+        assert inspect.isclass(ours) == inspect.isclass(theirs), (path, name)
+        methods = [method for method in METHODS if method in vars(theirs)] if inspect.isclass(theirs) else [None]
+        for method in methods:
+            pair = [thing if method is None else getattr(thing, method) for thing in (theirs, ours)]
+            a, b = (list(inspect.signature(thing).parameters.values()) for thing in pair)
+            where = (path, name, method)
+            names = [["z_init" if p.name == "z_star" else p.name for p in parameters] for parameters in (a, b)]
+            assert names[0] == names[1], where  # DEQSliced calls it z_star, which is accepted here too
+            assert [p.kind for p in a] == [p.kind for p in b], where
+            for p, q in zip(a, b, strict=True):
+                # What must be given there may have a default here; {} and None both stand for no options.
+                assert p.default is empty or q.default == p.default or (p.default, q.default) == ({}, None), where
+            compared += 1
+    assert compared > 60
+
+
+def test_parts_of_solvers_of_ones_own(td):
+    parts = td.solver.utils
+    x = torch.arange(12.0).view(2, 2, 3)
+    assert parts.batch_flatten(x).shape == (2, 6)
+    assert parts.batch_flatten(x[0, 0]).shape == (3, 1)
+    mask = torch.tensor([True, False])
+    assert torch.equal(parts.batch_masked_mixing(mask, x, -x), torch.stack([x[0], -x[1]]))
+    assert torch.equal(parts.batch_masked_mixing(mask, 3, torch.zeros(2)), torch.tensor([3.0, 0.0]))
+    with pytest.raises(ValueError):
+        parts.batch_masked_mixing(mask, 1, 2)
+    trace, lowest, steps = parts.init_solver_info(2, "cpu")
+    best = torch.zeros(2, 3)
+    for step, residuals in enumerate([[3.0, 1.0], [2.0, 4.0]], start=1):
+        diff = torch.tensor(residuals)
+        best = parts.update_state(
+            best, torch.full((2, 3), float(step)), step, "abs", diff, diff / 8, trace, lowest, steps
+        )
+    assert torch.equal(best[:, 0], torch.tensor([2.0, 1.0]))
+    assert torch.equal(lowest["rel"], torch.tensor([0.25, 0.125]))
+    info = td.solver.utils.solver_stat_from_info("abs", lowest, trace, steps)
+    assert torch.equal(info["abs_trace"], torch.tensor([[1e8, 3.0, 2.0], [1e8, 1.0, 4.0]]))
+    assert torch.equal(info["nstep"], torch.tensor([2.0, 1.0]))
+    diff = torch.full((2,), 9.0)
+    last = parts.update_state(best, torch.zeros(2, 3), 3, "rel", diff, diff, trace, lowest, steps, return_final=True)
+    assert torch.equal(last, torch.zeros(2, 3))
+    assert torch.equal(lowest["abs"], diff)
+
+
+def test_masked_mixing_keeps_nan_out(new):
+    mask = torch.tensor([True, False])
+    mixed = new.solver.utils.batch_masked_mixing(mask, torch.tensor([1.0, torch.nan]), torch.tensor([torch.nan, 2.0]))
+    assert torch.equal(mixed, torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": True}, {"clip": True, "clip_value": 0.4}, {"learn_scale": False, "target_norm": 0.7}]
+)
+def test_normed_gradients_are_the_originals(original, new, norm, options):
+    gradients = []
+    for module in (original, new):
+        torch.manual_seed(0)
+        linear = nn.Linear(4, 3)
+        module.apply_norm(linear, norm, **options)
+        module.reset_norm(linear)
+        linear(torch.linspace(-1, 2, 8).view(2, 4)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in linear.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():  # at the bound of a clip too, where the gradient is halved
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_options_of_norms_of_ones_own(td):
+    class Scaled:
+        _target_modules = {nn.Linear: ("weight", 0)}  # noqa: RUF012
+        given = None
+
+        @classmethod
+        def apply(cls, module, deq_args=None, **options):
+            Scaled.given = options
+            return cls()
+
+    td.register_norm("scaled", Scaled)
+    td.apply_norm(nn.Linear(2, 2), "scaled", norm_eps=0.1, other=3)
+    assert Scaled.given == {"norm_eps": 0.1, "other": 3}

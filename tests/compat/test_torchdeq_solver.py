@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import pydeq.compat
 import pydeq.compat.torchdeq as torchdeq
+from pydeq.compat.processes import broyden_process
+from tests.compat.conftest import Tanh
 
 SOLVERS = ("anderson", "broyden", "fixed_point_iter")
 # calls of f and columns of the traces for max_iter = 30
@@ -227,8 +229,6 @@ def test_solver_stat(td):
     tol=st.sampled_from([0.0, 1e-6, 1e-2]),
 )
 def test_any_call_keeps_its_promises(seed, rho, max_iter, name, stop_mode, indexing, tol):
-    from tests.compat.conftest import Tanh
-
     f = Tanh(rho=rho, seed=seed)
     wanted = {i for i in indexing if i <= max_iter}
     z, states, info = torchdeq.get_solver(name)(
@@ -255,7 +255,7 @@ def test_any_call_keeps_its_promises(seed, rho, max_iter, name, stop_mode, index
     name=st.sampled_from(SOLVERS),
 )
 def test_never_worse_than_the_original_at_the_same_count(seed, rho, calls, name):
-    from tests.compat.conftest import Tanh, import_original
+    from tests.compat.conftest import import_original
 
     pytest.importorskip("torchdeq")
     f = Tanh(rho=rho, seed=seed)
@@ -362,6 +362,41 @@ def test_an_early_stop_fills_the_states_asked_for(new, tanh):
         assert not states[0].equal(z)
 
 
+def test_a_singular_sample_concerns_no_other(original, new, tanh):
+    f = tanh(dtype=torch.float64)
+    # Without a ridge the system of a sample that is done is singular: torchdeq raises for the whole batch.
+    f.z0[1] = f.solution()[1]
+    with pytest.raises(RuntimeError):
+        original.get_solver("anderson")(f, f.z0, max_iter=60, tol=0.0, lam=0.0)
+    z, _, info = new.get_solver("anderson")(f, f.z0, max_iter=60, tol=1e-12, lam=0.0)
+    assert (info["abs_lowest"] < 1e-12).all()
+    torch.testing.assert_close(z, f.solution(), rtol=0, atol=1e-11)
+
+
+def test_vanishing_denominators_stay_in_their_sample(original, new, tanh):
+    f = tanh(rho=0.9)
+    drifts = torch.tensor([False, True, False])[:, None]
+
+    def fn(z):  # g = 1 has no root, and no change from which Broyden could learn
+        return torch.where(drifts, z + 1, f(z))
+
+    options = {"max_iter": 12, "tol": 0.0}
+    _, _, info = new.get_solver("broyden")(fn, f.z0, **options)
+    assert torch.equal(info["abs_trace"][::2], new.get_solver("broyden")(f, f.z0, **options)[2]["abs_trace"][::2])
+    assert info["abs_trace"].isfinite().all()
+    theirs = original.get_solver("broyden")(fn, f.z0, **options)[2]
+    assert not theirs["abs_trace"][1].isfinite().all()
+
+
+def test_broyden_holds_the_vectors_that_it_has_used():
+    f = Tanh(rho=0.9, shape=(50,))
+    process = broyden_process(f, f.z0, 10_000, False, 10_001, False)
+    for steps in range(1, 12):
+        process.advance()
+        held = {step.untyped_storage().data_ptr(): step.untyped_storage().nbytes() for step in process.workspace.steps}
+        assert sum(held.values()) <= (steps + 3) * f.z0.numel() * f.z0.element_size()
+
+
 def test_limited_broyden_keeps_the_secant_condition(new, tanh):
     f = tanh(rho=0.98)
     info = new.get_solver("broyden")(f, f.z0, max_iter=40, tol=1e-9, LBFGS_thres=3)[2]
@@ -382,6 +417,40 @@ def test_line_search_is_per_sample(new):
     torch.testing.assert_close(z, torch.tensor([[0.0], [2.0]], dtype=torch.float64), rtol=0, atol=1e-7)
     assert len(seen) > int(info["nstep"].max()) + 1  # trial steps cost calls
     assert seen[1][1] == 1.0  # the full step
+
+
+@pytest.mark.parametrize("slope", [3, 12])
+def test_line_search_does_for_a_sample_what_it_does_for_a_batch_of_one(new, slope):
+    def f(z):
+        return z - slope * torch.atan(z)
+
+    x0 = torch.tensor([[4.0, 1.0], [0.5, -3.0], [20.0, 30.0]], dtype=torch.float64)
+    options = {"max_iter": 8, "tol": 0.0, "ls": True}
+    together = new.get_solver("broyden")(f, x0, **options)[2]
+    for i in range(len(x0)):  # alone, a sample takes the original's steps
+        alone = new.get_solver("broyden")(f, x0[i : i + 1], legacy=True, **options)[2]
+        torch.testing.assert_close(together["abs_trace"][i], alone["abs_trace"][0], rtol=1e-6, atol=1e-9)
+
+
+def test_line_search_comes_back_from_where_f_is_not_finite(new):
+    def f(z):
+        return torch.where(z > 1.5, torch.nan, 0.5 * z + 1 - 0.1 * z**3)
+
+    x0 = torch.tensor([[-1.8, 0.0], [0.0, 0.1]], dtype=torch.float64)
+    info = new.get_solver("broyden")(f, x0, max_iter=40, tol=1e-9, ls=True)[2]
+    assert (info["abs_lowest"] < 1e-9).all()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damped_anderson_begins_with_an_undamped_step(new, tanh, legacy):
+    f, seen = tanh(), []
+
+    def watched(z):
+        seen.append(z.clone())
+        return f(z)
+
+    new.get_solver("anderson")(watched, f.z0, max_iter=4, tol=0.0, tau=0.3, legacy=legacy)
+    assert torch.equal(seen[1], f(f.z0))
 
 
 def slow_problem():

@@ -21,6 +21,7 @@ from pydeq.compat.torchdeq.solver import get_solver, simple_fixed_point_iter
 from pydeq.compat.torchdeq.utils.arg_utils import ARGUMENTS
 from pydeq.compat.torchdeq.utils.config import DEQConfig
 from pydeq.compat.torchdeq.utils.layer_utils import DEQWrapper, deq_decorator
+from pydeq.compilation import Compiler, skipped
 
 __all__ = ["DEQBase", "DEQIndexing", "DEQSliced", "get_deq", "register_deq", "reset_deq"]
 
@@ -195,6 +196,7 @@ class _Sampling(DEQBase):
         """The states with gradients, as solvers see them, and the statistics."""
         raise NotImplementedError
 
+    @skipped
     def forward(
         self,
         func: Callable[..., Any],
@@ -206,7 +208,8 @@ class _Sampling(DEQBase):
     ) -> tuple[list[Any], Any]:
         z_init = kwargs.get("z_star") if z_init is None else z_init  # what the original's DEQSliced calls it
         options = solver_kwargs or {}
-        with legacy(is_legacy(options.get("legacy", self.legacy))):
+        with Compiler() as compiler, legacy(is_legacy(options.get("legacy", self.legacy))):
+            func = compiler.compiled(func)
             deq_func, z = deq_decorator(func, z_init, no_stat=self.no_stat and self._measures_nothing)
             if self.training:
                 given = options.get("f_max_iter")

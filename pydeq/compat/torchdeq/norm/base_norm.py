@@ -60,7 +60,9 @@ def apply_norm(
     if norm_type not in _norm_class:
         raise AssertionError(f"norm_type must be none or one of {', '.join(_norm_class)}, got {norm_type!r}")
     norm = _norm_class[norm_type]
-    own = {key: value for key, value in norm_kwargs.items() if not key.startswith(("norm_", "sn_"))}
+    own = norm_kwargs
+    if norm in (WeightNorm, SpectralNorm):  # these find the others in the configuration
+        own = {key: value for key, value in norm_kwargs.items() if not key.startswith(("norm_", "sn_"))}
     prefixes, parts = _listed(prefix_filter_out), _listed(filter_out)
     for name, module in model.named_modules():
         if name.startswith(tuple(prefixes)) or any(part in name for part in parts):

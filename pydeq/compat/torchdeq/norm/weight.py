@@ -56,7 +56,11 @@ class WeightRule(ABC):
     def scaled(self, module: nn.Module, name: str, weight: Tensor, norm: Tensor) -> Tensor:
         """``weight`` times its factor."""
         factor = (getattr(module, name + "_g") if self.learn_scale else self.target_norm) / norm
-        return weight * (factor.clamp(max=self.clip_value) if self.clip else factor)
+        if (
+            self.clip
+        ):  # at its bound, where a weight begins, minimum halves the gradient, as in torchdeq; clamp does not
+            factor = torch.minimum(factor, torch.full_like(factor, self.clip_value))
+        return weight * factor
 
     def __call__(self, module: nn.Module) -> None:
         """Compute the weights of ``module`` anew."""

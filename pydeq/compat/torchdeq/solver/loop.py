@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pydeq.compat.processes import Process, Stepped, flatten
+from pydeq.compat.processes import Process, Stepped, column, flatten
 from pydeq.compat.rules import STALL_RATIO, STALL_TOLERANCES, STALL_WINDOW, UNKNOWN
 from pydeq.compat.torchdeq.solver.stat import SolverStat
 from pydeq.protocol import Scalar
 
 Result = tuple[Tensor, list[Tensor], SolverStat]
 
-RESIDUAL, NORM = int(Scalar.RESIDUAL), int(Scalar.NORM)
+# Columns of what a process measures; BEST is the smallest residual of the mode that the solve stops by.
+RESIDUAL, NORM, BEST = int(Scalar.RESIDUAL), int(Scalar.NORM), int(Scalar.BEST)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Convention:
     """How a solver counts.
 
@@ -55,7 +56,7 @@ class Convention:
         return getattr(process, self.state)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """What a caller asks of a solve.
 
@@ -80,12 +81,14 @@ def solve(start: Callable[[], Process], convention: Convention, x0: Tensor, requ
     """Run the process that ``start`` makes; no gradient."""
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("torchdeq's solvers do not work under torch.func transforms, nor do these: use pydeq.DEQ")
     with torch.no_grad():
         if convention.evaluations < 1 or x0.numel() == 0:
             state = x0.detach().clone().view(_shape(x0))
             rows = len(flatten(x0))
             lowest = np.full((2, rows), UNKNOWN)
-            stat = _stat(np.empty((2, 0, rows)), lowest, np.zeros(rows), convention, x0)
+            stat = _stat(np.empty((2, rows, convention.columns)), 0, lowest, np.zeros(rows), x0)
             return state, [state] * bool(request.indexing), stat
         return (run_legacy if legacy else run)(start(), convention, x0, request)
 
@@ -93,14 +96,13 @@ def solve(start: Callable[[], Process], convention: Convention, x0: Tensor, requ
 def run(process: Process, convention: Convention, x0: Tensor, request: Request) -> Result:
     """Solve by torchdeq's conventions."""
     tol, relative, final = request.tol, request.stop_mode == "rel", request.return_final
-    offset, of, shape = convention.offset, convention.of, _shape(x0)
+    offset, of, shape, evaluations = convention.offset, convention.of, _shape(x0), convention.evaluations
     # pydeq's steps keep the iterate of smallest absolute residual by themselves.
-    keeper = _Keeper(convention, process) if relative or not isinstance(process, Stepped) else None
+    keeper = None if isinstance(process, Stepped) and not relative else _Keeper(convention, process, relative)
     wanted = sorted({int(i) for i in request.indexing or () if 1 <= i <= convention.max_iter})
     states: list[Tensor] = []
     rows: list[np.ndarray] = []
-    best = np.full(len(process.flat), np.inf)
-    largest = np.maximum.reduce
+    advance = process.advance
 
     def current() -> Tensor:
         if final:
@@ -108,44 +110,44 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
         if keeper is not None:
             return keeper.state.clone().view(shape)
         assert isinstance(process, Stepped)
-        found = process.best(convention.state)
-        lost = np.isinf(best)
-        if lost.any():  # f never was finite
-            found = torch.where(_rows(lost, found), process.flat, found)
-        return found.view(shape)
+        return process.best(convention.state).view(shape)
 
-    for k in range(convention.evaluations):
-        row = process.advance()
+    # The tolerance is compared with one sample's residual, that of the worst one when all were looked at last: until
+    # it is met there, there is no need to look at the others.
+    worst = 0
+    for k in range(evaluations):
+        row = advance()
         rows.append(row)
-        value = _relative(row[:, RESIDUAL], row[:, NORM]) if relative else row[:, RESIDUAL]
         if keeper is not None:
-            keeper.keep(value < best)
-        np.minimum(best, value, out=best)
+            keeper.keep(row)
         if wanted and k + 1 == wanted[0] < convention.max_iter:
             states.append(current())
             wanted.pop(0)
         if final:
             continue
-        if largest(best) < tol:
-            break
-        if k + 1 == convention.evaluations:
+        if row.item(worst, BEST) < tol:
+            worst = int(row[:, BEST].argmax())
+            if row.item(worst, BEST) < tol:
+                break
+        if k + 1 == evaluations:
             break
         hopeless = process.hopeless
-        if hopeless is not None and bool(((best < tol) | hopeless).all()):
+        if hopeless is not None and bool(((row[:, BEST] < tol) | hopeless).all()):
             break
-        if convention.stalls and k > STALL_WINDOW and _stalled(rows[-STALL_WINDOW:], value, relative, tol):
+        if convention.stalls and k > STALL_WINDOW and _stalled(rows[-STALL_WINDOW:], relative, tol):
             break
     state = current()
     if request.indexing:  # what was not reached is what was found
         states += [state] * (len(wanted) if wanted or states else 1)
 
-    traces = _traces(rows)
-    absolute = traces[0]
+    traces = np.empty((2, len(process.flat), convention.first + convention.columns))
+    seen = _traces(rows, traces[:, :, 1 : 1 + len(rows)])
     if final:
-        lowest, step = traces[:, -1], np.full(len(best), len(absolute) - 1)
+        lowest, step = seen[:, :, -1], np.full(len(process.flat), len(rows) - 1)
     else:
-        lowest, step = traces.min(axis=1), traces[int(relative)].argmin(axis=0)
-    return state, states, _stat(traces[:, convention.first :], lowest, step + offset, convention, x0)
+        lowest, step = seen.min(axis=2), seen[int(relative)].argmin(axis=1)
+    traces = traces[:, :, convention.first :]
+    return state, states, _stat(traces, max(0, len(rows) - convention.first), lowest, step + offset, x0)
 
 
 def run_legacy(process: Process, convention: Convention, x0: Tensor, request: Request) -> Result:
@@ -157,12 +159,12 @@ def run_legacy(process: Process, convention: Convention, x0: Tensor, request: Re
     states: list[Tensor] = []
     rows: list[np.ndarray] = []
     for k in range(convention.evaluations):
-        row = _traces([process.advance()])[:, 0]
+        row = _traces([process.advance()])[:, :, 0]
         if k < convention.first:
             continue
         rows.append(row)
         better = (row < lowest) | final
-        state = torch.where(_rows(better[mode], state), convention.of(process), state)
+        state = torch.where(column(better[mode], state), convention.of(process), state)
         lowest, steps = np.where(better, row, lowest), np.where(better, k + convention.offset, steps)
         if request.indexing and k + 1 in request.indexing:
             states.append(state.view(shape))
@@ -175,8 +177,10 @@ def run_legacy(process: Process, convention: Convention, x0: Tensor, request: Re
     result = state.clone().view(shape)
     if request.indexing and not states:
         states.append(result)
-    traces = np.stack(rows, axis=1) if rows else np.empty((2, 0, batch))
-    return result, states, _stat(traces, lowest, steps[mode], convention, x0)
+    traces = np.empty((2, batch, convention.columns))
+    if rows:
+        traces[:, :, 1 : 1 + len(rows)] = np.stack(rows, axis=2)
+    return result, states, _stat(traces, len(rows), lowest, steps[mode], x0)
 
 
 def _shape(x0: Tensor) -> torch.Size:
@@ -190,61 +194,71 @@ class _Keeper:
     Args:
         convention: Which state.
         process: Where it comes from; samples that never improve keep its x0.
+        relative: Whether the best is that of the smallest relative residual.
     """
 
-    def __init__(self, convention: Convention, process: Process) -> None:
-        self.convention, self.process = convention, process
+    def __init__(self, convention: Convention, process: Process, relative: bool) -> None:
+        self.convention, self.process, self.relative = convention, process, relative
         self.state = process.flat.clone()
+        self.best = np.full(len(process.flat), np.inf)
 
-    def keep(self, better: np.ndarray) -> None:
-        """Keep the newest state of some samples."""
-        if better.all():
+    def keep(self, row: np.ndarray) -> None:
+        """Keep the newest state of the samples that improved; the column BEST becomes their smallest residual."""
+        value = row[:, RESIDUAL]
+        if self.relative:
+            value = _relative(value, row[:, NORM])
+        better = value < self.best
+        improved = np.count_nonzero(better)
+        if improved == len(better):
             self.state.copy_(self.convention.of(self.process))
-        elif better.any():
+            self.best = value
+        elif improved:
             newest = self.convention.of(self.process)
-            torch.where(_rows(better, newest), newest, self.state, out=self.state)
+            torch.where(column(better, newest), newest, self.state, out=self.state)
+            self.best = np.where(better, value, self.best)
+        row[:, BEST] = self.best
 
 
-def _rows(mask: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(mask).to(like.device)[:, None]
-
-
-def _traces(rows: list[np.ndarray]) -> np.ndarray:
-    """Absolute and relative residuals of the evaluations, [2, K, B]."""
-    measured = np.stack(rows)
-    residual = measured[:, :, RESIDUAL]
-    return np.stack([residual, _relative(residual, measured[:, :, NORM])])
+def _traces(rows: list[np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+    """Absolute and relative residuals of the evaluations, [2, B, K]."""
+    batch, columns = rows[0].shape
+    measured = np.concatenate(rows).reshape(len(rows), batch, columns).T
+    traces = np.empty((2, batch, len(rows))) if out is None else out
+    traces[0] = measured[RESIDUAL]
+    traces[1] = _relative(traces[0], measured[NORM])
+    return traces
 
 
 def _relative(residual: np.ndarray, norm: np.ndarray) -> np.ndarray:
     return residual / (np.fmin(norm, 1e300) + 1e-9)  # norms that are not finite come with infinite residuals
 
 
-def _stalled(rows: list[np.ndarray], newest: np.ndarray, relative: bool, tol: float) -> bool:
+def _stalled(rows: list[np.ndarray], relative: bool, tol: float) -> bool:
     """Whether every sample is near the tolerance, and none got anywhere in the last steps."""
+    newest = _traces(rows[-1:])[int(relative)]
     if newest.max() >= STALL_TOLERANCES * tol:
         return False
     last = _traces(rows)[int(relative)]
-    return bool((last.max(axis=0) < STALL_RATIO * last.min(axis=0)).all())
+    return bool((last.max(axis=1) < STALL_RATIO * last.min(axis=1)).all())
 
 
-def _stat(traces: np.ndarray, lowest: np.ndarray, nstep: np.ndarray, convention: Convention, x0: Tensor) -> SolverStat:
-    """Statistics from traces [2, columns - 1 or fewer, B], padded with what was lowest."""
-    batch, seen = lowest.shape[1], traces.shape[1]
-    full = np.empty((2, batch, convention.columns))
-    full[:, :, 0] = UNKNOWN
-    full[:, :, 1 : seen + 1] = traces.transpose(0, 2, 1)
-    full[:, :, seen + 1 :] = lowest[:, :, None]
+def _stat(traces: np.ndarray, seen: int, lowest: np.ndarray, nstep: np.ndarray, x0: Tensor) -> SolverStat:
+    """Statistics from traces [2, B, columns], of which the columns 1 to ``seen`` are filled."""
+    traces[:, :, 0] = UNKNOWN
+    traces[:, :, seen + 1 :] = lowest[:, :, None]
     # What was never measured has the dtype of 1e8.
-    dtype = torch.promote_types(x0.dtype, torch.float32) if (lowest != UNKNOWN).any() else torch.float32
+    measured = seen > 0 or bool((lowest != UNKNOWN).any())
+    dtype = torch.promote_types(x0.dtype, torch.float32) if measured else torch.float32
 
-    def tensor(values: Any, of: torch.dtype = dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device=x0.device, dtype=of)
+    def tensor(values: np.ndarray, of: torch.dtype) -> Tensor:
+        return torch.from_numpy(values).to(device=x0.device, dtype=of)
 
+    absolute, relative = tensor(traces, dtype).contiguous()
+    lowest_absolute, lowest_relative = tensor(lowest, dtype)
     return SolverStat(
-        abs_lowest=tensor(lowest[0]),
-        rel_lowest=tensor(lowest[1]),
-        abs_trace=tensor(full[0]),
-        rel_trace=tensor(full[1]),
+        abs_lowest=lowest_absolute,
+        rel_lowest=lowest_relative,
+        abs_trace=absolute,
+        rel_trace=relative,
         nstep=tensor(nstep, torch.float32),
     )

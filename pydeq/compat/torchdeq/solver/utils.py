@@ -1,10 +1,82 @@
-"""Functions that make statistics."""
+"""Parts that solvers of one's own are made of: shapes, the best state so far, statistics."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from pydeq.compat.processes import flatten
+from pydeq.compat.rules import UNKNOWN
 from pydeq.compat.torchdeq.solver.stat import SolverStat
+
+
+def batch_flatten(x: Tensor) -> Tensor:
+    """(B, ...) as (B, D); every element of a 0-d or 1-d tensor is a sample."""
+    return flatten(x)
+
+
+def batch_masked_mixing(mask: Tensor, mask_var: Any, orig_var: Any) -> Tensor:
+    """Samples of ``mask_var`` where ``mask``, (B,), else of ``orig_var``: (B, ...), or one of them a number.
+
+    What is not chosen does not matter, be it NaN.
+
+    Raises:
+        ValueError: If neither is a tensor.
+    """
+    like = mask_var if isinstance(mask_var, Tensor) else orig_var
+    if not isinstance(like, Tensor):
+        raise ValueError("mask_var or orig_var must be a tensor")
+    return torch.where(mask.view(-1, *[1] * (like.dim() - 1)), mask_var, orig_var)
+
+
+def init_solver_info(
+    bsz: int, device: Any, init_loss: float = UNKNOWN
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Traces that begin with ``init_loss``, lowest residuals and their steps, each for "abs" and "rel"."""
+
+    def start(value: float) -> Tensor:
+        return torch.full((bsz,), value, device=device)
+
+    modes = ("abs", "rel")
+    return (
+        {mode: [start(init_loss)] for mode in modes},
+        {mode: start(init_loss) for mode in modes},
+        {mode: start(0.0) for mode in modes},
+    )
+
+
+def update_state(
+    lowest_xest: Tensor,
+    x_est: Tensor,
+    nstep: int,
+    stop_mode: str,
+    abs_diff: Tensor,
+    rel_diff: Tensor,
+    trace_dict: dict[str, list[Tensor]],
+    lowest_dict: dict[str, Tensor],
+    lowest_step_dict: dict[str, Tensor],
+    return_final: bool = False,
+) -> Tensor:
+    """The best states, with ``x_est`` of step ``nstep`` taken into account; the three dicts are updated.
+
+    Args:
+        lowest_xest, x_est: The best states before and the newest ones, (B, ...).
+        nstep: Number of the step.
+        stop_mode: Whether "abs" or "rel" decides what is best.
+        abs_diff, rel_diff: Residuals of ``x_est``, (B,).
+        trace_dict, lowest_dict, lowest_step_dict: As :func:`init_solver_info` makes them.
+        return_final: Take the newest ones in any case.
+    """
+    for mode, diff in (("abs", abs_diff), ("rel", rel_diff)):
+        trace_dict[mode].append(diff)
+        better = torch.ones_like(diff, dtype=torch.bool) if return_final else diff < lowest_dict[mode]
+        if mode == stop_mode:
+            lowest_xest = batch_masked_mixing(better, x_est, lowest_xest).detach()
+        lowest_dict[mode] = batch_masked_mixing(better, diff, lowest_dict[mode])
+        lowest_step_dict[mode] = batch_masked_mixing(better, nstep, lowest_step_dict[mode])
+    return lowest_xest
 
 
 def solver_stat_from_info(stop_mode: str, lowest_dict: Any, trace_dict: Any, lowest_step_dict: Any) -> SolverStat:
