@@ -65,7 +65,7 @@ def run(context: Context) -> None:
 def peak_bytes(solve: Callable[[], object]) -> int:
     """The most bytes that ``solve`` holds at any moment, of what it allocates itself."""
     solve()  # whatever is allocated once and kept
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = solve()
     del kept
     results = profiled.profiler.kineto_results if profiled.profiler else None
@@ -79,7 +79,7 @@ def peak_bytes(solve: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The profiler writes trace lines to the process's stderr, past Python; they would tear the progress bars."""
     sys.stderr.flush()
     saved = os.dup(2)
