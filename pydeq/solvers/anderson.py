@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import anderson_step
-from pydeq.solvers.base import Solver, Workspace, check_damping, check_memory, empty
+from pydeq.solvers.base import Solver, Workspace, check_damping, check_memory
 from pydeq.termination import Rules
 
 
@@ -53,13 +53,12 @@ class _AndersonWorkspace(Workspace):
     """2 * memory + 4 state vectors beside f: two rings, two iterates, the best and its image."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
-        super().__init__(flat, rules, max_steps)
-        self.solver = solver
         self.memory = min(solver.memory, max_steps)
         batch, size = flat.shape
         slots = max(self.memory, 2)  # the image of the previous iterate must outlive the next evaluation
-        self.residuals = empty(flat, batch, slots, size)
-        self.values = empty(flat, batch, slots, size)
+        super().__init__(flat, rules, max_steps, 2 * slots)
+        self.solver = solver
+        self.residuals, self.values = (ring.view(batch, slots, size) for ring in self.vectors.split(slots))
         self.gram = flat.new_zeros(batch, slots, slots, dtype=torch.float64)
 
     def step(self, f: Tensor, k: int) -> None:

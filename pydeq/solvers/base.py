@@ -24,13 +24,16 @@ class Workspace(ABC):
         flat: Initial iterates, [B, D], contiguous.
         rules: When a sample stops.
         max_steps: Evaluations of each sample at most.
+        vectors: State vectors of scratch to allocate with the iterates, as ``vectors`` [vectors, B, D]: a large buffer
+            is rounded up, which is best done once.
     """
 
-    def __init__(self, flat: Tensor, rules: Rules, max_steps: int) -> None:
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, vectors: int = 0) -> None:
         batch = flat.shape[0]
-        iterates = empty(flat, 2, *flat.shape)
-        iterates[0] = flat
-        self.z = (iterates[0], iterates[1])
+        scratch = empty(flat, 2 + vectors, *flat.shape)
+        scratch[0] = flat
+        self.z = (scratch[0], scratch[1])
+        self.vectors = scratch[2:]
         self.best = flat.new_empty(2, *flat.shape)
         self.scalars = flat.new_zeros(batch, len(Scalar), dtype=torch.float64)
         self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)  # RUNNING is 0
