@@ -175,6 +175,18 @@ def test_other_errors_are_raised():
     assert not linearization._warned
 
 
+def test_too_little_memory_is_no_reason_to_go_one_by_one(monkeypatch):
+    at = linearize(torch.tanh, random(2, 3), ())
+
+    def full(*arguments, is_grads_batched=False, **options):
+        assert is_grads_batched, "went on one by one"
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        at.flat_vjps(random(4, 2, 3))
+
+
 def test_tensors_of_inference_mode():
     fn, _, z, x = tanh_problem()
     expected = linearize(fn, z, (x,)).flat_vjps(random(2, 3, 5))

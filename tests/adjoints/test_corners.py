@@ -244,6 +244,60 @@ def test_the_output_may_be_modified_in_place(x, adjoint):
     assert torch.equal(got, expected)
 
 
+EVERY = [
+    (pydeq.Anderson(), exact()),
+    (pydeq.Anderson(), pydeq.Phantom(2)),
+    (pydeq.Anderson(), pydeq.Phantom(2, form="neumann")),
+    (pydeq.Broyden(), pydeq.Shine()),
+    (pydeq.Picard(), pydeq.Unrolled()),
+    (pydeq.Picard(), pydeq.Unrolled(checkpoint=True)),
+    (pydeq.Anderson(), pydeq.Reversible(checkpoints=40)),
+]
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_backward_twice_repeats_with_retain_graph_and_raises_without(x, solver, adjoint):
+    deq = pydeq.DEQ(Cell(), solver=solver, adjoint=adjoint, **TIGHT)
+    weight = deq.cell.linear.weight
+    loss = deq(torch.zeros_like(x), x).pow(3).sum()
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(first, again)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, weight)
+
+
+class Tied(nn.Module):
+    """One weight under two names, in two places, once transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = (nn.Linear(5, 5, bias=False, dtype=torch.float64) for _ in range(2))
+        self.inner.weight.data = 0.2 * random(5, 5, seed=1)
+        self.outer.weight = self.inner.weight
+
+    def forward(self, z, x):
+        return torch.tanh(self.outer(torch.sin(self.inner(z))) + x @ self.inner.weight)
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_a_cell_whose_parameters_are_shared(x, solver, adjoint):
+    cell = Tied()
+    approximate = isinstance(adjoint, pydeq.Phantom | pydeq.Shine)
+    deq = pydeq.DEQ(cell, solver=solver, adjoint=adjoint, **TIGHT)
+    (got,) = gradients(deq(torch.zeros_like(x), x), [cell.inner.weight], second=False)
+    if approximate:  # of two parameters that happen to be equal
+        apart = Tied()
+        apart.outer.weight = nn.Parameter(apart.inner.weight.detach().clone())
+        deq = pydeq.DEQ(apart, solver=solver, adjoint=adjoint, **TIGHT)
+        weights = [apart.inner.weight, apart.outer.weight]
+        expected = sum(gradients(deq(torch.zeros_like(x), x), weights, second=False))
+    else:
+        (expected,) = gradients(iterate(cell, x), [cell.inner.weight], second=False)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert len(list(deq.parameters())) == (2 if approximate else 1)
+
+
 def test_old_vectorization_says_what_to_use(x):
     deq = layer(Cell())
     with pytest.raises(RuntimeError, match=r"torch\.func\.jacrev"):
