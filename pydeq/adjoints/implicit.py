@@ -192,11 +192,7 @@ class _Problem:
                 " puts part of its graph out of reach; pass that tensor to the layer as context (third derivatives are"
                 " out of reach in any case)"
             )
-        if self.watched.changed():
-            raise RuntimeError(
-                "a parameter, a buffer or a tensor of the context was modified in place between forward and backward,"
-                " but f is to be evaluated again for a second derivative: differentiate first, or modify a copy"
-            )
+        self.watched.check("f is to be evaluated again for a second derivative")
         gate = _Gate()
         z = tuple(_Substitute.apply(gate, part) for part in out)
         # What made the context is not followed either: the context's own gradient goes there.

@@ -290,11 +290,7 @@ class _Reverse(torch.autograd.Function):
         refuse_vectorized(cotangents, run.settings)
         layout, b = run.layout, run.settings.damping
         start, y, z, best, *saved = ctx.saved_tensors
-        if run.watched.changed():
-            raise RuntimeError(
-                "a parameter, a buffer or a tensor of the context was modified in place between forward and backward,"
-                " but Reversible evaluates f again: differentiate first, or modify a copy"
-            )
+        run.watched.check("Reversible evaluates f again")
         kept = {n: (saved[2 * i], saved[2 * i + 1]) for i, n in enumerate(ctx.kept)}
         kept[0] = start.double(), start.double()
         v = layout.flatten(cotangents if layout.is_tuple else cotangents[0]).double()

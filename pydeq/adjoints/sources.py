@@ -69,9 +69,20 @@ class Watched:
         # Tensors of inference mode count no versions.
         self._known = [(x, x._version) for x in tensors if not x.is_inference()]
 
-    def changed(self) -> bool:
-        """Whether one was modified since it is watched."""
-        return any(x._version != version for x, version in self._known)
+    def check(self, why: str) -> None:
+        """Raise where one was modified since it is watched.
+
+        Args:
+            why: Why that matters, for the message.
+
+        Raises:
+            RuntimeError: If so.
+        """
+        if any(x._version != version for x, version in self._known):
+            raise RuntimeError(
+                "a parameter, a buffer or a tensor of the context was modified in place between forward and backward,"
+                f" but {why}: differentiate first, or modify a copy"
+            )
 
     def unchanged(self) -> list[Tensor]:
         """Those that were not."""
