@@ -124,6 +124,38 @@ def test_a_compiled_cell_in_an_eager_layer(x):
     assert len(backend.graphs) == 2
 
 
+def test_a_penalty_takes_the_uncompiled_cell(x):
+    """What the compiler leaves cannot be differentiated twice."""
+    cell, backend = Cell(), Recorder()
+    options = {"solver": pydeq.Broyden(), "rtol": 1e-10}
+    found = []
+    for each in (cell, torch.compile(cell, backend=backend)):
+        deq = pydeq.DEQ(each, **options)
+        torch.manual_seed(0)
+        penalty = pydeq.JacobianPenalty(0.5, probes=3)
+        z, solution = deq(torch.zeros_like(x), x, return_solution=True, penalty=penalty)
+        loss = z.square().sum() + solution.penalty
+        found.append((solution.penalty.detach(), *torch.autograd.grad(loss, list(cell.parameters()))))
+    assert backend.graphs
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
+
+
+def test_a_penalty_of_a_compiled_cell_that_draws_says_what_to_use(x):
+    cell = nn.Sequential(nn.Linear(6, 6, dtype=torch.float64), nn.Dropout(0.5))
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = cell
+
+        def forward(self, z, x):
+            return torch.tanh(0.1 * self.inner(z) + x)
+
+    deq = pydeq.DEQ(torch.compile(Noisy(), backend=Recorder()), freeze_rng=True)
+    with pytest.raises(RuntimeError, match=r"a penalty needs: use pydeq\.nn\.VariationalDropout, or do not compile"):
+        deq(torch.zeros_like(x), x, return_solution=True, penalty=pydeq.JacobianPenalty(1.0))
+
+
 def test_the_whole_graph_at_once_is_refused_by_the_compiler(x):
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(Model(), backend=Recorder(), fullgraph=True)(x)

@@ -128,11 +128,63 @@ def test_what_does_not_vectorize_goes_one_by_one_with_one_warning(kind):
     getattr(linearize(branching, z, ()), kind)(v[:1])
 
 
+@pytest.mark.parametrize("kind", ["flat_vjps", "flat_jvps"])
+@pytest.mark.parametrize(
+    ("cached", "sizes"),
+    [(10**6, [7]), (3 * 120, [3, 3, 1]), (2 * 120 - 1, [1] * 7), (1, [1] * 7)],
+    ids=["all", "some", "one by one", "one by one, if too large"],
+)
+def test_as_many_at_once_as_the_cache_holds(kind, cached, sizes, monkeypatch):
+    """Vectors of 120 bytes, and a weight of 200: products, and gradients of them, are the same."""
+    fn, W, z, x = tanh_problem()
+    at, v = linearize(fn, z, (x,)), random(7, 3, 5)
+    monkeypatch.setattr(linearization, "CACHED_BYTES", 10**6)
+    expected = getattr(at, kind)(v, create_graph=True)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), W, retain_graph=True)
+    calls = []
+    grad = torch.autograd.grad
+
+    def watched(outputs, inputs, seeds=None, **options):
+        if options.get("is_grads_batched") or kind == "flat_vjps" or seeds[0].shape == (3, 5):
+            calls.append(len(seeds[0]) if options.get("is_grads_batched") else 1)
+        return grad(outputs, inputs, seeds, **options)
+
+    monkeypatch.setattr(linearization, "CACHED_BYTES", cached)
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    products = getattr(at, kind)(v, create_graph=True)
+    assert calls[-len(sizes) :] == sizes
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    assert_close(products.detach(), expected.detach(), size=5, condition=4)
+    (actual,) = torch.autograd.grad(products.square().sum(), W)
+    assert_close(actual, wanted, size=5, condition=20)
+
+
+def test_large_weights_are_read_for_several_vectors_at_once(monkeypatch):
+    monkeypatch.setattr(linearization, "CACHED_BYTES", 100)
+    fn, _, z, x = tanh_problem(batch=1, dim=50)  # vectors of 400 bytes, a weight of 20000
+    at = linearize(fn, z, (x,))
+    assert at._at_once(random(40, 1, 50)) == 25
+    assert at._at_once(random(3, 1, 50)) == 3
+    assert linearize(torch.tanh, z, ())._at_once(random(3, 1, 50)) == 1
+
+
 def test_other_errors_are_raised():
     at = linearize(branching, random(2, 3), ())
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="an overflow"):
         at.flat_vjps(torch.full((2, 2, 3), torch.inf, dtype=torch.float64))
     assert not linearization._warned
+
+
+def test_too_little_memory_is_no_reason_to_go_one_by_one(monkeypatch):
+    at = linearize(torch.tanh, random(2, 3), ())
+
+    def full(*arguments, is_grads_batched=False, **options):
+        assert is_grads_batched, "went on one by one"
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        at.flat_vjps(random(4, 2, 3))
 
 
 def test_tensors_of_inference_mode():

@@ -174,6 +174,18 @@ def test_copies_and_pickles_work_alike(deq, x):
     assert torch.equal(gradient(deq, x), expected)
 
 
+def test_a_state_dict_is_the_cells_and_makes_another_layer_alike(deq, x):
+    names = [f"cell.{name}" for name in deq.cell.state_dict()]
+    deq.adjoint = pydeq.Implicit(warm_start=True)
+    expected = gradient(deq, x)  # with something to begin the next adjoint at, which is not saved
+    assert list(deq.state_dict()) == names
+    other = pydeq.DEQ(Cell(), rtol=1e-5)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    assert str(other.load_state_dict(deq.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(gradient(other, x), expected)
+
+
 def test_modes_without_gradients_give_the_same_value(deq, x):
     z0 = torch.zeros_like(x)
     with torch.no_grad():

@@ -193,8 +193,8 @@ def _rest(found: _Summary, peer: str) -> str:
 
     return (
         "At the larger shapes memory is the limit: one thread's steps of Picard, Anderson and Broyden move their bytes"
-        f" at {shares(8, 65536)} times the speed of a copy at (8, 65536), and at {shares(*BEYOND_CACHE)} times beyond the"
-        f" caches, at {BEYOND_CACHE}.\n"
+        f" at {shares(8, 65536)} times the speed of a copy at (8, 65536), and at {shares(*BEYOND_CACHE)} times beyond"
+        f" the caches, at {BEYOND_CACHE}.\n"
         f"Peak memory of a solve, in state vectors: Anderson of memory 6 {pair('anderson.memory6')}, Broyden after 30"
         f" steps {pair('broyden.steps30')}. `import pydeq` adds {found.text('import.pydeq')} s to `import torch`."
     )

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import pydeq
 from benchmarks.problems.dense import DenseCell
@@ -18,6 +21,7 @@ from benchmarks.problems.trained import trained
 from benchmarks.results import number, times
 from benchmarks.suites import training
 from benchmarks.suites.base import BASELINE, Context
+from benchmarks.suites.memory import quiet
 from benchmarks.timing import Spread, alternate, ratios, spread, threads
 
 PROBES = 8
@@ -81,7 +85,11 @@ def _time(context: Context) -> None:
                     over = times(ratio.median)
                     if side == BASELINE and other == "torchdeq":
                         shares.append(ratio.median)
-            rows.append((case.title, side.replace("_", ", "), number(found.median * 1e3), over))
+            work, inside = _work(sides[side])
+            results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}.operations", work, "1e9")
+            results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}.products_time", inside * 1e3, "ms")
+            label = side.replace("_", ", ")
+            rows.append((case.title, label, number(found.median * 1e3), over, number(work), number(inside * 1e3)))
         context.bar.advance()
     results.target(
         "jacobian.probes",
@@ -95,10 +103,46 @@ def _time(context: Context) -> None:
     results.table(
         "jacobian",
         f"The penalty with {PROBES} Gaussian probes and its gradients, one thread, float32",
-        ("cell", "library", "ms", *(f"share of {name}'s" for name in context.others)),
+        ("cell", "library", "ms", *(f"share of {name}'s" for name in context.others), "Gflop", "in them, ms"),
         rows,
-        f"One evaluation of the cell, {PROBES} products, and backward through them. Medians of turns.",
+        f"One evaluation of the cell, {PROBES} products, and backward through them. Medians of turns. Gflop: of matrix"
+        " products and convolutions, and the time inside of these operators: a bound for any arrangement of them. Each"
+        " probe takes a product with J, one back through it and one for the weights; JVPs do not go back to z.",
     )
+
+
+class _Operations(TorchDispatchMode):
+    """Adds up the operations of what torch has a formula for; its own counter does not count in ``autograd.grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+# What matrix products and convolutions run in.
+_PRODUCTS = {
+    f"aten::{name}"
+    for name in ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "thnn_conv2d", "convolution_backward")
+}
+
+
+def _work(side: Callable[[], float]) -> tuple[float, float]:
+    """Operations of matrix products and convolutions, in 1e9, and the seconds inside of them, under a profiler."""
+    with _Operations() as counted:
+        side()
+    spent = []
+    for _ in range(3):
+        with quiet(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            side()
+        spent.append(sum(event.self_cpu_time_total for event in profiled.key_averages() if event.key in _PRODUCTS))
+    return counted.total / 1e9, statistics.median(spent) / 1e6
 
 
 def _sides(context: Context, cell: nn.Module, z: Tensor, x: Tensor) -> Iterator[tuple[str, Callable[[], float]]]:

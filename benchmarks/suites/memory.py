@@ -66,7 +66,7 @@ def peak_bytes(peer: Peer, solve: Callable[[], object]) -> int:
     """The most bytes that ``solve``, by ``peer``, holds at any moment, of what it allocates itself."""
     solve()  # whatever a process allocates once
     peer.forget()
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = solve()
     del kept
     results = profiled.profiler.kineto_results if profiled.profiler else None
@@ -80,7 +80,7 @@ def peak_bytes(peer: Peer, solve: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The profiler writes trace lines to the process's stderr, past Python; they would tear the progress bars."""
     sys.stderr.flush()
     saved = os.dup(2)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore
 
 from pydeq.fixed_point import fixed_point
 from pydeq.linearization import Linearization
@@ -58,6 +59,20 @@ class Attached:
     solution: Solution
     linearization: Linearization | None = None
     states: list[State] | None = None
+
+
+def refuse_vectorized(cotangents: Sequence[Tensor], adjoint: Adjoint) -> None:
+    """Raise where autograd's own vectorization hands in several cotangents at once, which a solve cannot take.
+
+    Raises:
+        RuntimeError: Under ``is_grads_batched=True`` of ``torch.autograd.grad``, and what is built on it.
+    """
+    if any(_functorch.is_legacy_batchedtensor(part) for part in cotangents):
+        instead = "torch.func.jacrev" if adjoint.transforms else "torch.func.jacrev with pydeq.Implicit"
+        raise RuntimeError(
+            f"a DEQ with {type(adjoint).__name__} cannot be differentiated by is_grads_batched or vectorize=True: use"
+            f" {instead}, or vectorize=False"
+        )
 
 
 class Adjoint(ABC):

@@ -19,12 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.functional import solve_functional, transforms_active
-from pydeq.adjoints.sources import sources_of
+from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.adjoints.watch import watch
 from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
 from pydeq.keywords import suggests_keywords
@@ -86,7 +85,10 @@ class Implicit(Adjoint):
             dtype = Autocast.current(layout.device).coarsest(layout.dtype)
             return Attached(*solve_functional(problem, self.options(dtype) | problem.shared, self))
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        output, at = attach(self, problem.fn, solution.image, problem.context, solution, problem.memory, problem.shared)
+        read = Watched(held(problem.module, problem.context))
+        output, at = attach(
+            self, problem.fn, solution.image, problem.context, solution, problem.memory, problem.shared, read
+        )
         return Attached(output, solution, at)
 
     def solve_adjoint(
@@ -104,6 +106,7 @@ def attach(
     solution: Solution | None = None,
     memory: dict[str, Any] | None = None,
     shared: dict[str, Any] | None = None,
+    read: Watched | None = None,
 ) -> tuple[State, Linearization]:
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
@@ -111,6 +114,7 @@ def attach(
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Where the last cotangent is kept for a warm start.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
+        read: What fn may read. Of that, what fn itself does not modify must stay for a second derivative.
     """
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     at = linearize(fn, image, context)
@@ -118,9 +122,9 @@ def attach(
     sources, hidden = sources_of(at, context, first_node)
     if sources or hidden:
         autocast = Autocast.current(layout.device)
-        versions = [x._version for x in sources]
+        watched = Watched([*sources, *(read.unchanged() if read else ())])
         problem = _Problem(
-            settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory, shared or {}, versions
+            settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory, shared or {}, watched
         )
         y = _Attach.apply(problem, *y, *at.z, *sources)
         y = tuple(part.clone() for part in y)  # which may be modified in place
@@ -137,6 +141,7 @@ class _Problem:
         sources: What fn was made from: tensors of the context and leaves that require grad.
         hidden: Whether fn captures tensors that are neither: results of other computations.
         autocast: That of the forward.
+        watched: What must not have changed where fn is evaluated again.
     """
 
     settings: Implicit
@@ -149,16 +154,12 @@ class _Problem:
     solution: Solution | None
     memory: dict[str, Any] | None
     shared: dict[str, Any]
-    versions: list[int]
+    watched: Watched
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
-        if any(_functorch.is_legacy_batchedtensor(part) for part in v):
-            raise RuntimeError(
-                "a DEQ cannot be differentiated by is_grads_batched or vectorize=True: use torch.func.jacrev, or"
-                " vectorize=False"
-            )
         settings = self.settings
+        refuse_vectorized(v, settings)
         start = self._start(v)
         with self.autocast.again():  # which says how exact J is
             options = settings.options(self.autocast.coarsest(self.layout.dtype)) | self.shared
@@ -191,11 +192,7 @@ class _Problem:
                 " puts part of its graph out of reach; pass that tensor to the layer as context (third derivatives are"
                 " out of reach in any case)"
             )
-        if [x._version for x in self.sources] != self.versions:
-            raise RuntimeError(
-                "a parameter or a tensor of the context was modified in place between forward and backward, but f is to"
-                " be evaluated again for a second derivative: differentiate first, or modify a copy"
-            )
+        self.watched.check("f is to be evaluated again for a second derivative")
         gate = _Gate()
         z = tuple(_Substitute.apply(gate, part) for part in out)
         # What made the context is not followed either: the context's own gradient goes there.
@@ -213,7 +210,7 @@ class _Problem:
         outputs = [part for part in y if part.requires_grad]
         seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
         sources = [substitutes.get(id(x), x) for x in self.sources]
-        with gate:  # partial derivatives: z stays where it is
+        with gate, hooks_postponed(sources):  # partial derivatives: z stays where it is
             found = torch.autograd.grad(
                 outputs, [*sources, *computed.values()], seeds, create_graph=True, allow_unused=True
             )

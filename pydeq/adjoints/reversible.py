@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem
-from pydeq.adjoints.sources import sources_of
+from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
+from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import linearize
@@ -84,6 +84,7 @@ class Reversible(Adjoint):
             raise ValueError(f"checkpoints must be at least 0, got {self.checkpoints}")
 
     def solve(self, problem: Problem) -> Attached:
+        read = Watched(held(problem.module, problem.context))
         ends, sources = self._iterate(problem, differentiate=True)
         z0 = as_tuple(problem.z0)
         if not sources and not any(part.requires_grad for part in z0):
@@ -95,7 +96,7 @@ class Reversible(Adjoint):
             torch.is_autocast_enabled(device),
             torch.is_autocast_cache_enabled(),
         )
-        run = _Run(self.damping, ends.layout, problem, sources, autocast)
+        run = _Run(self, ends.layout, problem, sources, autocast, Watched(read.unchanged()))
         output = _Reverse.apply(run, ends, *z0, *sources)
         return Attached(output if ends.layout.is_tuple else output[0], ends.solution)
 
@@ -196,13 +197,15 @@ class _Run:
     Args:
         sources: What fn was made from: tensors of the context and leaves that require grad.
         autocast: Forward's device, dtype, whether on, whether cached.
+        watched: What must not have changed where fn is evaluated again.
     """
 
-    damping: float
+    settings: Reversible
     layout: Layout
     problem: Problem
     sources: tuple[Tensor, ...]
     autocast: tuple[str, torch.dtype, bool, bool]
+    watched: Watched
 
     def pull(self, wide: Tensor, seed: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
         """f at ``wide`` [B, D], and the cotangent of ``wide`` for the one ``seed`` of f; ``sums`` gets the sources'."""
@@ -221,7 +224,8 @@ class _Run:
         if pairs:
             outputs, seeds = zip(*pairs, strict=True)
             inputs = tuple(cut.get(id(source), source) for source in self.sources)
-            grads = torch.autograd.grad(outputs, (*at.z, *inputs), seeds, allow_unused=True)
+            with hooks_postponed(inputs):
+                grads = torch.autograd.grad(outputs, (*at.z, *inputs), seeds, allow_unused=True)
             parts = len(at.z)
             z = tuple(torch.zeros_like(of) if g is None else g for g, of in zip(grads[:parts], at.z, strict=True))
             pulled = layout.flatten(z if layout.is_tuple else z[0]).double()
@@ -283,8 +287,10 @@ class _Reverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
-        layout, b = run.layout, run.damping
+        refuse_vectorized(cotangents, run.settings)
+        layout, b = run.layout, run.settings.damping
         start, y, z, best, *saved = ctx.saved_tensors
+        run.watched.check("Reversible evaluates f again")
         kept = {n: (saved[2 * i], saved[2 * i + 1]) for i, n in enumerate(ctx.kept)}
         kept[0] = start.double(), start.double()
         v = layout.flatten(cotangents if layout.is_tuple else cotangents[0]).double()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.sources import sources_of
 from pydeq.fixed_point import check_tolerance, fixed_point, solve
 from pydeq.keywords import suggests_keywords
@@ -150,6 +150,7 @@ class _Shine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         problem, tensors, parts = ctx.problem, ctx.saved_tensors, len(cotangents)
+        refuse_vectorized(cotangents, problem.settings)
         layout = problem.layout
         at = Linearization(layout, tensors[:parts], tensors[parts : 2 * parts])
         v = layout.flatten(cotangents if layout.is_tuple else cotangents[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.sources import Watched, held
 from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.nn.scope import share_weights
@@ -73,7 +74,10 @@ class Unrolled(Adjoint):
         scalars = z.new_zeros(layout.batch, len(Scalar), dtype=torch.float64)
         counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
         unroll = _RULES[type(solver)](solver, max_steps)
-        fn = problem.fn if self.checkpoint else share_weights(problem.fn)
+        read = Watched(held(problem.module, problem.context))
+        fn = repeated = _Repeated(problem.fn)
+        if not self.checkpoint:
+            fn = share_weights(problem.fn)
         states: list[State] = []
         nfe = 0
         while layout.batch and nfe < max_steps:
@@ -94,6 +98,7 @@ class Unrolled(Adjoint):
             next = torch.where(verdict.retry[:, None], retry, value)
             z = torch.where(verdict.proceed[:, None], unroll.step(z, f, verdict, counters), next)
 
+        repeated.watched = Watched(read.unchanged())
         output = layout.view(image)
         states += [output] * (len(states_at) - len(states))
         solution = Solution(_detach(layout.view(value)), _detach(output), nfe, scalars, counters, None)
@@ -103,6 +108,19 @@ class Unrolled(Adjoint):
         if self.checkpoint:
             return checkpoint(fn, z, *context, use_reentrant=False)
         return fn(z, *context)
+
+
+class _Repeated:
+    """``fn``, which a checkpoint calls again in backward: from when on ``watched`` is set."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.watched: Watched | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.watched is not None:
+            self.watched.check("a checkpoint evaluates f again")
+        return self.fn(*arguments)
 
 
 class _Unroll(ABC):

@@ -29,8 +29,9 @@ def frobenius_norm_squared(
     E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). Unbiased, and so
     is the gradient with respect to parameters and context; ``z`` is where J is taken, and gets no gradient.
 
-    All probes go through one vectorized product. Where an operator in fn has no rule for that, they go one by one, with
-    a warning that says why; the numbers are the same. The other mode may then be the faster one.
+    All probes go through one vectorized product. On a CPU, where large states would then leave the cache, mode "vjp"
+    takes several products, or one by one, unless weights are much larger still. Where an operator in fn has no rule for
+    vectorized products, they go one by one, with a warning that says why. The numbers are the same in any case.
 
     Works inside of ``torch.func.grad``, ``vmap`` (with its ``randomness="same"``) and the like.
 

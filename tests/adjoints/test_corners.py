@@ -130,6 +130,76 @@ def test_a_parameter_changed_in_place_before_a_second_derivative_raises(x):
         torch.autograd.grad(z.pow(3).sum(), deq.cell.linear.weight, create_graph=True)
 
 
+class Buffered(Cell):
+    """With a buffer, a frozen parameter, and a buffer that it writes to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.full((5,), 0.9, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.shift = nn.Parameter(torch.zeros(5, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, z, x):
+        self.calls += 1
+        return self.scale * super().forward(z, x + self.shift)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [exact(), pydeq.Reversible(checkpoints=40), pydeq.Unrolled(checkpoint=True)],
+    ids=lambda a: type(a).__name__,
+)
+@pytest.mark.parametrize("changed", ["scale", "shift", "context", None])
+def test_what_is_evaluated_again_must_find_what_it_read_unchanged(x, adjoint, changed):
+    """Also what gets no gradient, which autograd itself does not watch; not what the cell writes to."""
+    cell = Buffered()
+    deq, weight = layer(cell, adjoint), cell.linear.weight
+    second = isinstance(adjoint, pydeq.Implicit)  # the others evaluate again for the first derivative
+    (expected,) = gradients(deq(torch.zeros_like(x), x), [weight], second)
+    z = deq(torch.zeros_like(x), x)
+    deq(torch.zeros_like(x), x)  # counts
+    if changed is None:
+        torch.testing.assert_close(gradients(z, [weight], second)[0], expected, **CLOSE)
+        return
+    with torch.no_grad():
+        (x if changed == "context" else getattr(cell, changed)).mul_(0.5).add_(0.1)
+    # A checkpoint's own arguments are saved, so that autograd itself notices.
+    own = changed == "context" and isinstance(adjoint, pydeq.Unrolled)
+    message = "modified by an inplace operation" if own else "a buffer or a tensor of the context was modified in place"
+    with pytest.raises(RuntimeError, match=message):
+        gradients(z, [weight], second)
+
+
+def test_what_changed_does_not_matter_where_nothing_is_evaluated_again(x):
+    cell = Buffered()
+    deq, weight = layer(cell), cell.linear.weight
+    (expected,) = gradients(deq(torch.zeros_like(x), x), [weight], second=False)
+    z = deq(torch.zeros_like(x), x)
+    cell.calls.fill_(7)
+    assert torch.equal(gradients(z, [weight], second=False)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "create_graph"),
+    [(exact(), False), (exact(), True), (pydeq.Reversible(checkpoints=40), False), (pydeq.Phantom(2), True)],
+    ids=str,
+)
+def test_hooks_of_tensors_run_once(x, adjoint, create_graph):
+    """Also where gradients are formed by a call of autograd inside of backward."""
+    deq, x = layer(Cell(), adjoint), x.requires_grad_()
+    weight = deq.cell.linear.weight
+    tensors = [weight, x]
+    expected = torch.autograd.grad(deq(torch.zeros_like(x), x).pow(3).sum(), tensors)
+    calls = []
+    for i, tensor in enumerate(tensors):
+        tensor.register_hook(lambda g, i=i: calls.append(i))
+        tensor.register_hook(lambda g: 2.0 * g)
+    got = torch.autograd.grad(deq(torch.zeros_like(x), x).pow(3).sum(), tensors, create_graph=create_graph)
+    assert sorted(calls) == [0, 1]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.detach(), 2.0 * other, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("adjoint", [exact(), pydeq.Phantom(2)], ids=str)
 def test_a_parametrization_cache_around_a_layer(x, adjoint):
     deq = layer(Cell(), adjoint)
@@ -181,10 +251,93 @@ def test_the_output_may_be_modified_in_place(x, adjoint):
     assert torch.equal(got, expected)
 
 
+EVERY = [
+    (pydeq.Anderson(), exact()),
+    (pydeq.Anderson(), pydeq.Phantom(2)),
+    (pydeq.Anderson(), pydeq.Phantom(2, form="neumann")),
+    (pydeq.Broyden(), pydeq.Shine()),
+    (pydeq.Picard(), pydeq.Unrolled()),
+    (pydeq.Picard(), pydeq.Unrolled(checkpoint=True)),
+    (pydeq.Anderson(), pydeq.Reversible(checkpoints=40)),
+]
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_backward_twice_repeats_with_retain_graph_and_raises_without(x, solver, adjoint):
+    deq = pydeq.DEQ(Cell(), solver=solver, adjoint=adjoint, **TIGHT)
+    weight = deq.cell.linear.weight
+    loss = deq(torch.zeros_like(x), x).pow(3).sum()
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(first, again)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, weight)
+
+
+class Tied(nn.Module):
+    """One weight under two names, in two places, once transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = (nn.Linear(5, 5, bias=False, dtype=torch.float64) for _ in range(2))
+        self.inner.weight.data = 0.2 * random(5, 5, seed=1)
+        self.outer.weight = self.inner.weight
+
+    def forward(self, z, x):
+        return torch.tanh(self.outer(torch.sin(self.inner(z))) + x @ self.inner.weight)
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_a_cell_whose_parameters_are_shared(x, solver, adjoint):
+    cell = Tied()
+    approximate = isinstance(adjoint, pydeq.Phantom | pydeq.Shine)
+    deq = pydeq.DEQ(cell, solver=solver, adjoint=adjoint, **TIGHT)
+    (got,) = gradients(deq(torch.zeros_like(x), x), [cell.inner.weight], second=False)
+    if approximate:  # of two parameters that happen to be equal
+        apart = Tied()
+        apart.outer.weight = nn.Parameter(apart.inner.weight.detach().clone())
+        deq = pydeq.DEQ(apart, solver=solver, adjoint=adjoint, **TIGHT)
+        weights = [apart.inner.weight, apart.outer.weight]
+        expected = sum(gradients(deq(torch.zeros_like(x), x), weights, second=False))
+    else:
+        (expected,) = gradients(iterate(cell, x), [cell.inner.weight], second=False)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert len(list(deq.parameters())) == (2 if approximate else 1)
+
+
 def test_old_vectorization_says_what_to_use(x):
     deq = layer(Cell())
     with pytest.raises(RuntimeError, match=r"torch\.func\.jacrev"):
         torch.autograd.functional.jacobian(lambda x: deq(torch.zeros_like(x), x), x, vectorize=True)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(
+    ("solver", "adjoint", "works"),
+    [
+        (pydeq.Anderson(), exact(), False),
+        (pydeq.Broyden(), pydeq.Shine(), False),
+        (pydeq.Broyden(), pydeq.Shine(refine_steps=2), False),
+        (pydeq.Anderson(), pydeq.Reversible(), False),
+        (pydeq.Anderson(), pydeq.Phantom(3), True),
+        (pydeq.Anderson(), pydeq.Phantom(3, form="neumann"), True),
+        (pydeq.Picard(), pydeq.Unrolled(), True),
+        (pydeq.Picard(), pydeq.Unrolled(checkpoint=True), True),
+    ],
+    ids=str,
+)
+def test_batched_cotangents_work_or_say_what_to_use(x, solver, adjoint, works, create_graph):
+    deq = pydeq.DEQ(Cell(), solver=solver, adjoint=adjoint, rtol=1e-6)
+    weight, v = deq.cell.linear.weight, random(4, 3, 5, seed=3)
+    z = deq(torch.zeros_like(x), x)
+    options = {"is_grads_batched": True, "retain_graph": True, "create_graph": create_graph}
+    if not works:
+        with pytest.raises(RuntimeError, match=f"with {type(adjoint).__name__} cannot be differentiated by is_grads_b"):
+            torch.autograd.grad(z, weight, v, **options)
+        return
+    (got,) = torch.autograd.grad(z, weight, v, **options)
+    expected = torch.stack([torch.autograd.grad(z, weight, one, retain_graph=True)[0] for one in v])
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def test_a_penalty_under_transforms_says_what_to_use(x):

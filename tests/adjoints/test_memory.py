@@ -9,7 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import pydeq
-from pydeq import Anderson, Broyden, Implicit, JacobianFree, Phantom, Picard, Reversible, Shine, Unrolled
+from pydeq import (
+    Anderson,
+    Broyden,
+    Implicit,
+    JacobianFree,
+    JacobianPenalty,
+    Phantom,
+    Picard,
+    Reversible,
+    Shine,
+    Unrolled,
+)
 
 BATCH, DIM = 4, 256
 STATE = BATCH * DIM * 4  # bytes
@@ -98,3 +109,29 @@ def test_backward_frees_what_forward_kept(solver, adjoint):
     kept, after, _ = measure(solver, adjoint, 12)
     assert after < kept
     assert after <= 6 * STATE + 2048  # x, z, value and image of both solutions; scalars
+
+
+@pytest.mark.parametrize("penalty", [None, JacobianPenalty(1.0, probes=2)], ids=["plain", "penalty"])
+@pytest.mark.parametrize(
+    ("solver", "adjoint"), [*CONSTANT, (Broyden(), Shine()), (Picard(), Unrolled(checkpoint=True))], ids=repr
+)
+def test_forwards_without_backward_leave_no_byte(solver, adjoint, penalty):
+    torch.manual_seed(0)
+    cell = nn.Linear(DIM, DIM)
+    x = torch.randn(BATCH, DIM)
+    deq = pydeq.DEQ(lambda z, x: torch.tanh(cell(z) + x), solver=solver, adjoint=adjoint, max_steps=6)
+
+    def forward():
+        deq(torch.zeros(BATCH, DIM), x, return_solution=True, penalty=penalty)
+
+    gc.collect()
+    gc.disable()  # nothing may wait for the collector of cycles
+    try:
+        with Storages() as storages:
+            forward()
+            once = storages.alive()
+            for _ in range(3):
+                forward()
+            assert storages.alive() == once == 0
+    finally:
+        gc.enable()

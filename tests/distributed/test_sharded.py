@@ -233,7 +233,13 @@ def refuse(rank):
 
     with pytest.raises(ValueError, match="solver must be one that takes sharded states, got"):
         pydeq.fixed_point(lambda z: z, torch.ones(2, 3), solver=Other(), process_group=dist.group.WORLD, sharded=True)
+    shine = {"solver": pydeq.Broyden(), "adjoint": pydeq.Shine(), "process_group": dist.group.WORLD}
+    x = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"Shine does not take sharded states: use pydeq\.Implicit"):
+        pydeq.DEQ(lambda z, x: 0.5 * z + x, sharded=True, **shine)(torch.zeros(2, 3), x)
+    with pytest.raises(ValueError, match=r"adjoint must be one that takes a process_group, got Reversible"):
+        pydeq.DEQ(torch.nn.Identity(), adjoint=pydeq.Reversible(), process_group=dist.group.WORLD)
 
 
-def test_solvers_must_know_how(world):
+def test_solvers_and_adjoints_must_know_how(world):
     world.run(refuse)

@@ -146,7 +146,7 @@ def test_one_product_of_all_probes_equals_one_by_one(mode, method, monkeypatch):
 
     batched = estimate()
 
-    def looped(batched, single, v):
+    def looped(batched, single, v, at_once=None):
         return torch.stack([single(one) for one in v])
 
     monkeypatch.setattr(linearization, "vectorize", looped)

@@ -194,3 +194,16 @@ def test_memory(solver, steps, most):
         f = problem.fn(workspace.z[k % 2], *problem.context)
         workspace.step(f, k)
     assert math.ceil(vectors(workspace, batch, dim) + 1 - 0.5) <= most  # and f
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(memory=6), Anderson(memory=2)], ids=str)
+def test_large_scratch_is_rounded_up_once(solver):
+    """To whole huge pages of 2 MiB, one of them for the alignment; the solution keeps none of it."""
+    batch, dim = 8, 40000  # 1.22 MiB
+    flat = torch.zeros(batch, dim)
+    workspace = solver.start(flat, Rules(1e-3, 0.0, torch.finfo(torch.float32).eps, True, True), 20)
+    used = (2 + (2 * solver.memory if isinstance(solver, Anderson) else 0)) * flat.nbytes
+    allocated = vectors(workspace, batch, dim) * flat.nbytes - workspace.best.untyped_storage().nbytes()
+    assert used <= allocated < used + 2 * 2**21 + 2**15  # scalars and the like
+    solution = pydeq.fixed_point(lambda z: 0.5 * z + 1.0, flat, solver=solver)
+    assert solution.image.untyped_storage().nbytes() <= 2 * flat.nbytes
