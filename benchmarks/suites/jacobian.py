@@ -106,7 +106,7 @@ def _time(context: Context) -> None:
         ("cell", "library", "ms", *(f"share of {name}'s" for name in context.others), "Gflop", "in them, ms"),
         rows,
         f"One evaluation of the cell, {PROBES} products, and backward through them. Medians of turns. Gflop: of matrix"
-        " products and convolutions, and the least time seen inside of these operators, which no arrangement saves."
+        " products and convolutions, and the least time seen inside of these operators."
         " Each probe takes a product with J, one back through it and one for the weights; JVPs do not go back to z.",
     )
 
