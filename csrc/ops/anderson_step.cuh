@@ -19,7 +19,7 @@ namespace pydeq {
 template <class T>
 struct AndersonStep {
   static constexpr int kPack = 16 / sizeof(T);
-  static constexpr int kSplitThreads = 256;
+  static constexpr int kTileThreads = 256;
   static constexpr int kGroup = sizeof(T) == 8 ? 2 : 4;  // columns under way at once
   using Type = T;
   using A = Compute<T>;

@@ -23,7 +23,7 @@ struct BroydenStep {
   using Type = T;
   using A = Compute<T>;
   static constexpr int kPack = 16 / sizeof(A);
-  static constexpr int kSplitThreads = 128;
+  static constexpr int kTileThreads = 128;
   static constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;  // steps under way at once
   using Args = Listing<BroydenStepArgs>;                 // the base's `steps` is not read
   using Tile = pydeq::Tile<kPack>;

@@ -21,7 +21,7 @@ struct GmresStep {
   using Type = T;
   using A = Compute<T>;
   static constexpr int kPack = 16 / sizeof(A);
-  static constexpr int kSplitThreads = 128;
+  static constexpr int kTileThreads = 128;
   static constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;  // vectors under way at once
   using Args = Listing<GmresStepArgs>;                   // the base's `basis` is not read
   using Tile = pydeq::Tile<kPack>;

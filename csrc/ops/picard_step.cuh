@@ -15,7 +15,7 @@ namespace pydeq {
 template <class T>
 struct PicardStep {
   static constexpr int kPack = 16 / sizeof(T);
-  static constexpr int kSplitThreads = 256;
+  static constexpr int kTileThreads = 256;
   using Type = T;
   using A = Compute<T>;
   using Args = PicardStepArgs;

@@ -20,7 +20,7 @@ struct RandomProbesShape {
 
 inline RandomProbesShape random_probes_shape(const RandomProbesArgs& args, const StepLimits& limits) {
   RandomProbesShape shape{};
-  const int64_t most = limits.max_threads < 256 ? limits.max_threads : 256;
+  const int64_t most = limits.tile_threads < 256 ? limits.tile_threads : 256;
   const int64_t warps = (args.state + kWarp * kShare - 1) / (kWarp * kShare);
   shape.threads = static_cast<int>(warps * kWarp < most ? warps * kWarp : most);
   if (shape.threads == 0) return shape;
@@ -65,7 +65,7 @@ random_probes_kernel(PYDEQ_PARAMETER RandomProbesArgs args, PYDEQ_PARAMETER Rand
   const uint64_t seed = static_cast<uint64_t>(load_one(seed_at));
   for (int64_t item = block_index(); item < args.probes * args.batch * shape.tiles; item += grid_blocks()) {
     const int64_t row = item / shape.tiles, t = item % shape.tiles;
-    const Tile<kPack> tile{t * block_threads() * kShare, args.state, 0};
+    const Tile<kPack> tile(Team::whole_block(), t, args.state, 0);
     const PhiloxBlock counter{{0, static_cast<uint32_t>(row % args.batch), static_cast<uint32_t>(row / args.batch),
                                static_cast<uint32_t>(args.distribution)}};
     Compute<T> numbers[kShare];
