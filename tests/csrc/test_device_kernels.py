@@ -11,10 +11,10 @@ import test_gmres_step
 import test_picard_step
 import test_squared_norm
 import torch
-from check_op import DTYPES, SCALES, bits, compare, record, run
+import traffic
+from check_op import DTYPES, SCALES, bits, compare, run
 from emulated import Case, Limits, Result, emulate
 
-import pydeq
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
 from pydeq.ops.gmres_step import gmres_step_reference
@@ -40,7 +40,6 @@ PATHS = {"block": Limits(), "cluster": Limits(cluster_blocks=2), "split": Limits
 # A pack, a tile, and their neighbours; several tiles and a rest.
 SIZES = (1, 3, 4, 9, 255, 256, 257, 511, 513, 1100)
 NOTHING_FITS = 6 << 10  # bytes of shared memory that leave no room for rows
-SHARED = 227 << 10  # what a block may have on a GPU that has clusters
 
 every_step = pytest.mark.parametrize("name", MODULES)
 every_path = pytest.mark.parametrize("path", PATHS)
@@ -218,44 +217,28 @@ def test_samples_that_are_done_cost_no_memory_traffic(name, path):
     assert result.arguments["progress"].tolist() == [3, 0]
 
 
-# Vectors of D entries that a step moves per sample, reads and writes: section "how fast" of the design, where a best
-# iterate is copied in every step; here it improves in every step, which costs Broyden a copy of the image, others none.
-def vectors_allowed(name: str, path: str, k: int, memory: int) -> tuple[float, float]:
-    if name == "picard_step":
-        return (2, 1) if path == "fused" else (3, 1)
-    if name == "anderson_step":
-        columns = min(k + 1, memory)
-        return 2 * columns + (0 if path == "fused" else 1), 3
-    if name == "gmres_step":  # k vectors are in the basis; the first step writes the start of the cycle, others read it
-        return (k + 3 if path == "fused" else 2 * k + 5, 4 if k == 0 else 3)
-    return (k + 2, 3) if path == "fused" else (max(2 * k + 3, 4), 3)  # k steps are stored
-
-
-@every_path
+@pytest.mark.parametrize("path", traffic.PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_step
-def test_traffic(name, dtype, path):
-    """Each vector is read once in one launch, and z and f twice in two; nothing is read that need not be."""
-    batch, dim, memory, max_steps = 2, 1536, 4, 7
-    limits = replace(PATHS[path], max_threads=96, shared_bytes=200 << 10)
-    solver = {
-        "picard_step": pydeq.Picard(),
-        "anderson_step": pydeq.Anderson(memory=memory),
-        "broyden_step": pydeq.Broyden(memory=50),
-        "gmres_step": pydeq.GMRES(restart=50),
-    }[name]
-    x = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rates = torch.linspace(0.5, 0.6, dim).to(dtype)
-    samples = record(solver, lambda z, k: rates * z.roll(1, 1) + x, torch.zeros_like(x), max_steps, rtol=0.0)
-    names = MODULES[name].NAMES
-    tests = [Case(name, dict(zip(names, sample, strict=True)), limits) for sample in samples[:-1]]
-    wide = 4 if name in ("broyden_step", "gmres_step") else dtype.itemsize  # bytes of an entry of the history
-    for k, result in enumerate(emulate(tests)):
-        counters = result.arguments["counters"]
-        assert (counters[:, Counter.STATUS] == RUNNING).all()
-        reads, writes = vectors_allowed(name, path, k, memory)
-        assert result.loaded <= 1.02 * reads * batch * dim * max(wide, dtype.itemsize) + 256
-        assert result.stored <= 1.02 * writes * batch * dim * max(wide, dtype.itemsize) + 256
+def test_reads_each_vector_once(name, dtype, path):
+    """In one launch, and z and f twice in two; nothing is read that need not be. The residual falls in every step."""
+    method = traffic.METHODS[name]
+    for step in traffic.count(name, dtype, path, "falling"):
+        assert (step.result.arguments["counters"][:, Counter.STATUS] == RUNNING).all()
+        assert step.result.launches == (2 if path == "two launches" else 1)
+        assert (step.result.cluster > 1) == (path == "cluster")
+        assert step.reads <= 1.01 * (method.twice if path == "two launches" else method.once)(step.step)
+        assert step.writes <= 1.01 * method.writes(step.step)
+
+
+@pytest.mark.parametrize("path", traffic.PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_step
+def test_traffic_of_a_solve_is_within_a_tenth_of_the_design(name, dtype, path):
+    """Also where the best iterate is left behind and saved."""
+    steps = traffic.count(name, dtype, path, "rising")
+    moved = sum(step.reads + step.writes for step in steps)
+    assert moved <= 1.1 * sum(sum(traffic.METHODS[name].design(step.step)) for step in steps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -87,7 +87,7 @@ def test_ends_with_a_message(fault, sanitizer, message):
 
 def test_finds_a_peer_that_has_returned():
     """All eight blocks but the leader may return early: of ten schedules, one at the least lets one of them."""
-    with pytest.raises(EmulatorError, match="shared memory of a peer that returns|AddressSanitizer: use-after-poison"):
+    with pytest.raises(EmulatorError, match=r"shared memory of a peer that returns|AddressSanitizer: use-after-poison"):
         emulate([specimen("peer_returned", seed) for seed in range(10)])
 
 
