@@ -59,18 +59,38 @@ int measure_clusters(const Launch& launch, Kernel* kernel, int64_t shared_bytes)
   return 1;
 }
 
-// Lets a kernel have all of a block's shared memory, and says in how large clusters it can run; asks a device once.
+// What a device answered, or was told, about something; asked once for each device.
+class OncePerDevice {
+ public:
+  // `ask` must not answer 0.
+  template <class Ask>
+  int operator()(int device, const Ask& ask) {
+    if (device >= kDevices) return ask();
+    int answer = known_[device].load(std::memory_order_acquire);
+    if (!answer) known_[device].store(answer = ask(), std::memory_order_release);
+    return answer;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> known_[kDevices]{};
+};
+
+// Lets a kernel have all of a block's shared memory.
 template <auto kernel>
-int prepare(const Launch& launch, int64_t shared_bytes) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not asked yet
-  const int device = launch.device();
-  if (device < kDevices && known[device].load(std::memory_order_acquire)) return known[device].load();
-  launch.check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  const int cluster = measure_clusters(launch, kernel, shared_bytes);
-  if (device < kDevices) known[device].store(cluster, std::memory_order_release);
-  return cluster;
+void allow_shared_memory(const Launch& launch, int64_t bytes) {
+  static OncePerDevice allowed;
+  allowed(launch.device(), [&] {
+    launch.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    return 1;
+  });
+}
+
+// Blocks of the largest cluster that a kernel can be launched in; 1 where there are none.
+template <auto kernel>
+int largest_cluster(const Launch& launch, int64_t shared_bytes) {
+  static OncePerDevice largest;
+  return largest(launch.device(), [&] { return measure_clusters(launch, kernel, shared_bytes); });
 }
 
 // Where kernels report. A device can write to pinned memory while the host goes on. For other memory, which no solve
@@ -134,7 +154,8 @@ void launch_step(const Launch& launch, const Tensor& like, typename Step::Args a
   const ReportPlace place(launch, like, common.progress);
   common.progress = place.address();
   StepLimits limits = step_limits(launch);
-  limits.cluster_blocks = prepare<step_fused_kernel<Step>>(launch, limits.shared_bytes);
+  allow_shared_memory<step_fused_kernel<Step>>(launch, limits.shared_bytes);
+  limits.cluster_blocks = largest_cluster<step_fused_kernel<Step>>(launch, limits.shared_bytes);
   const StepShape shape = step_shape<Step>(args, limits);
   STD_TORCH_CHECK(shape.valid,
                   "the history of a step is too long for a GPU's shared memory: lower the solver's memory");
@@ -149,10 +170,10 @@ void launch_step(const Launch& launch, const Tensor& like, typename Step::Args a
     step_fused_kernel<Step><<<grid, block, shape.shared_bytes, launch.stream()>>>(args, shape, scratch.bytes());
     launch.check();
   } else {
-    prepare<step_reduce_kernel<Step>>(launch, limits.shared_bytes);
+    allow_shared_memory<step_reduce_kernel<Step>>(launch, limits.shared_bytes);
     step_reduce_kernel<Step><<<grid, block, shape.reduce_shared_bytes, launch.stream()>>>(args, shape, scratch.bytes());
     launch.check();
-    prepare<step_apply_kernel<Step>>(launch, limits.shared_bytes);
+    allow_shared_memory<step_apply_kernel<Step>>(launch, limits.shared_bytes);
     step_apply_kernel<Step><<<grid, block, shape.shared_bytes, launch.stream()>>>(args, shape, scratch.bytes());
     launch.check();
   }

@@ -28,8 +28,9 @@ struct alignas(sizeof(T) * N) Pack {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// PYDEQ_KERNEL(threads) void name(...): a kernel of at most that many threads a block.
-#define PYDEQ_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// PYDEQ_KERNEL(threads, resident) void name(...): a kernel of at most that many threads a block, of which a
+// multiprocessor is to have registers for at least `resident`.
+#define PYDEQ_KERNEL(threads, resident) __global__ void __launch_bounds__(threads, (resident) / (threads))
 #define PYDEQ_DEVICE __device__ inline
 // A parameter of a kernel that is read in place, however large it is.
 #define PYDEQ_PARAMETER const __grid_constant__

@@ -292,7 +292,7 @@ PYDEQ_DEVICE void add_tiles_of_peers(double* partial, double* totals, int count,
 }
 
 template <class Step>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(kMaxThreads, kMaxThreads)
 step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   const StepArgs& common = Step::common(args);
   const Team team = Team::of(shape.tile_threads);
@@ -358,7 +358,7 @@ step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
 }
 
 template <class Step>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(Step::kTileThreads, kResidentThreads)
 step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   using Plan = typename Step::Plan;
   const StepArgs& common = Step::common(args);
@@ -401,7 +401,7 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
 }
 
 template <class Step>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(Step::kTileThreads, kResidentInApply<typename Step::A>)
 step_apply_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   using Plan = typename Step::Plan;
   const StepArgs& common = Step::common(args);

@@ -25,6 +25,11 @@ namespace pydeq {
 
 // Threads of a block, at most; kernels are compiled for it.
 constexpr int kMaxThreads = 256;
+// Threads that a multiprocessor is to have at once in two launches: enough to hide what each waits for. A second pass
+// in doubles would need to keep too much of it in local memory.
+constexpr int kResidentThreads = 512;
+template <class A>
+constexpr int kResidentInApply = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
 // Entries of a row that a thread has of each tile.
 constexpr int kShare = 8;
 constexpr int kWarp = 32;

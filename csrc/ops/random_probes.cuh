@@ -58,7 +58,7 @@ PYDEQ_DEVICE void draw_rademacher(PhiloxBlock counter, uint64_t seed, int64_t d,
 }
 
 template <class T>
-PYDEQ_KERNEL(256)
+PYDEQ_KERNEL(kMaxThreads, kResidentThreads)
 random_probes_kernel(PYDEQ_PARAMETER RandomProbesArgs args, PYDEQ_PARAMETER RandomProbesShape shape,
                      const int64_t* seed_at) {
   constexpr int kPack = 16 / sizeof(T);

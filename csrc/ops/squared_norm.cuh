@@ -33,7 +33,7 @@ inline SquaredNormShape squared_norm_shape(const SquaredNormArgs& args, const St
 }
 
 template <class T>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(kMaxThreads, kResidentThreads)
 squared_norm_kernel(PYDEQ_PARAMETER SquaredNormArgs args, PYDEQ_PARAMETER SquaredNormShape shape,
                     unsigned char* scratch) {
   using A = Compute<T>;

@@ -30,7 +30,7 @@ enum class Fault {
 constexpr int kThreads = 128;
 
 template <Fault fault>
-PYDEQ_KERNEL(kThreads)
+PYDEQ_KERNEL(kThreads, kThreads)
 specimen_kernel(const float* x, int64_t n, float* y, float* partial, int32_t* done, float* total) {
   PYDEQ_SHARED(float, sums, kThreads);
   PYDEQ_SHARED(int, last, 1);
@@ -82,7 +82,7 @@ specimen_kernel(const float* x, int64_t n, float* y, float* partial, int32_t* do
 
 // A block sums up a row in shared memory, and the first one of a cluster what its peers have there.
 template <Fault fault>
-PYDEQ_KERNEL(kThreads)
+PYDEQ_KERNEL(kThreads, kThreads)
 cluster_kernel(const float* x, int64_t n, int64_t rows, int blocks, float* y, float* total) {
   float* sum = shared_slice<float>(0, 1);
   const int64_t row = block_index();

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define PYDEQ_KERNEL(threads) void
+#define PYDEQ_KERNEL(threads, resident) void
 #define PYDEQ_DEVICE inline
 #define PYDEQ_PARAMETER const
 #define PYDEQ_UNROLL_LOOP
