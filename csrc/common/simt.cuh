@@ -105,6 +105,7 @@ __device__ inline void warp_sum(A (&values)[N]) {
   }
 }
 
+// What the lane of this number has; lanes may ask different ones.
 template <class A>
 __device__ inline A warp_broadcast(A value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);

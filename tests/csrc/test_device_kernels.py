@@ -244,7 +244,7 @@ def test_traffic_of_a_solve_is_within_a_tenth_of_the_design(name, dtype, path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squared_norms(dtype):
     tests = []
-    for limits in (Limits(), Limits(max_blocks=3)):
+    for limits in (Limits(tile_threads=64), Limits(max_blocks=3)):
         for probes, batch, size in [
             (1, 1, 0),
             (1, 3, 1),
@@ -274,7 +274,7 @@ def test_a_mean_squared_norm_does_not_depend_on_its_batch():
     assert torch.equal(bits(first), bits(torch.cat(others)))
 
 
-PROBE_SIZES = (1, 2, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1100)
+PROBE_SIZES = (1, 2, 3, 4, 5, 127, 128, 129, 255, 256, 257, 511, 513, 1100, 2500)
 PROBE_SEEDS = (0, -1, 0x123456789ABCDEF0, -(2**63))
 
 
@@ -283,7 +283,7 @@ PROBE_SEEDS = (0, -1, 0x123456789ABCDEF0, -(2**63))
 def test_random_probes_are_those_of_the_cpu(dtype, distribution):
     """To the last bit; whatever is not written stays NaN."""
     tests = []
-    for limits in (Limits(), Limits(max_blocks=3)):
+    for limits in (Limits(tile_threads=64), Limits(max_blocks=3)):
         for index, size in enumerate(PROBE_SIZES):
             out = torch.full((1 + index % 3, 1 + index % 2, size), torch.nan, dtype=dtype)
             key = torch.tensor(PROBE_SEEDS[index % len(PROBE_SEEDS)])
