@@ -81,7 +81,8 @@ def compile_all(archs: str | None) -> dict[str, Any]:
     nvcc = toolkit["find_toolkit"](os.environ)
     wanted = re.split(r"[;,\s]+", archs) if archs else [arch for arch in toolkit["ARCHS"] if arch in nvcc.archs]
     jobs = [(entry, arch) for arch in wanted for entry in commands]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    at_once = int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(at_once) as pool:
         reports = list(pool.map(lambda job: report(*job), jobs))
     rows = [row for text in reports for row in parse(text)]
     order = {arch.replace(".", ""): index for index, arch in enumerate(wanted)}

@@ -15,6 +15,7 @@
 // reports to the host.
 //
 // A Step has, beside what common/step_shape.h asks of it:
+//   kResident                       threads that a multiprocessor can have in kernels with a second pass, by registers
 //   Step(args, b)                                                   of one sample; reads its counters
 //   template <Sum, first> reduce(tile, sums, stage)                 first pass; writes its results where `first`
 //   decide(totals, residual, norm, fits, Plan&, work)               met by one warp
@@ -292,7 +293,7 @@ PYDEQ_DEVICE void add_tiles_of_peers(double* partial, double* totals, int count,
 }
 
 template <class Step>
-PYDEQ_KERNEL(kMaxThreads, kMaxThreads)
+PYDEQ_KERNEL(kMaxThreads, Step::kResident)
 step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   const StepArgs& common = Step::common(args);
   const Team team = Team::of(shape.tile_threads);
@@ -401,7 +402,7 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
 }
 
 template <class Step>
-PYDEQ_KERNEL(Step::kTileThreads, kResidentInApply<typename Step::A>)
+PYDEQ_KERNEL(Step::kTileThreads, Step::kResident)
 step_apply_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   using Plan = typename Step::Plan;
   const StepArgs& common = Step::common(args);

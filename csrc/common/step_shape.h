@@ -25,11 +25,8 @@ namespace pydeq {
 
 // Threads of a block, at most; kernels are compiled for it.
 constexpr int kMaxThreads = 256;
-// Threads that a multiprocessor is to have at once in two launches: enough to hide what each waits for. A second pass
-// in doubles would need to keep too much of it in local memory.
+// Threads that a multiprocessor is to have registers for: enough of them to hide what each waits for.
 constexpr int kResidentThreads = 512;
-template <class A>
-constexpr int kResidentInApply = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
 // Entries of a row that a thread has of each tile.
 constexpr int kShare = 8;
 constexpr int kWarp = 32;

@@ -24,6 +24,7 @@ struct AndersonStep {
   static constexpr int kGroup = sizeof(T) == 8 ? 2 : 4;  // columns under way at once
   using Type = T;
   using A = Compute<T>;
+  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
   using Args = AndersonStepArgs;
   using Tile = pydeq::Tile<kPack>;
   using Stage = pydeq::Stage<kPack, T>;

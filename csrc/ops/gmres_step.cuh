@@ -21,6 +21,7 @@ template <class T>
 struct GmresStep {
   using Type = T;
   using A = Compute<T>;
+  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : 384;
   static constexpr int kPack = 16 / sizeof(A);
   static constexpr int kTileThreads = 128;
   static constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;  // vectors under way at once

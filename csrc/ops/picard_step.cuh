@@ -19,6 +19,7 @@ struct PicardStep {
   static constexpr int kTileThreads = 256;
   using Type = T;
   using A = Compute<T>;
+  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
   using Args = PicardStepArgs;
   using Tile = pydeq::Tile<kPack>;
   using Stage = pydeq::Stage<kPack, T>;
