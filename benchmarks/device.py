@@ -44,8 +44,8 @@ SHAPES = ((32, 512), (32, 8192), (8, 65536), (8, 131072), (128, 8192), (32, 2621
 # Forward solves, to this tolerance in at most so many calls; and training steps.
 SOLVED, RTOL, CAP = ((32, 128), (32, 512), (128, 1024)), 1e-4, 60
 TRAINED = ((64, 256), (256, 1024))
-# solver -> the solver, steps before the one that is timed, vectors of D read and written per sample in one launch and in
-# two: what the step must move there where every residual is the smallest so far.
+# solver -> the solver, steps before the one that is timed, vectors of D read and written per sample in one launch and
+# in two: what the step must move there where every residual is the smallest so far.
 STEPS_TIMED: dict[str, tuple[Solver, int, tuple[int, int]]] = {
     "picard": (pydeq.Picard(), 2, (2 + 1, 3 + 1)),
     "anderson": (pydeq.Anderson(memory=MEMORY), MEMORY + 1, (2 * MEMORY + 3, 2 * MEMORY + 1 + 3)),

@@ -30,7 +30,7 @@
 namespace pydeq {
 
 // Vectors that a launch can name.
-constexpr int kMaxListed = 512;
+constexpr int kMaxListed = static_cast<int>(protocol::CUDA_VECTORS);
 
 // The arguments of a step that has a list of vectors, with the list where a kernel can read it: by value.
 template <class Args>

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pydeq.compiled import advise_huge_pages
-from pydeq.protocol import Counter, Progress, Scalar
+from pydeq.compiled import advise_huge_pages, cuda_loaded
+from pydeq.protocol import CUDA_VECTORS, Counter, Progress, Scalar
+from pydeq.reduction import WHOLE
 from pydeq.termination import Rules
 
 
@@ -74,6 +75,25 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     start = -storage.data_ptr() % _HUGE_PAGE // dtype.itemsize
     advise_huge_pages(storage.data_ptr() + start * dtype.itemsize, pages * _HUGE_PAGE)
     return storage[start : start + count].view(shape)
+
+
+def check_vectors(device: torch.device, rules: Rules, needed: int, max_steps: int, **depth: int) -> None:
+    """Refuse, before a solve, a history that it would later have no room for on a GPU.
+
+    Args:
+        needed: Vectors that the solve may come to keep.
+        depth: The argument that decides, by its name, of ``needed`` vectors or of one less.
+
+    Raises:
+        ValueError: If these are more than CUDA kernels can be given.
+    """
+    if needed <= CUDA_VECTORS or device.type != "cuda" or not cuda_loaded() or rules.reduction is not WHOLE:
+        return
+    ((name, value),) = depth.items()
+    raise ValueError(
+        f"on a GPU {name} must be at most {CUDA_VECTORS - max(0, needed - value)}, or max_steps at most"
+        f" {CUDA_VECTORS + 1}, got {name} {value} and max_steps {max_steps}"
+    )
 
 
 def check_memory(memory: int) -> None:
