@@ -7,6 +7,7 @@ Each part writes its figures when it ends, so that what comes later, or fails, l
     overhead   (time of a solve - time of as many calls of f alone) / calls, everything run and waited for at the end
     solve      a forward solve of a small cell, to a tolerance
     training   a step of training a small DEQ: forward, backward, optimizer
+    optimistix plain iteration beside optimistix's, where JAX is: overhead, and a forward solve
 """
 
 from __future__ import annotations
@@ -22,28 +23,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import pydeq
 from benchmarks.peers.base import METHODS, LayerSettings, Method, Peer
-from benchmarks.timing import Map, alternate, ratios, spread
+from benchmarks.timing import Map, alternate, ratios, relative_residual, spread
 from pydeq.protocol import Scalar
 from pydeq.solvers import Solver
 from pydeq.termination import Rules
 
+DEVICE = torch.device("cuda")
 MEMORY = 6
 STORED = 15  # steps in Broyden's history, the mean over a solve of 30
 STEPS = 30
 # The state of a batch is 64 KB, 1 MB, 2 MB, 4 MB (few samples and many) and 32 MB.
 SHAPES = ((32, 512), (32, 8192), (8, 65536), (8, 131072), (128, 8192), (32, 262144))
-# solver -> the solver, steps before the one that is timed, vectors of D read and written per sample: what the step
-# must read and write where every residual is the smallest so far.
-STEPS_TIMED: dict[str, tuple[Solver, int, int]] = {
-    "picard": (pydeq.Picard(), 2, 2 + 1),
-    "anderson": (pydeq.Anderson(memory=MEMORY), MEMORY + 1, 2 * MEMORY + 1 + 3),
-    "broyden": (pydeq.Broyden(memory=2 * STORED), STORED, 2 * STORED + 4 + 3),
+# Forward solves, to this tolerance in at most so many calls; and training steps.
+SOLVED, RTOL, CAP = ((32, 128), (32, 512), (128, 1024)), 1e-4, 60
+TRAINED = ((64, 256), (256, 1024))
+# solver -> the solver, steps before the one that is timed, vectors of D read and written per sample in one launch and
+# in two: what the step must move there where every residual is the smallest so far.
+STEPS_TIMED: dict[str, tuple[Solver, int, tuple[int, int]]] = {
+    "picard": (pydeq.Picard(), 2, (2 + 1, 3 + 1)),
+    "anderson": (pydeq.Anderson(memory=MEMORY), MEMORY + 1, (2 * MEMORY + 3, 2 * MEMORY + 1 + 3)),
+    "broyden": (pydeq.Broyden(memory=2 * STORED), STORED, (STORED + 2 + 3, 2 * STORED + 3 + 3)),
 }
 
 
@@ -60,14 +66,12 @@ def main() -> int:
     figures: dict[str, Any] = {"environment": environment(peers)}
     failed = 0
     begin = time.perf_counter()
-    for part in (kernels, launches, overhead, solve, training):
-        name = part.__name__
-        if time.perf_counter() - begin > arguments.seconds:
-            figures[name] = "not run: no time was left"
-            continue
-        start = time.perf_counter()
+    for part in PARTS:
+        name, start = part.__name__, time.perf_counter()
         try:
-            figures[name] = part(peers)
+            figures[name] = part(peers) if start - begin <= arguments.seconds else "not run: no time was left"
+        except ImportError as error:
+            figures[name] = f"not run: {error}"
         except Exception as error:  # what other parts find is not to be lost
             traceback.print_exc()
             figures[name] = f"failed: {type(error).__name__}: {error}"
@@ -144,7 +148,7 @@ def kernels(peers: dict[str, Peer]) -> list[dict[str, Any]]:
 
 
 def kernel_row(
-    solver: str, made: Solver, before: int, vectors: int, batch: int, dim: int, dtype: torch.dtype
+    solver: str, made: Solver, before: int, vectors: tuple[int, int], batch: int, dim: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     generator = torch.Generator("cuda").manual_seed(0)
     rules = Rules(rtol=0.0, atol=0.0, eps=torch.finfo(dtype).eps, freeze=False, stall=False)
@@ -169,7 +173,11 @@ def kernel_row(
         reset()
         workspace.step(f, before)
 
-    moved = vectors * batch * dim * dtype.itemsize
+    reset()
+    launched = count(lambda: workspace.step(f, before))["kernels"]
+    # Broyden keeps the steps of half states in float32.
+    size = 4 if solver == "broyden" else dtype.itemsize
+    moved = vectors[min(launched, 2) - 1] * batch * dim * max(size, dtype.itemsize)
     source = torch.randn(max(1, moved // 8), device="cuda")
     target = torch.empty_like(source)
     repeats = 20
@@ -180,6 +188,7 @@ def kernel_row(
         "solver": solver,
         "shape": [batch, dim],
         "dtype": str(dtype).removeprefix("torch."),
+        "launches": launched,
         "us": seconds * 1e6,
         "MB": moved * 1e-6,
         "GB/s": bandwidth * 1e-9,
@@ -203,11 +212,16 @@ def run(peer: Peer, fn: Map, z0: Tensor, method: Method, calls: int) -> None:
         peer.run(fn, z0, method, calls)
 
 
-def on_gpu(batch: int, dim: int) -> tuple[Map, Tensor]:
-    """The map of benchmarks.problems.maps.elementwise, on the GPU."""
+def elementwise(batch: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Slopes, [D], and x, [B, D], of the map of benchmarks.problems.maps.elementwise, on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    slopes = torch.empty(dim).uniform_(-0.999, 0.999, generator=generator).cuda()
-    x = (0.01 * torch.randn(batch, dim, generator=generator)).cuda()
+    slopes = torch.empty(dim).uniform_(-0.999, 0.999, generator=generator)
+    return slopes, 0.01 * torch.randn(batch, dim, generator=generator)
+
+
+def on_gpu(batch: int, dim: int) -> tuple[Map, Tensor]:
+    """The map z -> tanh(slopes z + x), and a start."""
+    slopes, x = (part.to(DEVICE) for part in elementwise(batch, dim))
     return lambda z: torch.addcmul(x, slopes, z).tanh_(), torch.zeros_like(x)
 
 
@@ -247,14 +261,19 @@ def count(work: Callable[[], Any]) -> dict[str, int]:
     }
 
 
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def finished(work: Callable[[], Any]) -> Callable[[], float]:
     """Seconds until the device is done with ``work``."""
 
     def measure() -> float:
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - start
 
     return measure
@@ -284,22 +303,25 @@ def overhead(peers: dict[str, Peer]) -> list[dict[str, Any]]:
     return rows
 
 
-def cell(dim: int) -> Callable[[Tensor, Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weight = (0.8 / dim**0.5 * torch.randn(dim, dim, generator=generator)).cuda()
-    return lambda z, x: torch.tanh(torch.addmm(x, z, weight))
+def dense(batch: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The weight, [D, D], and x, [B, D], of a small cell z -> tanh(z weight + x), on the CPU."""
+    weight = 0.8 / dim**0.5 * torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))
+    return weight, torch.randn(batch, dim, generator=torch.Generator().manual_seed(1))
+
+
+def dense_map(weight: Tensor, x: Tensor) -> Map:
+    weight, x = weight.to(DEVICE), x.to(DEVICE)
+    return lambda z: torch.tanh(torch.addmm(x, z, weight))
 
 
 def solve(peers: dict[str, Peer]) -> list[dict[str, Any]]:
     rows = []
     for method in METHODS:
-        for batch, dim in ((32, 128), (32, 512), (128, 1024)):
-            x = torch.randn(batch, dim, generator=torch.Generator().manual_seed(1)).cuda()
-            map_ = cell(dim)
+        for batch, dim in SOLVED:
+            weight, x = dense(batch, dim)
+            fn, z0 = dense_map(weight, x), torch.zeros(batch, dim, device=DEVICE)
             sides = {
-                name: finished(
-                    lambda p=peer: p.solve(lambda z: map_(z, x), torch.zeros_like(x), method, 1e-4, 60)  # noqa: B023
-                )
+                name: finished(lambda p=peer: p.solve(fn, z0, method, RTOL, CAP))  # noqa: B023
                 for name, peer in peers.items()
             }
             rows.append(
@@ -317,17 +339,17 @@ def compare(measured: dict[str, list[float]]) -> dict[str, Any]:
 
 def training(peers: dict[str, Peer]) -> list[dict[str, Any]]:
     rows = []
-    for batch, dim in ((64, 256), (256, 1024)):
+    for batch, dim in TRAINED:
         settings = LayerSettings(METHODS[1], rtol=1e-3, max_calls=30, adjoint_rtol=1e-3, adjoint_max_calls=30)
         sides = {}
         for name, peer in peers.items():
             torch.manual_seed(0)
-            linear = torch.nn.Linear(dim, dim).cuda()
+            linear = torch.nn.Linear(dim, dim).to(DEVICE)
             with torch.no_grad():
                 linear.weight.mul_(0.8)
             layer = peer.layer(lambda z, x, linear=linear: torch.tanh(linear(z) + x), settings)
             optimizer = torch.optim.SGD(linear.parameters(), lr=1e-3)
-            x = torch.randn(batch, dim, device="cuda")
+            x = torch.randn(batch, dim, device=DEVICE)
 
             def step(layer: Any = layer, optimizer: Any = optimizer, x: Tensor = x) -> None:
                 optimizer.zero_grad()
@@ -338,6 +360,77 @@ def training(peers: dict[str, Peer]) -> list[dict[str, Any]]:
         rows.append({"shape": [batch, dim], **compare(alternate(sides, 15, 3, seconds=6.0))})
     return rows
 
+
+def optimistix(peers: dict[str, Peer]) -> list[dict[str, Any]]:
+    """Plain iteration, the one method that both have.
+
+    Raises:
+        ImportError: Where JAX or optimistix is not installed.
+    """
+    from benchmarks import optimistix_sides as sides
+
+    method, ours = METHODS[0], peers["pydeq"]
+    rows: list[dict[str, Any]] = [dict(sides.versions())]
+    calls = STEPS + 1
+    for batch, dim in SHAPES[:3]:
+        slopes, x = (part.numpy() for part in elementwise(batch, dim))
+        theirs, alone = sides.elementwise(slopes, x, calls)
+        made = int(theirs()[1])
+        if made != calls:
+            raise RuntimeError(f"optimistix made {made} calls, not {calls}")
+        fn, z0 = on_gpu(batch, dim)
+        measured = alternate(
+            {
+                "pydeq": finished(lambda: run(ours, fn, z0, method, calls)),  # noqa: B023
+                "f": finished(lambda: repeat(fn, z0, calls)),  # noqa: B023
+                "optimistix": sides.timed(theirs),
+                "jax f": sides.timed(alone),
+            },
+            repeats=11,
+            warmup=2,
+            seconds=3.0,
+        )
+        per_call = {name: spread(values).median / calls * 1e6 for name, values in measured.items()}
+        rows.append(
+            {
+                "what": "overhead",
+                "shape": [batch, dim],
+                "pydeq us": per_call["pydeq"] - per_call["f"],
+                "optimistix us": per_call["optimistix"] - per_call["jax f"],
+                "f us": per_call["f"],
+                "jax f us": per_call["jax f"],
+            }
+        )
+    for batch, dim in SOLVED:
+        weight, x = dense(batch, dim)
+        fn, z0 = dense_map(weight, x), torch.zeros(batch, dim, device=DEVICE)
+        outcome = ours.solve(fn, z0, method, RTOL, CAP)
+        scale = float(outcome.value.square().mean().sqrt())
+        theirs = sides.dense(weight.numpy(), x.numpy(), RTOL, scale, CAP)
+        measured = alternate(
+            {"pydeq": finished(lambda: ours.solve(fn, z0, method, RTOL, CAP)), "optimistix": sides.timed(theirs)},  # noqa: B023
+            repeats=15,
+            warmup=3,
+            seconds=3.0,
+        )
+        rows.append(
+            {
+                "what": "solve",
+                "shape": [batch, dim],
+                **{f"{name} ms": spread(values).median * 1e3 for name, values in measured.items()},
+                "optimistix / pydeq": ratios(measured["optimistix"], measured["pydeq"]).median,
+                "pydeq residual": worst_residual(fn, outcome.value),
+                "optimistix residual": worst_residual(fn, torch.from_numpy(np.array(theirs())).to(DEVICE)),
+            }
+        )
+    return rows
+
+
+def worst_residual(fn: Map, z: Tensor) -> float:
+    return float(relative_residual(z, fn(z)).max())
+
+
+PARTS = (kernels, launches, overhead, solve, training, optimistix)
 
 if __name__ == "__main__":
     sys.exit(main())

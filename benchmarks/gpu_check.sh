@@ -8,7 +8,8 @@
 # written to OUT (benchmarks/out/gpu unless set). Ends in a short table; the exit status is 1 if a stage failed.
 #
 # Needs Python with torch, a CUDA build of it, with pytest and hypothesis, cmake, ninja, pybind11, setuptools and nvcc.
-# PYTHON names another interpreter than python3. torchdeq is compared where it can be imported.
+# PYTHON names another interpreter than python3, LIMIT seconds of each stage instead of its own. torchdeq, and optimistix
+# on JAX, are compared where they can be imported.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,7 +22,7 @@ names=() states=() times=()
 
 # stage NAME SECONDS COMMAND...: runs it, its output to OUT/NAME.log and, the end of it, here.
 stage() {
-  local name=$1 limit=$2 begin=$SECONDS status
+  local name=$1 limit=${LIMIT:-$2} begin=$SECONDS status
   shift 2
   printf '\n=== %s (at most %d s)\n' "$name" "$limit"
   timeout --kill-after=10 "$limit" bash -c '"$@"' stage "$@" > "$out/$name.log" 2>&1

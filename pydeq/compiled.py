@@ -17,6 +17,7 @@ import importlib
 import importlib.machinery
 import os
 import platform
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def kernels() -> Kernels:
         instruction_sets=_library.instruction_sets if _library else (),
         cuda=not reason,
         cuda_reason=reason,
-        cuda_archs=tuple(filter(None, _library.cuda_archs.split(", "))) if _library else (),
+        cuda_archs=_compiled_archs(),
         cuda_built=(_library.cuda_version or None) if _library else None,
         cuda_driver=_dotted(driver) if driver else None,
         pydeq=package_version(),
@@ -192,6 +193,42 @@ def _load_cuda(library: ModuleType, required: bool) -> None:
     if required:
         raise ImportError(message + "To run without them, unset PYDEQ_REQUIRE_KERNELS.")
     warnings.warn(message + "Solves on a GPU run the plain-torch references.", RuntimeWarning, stacklevel=3)
+
+
+def check_capability(capability: tuple[int, int], name: str) -> None:
+    """Refuse a GPU that the CUDA kernels were not compiled for.
+
+    Args:
+        capability: Its compute capability, such as (9, 0).
+        name: What it is called, such as "cuda:0, NVIDIA H100".
+
+    Raises:
+        RuntimeError: If it runs none of them.
+    """
+    archs = _compiled_archs()
+    if any(_runs(arch, capability) for arch in archs):
+        return
+    has = _dotted(capability)
+    raise RuntimeError(
+        f"{name} has compute capability {has}, and pydeq's CUDA kernels were compiled for {', '.join(archs)}: compile"
+        f" them with TORCH_CUDA_ARCH_LIST={has}, in pydeq's source folder, by PYDEQ_WITH_CUDA=1 pip install"
+        " --no-build-isolation --no-deps --force-reinstall . or run the plain-torch references with PYDEQ_KERNELS=off"
+    )
+
+
+def _runs(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled for ``arch``: machine code within its major version, PTX on later ones."""
+    match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+    if not match:
+        return True  # nothing is known against it; a launch will tell
+    made_for, kind, ptx = (int(match[1]), int(match[2])), match[3], match[4]
+    if kind == "a":
+        return capability == made_for
+    return capability >= made_for and (capability[0] == made_for[0] or (bool(ptx) and not kind))
+
+
+def _compiled_archs() -> tuple[str, ...]:
+    return tuple(filter(None, _library.cuda_archs.split(", "))) if _library else ()
 
 
 def cuda_loaded() -> bool:

@@ -14,6 +14,7 @@ that an exception ended leaves steps behind that will still write.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -211,10 +212,18 @@ def open_reports(device: torch.device, batch: int, place: Tensor, lag: int) -> R
     if not compiled.cuda_loaded():
         compiled.miss_cuda()
         return HostReports(batch, place)
+    _check_device(torch.cuda.current_device() if device.index is None else device.index)
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             return CapturedReports(batch, _shared_sink())
         return StreamReports(batch, _shared_pool(), CudaStream(), lag)
+
+
+@functools.cache
+def _check_device(index: int) -> None:
+    compiled.check_capability(
+        torch.cuda.get_device_capability(index), f"cuda:{index}, {torch.cuda.get_device_name(index)},"
+    )
 
 
 def _shared_pool() -> Pool:

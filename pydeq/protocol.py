@@ -104,6 +104,9 @@ COEFFICIENT_LIMIT: Final = 1e4
 DENOMINATOR_LIMIT: Final = 0.1
 """Broyden's update is damped to keep its denominator at least this large (More and Trangenstein 1976)."""
 
+CUDA_VECTORS: Final = 512
+"""Vectors of a history that a CUDA kernel can be given by name: Broyden's steps, GMRES's basis."""
+
 
 class Distribution(IntEnum):
     """Of random probes; the last word of their counters, so that no two distributions share random bits."""

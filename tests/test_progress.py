@@ -462,6 +462,41 @@ def test_steps_on_the_host_have_reported_when_they_return():
         assert reports.running(2) == 0
 
 
+def test_a_gpu_that_the_kernels_were_not_compiled_for_is_refused(monkeypatch):
+    monkeypatch.setattr(compiled, "cuda_loaded", lambda: True)
+    monkeypatch.setattr(compiled, "_compiled_archs", lambda: ("8.0", "9.0+PTX"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    progress._check_device.cache_clear()
+    with pytest.raises(
+        RuntimeError,
+        match=r"cuda:1, Tesla T4, has compute capability 7\.5, .* compiled for 8\.0, 9\.0\+PTX: .*"
+        r"TORCH_CUDA_ARCH_LIST=7\.5.*PYDEQ_KERNELS=off",
+    ):
+        progress.open_reports(torch.device("cuda", 1), 2, torch.zeros(len(Progress), dtype=torch.int64), 1)
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        (("8.0",), [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        (("8.6",), [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        (("9.0+PTX",), [(9, 0), (10, 0), (12, 1)], [(8, 9)]),
+        (("9.0a",), [(9, 0)], [(10, 0), (8, 9)]),
+        (("10.0f",), [(10, 0), (10, 3)], [(12, 0), (9, 0)]),
+        (("8.0", "12.0+PTX"), [(8, 9), (12, 0), (13, 0)], [(9, 0), (10, 0)]),
+    ],
+    ids=str,
+)
+def test_which_gpus_run_what_was_compiled(archs, runs, does_not, monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled_archs", lambda: archs)
+    for capability in runs:
+        compiled.check_capability(capability, "cuda:0")
+    for capability in does_not:
+        with pytest.raises(RuntimeError, match="compute capability"):
+            compiled.check_capability(capability, "cuda:0")
+
+
 def test_a_solve_on_a_gpu_without_kernels_says_so_once(monkeypatch):
     monkeypatch.delenv("PYDEQ_REQUIRE_KERNELS", raising=False)
     monkeypatch.delenv("PYDEQ_KERNELS", raising=False)

@@ -1,5 +1,8 @@
-// Launching a step: the layout from common/step_shape.h, scratch from torch, one or two kernels of common/step.cuh.
+// Launching a step: the layout from common/step_shape.h, scratch from torch, one or two kernels of common/step.cuh; the
+// one in clusters where the GPU has them.
 #pragma once
+
+#include <atomic>
 
 #include "common/launch.h"
 #include "common/step.cuh"
@@ -14,6 +17,80 @@ inline StepLimits step_limits(const Launch& launch) {
   launch.check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, launch.device()));
   limits.shared_bytes = shared;
   return limits;
+}
+
+// Blocks that a cluster can have on every GPU that has clusters.
+constexpr int kPortableCluster = 8;
+
+// How a kernel is launched in clusters of `cluster` blocks; `attribute` takes what the configuration points to.
+inline cudaLaunchConfig_t in_clusters(int cluster, dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
+                                      cudaLaunchAttribute& attribute) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return config;
+}
+
+// Blocks of the largest cluster in which `kernel` can run with all of a block's shared memory; 1 where it cannot.
+template <class Kernel>
+int measure_clusters(const Launch& launch, Kernel* kernel, int64_t shared_bytes) {
+  int supported = 0;
+  launch.check(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, launch.device()));
+  if (!supported) return 1;
+  // On such a GPU, too, code can run that was compiled for one without clusters: it would take each block for the only.
+  cudaFuncAttributes attributes{};
+  launch.check(cudaFuncGetAttributes(&attributes, kernel));
+  if (attributes.ptxVersion < 90) return 1;
+  for (int cluster = kPortableCluster; cluster > 1; cluster /= 2) {
+    cudaLaunchAttribute attribute{};
+    const cudaLaunchConfig_t config =
+        in_clusters(cluster, dim3(static_cast<unsigned>(cluster)), dim3(kMaxThreads), shared_bytes, nullptr, attribute);
+    int active = 0;
+    if (cudaOccupancyMaxActiveClusters(&active, kernel, &config) == cudaSuccess && active > 0) return cluster;
+    cudaGetLastError();
+  }
+  return 1;
+}
+
+// What a device answered, or was told, about something; asked once for each device.
+class OncePerDevice {
+ public:
+  // `ask` must not answer 0.
+  template <class Ask>
+  int operator()(int device, const Ask& ask) {
+    if (device >= kDevices) return ask();
+    int answer = known_[device].load(std::memory_order_acquire);
+    if (!answer) known_[device].store(answer = ask(), std::memory_order_release);
+    return answer;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> known_[kDevices]{};
+};
+
+// Lets a kernel have all of a block's shared memory.
+template <auto kernel>
+void allow_shared_memory(const Launch& launch, int64_t bytes) {
+  static OncePerDevice allowed;
+  allowed(launch.device(), [&] {
+    launch.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    return 1;
+  });
+}
+
+// Blocks of the largest cluster that a kernel can be launched in; 1 where there are none.
+template <auto kernel>
+int largest_cluster(const Launch& launch, int64_t shared_bytes) {
+  static OncePerDevice largest;
+  return largest(launch.device(), [&] { return measure_clusters(launch, kernel, shared_bytes); });
 }
 
 // Where kernels report. A device can write to pinned memory while the host goes on. For other memory, which no solve
@@ -65,13 +142,6 @@ class Scratch {
   unsigned char* bytes_ = nullptr;
 };
 
-template <class Kernel>
-void allow_shared_memory(const Launch& launch, Kernel* kernel, int64_t bytes) {
-  constexpr int64_t always = 48 << 10;
-  if (bytes <= always) return;
-  launch.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-}
-
 // `args` has the host's address in step.progress; `like` is any of its tensors.
 template <class Step>
 void launch_step(const Launch& launch, const Tensor& like, typename Step::Args args) {
@@ -83,20 +153,27 @@ void launch_step(const Launch& launch, const Tensor& like, typename Step::Args a
   }
   const ReportPlace place(launch, like, common.progress);
   common.progress = place.address();
-  const StepShape shape = step_shape<Step>(args, step_limits(launch));
+  StepLimits limits = step_limits(launch);
+  allow_shared_memory<step_fused_kernel<Step>>(launch, limits.shared_bytes);
+  limits.cluster_blocks = largest_cluster<step_fused_kernel<Step>>(launch, limits.shared_bytes);
+  const StepShape shape = step_shape<Step>(args, limits);
   STD_TORCH_CHECK(shape.valid,
                   "the history of a step is too long for a GPU's shared memory: lower the solver's memory");
   const Scratch scratch(like, shape.scratch_bytes);
   const dim3 grid(static_cast<unsigned>(shape.blocks)), block(static_cast<unsigned>(shape.threads));
-  if (shape.fused) {
-    allow_shared_memory(launch, step_fused_kernel<Step>, shape.shared_bytes);
+  if (shape.fused && shape.cluster > 1) {
+    cudaLaunchAttribute attribute{};
+    const cudaLaunchConfig_t config =
+        in_clusters(shape.cluster, grid, block, shape.shared_bytes, launch.stream(), attribute);
+    launch.check(cudaLaunchKernelEx(&config, step_fused_kernel<Step>, args, shape, scratch.bytes()));
+  } else if (shape.fused) {
     step_fused_kernel<Step><<<grid, block, shape.shared_bytes, launch.stream()>>>(args, shape, scratch.bytes());
     launch.check();
   } else {
-    allow_shared_memory(launch, step_reduce_kernel<Step>, shape.reduce_shared_bytes);
+    allow_shared_memory<step_reduce_kernel<Step>>(launch, limits.shared_bytes);
     step_reduce_kernel<Step><<<grid, block, shape.reduce_shared_bytes, launch.stream()>>>(args, shape, scratch.bytes());
     launch.check();
-    allow_shared_memory(launch, step_apply_kernel<Step>, shape.shared_bytes);
+    allow_shared_memory<step_apply_kernel<Step>>(launch, limits.shared_bytes);
     step_apply_kernel<Step><<<grid, block, shape.shared_bytes, launch.stream()>>>(args, shape, scratch.bytes());
     launch.check();
   }

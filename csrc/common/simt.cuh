@@ -28,8 +28,9 @@ struct alignas(sizeof(T) * N) Pack {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// PYDEQ_KERNEL(threads) void name(...): a kernel of at most that many threads a block.
-#define PYDEQ_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// PYDEQ_KERNEL(threads, resident) void name(...): a kernel of at most that many threads a block, of which a
+// multiprocessor is to have registers for at least `resident`.
+#define PYDEQ_KERNEL(threads, resident) __global__ void __launch_bounds__(threads, (resident) / (threads))
 #define PYDEQ_DEVICE __device__ inline
 // A parameter of a kernel that is read in place, however large it is.
 #define PYDEQ_PARAMETER const __grid_constant__
@@ -61,6 +62,29 @@ __device__ inline int64_t grid_blocks() { return gridDim.x; }
 __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline void warp_sync() { __syncwarp(); }
 
+// Clusters: as many neighbouring blocks as the launch says run at once, and see each other's shared memory from the
+// first cluster_sync that they met on, until one of them returns. Met by all threads of all blocks, it shows them all
+// that was written before, as block_sync does in a block. GPUs before 9.0 have none: each block is alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
+__device__ inline void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+// Where the block of this rank has what this block has at `shared`.
+template <class T>
+__device__ inline T* cluster_peer(T* shared, int rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
+}
+#else
+__device__ inline int cluster_rank() { return 0; }
+__device__ inline void cluster_sync() { __syncthreads(); }
+template <class T>
+__device__ inline T* cluster_peer(T* shared, int /*rank*/) {
+  return shared;
+}
+#endif
+
 // Orders this thread's accesses before it against those after it, as seen by the device, or by the host too.
 __device__ inline void fence_device() { __threadfence(); }
 __device__ inline void fence_system() { __threadfence_system(); }
@@ -81,6 +105,7 @@ __device__ inline void warp_sum(A (&values)[N]) {
   }
 }
 
+// What the lane of this number has; lanes may ask different ones.
 template <class A>
 __device__ inline A warp_broadcast(A value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);

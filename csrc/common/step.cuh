@@ -3,15 +3,19 @@
 // A step is two passes over the state of each active sample: one reduces, from the totals a warp decides and solves,
 // and one applies. Samples that are done cost their block one look at their status.
 //
-// Small states, step_fused_kernel, one launch: a block has a sample, and keeps in shared memory what the second pass
-// needs again. Large ones, two launches: step_reduce_kernel has a block for each tile of each sample; the block that
-// finishes a sample's last tile adds up the tiles and decides. step_apply_kernel has the same blocks for the second
-// pass; where that has sums too, the last block of a sample closes them.
+// Small states, step_fused_kernel, one launch: the blocks of a cluster, or one block, have a sample, and keep in shared
+// memory what the second pass needs again, so that each vector is read once. The first block, the leader, takes what
+// its peers have summed up from their shared memory, decides, and they take the plan from its. Large ones, two
+// launches: step_reduce_kernel has a block for each tile of each sample; the block that finishes a sample's last tile
+// adds up the tiles and decides. step_apply_kernel has the same blocks for the second pass; where that has sums too,
+// the last block of a sample closes them.
 //
-// Totals are sums over a warp in the compute type, then in double over warps and tiles, in an order that follows from D
-// alone. The block that decides last reports to the host.
+// Totals are sums over a warp in the compute type, then in double over the warps of a tile, then over tiles, in an
+// order that follows from D alone: both paths and clusters of any size give the same bits. The block that decides last
+// reports to the host.
 //
 // A Step has, beside what common/step_shape.h asks of it:
+//   kResident                       threads that a multiprocessor can have in kernels with a second pass, by registers
 //   Step(args, b)                                                   of one sample; reads its counters
 //   template <Sum, first> reduce(tile, sums, stage)                 first pass; writes its results where `first`
 //   decide(totals, residual, norm, fits, Plan&, work)               met by one warp
@@ -26,7 +30,7 @@
 namespace pydeq {
 
 // Vectors that a launch can name.
-constexpr int kMaxListed = 512;
+constexpr int kMaxListed = static_cast<int>(protocol::CUDA_VECTORS);
 
 // The arguments of a step that has a list of vectors, with the list where a kernel can read it: by value.
 template <class Args>
@@ -103,6 +107,7 @@ PYDEQ_DEVICE double larger(double a, double b) { return !(a >= b) && a == a ? b 
 template <class Step>
 struct StepBlock {
   double* totals;        // [width]
+  double* partial;       // [width, slots] totals of tiles; null where a sample is one tile, and in two launches
   Sums sums;             // [warps, width]
   double* norms;         // [2]
   double* coefficients;  // [coefficients], null where they do not fit
@@ -110,12 +115,13 @@ struct StepBlock {
   int* flag;
   typename Step::Stage stage;
 
-  // Keeps stage_rows rows of each of `tiles` tiles.
-  PYDEQ_DEVICE StepBlock(const StepShape& shape, int tiles, int stage_rows) {
+  // Keeps stage_rows rows of each of `tiles` tiles that a team has, and the totals of `slots` tiles.
+  PYDEQ_DEVICE StepBlock(const StepShape& shape, int slots, int tiles, int stage_rows) {
     using Plan = typename Step::Plan;
     const int width = shape.width(), count = shape.coefficients_shared ? shape.coefficients : 0;
-    const SharedLayout<Plan> at(block_threads(), width, count);
+    const SharedLayout<Plan> at(block_threads(), width, slots, count);
     totals = shared_slice<double>(at.totals, width);
+    partial = slots > 0 ? shared_slice<double>(at.partial, width * slots) : nullptr;
     sums = {shared_slice<double>(at.sums, width * block_warps()), width};
     norms = shared_slice<double>(at.norms, 2);
     coefficients = shape.coefficients_shared ? shared_slice<double>(at.coefficients, count) : nullptr;
@@ -126,18 +132,21 @@ struct StepBlock {
   }
 };
 
+// Tile t of a sample for the first team of a block, one without entries for another: sums over it are in the order that
+// they have in a block of one team.
 template <class Step>
-PYDEQ_DEVICE typename Step::Tile tile_of(const StepArgs& args, int64_t index, int staged_index) {
-  return {index * block_threads() * kShare, args.state, staged_index};
+PYDEQ_DEVICE typename Step::Tile first_teams_tile(const StepArgs& args, const StepShape& shape, int t) {
+  const Team team = Team::of(shape.tile_threads);
+  return {team, team.index == 0 ? t : shape.tiles, args.state, 0};
 }
 
 // ||f - z|| and ||f|| of a whole sample of doubles whose squares over- or underflowed.
 template <class Step>
-PYDEQ_DEVICE void careful_norms(const StepArgs& args, int64_t b, int tiles, const StepBlock<Step>& block) {
+PYDEQ_DEVICE void careful_norms(const StepArgs& args, int64_t b, const StepShape& shape, const StepBlock<Step>& block) {
   const DeviceRows<double> row(args, b);
   double largest[2] = {0.0, 0.0}, z[kShare], f[kShare];
-  for (int t = 0; t < tiles; ++t) {
-    const auto tile = tile_of<Step>(args, t, 0);
+  for (int t = 0; t < shape.tiles; ++t) {
+    const auto tile = first_teams_tile<Step>(args, shape, t);
     load_wide(row.z, tile, z);
     load_wide(row.f, tile, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) {
@@ -159,8 +168,8 @@ PYDEQ_DEVICE void careful_norms(const StepArgs& args, int64_t b, int tiles, cons
   }
   block_sync();
   block.sums.clear();
-  for (int t = 0; t < tiles; ++t) {
-    const auto tile = tile_of<Step>(args, t, 0);
+  for (int t = 0; t < shape.tiles; ++t) {
+    const auto tile = first_teams_tile<Step>(args, shape, t);
     load_wide(row.z, tile, z);
     load_wide(row.f, tile, f);
     double squares[2] = {0.0, 0.0};
@@ -183,20 +192,20 @@ PYDEQ_DEVICE void careful_norms(const StepArgs& args, int64_t b, int tiles, cons
 
 // From the totals of a sample to its plan; met by all threads of a block.
 template <class Step>
-PYDEQ_DEVICE void decide(Step& step, const StepArgs& args, int64_t b, int tiles, const StepBlock<Step>& block,
-                         double* coefficients) {
+PYDEQ_DEVICE void decide(Step& step, const StepArgs& args, int64_t b, const StepShape& shape,
+                         const StepBlock<Step>& block, double* coefficients) {
   using T = typename Step::Type;
   const bool fits = in_range<T>(block.totals[0]), image_fits = in_range<T>(block.totals[1]);
   double residual = sqrt(block.totals[0]), norm = sqrt(block.totals[1]);
   if (!fits || !image_fits) {
     if constexpr (sizeof(T) == 8) {
-      careful_norms<Step>(args, b, tiles, block);
+      careful_norms<Step>(args, b, shape, block);
       residual = block.norms[0];
       norm = block.norms[1];
     } else {  // squares of narrower types fit a double
       block.sums.clear();
-      for (int t = 0; t < tiles; ++t) {
-        step.template reduce<double, false>(tile_of<Step>(args, t, 0), block.sums, block.stage);
+      for (int t = 0; t < shape.tiles; ++t) {
+        step.template reduce<double, false>(first_teams_tile<Step>(args, shape, t), block.sums, block.stage);
       }
       block.sums.finish(block.totals);
       residual = sqrt(block.totals[0]);
@@ -256,57 +265,105 @@ PYDEQ_DEVICE void store_partial(const double* totals, double* partial, int count
     partial[static_cast<int64_t>(j) * tiles + tile] = totals[j];
 }
 
-// totals[j] = sum over tiles, by a warp each.
-PYDEQ_DEVICE void add_tiles(const double* partial, double* totals, int count, int tiles) {
+// totals[j] = sum over tiles of load(j, tile), by a warp each.
+template <class Load>
+PYDEQ_DEVICE void add_up(const Load& load, double* totals, int count, int tiles) {
   for (int j = warp_index(); j < count; j += block_warps()) {
     double total[1] = {0.0};
-    for (int t = lane_index(); t < tiles; t += kWarp) total[0] += partial[static_cast<int64_t>(j) * tiles + t];
+    for (int t = lane_index(); t < tiles; t += kWarp) total[0] += load(j, t);
     warp_sum(total);
     if (lane_index() == 0) totals[j] = total[0];
   }
   block_sync();
 }
 
+PYDEQ_DEVICE void add_tiles(const double* partial, double* totals, int count, int tiles) {
+  add_up([&](int j, int t) { return partial[static_cast<int64_t>(j) * tiles + t]; }, totals, count, tiles);
+}
+
+// The same, of what the blocks of a cluster have in shared memory.
+PYDEQ_DEVICE void add_tiles_of_peers(double* partial, double* totals, int count, const StepShape& shape) {
+  const int slots = shape.slots();
+  add_up(
+      [&](int j, int t) {
+        const double* from = shape.cluster > 1 ? cluster_peer(partial, t % shape.cluster) : partial;
+        return from[j * slots + t / shape.cluster];
+      },
+      totals, count, shape.tiles);
+}
+
 template <class Step>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(kMaxThreads, Step::kResident)
 step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   const StepArgs& common = Step::common(args);
-  const StepBlock<Step> block(shape, shape.tiles, shape.stage_rows);
-  for (int64_t b = block_index(); b < common.batch; b += grid_blocks()) {
+  const Team team = Team::of(shape.tile_threads);
+  const bool alone = shape.cluster == 1;
+  const int teams = shape.threads / shape.tile_threads, rank = alone ? 0 : cluster_rank();
+  const StepBlock<Step> block(shape, shape.tiles > 1 ? shape.slots() : 0, shape.rounds, shape.stage_rows);
+  // Where a team puts the totals of the tile that it has in round r.
+  const int slots = shape.tiles > 1 ? shape.slots() : 1;
+  double* const of_tile = (shape.tiles > 1 ? block.partial : block.totals) + team.index;
+  for (int64_t b = block_index() / shape.cluster; b < common.batch; b += grid_blocks() / shape.cluster) {
     if (!is_active(common.counters + b * protocol::COUNTER_SIZE, common.rules.freeze)) {
-      if (warp_index() == 0) report(common);
+      if (rank == 0 && warp_index() == 0) report(common);
       continue;
     }
-    Step step(args, b);
-    block.sums.clear();
-    for (int t = 0; t < shape.tiles; ++t) {
-      step.template reduce<typename Step::A, true>(tile_of<Step>(common, t, t), block.sums, block.stage);
+    Step step(args, b);  // and looks at the counters before the leader changes them
+    for (int r = 0; r < shape.rounds; ++r) {
+      const typename Step::Tile tile(team, (r * teams + team.index) * shape.cluster + rank, common.state, r);
+      block.sums.clear();
+      step.template reduce<typename Step::A, true>(tile, block.sums, block.stage);
+      block.sums.finish(team, of_tile + r * teams, slots, shape.sums);
     }
-    block.sums.finish(block.totals);
+    if (!alone) cluster_sync();
     double* coefficients = block.coefficients;
     if (!coefficients) {
       coefficients = reinterpret_cast<double*>(scratch + shape.coefficients_at) + b * shape.coefficients;
     }
-    decide(step, common, b, shape.tiles, block, coefficients);
-    if (warp_index() == 0) report(common);
-    if (shape.products > 0) block.sums.clear();
-    for (int t = 0; t < shape.tiles; ++t) {
-      step.apply(tile_of<Step>(common, t, t), *block.plan, coefficients, block.sums, block.stage, true);
+    if (rank == 0) {
+      if (shape.tiles > 1) add_tiles_of_peers(block.partial, block.totals, shape.sums, shape);
+      decide(step, common, b, shape, block, coefficients);
+      if (warp_index() == 0) report(common);
+    }
+    if (!alone) {
+      cluster_sync();
+      if (rank > 0) {
+        if (thread_index() == 0) *block.plan = *cluster_peer(block.plan, 0);
+        if (block.coefficients) {
+          const double* leaders = cluster_peer(block.coefficients, 0);
+          for (int j = thread_index(); j < shape.kept; j += block_threads()) block.coefficients[j] = leaders[j];
+        }
+      }
+      block_sync();
+    }
+    for (int r = 0; r < shape.rounds; ++r) {
+      const typename Step::Tile tile(team, (r * teams + team.index) * shape.cluster + rank, common.state, r);
+      if (shape.products > 0) block.sums.clear();
+      step.apply(tile, *block.plan, coefficients, block.sums, block.stage, true);
+      if (shape.products > 0) block.sums.finish(team, of_tile + r * teams, slots, shape.products);
     }
     if (shape.products > 0) {
-      block.sums.finish(block.totals);
-      if (warp_index() == 0) step.close(*block.plan, block.totals);
+      if (!alone) cluster_sync();
+      if (rank == 0) {
+        if (shape.tiles > 1) add_tiles_of_peers(block.partial, block.totals, shape.products, shape);
+        if (warp_index() == 0) step.close(*block.plan, block.totals);
+      }
     }
-    block_sync();  // the next sample takes the shared memory
+    // The next sample takes the shared memory, and a block that returns takes its own with it.
+    if (alone) {
+      block_sync();
+    } else {
+      cluster_sync();
+    }
   }
 }
 
 template <class Step>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(Step::kTileThreads, kResidentThreads)
 step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   using Plan = typename Step::Plan;
   const StepArgs& common = Step::common(args);
-  const StepBlock<Step> block(shape, 1, 0);
+  const StepBlock<Step> block(shape, 0, 1, 0);
   const int64_t items = common.batch * shape.tiles;
   for (int64_t item = block_index(); item < items; item += grid_blocks()) {
     const int64_t b = item / shape.tiles, t = item % shape.tiles;
@@ -321,7 +378,8 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
     }
     Step step(args, b);
     block.sums.clear();
-    step.template reduce<typename Step::A, true>(tile_of<Step>(common, t, 0), block.sums, block.stage);
+    const typename Step::Tile tile(Team::whole_block(), t, common.state, 0);
+    step.template reduce<typename Step::A, true>(tile, block.sums, block.stage);
     block.sums.finish(block.totals);
     double* partial = reinterpret_cast<double*>(scratch + shape.partial_at) + b * shape.width() * shape.tiles;
     store_partial(block.totals, partial, shape.sums, shape.tiles, t);
@@ -330,7 +388,7 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
     add_tiles(partial, block.totals, shape.sums, shape.tiles);
     double* kept = reinterpret_cast<double*>(scratch + shape.coefficients_at);
     kept += b * (block.coefficients ? shape.kept : shape.coefficients);
-    decide(step, common, b, shape.tiles, block, block.coefficients ? block.coefficients : kept);
+    decide(step, common, b, shape, block, block.coefficients ? block.coefficients : kept);
     if (warp_index() == 0) report(common);
     if (block.coefficients) {
       for (int j = thread_index(); j < shape.kept; j += block_threads()) kept[j] = block.coefficients[j];
@@ -344,11 +402,11 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
 }
 
 template <class Step>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(Step::kTileThreads, Step::kResident)
 step_apply_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   using Plan = typename Step::Plan;
   const StepArgs& common = Step::common(args);
-  const StepBlock<Step> block(shape, 1, shape.stage_rows);
+  const StepBlock<Step> block(shape, 0, 1, shape.stage_rows);
   const int64_t items = common.batch * shape.tiles;
   for (int64_t item = block_index(); item < items; item += grid_blocks()) {
     const int64_t b = item / shape.tiles, t = item % shape.tiles;
@@ -358,7 +416,8 @@ step_apply_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
     const double* coefficients = reinterpret_cast<const double*>(scratch + shape.coefficients_at);
     coefficients += b * (block.coefficients ? shape.kept : shape.coefficients);
     if (shape.products > 0) block.sums.clear();
-    step.apply(tile_of<Step>(common, t, 0), plan, coefficients, block.sums, block.stage, false);
+    const typename Step::Tile tile(Team::whole_block(), t, common.state, 0);
+    step.apply(tile, plan, coefficients, block.sums, block.stage, false);
     if (shape.products == 0) continue;
     block.sums.finish(block.totals);
     double* partial = reinterpret_cast<double*>(scratch + shape.partial_at) + b * shape.width() * shape.tiles;

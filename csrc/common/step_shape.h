@@ -5,15 +5,16 @@
 //   StepShape shape = step_shape<Step>(args, limits);           refuse unless shape.valid
 //   scratch: shape.scratch_bytes of device memory, uninitialized, until the step's last kernel has run; may be null at
 //   0 fused:   step_fused_kernel<Step><<<shape.blocks, shape.threads, shape.shared_bytes, stream>>>(args, shape,
-//   scratch) else:    step_reduce_kernel<Step><<<blocks, threads, shape.reduce_shared_bytes, ...>>>(args, shape,
-//   scratch), then
+//   scratch),
+//            in clusters of shape.cluster blocks
+//   else:    step_reduce_kernel<Step><<<blocks, threads, shape.reduce_shared_bytes, ...>>>(args, shape, scratch), then
 //            step_apply_kernel<Step><<<blocks, threads, shape.shared_bytes, ...>>>(args, shape, scratch)
 //   Without samples there is nothing to launch, and the host writes progress. Compile with --fmad=false: what is not a
 //   sum is then the same as on the CPU to the last bit. limits.shared_bytes is what cudaFuncSetAttribute granted each
 //   kernel; progress is pinned memory of the host.
 //
-// What is summed in which order follows from D, the dtype and the solver's memory alone: never from B, the GPU, or the
-// limits that a caller sets on the grid and on shared memory.
+// What is summed in which order follows from D, the dtype and the solver's memory alone: never from B, the GPU, how
+// many launches and blocks there are, or the limits that a caller sets on them and on shared memory.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,8 @@ namespace pydeq {
 
 // Threads of a block, at most; kernels are compiled for it.
 constexpr int kMaxThreads = 256;
+// Threads that a multiprocessor is to have registers for: enough of them to hide what each waits for.
+constexpr int kResidentThreads = 512;
 // Entries of a row that a thread has of each tile.
 constexpr int kShare = 8;
 constexpr int kWarp = 32;
@@ -31,15 +34,19 @@ constexpr int kWarp = 32;
 struct StepLimits {
   int64_t shared_bytes = 48 << 10;       // a block may have, after cudaFuncSetAttribute where it is beyond 48 KiB
   int64_t max_blocks = (1LL << 31) - 1;  // of a grid
-  int64_t fused_state = 8192;            // the largest D that one block works on; changes the order of sums
-  int64_t max_threads = kMaxThreads;     // likewise; a multiple of 32
+  int64_t block_state = 8192;            // entries that a block of a single launch has, at most; below 0: two launches
+  int64_t cluster_blocks = 1;            // of a cluster, at most; a power of 2
+  int64_t tile_threads = kMaxThreads;    // at most; a multiple of 32. Changes the order of sums.
 };
 
 struct StepShape {
   bool valid;          // else the history's sums do not fit a block's shared memory: refuse
   bool fused;          // one launch, of step_fused_kernel; else step_reduce_kernel and step_apply_kernel
   int threads;         // of each block
-  int tiles;           // of a sample: ceil(D / (threads * kShare))
+  int tile_threads;    // of them, those that share a tile
+  int tiles;           // of a sample: ceil(D / (tile_threads * kShare)), at least 1
+  int cluster;         // blocks that share a sample in one launch; tile t is of block t % cluster
+  int rounds;          // tiles of a sample that a team of threads has in one launch, at most
   int64_t blocks;      // of each grid
   int sums, products;  // of the first and second pass
   int coefficients;    // doubles of work for deciding
@@ -53,16 +60,20 @@ struct StepShape {
   int64_t partial_at, plans_at, coefficients_at;
 
   PYDEQ_HOST_DEVICE int width() const { return sums > products ? sums : products; }
+  // Tiles of a sample that a block of a single launch has room for.
+  PYDEQ_HOST_DEVICE int slots() const { return rounds * (threads / tile_threads); }
 };
 
 // Where in a block's dynamic shared memory things are, in bytes.
 template <class Plan>
 struct SharedLayout {
-  int64_t totals, sums, norms, coefficients, plan, flag, stage;
+  int64_t totals, partial, sums, norms, coefficients, plan, flag, stage;
 
-  PYDEQ_HOST_DEVICE SharedLayout(int64_t threads, int64_t width, int64_t count) {
+  // slots: tiles of a sample whose totals a block keeps.
+  PYDEQ_HOST_DEVICE SharedLayout(int64_t threads, int64_t width, int64_t slots, int64_t count) {
     totals = 0;                                        // [width] double
-    sums = totals + 8 * width;                         // [warps, width] double
+    partial = totals + 8 * width;                      // [width, slots] double
+    sums = partial + 8 * width * slots;                // [warps, width] double
     norms = sums + 8 * width * (threads / kWarp);      // [2] double
     coefficients = norms + 16;                         // [count] double
     plan = coefficients + 8 * count;                   // Plan
@@ -71,6 +82,28 @@ struct SharedLayout {
   }
 };
 
+// Lays out the shared memory of a block that has `staged_tiles` tiles for each team; returns whether all rows that are
+// wanted there fit, so that the second pass reads no vector of the first once more.
+template <class Step>
+bool lay_out(const typename Step::Args& args, int64_t available, int64_t slots, int64_t staged_tiles,
+             StepShape& shape) {
+  using Plan = typename Step::Plan;
+  const int64_t threads = shape.threads, width = shape.width();
+  // Work for deciding is in shared memory unless the history is long.
+  int64_t header = SharedLayout<Plan>(threads, width, slots, shape.coefficients).stage;
+  shape.coefficients_shared = header <= available;
+  if (!shape.coefficients_shared) header = SharedLayout<Plan>(threads, width, slots, 0).stage;
+  // Split, two blocks a multiprocessor hide each other's waits.
+  const int64_t room = (shape.fused ? available : available / 2) - header;
+  const int64_t row = Step::stage_row_bytes(staged_tiles, threads), wanted = Step::stage_rows(args, shape.fused);
+  const int64_t rows = room > 0 ? room / row : 0;
+  shape.stage_rows = static_cast<int>(rows < wanted ? rows : wanted);
+  shape.shared_bytes = header + shape.stage_rows * row;
+  shape.reduce_shared_bytes = header;
+  shape.valid = header <= available;
+  return shape.valid && rows >= wanted;
+}
+
 // Step::Args are what its kernels take.
 template <class Step>
 StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) {
@@ -78,46 +111,46 @@ StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) 
   const int64_t state = Step::common(args).state, batch = Step::common(args).batch;
   StepShape shape{};
   const int64_t sums = Step::sums(args), products = Step::products(args), coefficients = Step::coefficients(args);
-  const int64_t width = sums > products ? sums : products;
-  shape.valid = sums < (1 << 20) && coefficients < (1 << 30);
+  if (sums >= (1 << 20) || coefficients >= (1 << 30)) return shape;
   shape.sums = static_cast<int>(sums);
   shape.products = static_cast<int>(products);
   shape.coefficients = static_cast<int>(coefficients);
   shape.kept = static_cast<int>(Step::kept(args));
-  shape.fused = state <= limits.fused_state || state == 0;
+  const int64_t width = shape.width();
 
   // Enough threads for one tile, where a block may have that many; fewer where their sums would not fit.
-  int64_t threads = Step::kSplitThreads;
-  if (shape.fused) {
-    threads = 2 * kWarp;
-    while (threads < kMaxThreads && threads * kShare < state) threads *= 2;
-  }
-  if (threads > limits.max_threads) threads = limits.max_threads;
-  while (threads > kWarp && SharedLayout<Plan>(threads, width, 0).stage > (32 << 10)) threads /= 2;
-  shape.threads = static_cast<int>(threads);
-  const int64_t tiles = (state + threads * kShare - 1) / (threads * kShare);
-  shape.valid = shape.valid && tiles <= INT32_MAX;
+  int64_t threads = 2 * kWarp;
+  while (threads < Step::kTileThreads && threads * kShare < state) threads *= 2;
+  if (threads > limits.tile_threads) threads = limits.tile_threads;
+  while (threads > kWarp && SharedLayout<Plan>(threads, width, 0, 0).stage > (32 << 10)) threads /= 2;
+  shape.tile_threads = static_cast<int>(threads);
+  const int64_t tile = threads * kShare, tiles = state > tile ? (state + tile - 1) / tile : 1;
+  if (tiles > INT32_MAX) return shape;
   shape.tiles = static_cast<int>(tiles);
 
-  // Work for deciding is in shared memory unless the history is long.
-  int64_t header = SharedLayout<Plan>(threads, width, coefficients).stage;
-  shape.coefficients_shared = header <= limits.shared_bytes;
-  if (!shape.coefficients_shared) header = SharedLayout<Plan>(threads, width, 0).stage;
-  shape.valid = shape.valid && header <= limits.shared_bytes;
+  // One launch where the blocks of a cluster can keep what the second pass needs again. Sums of one tile are never
+  // split, so then a second launch would gain nothing.
+  for (int64_t cluster = limits.cluster_blocks; cluster >= 1 && limits.block_state >= 0; cluster /= 2) {
+    if (cluster > tiles) continue;
+    const int64_t mine = (tiles + cluster - 1) / cluster, teams = mine > 1 && 2 * threads <= kMaxThreads ? 2 : 1;
+    if (mine > 1 && mine * tile > limits.block_state) break;
+    shape.fused = true;
+    shape.cluster = static_cast<int>(cluster);
+    shape.threads = static_cast<int>(teams * threads);
+    shape.rounds = static_cast<int>((mine + teams - 1) / teams);
+    const bool complete = lay_out<Step>(args, limits.shared_bytes, tiles > 1 ? shape.slots() : 0, shape.rounds, shape);
+    if (complete || tiles == 1) break;
+    shape.fused = false;
+  }
+  if (!shape.fused) {
+    shape.cluster = shape.rounds = 1;
+    shape.threads = shape.tile_threads;
+    lay_out<Step>(args, limits.shared_bytes, 0, 1, shape);
+  }
 
-  // Split, two blocks a multiprocessor hide each other's waits.
-  const int64_t staged_tiles = shape.fused ? tiles : 1;
-  const int64_t room = (shape.fused ? limits.shared_bytes : limits.shared_bytes / 2) - header;
-  const int64_t row = Step::stage_row_bytes(staged_tiles, threads);
-  const int64_t wanted = Step::stage_rows(args, shape.fused);
-  int64_t rows = room > 0 && row > 0 ? room / row : 0;
-  if (rows > wanted) rows = wanted;
-  shape.stage_rows = static_cast<int>(rows);
-  shape.shared_bytes = header + rows * row;
-  shape.reduce_shared_bytes = header;
-
-  const int64_t items = shape.fused ? batch : batch * tiles;
-  shape.blocks = items < limits.max_blocks ? items : limits.max_blocks;
+  // A grid of clusters has a multiple of their blocks.
+  const int64_t items = shape.fused ? batch : batch * tiles, most = limits.max_blocks / shape.cluster;
+  shape.blocks = (items < most ? items : most > 1 ? most : 1) * shape.cluster;
 
   const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   int64_t at = 0;

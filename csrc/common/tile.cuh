@@ -1,9 +1,9 @@
 // Rows in tiles, tiles in shares: how the entries of a sample's state are spread over the threads of a block.
 //
-// A tile is kShare entries for each thread of a block. A thread's share is kShare / W packs of W neighbouring entries;
-// pack p of thread t begins at entry (p * threads + t) * W of the tile, so that neighbouring threads read neighbouring
-// packs. Which entries a thread has depends on neither alignment nor type, so sums do not either: a row that is not
-// aligned to packs is read entry by entry, into the same shares.
+// A tile is kShare entries for each thread of a team: the threads of a block, or a half of them. A thread's share is
+// kShare / W packs of W neighbouring entries; pack p of thread t begins at entry (p * threads + t) * W of the tile, so
+// that neighbouring threads read neighbouring packs. Which entries a thread has depends on neither alignment nor type,
+// so sums do not either: a row that is not aligned to packs is read entry by entry, into the same shares.
 //
 // Sums: a thread adds up its share, a warp its lanes, both in the compute type; what warps have is added up in double,
 // in order.
@@ -13,15 +13,34 @@
 
 namespace pydeq {
 
+// The threads that share a tile: a block holds one or two such teams.
+struct Team {
+  int threads;
+  int index;   // in the block
+  int thread;  // in the team
+
+  static PYDEQ_DEVICE Team whole_block() { return {block_threads(), 0, thread_index()}; }
+  static PYDEQ_DEVICE Team of(int size) {
+    const int index = thread_index() / size;
+    return {size, index, thread_index() - index * size};
+  }
+};
+
 template <int W>
 struct Tile {
-  int64_t begin;  // its first entry
+  int64_t first;  // entry of this thread
   int64_t state;  // entries of the row, D
-  int index;      // of the tile among those whose staged rows a block holds
+  int threads;    // of the team
+  int index;      // of the tile among those whose staged rows a thread holds
 
-  PYDEQ_DEVICE int64_t pack(int p) const {
-    return begin + (static_cast<int64_t>(p) * block_threads() + thread_index()) * W;
-  }
+  // Tile t of a row; one beyond the end of the row has no entries.
+  PYDEQ_DEVICE Tile(const Team& team, int64_t t, int64_t row_state, int staged_index)
+      : first(t * team.threads * kShare + team.thread * W),
+        state(row_state),
+        threads(team.threads),
+        index(staged_index) {}
+
+  PYDEQ_DEVICE int64_t pack(int p) const { return first + static_cast<int64_t>(p * threads) * W; }
 };
 
 template <int W, class T>
@@ -102,8 +121,8 @@ PYDEQ_DEVICE Sum dot_share(const A (&x)[kShare], const A (&y)[kShare]) {
   return total;
 }
 
-// Shares of rows that a block keeps in shared memory: rows [0, capacity), each of every tile that the block visits.
-// A thread gets back what it put, so nobody waits.
+// Shares of rows that a block keeps in shared memory: rows [0, capacity), each of every tile that a team visits. A
+// thread gets back what it put, so nobody waits.
 template <int W, class A>
 struct Stage {
   unsigned char* memory;
@@ -157,12 +176,16 @@ struct Sums {
     }
   }
   // Ends: all threads may read the totals, and begin anew.
-  PYDEQ_DEVICE void finish(double* totals) const {
+  PYDEQ_DEVICE void finish(double* totals) const { finish(Team::whole_block(), totals, 1, width); }
+  // Ends for each team alone: totals[j * stride] gets what its threads added under j < count. `totals` is the team's.
+  PYDEQ_DEVICE void finish(const Team& team, double* totals, int stride, int count) const {
     block_sync();
-    for (int j = thread_index(); j < width; j += block_threads()) {
+    const int warps = team.threads / kWarp;
+    const double* of_team = by_warp + team.index * warps * width;
+    for (int j = team.thread; j < count; j += team.threads) {
       double total = 0.0;
-      for (int w = 0; w < block_warps(); ++w) total += by_warp[w * width + j];
-      totals[j] = total;
+      for (int w = 0; w < warps; ++w) total += of_team[w * width + j];
+      totals[j * stride] = total;
     }
     block_sync();
   }

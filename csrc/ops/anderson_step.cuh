@@ -2,10 +2,11 @@
 // next[b, d]    = sum_j a[j] * (values[b, j, d] - (1 - damping) * residuals[b, j, d])
 //                                            z, f, next: [B, D]   residuals, values: [B, S, D]   gram: [B, S, S]
 //
-// Threads as common/step.cuh says: a block per sample (one launch, D up to 8192) or per tile of 2048 entries (two);
-// neighbouring threads read neighbouring 16 bytes. A warp solves for a.
+// Threads as common/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
+// fits their shared memory, else a block per tile of 2048 entries (two); neighbouring threads read neighbouring
+// 16 bytes. A warp solves for a.
 // With m columns: reads z, f, m - 1 residuals and m values (the newest from shared memory in one launch; with damping
-// m residuals too, from there as far as they fit); writes one residual, one value, next. The image of the previous
+// m residuals too); writes one residual, one value, next. The image of the previous
 // iterate is still in the ring and the iterate in next, so a best iterate is only copied once it is no longer the
 // newest.
 #pragma once
@@ -19,10 +20,11 @@ namespace pydeq {
 template <class T>
 struct AndersonStep {
   static constexpr int kPack = 16 / sizeof(T);
-  static constexpr int kSplitThreads = 256;
+  static constexpr int kTileThreads = 256;
   static constexpr int kGroup = sizeof(T) == 8 ? 2 : 4;  // columns under way at once
   using Type = T;
   using A = Compute<T>;
+  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
   using Args = AndersonStepArgs;
   using Tile = pydeq::Tile<kPack>;
   using Stage = pydeq::Stage<kPack, T>;

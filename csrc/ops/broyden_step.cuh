@@ -5,10 +5,11 @@
 //
 // u_j is s_{j+1}, but for the u_0 that a restart stored.
 //
-// Threads as common/step.cuh says: a block per sample (one launch, D up to 8192) or per tile of 1024 entries (two);
-// neighbouring threads read neighbouring 16 bytes. A warp solves for c, a row of the triangle to each lane.
-// With k + 1 steps stored: reads z, f and s_0..s_k, in two launches z, f and s_1..s_k once more; what does not fit
-// shared memory is read once more for the new row of the Gram matrix. Writes the new step, next, and the image of an
+// Threads as common/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
+// fits their shared memory, else a block per tile of 1024 entries (two); neighbouring threads read neighbouring
+// 16 bytes. A warp solves for c, a row of the triangle to each lane.
+// With k + 1 steps stored: reads z, f and s_0..s_k; in two launches z, f and s_1..s_k once more, and what does not fit
+// shared memory then a third time, for the new row of the Gram matrix. Writes the new step, next, and the image of an
 // improved iterate.
 #pragma once
 
@@ -22,8 +23,9 @@ template <class T>
 struct BroydenStep {
   using Type = T;
   using A = Compute<T>;
+  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : 384;
   static constexpr int kPack = 16 / sizeof(A);
-  static constexpr int kSplitThreads = 128;
+  static constexpr int kTileThreads = 128;
   static constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;  // steps under way at once
   using Args = Listing<BroydenStepArgs>;                 // the base's `steps` is not read
   using Tile = pydeq::Tile<kPack>;

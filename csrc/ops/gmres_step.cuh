@@ -3,11 +3,12 @@
 // next[b,d]   = start[b,d] + beta (sum_{i<n} point[i] V_i[b,d] + point[n] V_n[b,d])
 //                  z, f, next, start and each V_i: [B, D]   gram = V^T V: [B, K, K]   x, r, point: [B, K], in V
 //
-// Threads as common/step.cuh says: a block per sample (one launch, D up to 8192) or per tile of 1024 entries (two);
-// neighbouring threads read neighbouring 16 bytes. A warp solves the least-squares problem (common/krylov.cuh).
-// With n vectors in the basis: reads z, f, V_0..V_{n-1} and start, in two launches z, f and V_0..V_{n-1} once more;
-// what does not fit shared memory is read once more for the new row of the Gram matrix, and in one launch for the
-// second pass. Writes V_n, next, and the image of an improved iterate; at the start of a cycle start, too.
+// Threads as common/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
+// fits their shared memory, else a block per tile of 1024 entries (two); neighbouring threads read neighbouring
+// 16 bytes. A warp solves the least-squares problem (common/krylov.cuh).
+// With n vectors in the basis: reads z, f, V_0..V_{n-1} and start; in two launches z, f and V_0..V_{n-1} once more, and
+// what does not fit shared memory then a third time, for the new row of the Gram matrix. Writes V_n, next, and the
+// image of an improved iterate; at the start of a cycle start, too.
 #pragma once
 
 #include "common/krylov.cuh"
@@ -20,8 +21,9 @@ template <class T>
 struct GmresStep {
   using Type = T;
   using A = Compute<T>;
+  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : 384;
   static constexpr int kPack = 16 / sizeof(A);
-  static constexpr int kSplitThreads = 128;
+  static constexpr int kTileThreads = 128;
   static constexpr int kGroup = sizeof(A) == 8 ? 2 : 4;  // vectors under way at once
   using Args = Listing<GmresStepArgs>;                   // the base's `basis` is not read
   using Tile = pydeq::Tile<kPack>;

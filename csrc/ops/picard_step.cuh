@@ -1,7 +1,8 @@
 // next[b, d] = z[b, d] + damping * (f[b, d] - z[b, d])                    z, f, next: [B, D]
 //
-// Threads as common/step.cuh says: a block per sample (one launch, D up to 8192) or per tile of 2048 entries (two);
-// neighbouring threads read neighbouring 16 bytes.
+// Threads as common/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
+// fits their shared memory, else a block per tile of 2048 entries (two); neighbouring threads read neighbouring
+// 16 bytes.
 // Reads z and f, once where a block keeps them in shared memory, else f (and z unless damping is 1) once more; writes
 // next. Without damping the image of the previous iterate is z itself, so a best iterate is only copied once it is no
 // longer the newest; with damping each new best copies its image.
@@ -15,9 +16,10 @@ namespace pydeq {
 template <class T>
 struct PicardStep {
   static constexpr int kPack = 16 / sizeof(T);
-  static constexpr int kSplitThreads = 256;
+  static constexpr int kTileThreads = 256;
   using Type = T;
   using A = Compute<T>;
+  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
   using Args = PicardStepArgs;
   using Tile = pydeq::Tile<kPack>;
   using Stage = pydeq::Stage<kPack, T>;

@@ -21,7 +21,7 @@ struct SquaredNormShape {
 
 inline SquaredNormShape squared_norm_shape(const SquaredNormArgs& args, const StepLimits& limits) {
   SquaredNormShape shape{};
-  shape.threads = 256 < limits.max_threads ? 256 : static_cast<int>(limits.max_threads);
+  shape.threads = 256 < limits.tile_threads ? 256 : static_cast<int>(limits.tile_threads);
   const int64_t tile = static_cast<int64_t>(shape.threads) * kShare;
   const int64_t tiles = args.state > tile ? (args.state + tile - 1) / tile : 1;
   shape.tiles = static_cast<int>(tiles);
@@ -33,7 +33,7 @@ inline SquaredNormShape squared_norm_shape(const SquaredNormArgs& args, const St
 }
 
 template <class T>
-PYDEQ_KERNEL(kMaxThreads)
+PYDEQ_KERNEL(kMaxThreads, kResidentThreads)
 squared_norm_kernel(PYDEQ_PARAMETER SquaredNormArgs args, PYDEQ_PARAMETER SquaredNormShape shape,
                     unsigned char* scratch) {
   using A = Compute<T>;
@@ -45,7 +45,7 @@ squared_norm_kernel(PYDEQ_PARAMETER SquaredNormArgs args, PYDEQ_PARAMETER Square
   int32_t* arrived = reinterpret_cast<int32_t*>(scratch + shape.partial_bytes);
   for (int64_t item = block_index(); item < args.batch * shape.tiles; item += grid_blocks()) {
     const int64_t b = item / shape.tiles, t = item % shape.tiles;
-    const Tile<kPack> tile{t * block_threads() * kShare, args.state, 0};
+    const Tile<kPack> tile(Team::whole_block(), t, args.state, 0);
     sums.clear();
     for (int64_t k = 0; k < args.probes; ++k) {
       A x[kShare];

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pydeq.protocol import Counter, Progress, Scalar
+from pydeq.compiled import cuda_loaded
+from pydeq.protocol import CUDA_VECTORS, Counter, Progress, Scalar
+from pydeq.reduction import WHOLE
 from pydeq.solvers.buffers import Scratch, empty
 from pydeq.termination import Rules
 
@@ -52,6 +54,25 @@ class Solver(ABC):
     @abstractmethod
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         """Allocate the workspace of one solve from initial iterates [B, D]."""
+
+
+def check_vectors(device: torch.device, rules: Rules, needed: int, max_steps: int, **depth: int) -> None:
+    """Refuse, before a solve, a history that it would later have no room for on a GPU.
+
+    Args:
+        needed: Vectors that the solve may come to keep.
+        depth: The argument that decides, by its name, of ``needed`` vectors or of one less.
+
+    Raises:
+        ValueError: If these are more than CUDA kernels can be given.
+    """
+    if needed <= CUDA_VECTORS or device.type != "cuda" or not cuda_loaded() or rules.reduction is not WHOLE:
+        return
+    ((name, value),) = depth.items()
+    raise ValueError(
+        f"on a GPU {name} must be at most {CUDA_VECTORS - max(0, needed - value)}, or max_steps at most"
+        f" {CUDA_VECTORS + 1}, got {name} {value} and max_steps {max_steps}"
+    )
 
 
 def check_memory(memory: int) -> None:

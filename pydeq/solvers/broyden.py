@@ -11,7 +11,7 @@ from torch import Tensor
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
 from pydeq.protocol import Counter, Progress
-from pydeq.solvers.base import Solver, Workspace, check_memory
+from pydeq.solvers.base import Solver, Workspace, check_memory, check_vectors
 from pydeq.solvers.buffers import empty
 from pydeq.solvers.inverse_jacobian import InverseJacobian
 from pydeq.termination import Rules
@@ -29,7 +29,7 @@ class Broyden(Solver):
 
     Args:
         memory: Pairs (step, change of residual) kept, at least 1. A full memory restarts from the newest pair. Vectors
-            are allocated as they are used: k steps take k of them.
+            are allocated as they are used: k steps take k of them. CUDA kernels keep at most 511 pairs.
 
     Raises:
         ValueError: If memory < 1.
@@ -61,6 +61,7 @@ class BroydenWorkspace(Workspace):
         self.steps: list[Tensor] = []
         # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
         self.capacity = max(1, min(solver.memory + 1, max_steps - 1))
+        check_vectors(flat.device, rules, self.capacity, max_steps, memory=solver.memory)
         self.gram = flat.new_zeros(flat.shape[0], 0, 0, dtype=torch.float64)
         self.thetas = flat.new_zeros(flat.shape[0], 0, dtype=torch.float64)
         self._widen(_COLUMNS)

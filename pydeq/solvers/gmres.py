@@ -11,7 +11,7 @@ from torch import Tensor
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import gmres_step
 from pydeq.protocol import Coordinate
-from pydeq.solvers.base import Solver, Workspace
+from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty
 from pydeq.termination import Rules
 
@@ -32,7 +32,7 @@ class GMRES(Solver):
 
     Args:
         restart: Products of a cycle, at least 1; the next cycle starts from the smallest residual. Vectors are
-            allocated as they are used: k steps take k of them, and at most ``restart``.
+            allocated as they are used: k steps take k of them, and at most ``restart``. CUDA kernels keep at most 512.
 
     Raises:
         TypeError, ValueError: If restart is not an int or below 1.
@@ -67,6 +67,7 @@ class _GMRESWorkspace(Workspace):
         self.basis: list[Tensor] = []
         # The last evaluation takes no step, and the one before it adds no vector that is used.
         columns = self.capacity = max(1, min(solver.restart, max_steps - 1))
+        check_vectors(flat.device, rules, columns, max_steps, restart=solver.restart)
         batch = flat.shape[0]
         self.gram, self.images, self.directions = (
             empty(flat, batch, columns, columns, dtype=torch.float64) for _ in range(3)

@@ -48,8 +48,9 @@ class Limits:
 
     shared_bytes: int = 96 << 10
     max_blocks: int = (1 << 31) - 1
-    fused_state: int = 8192
-    max_threads: int = 64
+    block_state: int = 8192
+    cluster_blocks: int = 1
+    tile_threads: int = 32
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Result:
     loaded: int
     stored: int
     launches: int
+    shared_bytes: int
+    cluster: int
 
 
 class EmulatorError(Exception):
@@ -159,8 +162,8 @@ def emulate(cases: Sequence[Case], sanitizer: str = "address") -> list[Result]:
                 name = key.rstrip("0123456789")
                 arguments[name] = [*arguments[name]]
                 arguments[name][int(key[len(name) :])] = found
-        counts = torch.frombuffer(data, dtype=torch.uint8, count=24, offset=position).clone().view(torch.int64)
-        position += 24
+        counts = torch.frombuffer(data, dtype=torch.uint8, count=40, offset=position).clone().view(torch.int64)
+        position += 40
         results.append(Result(arguments, *counts.tolist()))
     assert position == len(data)
     return results

@@ -4,8 +4,8 @@
 //   case NAME
 //   integer KEY VALUE / number KEY VALUE (hexadecimal) / buffer KEY BYTES OFFSET, in any number
 //   data, followed by the bytes of all buffers in order
-// RESULTS gets the bytes of all buffers of all cases, each case followed by three int64: bytes loaded, bytes stored,
-// launches.
+// RESULTS gets the bytes of all buffers of all cases, each case followed by five int64: bytes loaded, bytes stored,
+// launches, the most shared memory that a block of them had, the most blocks of a cluster.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -61,7 +61,8 @@ StepArgs Case::step_args() const {
 }
 
 StepLimits Case::limits() const {
-  return {integer("shared_bytes"), integer("max_blocks"), integer("fused_state"), integer("max_threads")};
+  return {integer("shared_bytes"), integer("max_blocks"), integer("block_state"), integer("cluster_blocks"),
+          integer("tile_threads")};
 }
 
 namespace {
@@ -104,10 +105,11 @@ int run_all(std::istream& in, std::ostream& out) {
     } else if (word == "data") {
       for (const auto& buffer : owned) in.read(reinterpret_cast<char*>(buffer->data()), buffer->bytes());
       emulator::traffic = {};
-      const int64_t before = emulator::launches();
+      emulator::launches = {};
       run(test);
       for (const auto& buffer : owned) out.write(reinterpret_cast<const char*>(buffer->data()), buffer->bytes());
-      const int64_t counts[3] = {emulator::traffic.loaded, emulator::traffic.stored, emulator::launches() - before};
+      const int64_t counts[5] = {emulator::traffic.loaded, emulator::traffic.stored, emulator::launches.count,
+                                 emulator::launches.shared_bytes, emulator::launches.cluster};
       out.write(reinterpret_cast<const char*>(counts), sizeof counts);
     } else {
       emulator::fail("unknown line: %s", line.c_str());

@@ -35,7 +35,7 @@ void run_step(const Case& test, const typename Step::Args& args) {
   const Buffer scratch(shape.scratch_bytes, 0);
   for (int64_t i = 0; i < shape.scratch_bytes; ++i) scratch.data()[i] = 0xff;
   if (shape.fused) {
-    emulator::launch({shape.blocks, shape.threads, shape.shared_bytes},
+    emulator::launch({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster},
                      [&] { step_fused_kernel<Step>(args, shape, scratch.data()); });
   } else {
     emulator::launch({shape.blocks, shape.threads, shape.reduce_shared_bytes},

@@ -1,5 +1,5 @@
-// A kernel with a fault of each kind that the emulator must find, and without any: y[b] = sum_i x[b, i], and how many
-// blocks were there.
+// Kernels with a fault of each kind that the emulator must find, and without any: y[b] = sum_i x[b, i], and how many
+// blocks were there; and in clusters, total = sum_b y[b].
 #include "common/tile.cuh"
 #include "emulator/emulator.h"
 #include "run_case.h"
@@ -19,12 +19,18 @@ enum class Fault {
   unwritten_output,
   missing_fence,
   slice_overrun,
+  none_in_a_cluster,
+  removed_cluster_barrier,
+  peer_not_begun,
+  peer_returned,
+  early_exit_in_a_cluster,
+  slice_overrun_of_a_peer,
 };
 
 constexpr int kThreads = 128;
 
 template <Fault fault>
-PYDEQ_KERNEL(kThreads)
+PYDEQ_KERNEL(kThreads, kThreads)
 specimen_kernel(const float* x, int64_t n, float* y, float* partial, int32_t* done, float* total) {
   PYDEQ_SHARED(float, sums, kThreads);
   PYDEQ_SHARED(int, last, 1);
@@ -74,8 +80,46 @@ specimen_kernel(const float* x, int64_t n, float* y, float* partial, int32_t* do
   }
 }
 
+// A block sums up a row in shared memory, and the first one of a cluster what its peers have there.
+template <Fault fault>
+PYDEQ_KERNEL(kThreads, kThreads)
+cluster_kernel(const float* x, int64_t n, int64_t rows, int blocks, float* y, float* total) {
+  float* sum = shared_slice<float>(0, 1);
+  const int64_t row = block_index();
+  if (fault == Fault::early_exit_in_a_cluster && row >= rows) return;
+  if (fault == Fault::removed_cluster_barrier) cluster_sync();
+  if (warp_index() == 0) {
+    float lanes[1] = {0.0f};
+    for (int64_t i = lane_index(); row < rows && i < n; i += kWarp) lanes[0] += load_one(x + row * n + i);
+    warp_sum(lanes);
+    if (thread_index() == 0) *sum = lanes[0];
+  }
+  if (fault != Fault::removed_cluster_barrier && fault != Fault::peer_not_begun) cluster_sync();
+  if (cluster_rank() == 0 && thread_index() == 0) {
+    float all = 0.0f;
+    for (int r = 0; r < blocks; ++r) {
+      const float one = cluster_peer(sum, r)[fault == Fault::slice_overrun_of_a_peer];
+      if (r < rows) store_one(y + r, one);
+      all += one;
+    }
+    *total = all;
+  }
+  if (fault != Fault::peer_returned) cluster_sync();
+}
+
+template <Fault fault>
+void run_in_a_cluster(const Case& test) {
+  constexpr int kBlocks = 8;
+  emulator::launch({kBlocks, kThreads, sizeof(float), kBlocks}, [&] {
+    cluster_kernel<fault>(static_cast<const float*>(test.pointer("x")), test.integer("state"), test.integer("batch"),
+                          kBlocks, static_cast<float*>(test.pointer("y")), static_cast<float*>(test.pointer("total")));
+  });
+  *static_cast<int32_t*>(test.pointer("done")) = static_cast<int32_t>(test.integer("batch"));
+}
+
 template <Fault fault>
 void run_with(const Case& test) {
+  if (fault >= Fault::none_in_a_cluster) return run_in_a_cluster<fault>(test);
   emulator::launch({test.integer("batch"), kThreads, 0}, [&] {
     specimen_kernel<fault>(static_cast<const float*>(test.pointer("x")), test.integer("state"),
                            static_cast<float*>(test.pointer("y")), static_cast<float*>(test.pointer("partial")),
@@ -101,6 +145,12 @@ void run_specimen(const Case& test) {
     PYDEQ_FAULT(unwritten_output)
     PYDEQ_FAULT(missing_fence)
     PYDEQ_FAULT(slice_overrun)
+    PYDEQ_FAULT(none_in_a_cluster)
+    PYDEQ_FAULT(removed_cluster_barrier)
+    PYDEQ_FAULT(peer_not_begun)
+    PYDEQ_FAULT(peer_returned)
+    PYDEQ_FAULT(early_exit_in_a_cluster)
+    PYDEQ_FAULT(slice_overrun_of_a_peer)
 #undef PYDEQ_FAULT
   }
 }

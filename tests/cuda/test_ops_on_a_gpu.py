@@ -27,8 +27,9 @@ STEPS = [
     (test_broyden_step, broyden_step_reference),
     (test_gmres_step, gmres_step_reference),
 ]
-# Either side of a pack, a warp, the smallest block, the largest state of one block, and several tiles with a remainder.
-SIZES = (1, 3, 4, 31, 33, 511, 512, 513, 4097, 8191, 8192, 8193, 20000)
+# Either side of a pack, a warp, the smallest block, the largest state of one block, clusters with and without a
+# remainder, the largest state of a cluster.
+SIZES = (1, 3, 4, 31, 33, 511, 512, 513, 1025, 4097, 8191, 8192, 8193, 20000, 65536, 65537)
 
 
 @pytest.fixture(params=STEPS, ids=["picard", "anderson", "broyden", "gmres"])
@@ -86,9 +87,12 @@ def test_dtypes(step, dtype):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [33, 8201])
+@pytest.mark.parametrize("dim", [33, 8201, 66000])
 def test_a_little_of_everything(step, dtype, dim):
-    """One launch and two, the history full once, a sample lost on the way; few calls, since each is slow there."""
+    """A block, a cluster and two launches, the history full once, a sample lost on the way.
+
+    Few calls, since each is slow there.
+    """
     module, reference = step
     more = {test_picard_step: {}, test_gmres_step: {"restart": 3}}.get(module, {"memory": 3})
     samples = module.steps(batch=5, dim=dim, dtype=dtype, max_steps=7, **more)

@@ -22,6 +22,7 @@
 #include "common/simt.cuh"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -68,14 +69,14 @@ constexpr int kEntry = 64;  // bytes that a lane may hand over
 
 struct Block;
 
-enum class State { runnable, in_warp, in_block, finished };
+enum class State { runnable, in_warp, in_block, in_cluster, finished };
 
 struct Fiber : Thread {
   Block* owner = nullptr;
   State state = State::runnable;
   const char* what = "";
   Site site{};
-  int warp_generation = 0, block_generation = 0;
+  int warp_generation = 0, block_generation = 0, cluster_generation = 0;
   char* fence = nullptr;       // tag of its last one
   std::vector<char*> noticed;  // tags of fences before atomics that it has seen the value of
   ucontext_t context;
@@ -99,9 +100,19 @@ struct Slice {
   void* memory;
 };
 
+struct Block;
+
+// Blocks that run at once.
+struct Cluster {
+  std::vector<Block*> blocks;
+  int arrived = 0, finished = 0;  // threads
+  char tags[2];
+};
+
 struct Block {
   int64_t index;
   int64_t shared_bytes;
+  Cluster* cluster;
   std::vector<Fiber*> threads;
   std::vector<Warp> warps;
   std::vector<Slice> slices;
@@ -115,7 +126,6 @@ ucontext_t scheduler;
 const std::function<void()>* body;
 std::vector<Fiber*> idle;  // whose stacks are free
 std::vector<Fiber*> used;  // in this launch, under ThreadSanitizer
-int64_t launch_count;
 char begin_tag, end_tag;
 std::deque<char> fence_tags;                               // one for each fence of a launch
 std::map<const void*, std::vector<char*>> fenced_atomics;  // by address
@@ -132,6 +142,18 @@ int64_t below(int64_t bound) { return static_cast<int64_t>(generator() % static_
 
 Fiber* self() { return static_cast<Fiber*>(current); }
 
+// What a block that has returned had in shared memory is no longer there for its peers.
+void close_to_peers(Block& block) {
+#if defined(__SANITIZE_ADDRESS__)
+  for (Slice& slice : block.slices) __asan_poison_memory_region(slice.memory, static_cast<size_t>(slice.bytes));
+  for (auto& array : block.arrays) {
+    __asan_poison_memory_region(array.second.second, static_cast<size_t>(array.second.first));
+  }
+#else
+  (void)block;
+#endif
+}
+
 void enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
@@ -141,7 +163,8 @@ void enter() {
   Fiber* fiber = self();
   __tsan_release(&end_tag);
   fiber->state = State::finished;
-  ++fiber->owner->finished;
+  ++fiber->owner->cluster->finished;
+  if (++fiber->owner->finished == fiber->block_threads) close_to_peers(*fiber->owner);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_size);  // frees its fake stack
 #endif
@@ -196,12 +219,13 @@ Fiber* make_fiber(Block* block, int index, int threads, int64_t blocks) {
   if (idle.empty()) add_idle(1);
   Fiber* fiber = idle.back();
   idle.pop_back();
-  static_cast<Thread&>(*fiber) = {index, threads, block->index, blocks};
+  const int rank = static_cast<int>(block->index % static_cast<int64_t>(block->cluster->blocks.size()));
+  static_cast<Thread&>(*fiber) = {index, threads, block->index, blocks, rank};
   fiber->owner = block;
   fiber->state = State::runnable;
   fiber->what = "";
   fiber->site = {};
-  fiber->warp_generation = fiber->block_generation = 0;
+  fiber->warp_generation = fiber->block_generation = fiber->cluster_generation = 0;
   fiber->fence = nullptr;
   fiber->noticed.clear();
   fiber->fake_stack = nullptr;
@@ -224,15 +248,25 @@ void* poisoned(int64_t bytes) {
   return memory;
 }
 
-std::unique_ptr<Block> make_block(int64_t index, const Grid& grid) {
+std::unique_ptr<Block> make_block(int64_t index, Cluster* cluster, const Grid& grid) {
   auto block = std::make_unique<Block>();
   block->index = index;
   block->shared_bytes = grid.shared_bytes;
-  block->warps = std::vector<Warp>(grid.threads / kWarp);
+  block->cluster = cluster;
+  block->warps = std::vector<Warp>(static_cast<size_t>(grid.threads / kWarp));
   for (int t = 0; t < grid.threads; ++t) {
     block->threads.push_back(make_fiber(block.get(), t, grid.threads, grid.blocks));
   }
   return block;
+}
+
+void free_part(void* memory, int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory, static_cast<size_t>(bytes));
+#else
+  (void)bytes;
+#endif
+  std::free(memory);
 }
 
 // Its threads are done.
@@ -248,8 +282,31 @@ void retire(Block& block) {
 }
 
 void free_shared(Block& block) {
-  for (Slice& slice : block.slices) std::free(slice.memory);
-  for (auto& array : block.arrays) std::free(array.second.second);
+  for (Slice& slice : block.slices) free_part(slice.memory, slice.bytes);
+  for (auto& array : block.arrays) free_part(array.second.second, array.second.first);
+}
+
+// Shared memory of a block, poisoned when it is first asked for.
+void* array_of(Block& block, const std::pair<std::string, int>& place, int64_t bytes) {
+  auto& array = block.arrays[place];
+  if (!array.second) array = {bytes, poisoned(bytes)};
+  return array.second;
+}
+
+void* slice_of(Block& block, int64_t offset, int64_t bytes) {
+  if (offset < 0 || bytes < 0 || offset + bytes > block.shared_bytes) {
+    fail("shared memory from %lld to %lld, of %lld bytes", static_cast<long long>(offset),
+         static_cast<long long>(offset + bytes), static_cast<long long>(block.shared_bytes));
+  }
+  for (const Slice& slice : block.slices) {
+    if (slice.offset == offset && slice.bytes == bytes) return slice.memory;
+    if (offset < slice.offset + slice.bytes && slice.offset < offset + bytes) {
+      fail("slices of shared memory overlap: %lld bytes at %lld, %lld bytes at %lld", static_cast<long long>(bytes),
+           static_cast<long long>(offset), static_cast<long long>(slice.bytes), static_cast<long long>(slice.offset));
+    }
+  }
+  block.slices.push_back({offset, bytes, poisoned(bytes)});
+  return block.slices.back().memory;
 }
 
 bool runnable(const Block& block, size_t warp) {
@@ -274,6 +331,9 @@ bool runnable(const Block& block, size_t warp) {
     }
     text += "\n  block " + std::to_string(block->index) + ":";
     for (const auto& place : places) text += "\n    " + std::to_string(place.second) + " threads " + place.first;
+    if (block->cluster->blocks.size() > 1) {
+      text += "\n    of its cluster, " + std::to_string(block->cluster->finished) + " threads have returned";
+    }
   }
   fail("deadlock: not all threads that must meet do%s", text.c_str());
 }
@@ -282,9 +342,9 @@ void same_place(const Fiber* one, const Fiber* other, const char* what, Site sit
   const bool same =
       std::string(other->what) == what && std::string(other->site.file) == site.file && other->site.line == site.line;
   if (!same) {
-    fail("threads %d and %d of block %lld meet at different places: %s at %s:%d, %s at %s:%d", one->index, other->index,
-         static_cast<long long>(one->block), what, site.file, site.line, other->what, other->site.file,
-         other->site.line);
+    fail("threads %d of block %lld and %d of block %lld meet at different places: %s at %s:%d, %s at %s:%d", one->index,
+         static_cast<long long>(one->block), other->index, static_cast<long long>(other->block), what, site.file,
+         site.line, other->what, other->site.file, other->site.line);
   }
 }
 
@@ -315,6 +375,7 @@ bool arrive_in_warp(const char* what, Site site) {
 
 Thread* current;
 Traffic traffic;
+Launches launches;
 
 void count_load(int64_t bytes) { traffic.loaded += bytes; }
 void count_store(int64_t bytes) { traffic.stored += bytes; }
@@ -332,28 +393,12 @@ void fail(const char* format, ...) {
 
 void* shared_array(Site site, int64_t bytes) {
   const Unseen unseen;
-  Block& block = *self()->owner;
-  auto& array = block.arrays[{site.file, site.line}];
-  if (!array.second) array = {bytes, poisoned(bytes)};
-  return array.second;
+  return array_of(*self()->owner, {site.file, site.line}, bytes);
 }
 
 void* shared_slice(int64_t offset, int64_t bytes) {
   const Unseen unseen;
-  Block& block = *self()->owner;
-  if (offset < 0 || bytes < 0 || offset + bytes > block.shared_bytes) {
-    fail("shared memory from %lld to %lld, of %lld bytes", static_cast<long long>(offset),
-         static_cast<long long>(offset + bytes), static_cast<long long>(block.shared_bytes));
-  }
-  for (const Slice& slice : block.slices) {
-    if (slice.offset == offset && slice.bytes == bytes) return slice.memory;
-    if (offset < slice.offset + slice.bytes && slice.offset < offset + bytes) {
-      fail("slices of shared memory overlap: %lld bytes at %lld, %lld bytes at %lld", static_cast<long long>(bytes),
-           static_cast<long long>(offset), static_cast<long long>(slice.bytes), static_cast<long long>(slice.offset));
-    }
-  }
-  block.slices.push_back({offset, bytes, poisoned(bytes)});
-  return block.slices.back().memory;
+  return slice_of(*self()->owner, offset, bytes);
 }
 
 void block_sync(Site site) {
@@ -377,6 +422,67 @@ void block_sync(Site site) {
   }
   yield();  // the last one, too: whoever goes on first is chance
   __tsan_acquire(tag);
+}
+
+void cluster_sync(Site site) {
+  Fiber* fiber = self();
+  Cluster& cluster = *fiber->owner->cluster;
+  {
+    const Unseen unseen;
+    for (const Block* block : cluster.blocks) {
+      for (const Fiber* other : block->threads) {
+        if (other->state == State::in_cluster) {
+          same_place(fiber, other, "cluster_sync", site);
+          break;
+        }
+      }
+    }
+  }
+  fiber->what = "cluster_sync";
+  fiber->site = site;
+  fiber->state = State::in_cluster;
+  void* tag = &cluster.tags[fiber->cluster_generation++ % 2];
+  __tsan_release(tag);
+  {
+    const Unseen unseen;
+    if (++cluster.arrived == fiber->block_threads * static_cast<int>(cluster.blocks.size())) {
+      cluster.arrived = 0;
+      for (const Block* block : cluster.blocks) {
+        for (Fiber* other : block->threads) other->state = State::runnable;
+      }
+    }
+  }
+  yield();
+  __tsan_acquire(tag);
+}
+
+void* cluster_peer(void* shared, int rank, Site site) {
+  const Unseen unseen;
+  Fiber* fiber = self();
+  const Cluster& cluster = *fiber->owner->cluster;
+  if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) {
+    fail("no block of rank %d in a cluster of %d at %s:%d", rank, static_cast<int>(cluster.blocks.size()), site.file,
+         site.line);
+  }
+  Block& peer = *cluster.blocks[static_cast<size_t>(rank)];
+  if (&peer != fiber->owner && fiber->cluster_generation == 0) {
+    fail("a peer's shared memory before it is known to have begun, at %s:%d", site.file, site.line);
+  }
+  if (peer.finished > 0) fail("shared memory of a peer that returns, at %s:%d", site.file, site.line);
+  char* const address = static_cast<char*>(shared);
+  for (const Slice& slice : fiber->owner->slices) {
+    char* const begin = static_cast<char*>(slice.memory);
+    if (address == begin || (begin < address && address < begin + slice.bytes)) {
+      return static_cast<char*>(slice_of(peer, slice.offset, slice.bytes)) + (address - begin);
+    }
+  }
+  for (const auto& array : fiber->owner->arrays) {
+    char* const begin = static_cast<char*>(array.second.second);
+    if (address == begin || (begin < address && address < begin + array.second.first)) {
+      return static_cast<char*>(array_of(peer, array.first, array.second.first)) + (address - begin);
+    }
+  }
+  fail("cluster_peer of what is not in shared memory, at %s:%d", site.file, site.line);
 }
 
 void warp_sync(Site site) {
@@ -425,13 +531,16 @@ const void* exchange(const char* what, Site site, const void* entry, int bytes, 
 
 void seed(uint64_t value) { generator.seed(value); }
 
-int64_t launches() { return launch_count; }
-
 void launch(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.blocks < 1 || grid.threads < kWarp || grid.threads % kWarp || grid.threads > 1024) {
     fail("a grid of %lld blocks of %d threads", static_cast<long long>(grid.blocks), grid.threads);
   }
-  ++launch_count;
+  if (grid.cluster < 1 || grid.cluster > 8 || grid.blocks % grid.cluster) {
+    fail("a grid of %lld blocks in clusters of %d", static_cast<long long>(grid.blocks), grid.cluster);
+  }
+  ++launches.count;
+  if (grid.shared_bytes > launches.shared_bytes) launches.shared_bytes = grid.shared_bytes;
+  if (grid.cluster > launches.cluster) launches.cluster = grid.cluster;
   body = &kernel;
 #if defined(PYDEQ_EMULATOR_TSAN)
   scheduler_tsan = __tsan_get_current_fiber();
@@ -443,15 +552,22 @@ void launch(const Grid& grid, const std::function<void()>& kernel) {
   fence_tags.clear();
   fenced_atomics.clear();
   __tsan_release(&begin_tag);
-  std::vector<int64_t> waiting;
-  for (int64_t b = 0; b < grid.blocks; ++b) waiting.push_back(b);
+  std::vector<int64_t> waiting;  // the first blocks of clusters
+  for (int64_t b = 0; b < grid.blocks; b += grid.cluster) waiting.push_back(b);
   for (size_t i = waiting.size(); i > 1; --i) std::swap(waiting[i - 1], waiting[static_cast<size_t>(below(i))]);
 
-  const size_t resident = static_cast<size_t>(1 + below(4));
+  const size_t resident = static_cast<size_t>((1 + below(4)) * grid.cluster);
   std::vector<std::unique_ptr<Block>> blocks, retired;
+  std::vector<std::unique_ptr<Cluster>> clusters;
   while (!waiting.empty() || !blocks.empty()) {
-    while (!waiting.empty() && blocks.size() < resident) {
-      blocks.push_back(make_block(waiting.back(), grid));
+    while (!waiting.empty() && blocks.size() + static_cast<size_t>(grid.cluster) <= resident) {
+      clusters.push_back(std::make_unique<Cluster>());
+      Cluster* cluster = clusters.back().get();
+      cluster->blocks.resize(static_cast<size_t>(grid.cluster));
+      for (int rank = 0; rank < grid.cluster; ++rank) {
+        blocks.push_back(make_block(waiting.back() + rank, cluster, grid));
+        cluster->blocks[static_cast<size_t>(rank)] = blocks.back().get();
+      }
       waiting.pop_back();
     }
     std::vector<std::pair<size_t, size_t>> ready;  // block, warp

@@ -11,6 +11,7 @@ struct Grid {
   int64_t blocks;
   int threads;
   int64_t shared_bytes;
+  int cluster = 1;  // neighbouring blocks that run at once and see each other's shared memory
 };
 
 // Seeds the order in which warps, lanes and blocks run.
@@ -21,7 +22,12 @@ void seed(uint64_t value);
 // rule of SIMT.
 void launch(const Grid& grid, const std::function<void()>& kernel);
 
-int64_t launches();
+// Since the last reset.
+struct Launches {
+  int64_t count;
+  int64_t shared_bytes, cluster;  // the most that a block, and a cluster, of one of them had
+};
+extern Launches launches;
 
 }  // namespace emulator
 }  // namespace pydeq

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define PYDEQ_KERNEL(threads) void
+#define PYDEQ_KERNEL(threads, resident) void
 #define PYDEQ_DEVICE inline
 #define PYDEQ_PARAMETER const
 #define PYDEQ_UNROLL_LOOP
@@ -29,6 +29,7 @@ struct Site {
 struct Thread {
   int index, block_threads;
   int64_t block, blocks;
+  int rank;  // of the block in its cluster
 };
 extern Thread* current;
 
@@ -36,6 +37,8 @@ void* shared_array(Site site, int64_t bytes);
 void* shared_slice(int64_t offset, int64_t bytes);
 void block_sync(Site site);
 void warp_sync(Site site);
+void cluster_sync(Site site);
+void* cluster_peer(void* shared, int rank, Site site);
 void fence();
 void note_atomic(const void* address);
 
@@ -73,6 +76,12 @@ inline T* shared_slice(int64_t offset, int64_t count) {
 
 inline void block_sync(emulator::Site site = emulator::Site::here()) { emulator::block_sync(site); }
 inline void warp_sync(emulator::Site site = emulator::Site::here()) { emulator::warp_sync(site); }
+inline int cluster_rank() { return emulator::current->rank; }
+inline void cluster_sync(emulator::Site site = emulator::Site::here()) { emulator::cluster_sync(site); }
+template <class T>
+inline T* cluster_peer(T* shared, int rank, emulator::Site site = emulator::Site::here()) {
+  return static_cast<T*>(emulator::cluster_peer(shared, rank, site));
+}
 inline void fence_device() { emulator::fence(); }
 inline void fence_system() { emulator::fence(); }
 

@@ -1,0 +1,88 @@
+"""benchmarks/resources.py reads what nvcc prints, and its published table keeps the promises of the kernels."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import resources
+
+PRINTED = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN5pydeq18step_reduce_kernelINS_9GmresStepIfEEEEvNT_4ArgsENS_9StepShapeEPh' \
+for 'sm_90'
+ptxas info    : Function properties for _ZN5pydeq18step_reduce_kernelINS_9GmresStepIfEEEEvNT_4ArgsENS_9StepShapeEPh
+    72 bytes stack frame, 112 bytes spill stores, 340 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 72 bytes cumulative stack size
+ptxas info    : Compiling entry function '_ZN5pydeq19squared_norm_kernelINS_8BFloat16EEEvNS_15SquaredNormArgsEPh' for \
+'sm_120'
+ptxas info    : Function properties for _ZN5pydeq19squared_norm_kernelINS_8BFloat16EEEvNS_15SquaredNormArgsEPh
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 57 registers, used 1 barriers, 16 bytes smem
+"""
+CSRC = Path(resources.ROOT, "csrc")
+
+
+def test_reads_what_nvcc_prints():
+    gmres, norm = resources.parse(PRINTED)
+    assert gmres == {
+        "kernel": "gmres_step: reduce",
+        "dtype": "float32",
+        "arch": "9.0",
+        "registers": 128,
+        "spill_stores": 112,
+        "spill_loads": 340,
+        "stack": 72,
+        "static_shared": 0,
+        "warps_by_registers": 16,
+    }
+    assert (norm["kernel"], norm["dtype"], norm["arch"]) == ("squared_norm", "bfloat16", "12.0")
+    assert norm["static_shared"] == 16
+    assert norm["warps_by_registers"] == 65536 // (64 * 32)
+
+
+def test_refuses_what_it_cannot_read():
+    with pytest.raises(ValueError, match="no numbers for"):
+        resources.parse("Compiling entry function '_ZN5pydeq19squared_norm_kernelIdEEvS_' for 'sm_90'\n")
+    with pytest.raises(ValueError, match="not a kernel of pydeq: _Z3foov"):
+        resources.readable("_Z3foov")
+
+
+@pytest.fixture
+def published() -> dict:
+    return json.loads(resources.OUT.read_text())
+
+
+def test_every_kernel_is_published_on_every_architecture(published):
+    archs = {row["arch"] for row in published["kernels"]}
+    assert {"8.0", "9.0", "10.0", "12.0"} <= archs
+    stems = {path.stem for path in CSRC.glob("ops/*.cuh")}
+    kernels = {
+        f"{stem}: {part}" if stem.endswith("_step") else stem
+        for stem in stems
+        for part in (("fused", "reduce", "apply") if stem.endswith("_step") else ("",))
+    }
+    found = {(row["kernel"], row["dtype"], row["arch"]) for row in published["kernels"]}
+    wanted = {(kernel, dtype, arch) for kernel in kernels for dtype in resources.DTYPES.values() for arch in archs}
+    assert found == wanted
+    # What a launch asks for, every kernel can have: 256 threads of a block.
+    assert min(row["warps_by_registers"] for row in published["kernels"]) >= 8
+
+
+def test_traffic_is_published_within_a_tenth_of_the_design(published):
+    assert {row["op"] for row in published["traffic"]} == {path.stem for path in CSRC.glob("ops/*_step.cuh")}
+    for row in published["traffic"]:
+        assert row["ratio"] <= 1.1
+        assert row["ratio"] == pytest.approx((row["reads"] + row["writes"]) / row["design"], abs=2e-3)
+        assert row["launches"] == (2 if row["path"] == "two launches" else 1)
+        assert row["dynamic_shared"] <= row["shared_available"]
+
+
+def test_is_written_a_row_to_a_line():
+    found = {"command": "python", "kernels": [{"a": 1}, {"a": 2}]}
+    text = resources.write(found)
+    assert json.loads(text) == found
+    assert len(re.findall(r'\n  \{"a": \d\}', text)) == 2
