@@ -91,12 +91,12 @@ def build_config(kind: type, mapping: Any) -> Any:
     return kind(**mapping)
 
 
-def config_names() -> list[str]:
+def config_names(folder: Path = FOLDER) -> list[str]:
     """The names of the configurations that come with the package."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
-def config_path(name: str | Path) -> Path:
+def config_path(name: str | Path, folder: Path = FOLDER) -> Path:
     """The file of a configuration: a name of :func:`config_names`, or a path that ends in .yaml.
 
     Raises:
@@ -108,12 +108,12 @@ def config_path(name: str | Path) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"no configuration file {path}")
         return path
-    found = FOLDER / f"{name}.yaml"
-    if str(name) not in config_names():
+    found = folder / f"{name}.yaml"
+    if str(name) not in config_names(folder):
         import difflib
 
-        nearest = difflib.get_close_matches(str(name), config_names(), n=1)
-        advice = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(config_names())}"
+        nearest = difflib.get_close_matches(str(name), config_names(folder), n=1)
+        advice = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(config_names(folder))}"
         raise ValueError(f"name must be that of a configuration or a .yaml file, got {str(name)!r}: {advice}")
     return found
 
