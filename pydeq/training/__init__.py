@@ -21,7 +21,7 @@ from pydeq.training.configuration import (
     training_config_names,
 )
 from pydeq.training.history import Evaluation, EvaluationRow, History, Result, StepRow
-from pydeq.training.trainer import train
+from pydeq.training.run import train
 
 __all__ = [
     "CheckpointConfig",

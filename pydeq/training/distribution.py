@@ -70,9 +70,10 @@ class Distribution:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        # One unit, gathered once per step: a cell that is a unit of its own would be gathered anew by each evaluation of
-        # a solve, and all ranks would have to evaluate it equally often.
-        return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        # One unit, gathered once per step: a cell that is a unit of its own would be gathered anew by each evaluation
+        # of a solve, and all ranks would have to evaluate it equally often.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        return model
 
     @contextmanager
     def accumulating(self, wrapped: nn.Module, last: bool) -> Iterator[None]:

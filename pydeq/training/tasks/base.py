@@ -41,6 +41,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
 
     steps_per_epoch: int
+    validates_on_test: bool = False
+    """Whether validation data are all the test data, since there are no others."""
 
     def __init__(self, config: TrainingConfig, distribution: Distribution) -> None:
         self.config, self.distribution = config, distribution
@@ -81,7 +83,8 @@ class Task(ABC):
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a :meth:`state`."""
+        """Go on from a :meth:`state` that is not empty."""
+        raise NotImplementedError(f"{type(self).__name__} carries nothing from step to step")
 
     def share(self, batch: int, what: str) -> int:
         """This rank's part of ``batch``.
@@ -93,8 +96,8 @@ class Task(ABC):
         pieces = world * self.config.accumulation
         if batch % pieces:
             raise ValueError(
-                f"batch must be a multiple of {pieces}, {world} processes times accumulation {self.config.accumulation},"
-                f" got {batch} {what}"
+                f"batch must be a multiple of {pieces}, {world} processes times accumulation"
+                f" {self.config.accumulation}, got {batch} {what}"
             )
         return batch // world
 

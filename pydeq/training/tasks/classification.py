@@ -52,6 +52,7 @@ class Classification(Task):
             train = Samples(train.images[rest], train.labels[rest])
         self.train = train
         self.validation = _first(self.validation, config.evaluation.samples)
+        self.validates_on_test = len(self.validation.labels) == len(self.test.labels) and not settings.holdout
         classes = _classes_of(config.model)
         largest = int(max(part.labels.max() for part in (train, self.validation, self.test)))
         if largest >= classes:
