@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from pydeq.compiled import kernels
+from pydeq.data.command import add_arguments as add_data_arguments
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -31,6 +32,13 @@ def migrate(arguments: argparse.Namespace) -> int:
     return run(arguments.paths, arguments.write)
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """Say which data sets are here, and get others."""
+    from pydeq.data.command import run
+
+    return run(arguments)
+
+
 def train(arguments: argparse.Namespace) -> int:
     """Train a model from a configuration."""
     from pydeq.training.command import run
@@ -50,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("paths", nargs="+", metavar="FILE", help="a file, or a folder with *.py files")
     command.add_argument("--write", action="store_true", help="rewrite the files instead of listing what would change")
     command.set_defaults(run=migrate)
+    command = commands.add_parser("data", help="say which data sets are here and how to get the others; get them")
+    add_data_arguments(command)
+    command.set_defaults(run=data)
     command = commands.add_parser("train", help="train a model from a configuration")
     command.add_argument("config", metavar="CONFIG", help="a name that comes with the package, or a .yaml file")
     command.add_argument(

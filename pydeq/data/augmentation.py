@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def random_crop(images: Tensor, padding: int = 4, *, generator: torch.Generator | None) -> Tensor:
-    """Shift each image by up to ``padding`` pixels each way: a random crop, of its own size, of the image padded with 0.
+    """Crop each image, padded with zeros, to its own size at random: a shift by up to ``padding`` pixels each way.
 
     Args:
         images: (N, C, H, W), of any dtype.

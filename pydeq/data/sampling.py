@@ -1,8 +1,8 @@
 """Which samples a step of training sees: shuffled batches that repeat, resume and are shared out over ranks.
 
-The order of an epoch is a function of (seed, epoch, n) alone, the same on every machine and for every version of torch and
-numpy: samples are sorted by words of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). A batch is cut from that order before it
-is shared out, so that step i sees the same samples on one rank and on many.
+The order of an epoch is a function of (seed, epoch, n) alone, the same on every machine and for every version of torch
+and numpy: samples are sorted by words of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). A batch is cut from that
+order before it is shared out, so that step i sees the same samples on one rank and on many.
 """
 
 from __future__ import annotations
@@ -113,9 +113,20 @@ def batches(
 
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
     """A random order of 0, ..., n - 1, int64, a function of its arguments alone."""
-    key = _mix(_mix(np.uint64(seed)[None]) + np.uint64(epoch))
-    words = _mix(key + np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN))
+    words = _words(seed, epoch, np.arange(n, dtype=np.uint64))
     return torch.from_numpy(np.argsort(words, kind="stable").astype(np.int64, copy=False))
+
+
+def sample_seed(seed: int, epoch: int, sample: int) -> int:
+    """A seed for what one sample draws in one epoch, in [0, 2**63)."""
+    # Bits that have no part in the epoch's order.
+    return int(_mix(~_words(seed, epoch, np.array([sample], np.uint64)))[0] >> np.uint64(1))
+
+
+def _words(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+    """A random word for each sample, uint64."""
+    key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
+    return _mix(key + samples * np.uint64(_GOLDEN))
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
