@@ -32,30 +32,40 @@ class DataConfig(Config):
     """What is learned from.
 
     Args:
-        name: Of a data set of :mod:`pydeq.data`, the path of a text, or one of :mod:`pydeq.training.synthetic`'s.
-        root: Folder of the data; that of :mod:`pydeq.data` by default.
-        augmentation: Of training images: none, a crop of the padded image and a flip, or a flip alone.
+        name: Of a data set of :mod:`pydeq.data` or of :mod:`pydeq.training.synthetic`; imagenet or image_folder for
+            folders of images; the path of a text.
+        root: Folder of the data, see :mod:`pydeq.data`.
+        augmentation: Of training images: none, a crop of the padded image, a flip, or both; of folders of images,
+            none or random_resized.
         padding: Pixels on each side before the crop.
+        size: Of images from folders.
+        workers: Processes that read images from folders.
         train_samples, test_samples: Use the first so many alone; all by default.
         holdout: So many training samples, drawn by the seed, are for validation instead.
         length: Of a segment of text, in tokens.
         test_memory: Tokens remembered in evaluation; as in training by default.
-        workers: Processes that read images from files.
+        level, vocabulary_size, lowercase: See :func:`pydeq.data.load_text`.
+        row_normalized: Whether a node's features are scaled to the sum 1.
     """
 
     name: str
     root: str | None = None
-    augmentation: Literal["none", "crop_flip", "crop", "flip"] = "none"
+    augmentation: Literal["none", "crop", "flip", "crop_flip", "random_resized"] = "none"
     padding: int = 4
+    size: int = 224
+    workers: int = 0
     train_samples: int | None = None
     test_samples: int | None = None
     holdout: int = 0
     length: int = 64
     test_memory: int | None = None
-    workers: int = 0
+    level: Literal["word", "char"] = "word"
+    vocabulary_size: int | None = None
+    lowercase: bool = False
+    row_normalized: bool = False
 
     def check(self) -> None:
-        _at_least(self, 1, "train_samples", "test_samples", "length")
+        _at_least(self, 1, "size", "train_samples", "test_samples", "length", "vocabulary_size")
         _at_least(self, 0, "padding", "holdout", "test_memory", "workers")
 
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class SyntheticImages(NamedTuple):
-    """Like :class:`pydeq.data.Images`."""
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
+from pydeq.data import Graph, Images
 
 
-def synthetic_images(split: str, samples: int = 256, channels: int = 1, size: int = 8) -> SyntheticImages:
+def synthetic_images(split: str, samples: int = 256, channels: int = 1, size: int = 8) -> Images:
     """Four classes: a bright quadrant under noise; uint8 (samples, channels, size, size)."""
     generator = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
     labels = torch.randint(4, (samples,), generator=generator)
@@ -25,7 +17,7 @@ def synthetic_images(split: str, samples: int = 256, channels: int = 1, size: in
     for sample, label in enumerate(labels.tolist()):
         row, column = (label // 2) * half, (label % 2) * half
         images[sample, :, row : row + half, column : column + half] += 70
-    return SyntheticImages(images, labels, ("north-west", "north-east", "south-west", "south-east"))
+    return Images(images, labels, ("north-west", "north-east", "south-west", "south-east"))
 
 
 def synthetic_text(vocabulary: int = 16) -> dict[str, Tensor]:
@@ -40,25 +32,7 @@ def synthetic_text(vocabulary: int = 16) -> dict[str, Tensor]:
     return splits
 
 
-class SyntheticGraph(NamedTuple):
-    """A graph with labelled nodes.
-
-    Args:
-        features: (nodes, inputs).
-        edges: Pairs (from, to), int64 (2, edges).
-        labels: int64 (nodes,).
-        train, validation, test: bool (nodes,).
-    """
-
-    features: Tensor
-    edges: Tensor
-    labels: Tensor
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-
-
-def synthetic_graph(nodes: int = 96, inputs: int = 8) -> SyntheticGraph:
+def synthetic_graph(nodes: int = 96, inputs: int = 8) -> Graph:
     """Three communities whose nodes mostly know each other, with faint features."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(nodes) % 3
@@ -66,6 +40,7 @@ def synthetic_graph(nodes: int = 96, inputs: int = 8) -> SyntheticGraph:
     linked = torch.rand(nodes, nodes, generator=generator) < torch.where(same, 0.15, 0.01)
     linked = (linked | linked.T) & ~torch.eye(nodes, dtype=torch.bool)
     centers = torch.randn(3, inputs, generator=generator)
-    features = centers[labels] + 1.5 * torch.randn(nodes, inputs, generator=generator)
+    features = centers[labels] + 0.5 * torch.randn(nodes, inputs, generator=generator)
     part = torch.arange(nodes) * 4 // nodes
-    return SyntheticGraph(features, linked.nonzero().T.contiguous(), labels, part < 2, part == 2, part == 3)
+    edges = linked.nonzero().T.contiguous()
+    return Graph(features, labels, edges, part < 2, part == 2, part == 3, classes=3)

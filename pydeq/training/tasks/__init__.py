@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pydeq.models import ConvDEQConfig, ImplicitMLPConfig, MDEQConfig
+from pydeq.models import ConvDEQConfig, DEQTransformerConfig, IGNNConfig, ImplicitMLPConfig, MDEQConfig
 from pydeq.training.configuration import TrainingConfig
-from pydeq.training.distribution import Distribution
 from pydeq.training.tasks.base import Score, Task
 from pydeq.training.tasks.classification import Classification
+from pydeq.training.tasks.language import LanguageModelling
+from pydeq.training.tasks.nodes import NodeClassification
 
 
 def task_of(config: TrainingConfig) -> type[Task]:
@@ -20,7 +21,11 @@ def task_of(config: TrainingConfig) -> type[Task]:
         raise ValueError("model must classify: there is no training for segmentation")
     if isinstance(model, ConvDEQConfig | ImplicitMLPConfig | MDEQConfig):
         return Classification
+    if isinstance(model, DEQTransformerConfig):
+        return LanguageModelling
+    if isinstance(model, IGNNConfig):
+        return NodeClassification
     raise ValueError(f"model must be one with a task, got {type(model).__name__}")
 
 
-__all__ = ["Classification", "Distribution", "Score", "Task", "task_of"]
+__all__ = ["Classification", "LanguageModelling", "NodeClassification", "Score", "Task", "task_of"]

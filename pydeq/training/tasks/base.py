@@ -38,7 +38,6 @@ class Task(ABC):
 
     metric: ClassVar[str]
     """What the metric is called."""
-    higher_is_better: ClassVar[bool]
 
     steps_per_epoch: int
     validates_on_test: bool = False
