@@ -7,6 +7,7 @@ Import it as ``import pydeq.training`` or ``from pydeq import training``; ``pyth
 
 from __future__ import annotations
 
+from pydeq.training.checkpoint import CheckpointError
 from pydeq.training.configuration import (
     CheckpointConfig,
     DataConfig,
@@ -21,16 +22,19 @@ from pydeq.training.configuration import (
     training_config_names,
 )
 from pydeq.training.history import Evaluation, EvaluationRow, History, Result, StepRow
+from pydeq.training.observers import Observer
 from pydeq.training.run import train
 
 __all__ = [
     "CheckpointConfig",
+    "CheckpointError",
     "DataConfig",
     "Evaluation",
     "EvaluationConfig",
     "EvaluationRow",
     "History",
     "LoggingConfig",
+    "Observer",
     "OptimizerConfig",
     "PretrainingConfig",
     "Result",

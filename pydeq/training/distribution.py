@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pydeq.training.batch_norm import share_batch_norm
+
 
 class Distribution:
     """One process, or one of several.
@@ -62,6 +64,8 @@ class Distribution:
         """The model as the ranks train it: what to call in place of ``model``, whose parameters it shares."""
         if self.strategy == "none":
             return model
+        if self.world > 1:
+            share_batch_norm(model, self.device)
         if self.strategy == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
@@ -72,7 +76,8 @@ class Distribution:
         mesh = init_device_mesh(self.device.type, (self.world,))
         # One unit, gathered once per step: a cell that is a unit of its own would be gathered anew by each evaluation
         # of a solve, and all ranks would have to evaluate it equally often.
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        empty = {parameter for parameter in model.parameters() if not parameter.numel()}  # nothing to share out
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=empty)
         return model
 
     @contextmanager

@@ -54,7 +54,7 @@ class Trainer:
         torch.manual_seed(seed_of(config.seed, Purpose.PARAMETERS))
         self.model = build(config.model).to(distribution.device)
         self.wrapped = distribution.wrap(self.model)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
         self.optimizer = build_optimizer(config.optimizer, self.parameters)
         self.precision = Precision(config.amp, distribution.device)
         self.penalties = PenaltySchedule(config.jacobian_penalty(), config.pretraining.steps, config.seed)
@@ -124,6 +124,8 @@ class Trainer:
         with warnings.catch_warnings():
             # Capped adjoint solves are part of the method, and their residuals are in every row.
             warnings.simplefilter("ignore", ConvergenceWarning)
+            # Nothing here writes into what a model returns, which is what this is about.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
             yield
 
     def _update(self, step: int) -> None:
