@@ -381,7 +381,7 @@ def _model_mapping(model: Any, folder: Path | None) -> dict[str, Any]:
         name = mapping.pop("config")
         if not isinstance(name, str):
             raise TypeError(f"model.config must be the name of a configuration, got {name!r}")
-        path = folder / name if folder is not None and name.endswith((".yaml", ".yml")) else name
+        path = folder / name if folder is not None and name.endswith((".yaml", ".yml", ".json")) else name
         mapping = _merged(read_yaml(config_path(path)), mapping)
     return mapping
 

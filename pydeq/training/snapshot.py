@@ -49,7 +49,8 @@ def take(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     distribution = trainer.distribution
     tensors = {f"model.{name}": tensor for name, tensor in model_tensors(trainer.model).items()}
     for name, parameter in trainer.model.named_parameters():
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+        # In the same order on all ranks, which gather one after the other.
+        for key, value in sorted(trainer.optimizer.state.get(parameter, {}).items()):
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{key}.{name}"] = portable(value)
     for key, value in trainer.task.state().items():
@@ -92,7 +93,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], state: dict[str, Any],
         copy_into(tensor, _found(tensors, f"model.{name}", tensor))
     for name, parameter in trainer.model.named_parameters():
         moments = {}
-        for key in {key.split(".")[1] for key in tensors if key.startswith("optimizer.")}:
+        for key in sorted({key.split(".")[1] for key in tensors if key.startswith("optimizer.")}):
             saved = tensors.get(f"optimizer.{key}.{name}")
             if saved is None:
                 continue

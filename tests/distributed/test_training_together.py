@@ -26,12 +26,13 @@ CONDITION = 1e-8 / torch.finfo(torch.float64).eps
 
 def exact(model):
     """A small training to compare to the last digits; a new transformer has no fixed point, so it stays shallow."""
-    more = (
-        {"pretraining.steps": 6, "evaluation.stops": [1], "model.solver.max_steps": 2} if model == "transformer" else {}
-    )
-    if model == "mlp":
-        more = {"evaluation.batch": 51}  # the last batch has a sample, and a rank none
-    return small(model, jitter=[0, 0]).with_values(EXACT | more)
+    more = {
+        # The last batch has one sample, and a rank none. A spectral norm's estimate moves with each part of a step.
+        "mlp": {"evaluation.batch": 51, "model.bound": None},
+        "conv": {},
+        "transformer": {"pretraining.steps": 6, "evaluation.stops": [1], "model.solver.max_steps": 2},
+    }
+    return small(model, jitter=[0, 0]).with_values(EXACT | more[model])
 
 
 def train(rank, mapping, out=None, resume=False):
@@ -43,12 +44,16 @@ def train(rank, mapping, out=None, resume=False):
     finally:
         torch.set_default_dtype(before)
     parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in result.model.parameters()]
-    rows = torch.tensor([[row.loss, row.residual, row.gradient_norm] for row in result.history.steps]).double()
+    rows = [[row.loss, row.residual, row.gradient_norm] for row in result.history.steps]
     seen = [
         torch.tensor([each.loss, each.metric, each.radius, each.radius_max, *each.stops.values()], dtype=torch.float64)
         for each in [*result.history.evaluations, result.test]
     ]
-    return rows, torch.stack(seen), torch.cat([p.detach().flatten() for p in parameters])
+    return (
+        torch.tensor(rows, dtype=torch.float64),
+        torch.stack(seen),
+        torch.cat([p.detach().flatten() for p in parameters]),
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -1,9 +1,9 @@
 """A process whose copies train, and are killed at a moment of choice; a script, see ``test_training_resumes.py``.
 
 It reads requests, JSON a line: {"config": mapping, "out": folder, "event": number or null}. A copy of the process then
-trains into the folder, going on from what is there, and is killed by SIGKILL at its event of that number: each step, row,
-write to the disk and rename is one. The answer is how the copy ended: {"signal": number or null, "code": number or null,
-"events": [names]}.
+trains into the folder, going on from what is there, and is killed by SIGKILL at its event of that number: each step,
+row, write to the disk and rename is one. The answer is how the copy ended: {"signal": number or null, "code": number or
+null, "events": [names]}.
 """
 
 import json

@@ -85,7 +85,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, place
     with monkeypatch.context() as patch:
         owner = {"save_file": safetensors.torch, "mkdir": os}.get(place, os)
         patch.setattr(owner, place, full)
-        with pytest.raises(CheckpointError, match="No space left on device.*the last good checkpoint is .*00000001"):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*the last good checkpoint is .*00000001"):
             checkpoints.write(2, tensors(1), {"step": 2})
     assert [path.name for path in checkpoints.folder.iterdir()] == ["00000001"]
     assert read(kept).state == {"step": 1}
@@ -131,7 +131,7 @@ def test_a_training_on_a_full_disk_ends_and_can_be_resumed(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", filling)
-        with pytest.raises(CheckpointError, match="No space left on device.*the last good checkpoint is .*00000004"):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*the last good checkpoint is .*00000004"):
             training.train(config, out=tmp_path / "full")
     result = training.train(config, out=tmp_path / "full", resume=True)
     whole = training.train(config, out=tmp_path / "whole")

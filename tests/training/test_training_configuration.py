@@ -62,6 +62,20 @@ def test_a_model_by_name_and_its_penalty():
     assert config.with_values({"penalty.strength": 0.0}).jacobian_penalty().strength == 0.0
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("2E5", 2e5), ("1.5e+2", 150.0), ("+3e0", 3.0), ("7", 7.0)]
+)
+def test_numbers_as_everybody_writes_them(tmp_path, text, value):
+    path = write(tmp_path, FILE.replace("lr: 0.1", f"lr: {text}"))
+    assert training.load_training_config(path).optimizer.lr == value
+
+
+def test_the_configuration_that_a_training_leaves_is_one(tmp_path):
+    config = small("conv")
+    training.train(config.with_values({"steps": 0}), out=tmp_path)
+    assert training.load_training_config(tmp_path / "config.json", {"steps": 6}) == config
+
+
 def test_models_in_files_beside_the_file(tmp_path):
     (tmp_path / "model.yaml").write_text("model: implicit_mlp\ninputs: 64\nhidden: 3\noutputs: 10\n")
     path = write(tmp_path, "model: model.yaml\ndata: {name: digits}\nsteps: 1\n")
@@ -87,7 +101,7 @@ def test_assignments():
         ("epochs: 3", "epochs: -1", ValueError, "epochs must be at least 0"),
         ("lr: 0.1", "learning_rate: 0.1", TypeError, "OptimizerConfig .* did you mean 'lr'"),
         ("lr: 0.1", "lr: 0", ValueError, "lr must be above 0 and finite, got 0"),
-        ("lr: 0.1", "lr: 1e-3", TypeError, "OptimizerConfig.lr must be a number, got '1e-3'"),
+        ("lr: 0.1", "lr: 1e-3x", TypeError, "OptimizerConfig.lr must be a number, got '1e-3x'"),
         ("lr: 0.1", "momentum: 1.0", ValueError, "momentum must be in"),
         ("lr: 0.1", "betas: [0.9]", ValueError, "betas must be two numbers"),
         ("lr: 0.1", "clip: 0", ValueError, "clip must be above 0"),
