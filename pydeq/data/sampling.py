@@ -37,11 +37,15 @@ class Batches(Sequence[Tensor]):
     def __post_init__(self) -> None:
         least = {"n": 0, "batch": 1, "seed": 0, "epoch": 0, "rank": 0, "world": 1, "start": 0}
         for name, bound in least.items():
-            value = operator.index(getattr(self, name))
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                raise TypeError(f"{name} must be a whole number, got {value!r}") from None
             if value < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}")
+            if value >= 2**63:
+                raise ValueError(f"{name} must be below 2**63, got {value}")
         if self.rank >= self.world:
             raise ValueError(f"rank must be in [0, {self.world}), the world, got {self.rank}")
         if self.batch < self.world:
@@ -97,7 +101,8 @@ def batches(
         n: Samples.
         batch: Samples of a batch, of all ranks together.
         seed, epoch: What the order depends on, and all that it depends on.
-        rank, world: This rank's number, and how many share each batch. Parts differ by at most one sample.
+        rank, world: This rank's number, and how many share each batch. Parts differ by at most one sample; of a last
+            batch smaller than world some are empty.
         start: Batches to leave out at the beginning.
         shuffle: Whether the order is random; else it is 0, 1, 2, ...
         drop_last: Whether to leave out the last batch where it is smaller than the others.
@@ -106,7 +111,8 @@ def batches(
         A sequence of int64 tensors. All ranks' have the same length; concatenated over the ranks, entry i is batch i.
 
     Raises:
-        ValueError: If a number is out of range.
+        TypeError: If a number is not whole.
+        ValueError: If one is out of range.
     """
     return Batches(n, batch, seed, epoch, rank, world, start, shuffle, drop_last)
 
