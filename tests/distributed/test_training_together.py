@@ -77,8 +77,6 @@ def test_two_processes_give_the_losses_of_one(world, model, strategy):
 def test_two_processes_go_on_where_they_were(world, tmp_path, model, strategy):
     """With dropout, penalties, a clipped gradient; to the last bit, and rank 0 alone writes."""
     config = small(model, strategy=strategy)
-    if strategy == "fsdp2":
-        config = config.with_values({"penalty.mode": "jvp"})
     whole = world.run(train, config.mapping(), str(tmp_path / "whole"))
     assert torch.equal(whole[0][2], whole[1][2])
     assert whole[0][0][-1, 0] == whole[1][0][-1, 0]
