@@ -39,6 +39,13 @@ def data(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def train(arguments: argparse.Namespace) -> int:
+    """Train a model from a configuration."""
+    from pydeq.training.command import run
+
+    return run(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
     top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
@@ -54,6 +61,21 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("data", help="say which data sets are here and how to get the others; get them")
     add_data_arguments(command)
     command.set_defaults(run=data)
+    command = commands.add_parser("train", help="train a model from a configuration")
+    command.add_argument("config", metavar="CONFIG", help="a name that comes with the package, or a .yaml file")
+    command.add_argument(
+        "--out", metavar="DIR", help="folder for checkpoints, tables and plots; runs/CONFIG by default"
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    command.add_argument(
+        "--set", action="append", default=[], dest="values", metavar="KEY=VALUE",
+        help="another value for a field, like optimizer.lr=0.01; may be repeated",
+    )  # fmt: skip
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="how long to train, in epochs")
+    length.add_argument("--steps", type=int, help="how long to train, in steps")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
+    command.set_defaults(run=train)
     return top
 
 

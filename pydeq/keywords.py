@@ -36,6 +36,8 @@ _ELSEWHERE = {
     "jac_incremental": "every",
     "jac_stop_epoch": "stop",
     "f_max_iter_eval": "eval_max_steps",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
 }
 
 

@@ -11,6 +11,7 @@ A key that is no field, or a value of another type, is an error that says where.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -91,29 +92,29 @@ def build_config(kind: type, mapping: Any) -> Any:
     return kind(**mapping)
 
 
-def config_names() -> list[str]:
+def config_names(folder: Path = FOLDER) -> list[str]:
     """The names of the configurations that come with the package."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
-def config_path(name: str | Path) -> Path:
-    """The file of a configuration: a name of :func:`config_names`, or a path that ends in .yaml.
+def config_path(name: str | Path, folder: Path = FOLDER) -> Path:
+    """The file of a configuration: a name of :func:`config_names`, or a path that ends in .yaml or .json.
 
     Raises:
         ValueError: If there is no such name, with the nearest one.
         FileNotFoundError: If there is no such file.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML, too
         if not path.is_file():
             raise FileNotFoundError(f"no configuration file {path}")
         return path
-    found = FOLDER / f"{name}.yaml"
-    if str(name) not in config_names():
+    found = folder / f"{name}.yaml"
+    if str(name) not in config_names(folder):
         import difflib
 
-        nearest = difflib.get_close_matches(str(name), config_names(), n=1)
-        advice = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(config_names())}"
+        nearest = difflib.get_close_matches(str(name), config_names(folder), n=1)
+        advice = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(config_names(folder))}"
         raise ValueError(f"name must be that of a configuration or a .yaml file, got {str(name)!r}: {advice}")
     return found
 
@@ -140,6 +141,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{path}: key {key!r} stands there twice")
         return loader.construct_mapping(node, deep=True)
 
+    # YAML 1.1, which the library reads, takes 1e-3 for text; 1.2 and everybody else for a number.
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
     try:
         with path.open(encoding="utf-8") as file:

@@ -1,0 +1,64 @@
+"""Files that are whole or not there: written beside their place, flushed to the disk, then moved into it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is the old one or the new one at any moment.
+
+    Raises:
+        OSError: If it cannot be written; the old one is still there.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    flush_folder(path.parent)
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file's contents are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can."""
+    if os.name == "posix":
+        flush_file(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Any]:
+    """Keep other processes that call this out of a folder; the system lets go of it when a process ends, however.
+
+    Raises:
+        RuntimeError: If another process is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield None
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {folder}: choose another folder, or wait") from None
+        yield file
