@@ -11,6 +11,7 @@ import torch
 
 from pydeq.compiled import kernels
 from pydeq.data.command import add_arguments as add_data_arguments
+from pydeq.experiments.command import add_arguments as add_reproduce_arguments
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -46,6 +47,13 @@ def train(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def reproduce(arguments: argparse.Namespace) -> int:
+    """Reproduce tables and figures of the paper."""
+    from pydeq.experiments.command import run
+
+    return run(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
     top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
@@ -76,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=int, help="how long to train, in steps")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
     command.set_defaults(run=train)
+    command = commands.add_parser(
+        "reproduce", help="reproduce tables and figures of the paper on Jacobian regularization"
+    )
+    add_reproduce_arguments(command)
+    command.set_defaults(run=reproduce)
     return top
 
 
