@@ -63,6 +63,12 @@ SECTIONS: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {
         " and miss.",
         (),
     ),
+    "models": (
+        "Reference models",
+        "A training step and inference of whole models, as they are and with their solves done by another library, with"
+        " the caps and tolerances of their configurations.",
+        (),
+    ),
 }
 
 STYLE = """

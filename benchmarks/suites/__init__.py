@@ -12,6 +12,7 @@ from benchmarks.suites import (
     jacobian,
     kernels,
     memory,
+    models,
     nfe,
     overhead,
     training,
@@ -29,6 +30,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
     "training": training.run,
     "jacobian": jacobian.run,
     "adjoints": adjoints.run,
+    "models": models.run,
 }
 
 __all__ = ["SUITES", "Context"]
