@@ -17,9 +17,9 @@ import numpy as np
 # By default JAX takes three quarters of a GPU's memory when it starts, and torch is there already.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import jax
-import jax.numpy as jnp
-import optimistix
+import jax  # pyright: ignore[reportMissingImports]
+import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
+import optimistix  # pyright: ignore[reportMissingImports]
 
 # As torch has it: no rounding of float32 products to fewer bits.
 jax.config.update("jax_default_matmul_precision", "highest")

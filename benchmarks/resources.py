@@ -159,7 +159,7 @@ def traffic_rows() -> list[dict[str, Any]]:
     """Means over the steps of a solve, in vectors of D entries per sample."""
     for folder in ("csrc", "ops"):
         sys.path.insert(0, str(ROOT / "tests" / folder))
-    import traffic
+    import traffic  # pyright: ignore[reportMissingImports]
 
     rows = []
     for name, method in traffic.METHODS.items():

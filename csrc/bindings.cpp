@@ -34,9 +34,9 @@ py::tuple instruction_sets(bool supported_only) {
   return py::tuple(names);
 }
 
-// Asks for memory behind [address, address + bytes), of a buffer about to be written. A fresh page of 4 KiB costs a fault
-// when it is first written, 1 to 2 us each on a virtual machine; a huge page replaces 512 of them, and the edges that
-// fill none are asked for at once. Only advice: nothing can fail.
+// Asks for memory behind [address, address + bytes), of a buffer about to be written. A fresh page of 4 KiB costs a
+// fault when it is first written, 1 to 2 us each on a virtual machine; a huge page replaces 512 of them, and the edges
+// that fill none are asked for at once. Only advice: nothing can fail.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, huge = 2 << 20;

@@ -20,7 +20,7 @@ def measured(
     """
     test = None
     if metric is not None:
-        at = {stop: metric for stop in training.stops} | (stops or {})
+        at = dict.fromkeys(training.stops, metric) | (stops or {})
         residuals = dict.fromkeys(at, residual)
         test = Evaluation(1.0, metric, float(training.config.max_steps), residual, radii[-1], radii[-1], at, residuals)
     rows = [
@@ -29,7 +29,8 @@ def measured(
     ]
     return Measurement(
         key=training.key, config=training.config.mapping(), status="finished" if test else "diverged", metric=kind,
-        steps=40, parameters=7, seconds=1.5, test_seconds=0.5, evaluations=rows, test=test, environment={"device": "cpu"},
+        steps=40, parameters=7, seconds=1.5, test_seconds=0.5, evaluations=rows, test=test,
+        environment={"device": "cpu"},
     )  # fmt: skip
 
 

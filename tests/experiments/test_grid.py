@@ -78,7 +78,7 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers(tmp_path, training)
 
 def test_one_that_fails_leaves_the_others(tmp_path, training):
     missing = replace(training, config=training.config.with_values({"data.name": str(tmp_path / "nothing")}))
-    with pytest.raises(GridError, match="1 of 2 trainings failed: bad: .*nothing"):
+    with pytest.raises(GridError, match=r"1 of 2 trainings failed: bad: .*nothing"):
         Grid(tmp_path).measure({"bad": missing, "good": training})
     assert list(Grid(tmp_path).find({"bad": missing, "good": training})) == [training.key]
 
