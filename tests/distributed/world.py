@@ -5,6 +5,7 @@ that has not come back after ``LIMIT`` seconds, or ``PATIENCE`` seconds after it
 processes their lives.
 """
 
+import faulthandler
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ class World:
 
     def __init__(self, tmp_path_factory):
         self.tmp_path_factory = tmp_path_factory
-        self.processes, self.pipes = [], []
+        self.processes, self.pipes, self.folder = [], [], None
 
     def run(self, function, *arguments):
         """What ``function(rank, *arguments)`` returns on each rank, in their order.
@@ -56,7 +57,7 @@ class World:
                 try:
                     results[rank], failure = self.pipes[rank].recv()
                 except EOFError:
-                    failure = f"rank {rank} ended by itself"
+                    failure = self._end_of(rank)
                 if failure:
                     failures.append(failure)
                     deadline = min(deadline, time.monotonic() + PATIENCE)
@@ -78,27 +79,44 @@ class World:
             pipe.close()
         self.processes, self.pipes = [], []
 
+    def _end_of(self, rank):
+        """How a process ended that was to answer, and where it was if a signal ended it."""
+        self.processes[rank].join(10.0)
+        stacks = stacks_path(self.folder, rank).read_text()
+        return f"rank {rank} ended by itself with exit code {self.processes[rank].exitcode}\n{stacks}"
+
     def _start(self):
         context = multiprocessing.get_context("spawn")
-        meeting = self.tmp_path_factory.mktemp("world") / "store"
+        self.folder = self.tmp_path_factory.mktemp("world")
         for rank in range(SIZE):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, str(meeting), theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, self.folder, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
 
 
-def serve(rank, meeting, pipe):
+def stacks_path(folder, rank):
+    """Where a process that a signal ends leaves the stacks of its threads."""
+    return folder / f"rank{rank}.stacks"
+
+
+def serve(rank, folder, pipe):
     """The life of one process."""
+    stacks = stacks_path(folder, rank).open("w")
+    faulthandler.enable(stacks)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)  # as in pyproject.toml
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=COLLECTIVE)
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=SIZE,
+        timeout=timedelta(seconds=COLLECTIVE),
     )
     while (task := pipe.recv()) is not None:
         function, arguments = task
