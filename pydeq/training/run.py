@@ -44,6 +44,7 @@ def train(
     Raises:
         TypeError, ValueError: If the configuration does not fit, or is not that of the training to be resumed.
         FileExistsError: If ``out`` has a training already, and is not to be resumed.
+        FolderInUseError: If another process is training in ``out``.
         CheckpointError: If a checkpoint cannot be written, or none can be read.
         ModuleNotFoundError: If something is asked for that needs a package that is not there.
     """
