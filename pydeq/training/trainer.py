@@ -100,6 +100,8 @@ class Trainer:
     def run(self) -> Result:
         """Train to the end."""
         status = "finished"
+        if self.out is not None:  # not before: a configuration that is refused leaves the one of the training
+            self._write_config(self.out)
         self._began = time.monotonic()
         self._tell("began", self.config, self.history, self.step, self.steps, self.task.metric)
         self.wrapped.train()
@@ -191,6 +193,10 @@ class Trainer:
         assert self.checkpoints is not None
         tensors, state = snapshot.take(self)
         self._on_main(lambda: self.checkpoints and self.checkpoints.write(self.step, tensors, state))
+
+    def _write_config(self, out: Path) -> None:
+        text = json.dumps(self.config.mapping(), indent=2) + "\n"
+        self._on_main(lambda: write_whole(out / "config.json", text))
 
     def _write_result(self, result: Result, out: Path) -> None:
         """The trained parameters, and what was measured on test data."""

@@ -194,6 +194,7 @@ def test_other_trainings_are_not_gone_on_with(tmp_path):
     out = stopped(tmp_path, config)
     with pytest.raises(ValueError, match=r"optimizer\.lr is 0\.5, and the training to be resumed has 0\.02"):
         training.train(config.with_values({"optimizer.lr": 0.5}), out=out, resume=True)
+    assert json.loads((out / "config.json").read_text()) == config.mapping()  # not the one that was refused
     with pytest.raises(FileExistsError, match=r"has a training already: resume it \(--resume\)"):
         training.train(config, out=out)
     notices = Notices()
