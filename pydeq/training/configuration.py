@@ -296,7 +296,8 @@ class TrainingConfig(Config):
             config.with_values({"model.solver.max_steps": 8, "penalty.strength": 0.5})
 
         Args:
-            values: By the dotted path of a field. ``epochs`` replaces ``steps``, and the other way round.
+            values: By the dotted path of a field. ``epochs`` replaces ``steps``, and the other way round; fields of
+                ``penalty`` replace those of the model's, where the training has none of its own.
 
         Raises:
             TypeError, ValueError: If there is no such field, or a value does not fit.
@@ -400,6 +401,9 @@ def _with_values(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
     result = _merged(mapping, {})
     for path, value in values.items():
         *parents, last = path.split(".")
+        if parents[:1] == ["penalty"] and result.get("penalty") is None and isinstance(result.get("model"), Mapping):
+            # The model's is the one in force: its other fields stay as they are.
+            result["penalty"] = result["model"].get("penalty")
         place = result
         for i, name in enumerate(parents):
             inner = place.get(name)

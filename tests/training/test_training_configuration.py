@@ -1,5 +1,7 @@
 """Configurations of trainings: what files may say, what is refused, and what the refusal says."""
 
+import dataclasses
+
 import pytest
 from small_trainings import small
 
@@ -59,7 +61,11 @@ def test_values_by_path():
 def test_a_model_by_name_and_its_penalty():
     config = training.TrainingConfig(model="mdeq_cifar_large_reg", data={"name": "cifar10"}, epochs=1)  # pyright: ignore
     assert config.jacobian_penalty() == models.load_config("mdeq_cifar_large_reg").penalty
-    assert config.with_values({"penalty.strength": 0.0}).jacobian_penalty().strength == 0.0
+    weaker = config.with_values({"penalty.strength": 0.1, "penalty.probes": 1})
+    assert weaker.jacobian_penalty() == dataclasses.replace(config.jacobian_penalty(), strength=0.1, probes=1)
+    assert weaker.model == config.model
+    none = training.load_training_config("mdeq_cifar_large_reg", {"penalty.strength": 0.0}).jacobian_penalty()
+    assert none == dataclasses.replace(config.jacobian_penalty(), strength=0.0)
 
 
 @pytest.mark.parametrize(
