@@ -130,7 +130,7 @@ class Result:
     """What :func:`pydeq.training.train` returns.
 
     Args:
-        status: "finished"; "diverged" where the loss became infinite or NaN, which ends a training.
+        status: "finished"; "diverged" where the loss or parameters became infinite or NaN, which ends a training.
         metric: What the metric is: "accuracy" or "perplexity".
         history: The rows.
         test: What was measured on test data after the last step; None where it diverged.

@@ -19,7 +19,7 @@ from pydeq.solution import ConvergenceWarning
 from pydeq.training import snapshot
 from pydeq.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors
 from pydeq.training.configuration import TrainingConfig
-from pydeq.training.distribution import Distribution, whole
+from pydeq.training.distribution import Distribution, local, whole
 from pydeq.training.draws import Purpose, seed_of
 from pydeq.training.evaluation import Evaluator
 from pydeq.training.files import write_whole
@@ -110,10 +110,10 @@ class Trainer:
                 self._update(self.step)
                 self.step += 1
                 self._tell("advanced", self.step)
-                if not self._report():
+                if (found := self._report()) is not None:
                     status = "diverged"
-                    self._notice(f"the loss is not finite at step {self.step}: lower the learning rate, raise the cap"
-                                 " on evaluations, or penalize the Jacobian")  # fmt: skip
+                    self._notice(f"{found} not finite at step {self.step}: lower the learning rate, raise the cap on"
+                                 " evaluations, or penalize the Jacobian")  # fmt: skip
             test = self._test() if status == "finished" else None
         result = Result(status, self.task.metric, self.history, test, self.step, self.model, self.out)
         if self.out is not None:
@@ -164,22 +164,31 @@ class Trainer:
         self.means.add(**values)
         self.means_of_evaluation.add(**values)
 
-    def _report(self) -> bool:
-        """Rows, evaluations and checkpoints that are due; False where the loss is not finite any more."""
+    def _report(self) -> str | None:
+        """Rows, evaluations and checkpoints that are due; what is not finite any more, if anything."""
         last = self.step == self.steps
         evaluating = last or self.step % self.evaluation_steps == 0
         saving = self.checkpoints is not None and (last or self.step % self.checkpoint_steps == 0)
         logging = evaluating or self.step % self.config.logging.every_steps == 0
-        if (logging or saving) and not self.means.finite(self.distribution):
+        found = self._not_finite() if logging or saving else None
+        if found is not None:
             self._row()
-            return False  # the last checkpoint is of better times
+            return found  # the last checkpoint is of better times
         if logging:
             self._row()
         if evaluating:
             self._evaluate()
         if saving:
             self._save()
-        return True
+        return None
+
+    def _not_finite(self) -> str | None:
+        """What has become infinite or NaN on any rank: a loss since the last row, or parameters."""
+        if not self.means.finite(self.distribution):
+            return "the loss is"
+        # A gradient that is not finite spoils the parameters of a step whose loss was still good.
+        bad = torch.stack([~local(parameter.detach()).isfinite().all() for parameter in self.parameters]).sum()
+        return "parameters are" if int(self.distribution.sum(bad)) else None
 
     def _test(self) -> Evaluation:
         """The evaluation on test data; not once more where the last row is one."""
