@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +76,13 @@ class Checkpoints:
         Raises:
             CheckpointError: If it cannot be written; naming the last good one.
         """
-        save_file, errors = _library().save_file, (OSError, _library_error())
+        errors = (OSError, _library_error())
         final, beside = self.folder / f"{step:08d}", self.folder / f".writing-{step:08d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             beside.mkdir()
-            save_file(tensors, beside / TENSORS)
+            _save(tensors, beside / TENSORS)
             flush_file(beside / TENSORS)
             facts = {"bytes": (beside / TENSORS).stat().st_size, "sha256": _digest(beside / TENSORS)}
             content = {"format": FORMAT, "tensors": facts, "state": _finite(state)}
@@ -174,7 +175,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
-        _library().save_file(tensors, beside)
+        _save(tensors, beside)
         flush_file(beside)
         os.replace(beside, path)
         flush_folder(path.parent)
@@ -182,6 +183,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors into a new file that those may read whom the umask lets; the library makes it the owner's alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    _library().save_file(tensors, path)
+    path.chmod(mode)
 
 
 def _library() -> Any:

@@ -38,6 +38,17 @@ def test_what_is_written_is_read(tmp_path):
     assert math.isnan(read(checkpoints.write(4, {}, {"loss": math.nan})).state["loss"])
 
 
+def test_who_may_read_is_the_umasks_to_say(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = Checkpoints(tmp_path / "checkpoints").write(3, tensors(), STATE)
+        save_tensors(tmp_path / "model.safetensors", tensors())
+    finally:
+        os.umask(before)
+    for file in (path / "tensors.safetensors", path / "state.json", tmp_path / "model.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o640
+
+
 def test_the_newest_ones_are_kept_and_what_was_left_half_done_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     (tmp_path / ".writing-00000001").mkdir()
