@@ -33,6 +33,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written."""
+
+
 @dataclass
 class Checkpoint:
     """What was saved.
@@ -116,13 +120,14 @@ class Checkpoints:
             notice: Told of those that are damaged, which are renamed, out of the way.
 
         Raises:
-            CheckpointError: If there are some, and all of them are damaged.
+            CheckpointError: If there are some, and all of them are damaged; or if one may not be read, or is of another
+                version, which is left where it is.
         """
         paths, reasons = self.paths(), []
         for path in paths:
             try:
                 found = read(path)
-            except CheckpointError as error:
+            except DamagedError as error:
                 reasons.append(str(error))
                 notice(f"{error}; falling back to the one before")
                 aside = path.with_name(f"damaged-{path.name}")
@@ -147,24 +152,30 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: If it is not whole; naming what is wrong.
+        DamagedError: If it is not whole; naming what is wrong.
+        CheckpointError: If it may not be read, or is of another version.
     """
-    errors = (OSError, ValueError, KeyError, TypeError, _library_error())
+    errors = (OSError, ValueError, KeyError, TypeError, AttributeError, _library_error())
     try:
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
         if checksum != _checksum(content):
             raise ValueError(f"{STATE} does not have its checksum")
         if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, and this version reads {FORMAT}")
+            raise CheckpointError(
+                f"the checkpoint {path} is of another version: its format is {content['format']}, and this one reads"
+                f" {FORMAT}"
+            )
         facts, size = content["tensors"], (path / TENSORS).stat().st_size
         if size != facts["bytes"]:
             raise ValueError(f"{TENSORS} has {size} bytes of {facts['bytes']}")
         if _digest(path / TENSORS) != facts["sha256"]:
             raise ValueError(f"{TENSORS} does not have its checksum")
         return Checkpoint(path, _library().load_file(path / TENSORS), _number(content["state"]))
+    except PermissionError as error:
+        raise CheckpointError(f"the checkpoint {path} may not be read: {error}") from error
     except errors as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+        raise DamagedError(f"the checkpoint {path} is damaged: {error}") from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

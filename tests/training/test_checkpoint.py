@@ -81,6 +81,23 @@ def test_other_formats_are_refused(tmp_path):
     (path / "state.json").write_text(json.dumps({"checksum": _checksum(content)} | content))
     with pytest.raises(CheckpointError, match="its format is 99"):
         read(path)
+    with pytest.raises(CheckpointError, match="of another version"):
+        Checkpoints(tmp_path).newest(pytest.fail)
+    assert path.is_dir()  # where it was
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    from pydeq.training import checkpoint
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path = Checkpoints(tmp_path).write(1, tensors(), STATE)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digest", refuse)
+        with pytest.raises(CheckpointError, match=r"00000001 may not be read: .*Permission denied: .*tensors"):
+            Checkpoints(tmp_path).newest(pytest.fail)
+    assert Checkpoints(tmp_path).newest(pytest.fail).path == path
 
 
 def full(*arguments, **keywords):
