@@ -83,7 +83,9 @@ class Checkpoints:
         errors = (OSError, _library_error())
         final, beside = self.folder / f"{step:08d}", self.folder / f".writing-{step:08d}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                flush_folder(self.folder.parent)
             self._sweep()
             beside.mkdir()
             _save(tensors, beside / TENSORS)
