@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read."""
+    """A checkpoint, or another file of a training, could not be written or read."""
 
 
 class DamagedError(CheckpointError):
@@ -69,6 +69,11 @@ class Checkpoints:
             return []
         return sorted((path for path in self.folder.iterdir() if path.name.isdecimal()), key=_step_of, reverse=True)
 
+    def last(self) -> str:
+        """What there is to go on from, for errors."""
+        kept = self.paths()
+        return f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
+
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Save a checkpoint, and let go of the oldest ones.
 
@@ -104,9 +109,7 @@ class Checkpoints:
         except errors as error:
             with contextlib.suppress(OSError):
                 self._sweep()
-            kept = self.paths()
-            last = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
-            raise CheckpointError(f"the checkpoint {final} could not be written: {error}; {last}") from error
+            raise CheckpointError(f"the checkpoint {final} could not be written: {error}; {self.last()}") from error
         for path in self.paths()[self.keep :]:
             # Out of sight first: half a checkpoint must not look like one.
             with contextlib.suppress(OSError):
@@ -148,6 +151,20 @@ class Checkpoints:
         for pattern in (".writing-*", ".removing-*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writes to a file in a training's folder.
+
+    Raises:
+        CheckpointError: Where the disk refuses; naming the file and the last good checkpoint.
+    """
+    try:
+        yield
+    except OSError as error:
+        last = Checkpoints(path.parent / "checkpoints").last()
+        raise CheckpointError(f"{path} could not be written: {error}; {last}") from error
 
 
 def read(path: Path) -> Checkpoint:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pydeq.models import build
 from pydeq.solution import ConvergenceWarning
 from pydeq.training import snapshot
-from pydeq.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors
+from pydeq.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors, writing
 from pydeq.training.configuration import TrainingConfig
 from pydeq.training.distribution import Distribution, local, whole
 from pydeq.training.draws import Purpose, seed_of
@@ -205,7 +205,12 @@ class Trainer:
 
     def _write_config(self, out: Path) -> None:
         text = json.dumps(self.config.mapping(), indent=2) + "\n"
-        self._on_main(lambda: write_whole(out / "config.json", text))
+
+        def write() -> None:
+            with writing(out / "config.json"):
+                write_whole(out / "config.json", text)
+
+        self._on_main(write)
 
     def _write_result(self, result: Result, out: Path) -> None:
         """The trained parameters, and what was measured on test data."""
@@ -218,7 +223,8 @@ class Trainer:
         def write() -> None:
             if result.status == "finished":
                 save_tensors(out / "model.safetensors", tensors)
-            write_whole(out / "result.json", json.dumps(summary, indent=2) + "\n")
+            with writing(out / "result.json"):
+                write_whole(out / "result.json", json.dumps(summary, indent=2) + "\n")
 
         self._on_main(write)
 
