@@ -40,7 +40,7 @@ class TensorBoard(Observer):
 
         # What a killed process wrote after its last checkpoint is not shown.
         with writing(self.folder):
-            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def stepped(self, row: StepRow) -> None:
         self._write("train", asdict(row), row.step)
