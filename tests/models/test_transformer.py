@@ -177,6 +177,8 @@ def test_bad_input(arguments, error, message):
         ({"d_model": 13}, "d_model must be even"),
         ({"heads": 0}, "heads must be at least 1"),
         ({"memory_length": -1}, "memory_length must be at least 0"),
+        ({"attention_dropout": -0.1}, "attention_dropout must be in"),
+        ({"d_embed": 0, "div": 1, "tie_weights": False}, "d_embed must be at least 1, got 0"),
         ({"tie_weights": False, "tie_projections": True}, "tie_projections needs tie_weights"),
         ({"cutoffs": [20, 10]}, "cutoffs must rise"),
     ],
