@@ -306,7 +306,7 @@ def test_a_longer_memory_in_evaluation():
         ("mlp", {"batch": 512}, "batch must be at most the 256 training samples, got 512"),
         ("mlp", {"model.outputs": 3}, "model must have 4 classes for synthetic_images, got 3"),
         ("mlp", {"data.holdout": 256}, "data.holdout must be below the 256 samples, got 256"),
-        ("mlp", {"data.name": "digitz"}, "digits"),
+        ("mlp", {"data.name": "digitz"}, "data.name must be one of digits, .*, image_folder, .* got 'digitz'"),
         ("mlp", {"device": "cuda"}, "device must be cpu or auto"),
         ("mlp", {"strategy": "ddp"}, "needs torchrun"),
         ("transformer", {"model.vocabulary": 8}, "model.vocabulary must be at least that of synthetic_text, 16, got 8"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pydeq import data
+from pydeq.data.images import NAMES
 from pydeq.training.configuration import TrainingConfig
 from pydeq.training.distribution import Distribution
 from pydeq.training.draws import Purpose, generator_of
@@ -90,6 +91,9 @@ class MemoryImages(ImageSource):
             if split == "train":
                 self.statistics = data.statistics(found)
             return found
+        if settings.name not in NAMES:
+            known = ", ".join((*NAMES, *FOLDERS, "synthetic_images"))
+            raise ValueError(f"data.name must be one of {known} for this model, got {settings.name!r}")
         self.statistics = data.statistics(settings.name)
         return data.load_images(settings.name, split, settings.root)
 
