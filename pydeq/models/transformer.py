@@ -299,6 +299,7 @@ class DEQTransformerLM(EquilibriumModel):
             raise TypeError(f"length must be an int, got {type(length).__name__}")
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
+        _check_words("tokens", tokens, self.config.vocabulary)
         for begin in range(0, tokens.shape[1] - 1, length):
             segment = tokens[:, begin : begin + length + 1]
             with torch.no_grad():
