@@ -1,6 +1,8 @@
 """Configurations of trainings: what files may say, what is refused, and what the refusal says."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from small_trainings import small
@@ -139,6 +141,15 @@ def test_mistakes_are_named(tmp_path, before, after, error, message):
     with pytest.raises(error, match=message) as raised:
         training.load_training_config(path)
     assert str(path) in str(raised.value)
+
+
+def test_the_documented_configuration_is_one(tmp_path):
+    document = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+    config = training.load_training_config(write(tmp_path, text))
+    assert (config.epochs, config.jitter, config.amp) == (50, (-2, 1), "bf16")
+    for name in training.training_config_names():
+        assert f"`{name}`" in document
 
 
 def test_names_that_are_not_there():
