@@ -206,6 +206,21 @@ def test_other_trainings_are_not_gone_on_with(tmp_path):
         training.train(config, resume=True)
 
 
+def test_what_is_looked_at_may_change(tmp_path):
+    config = small("mlp")
+    out = stopped(tmp_path, config)
+    notices = Notices()
+    result = training.train(
+        config.with_values({"evaluation.samples": 64, "evaluation.stops": [2]}), out=out, resume=True,
+        observers=[notices],
+    )  # fmt: skip
+    assert "evaluation.samples was None and is 64 from here on" in notices.texts
+    assert [list(row.stops) for row in result.history.evaluations] == [[1, 3], [2]]
+    whole = training.train(config)
+    for one, other in zip(result.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_altered_data_are_noticed(tmp_path, monkeypatch):
     config = small("mlp")
     out = stopped(tmp_path, config)

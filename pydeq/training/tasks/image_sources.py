@@ -77,7 +77,8 @@ class MemoryImages(ImageSource):
             held, rest = order[: settings.holdout].sort()[0], order[settings.holdout :].sort()[0]
             validation = Samples(train.images[held], train.labels[held])
             train = Samples(train.images[rest], train.labels[rest])
-        self.train, self.validation = train, _first(validation, config.evaluation.samples)
+        self.train, self.known = train, (train, validation, self.test)
+        self.validation = _first(validation, config.evaluation.samples)
         self.validates_on_test = not settings.holdout and len(self.validation.labels) == len(self.test.labels)
         self.count = len(train.labels)
         labels = [part.labels for part in (train, self.validation, self.test) if len(part.labels)]
@@ -123,7 +124,7 @@ class MemoryImages(ImageSource):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for samples in (self.train, self.validation, self.test):
+        for samples in self.known:  # all of them: how many are looked at may change
             digest.update(str(tuple(samples.images.shape)).encode())
             digest.update(samples.images.contiguous().numpy().data)
             digest.update(samples.labels.contiguous().numpy().data)
