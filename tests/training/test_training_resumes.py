@@ -216,6 +216,9 @@ def test_what_is_looked_at_may_change(tmp_path):
     )  # fmt: skip
     assert "evaluation.samples was None and is 64 from here on" in notices.texts
     assert [list(row.stops) for row in result.history.evaluations] == [[1, 3], [2]]
+    assert result.history.column("metric@2") == [None, result.history.evaluations[1].stops[2]]
+    with pytest.raises(KeyError, match=r"name must be one of step, .*metric@2.*, got 'metric@5'"):
+        result.history.column("metric@5")
     whole = training.train(config)
     for one, other in zip(result.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
