@@ -155,7 +155,7 @@ class Trainer:
         if config.optimizer.clip is not None:
             self.precision.unscale(self.optimizer)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
-            if bool(norm.isfinite()) or config.amp != "fp16":
+            if config.amp != "fp16" or bool(norm.isfinite()):  # in this order: asking waits for the device
                 self._observe(gradient_norm=norm)
         self.precision.step(self.optimizer)
         self.optimizer.zero_grad()
