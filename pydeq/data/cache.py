@@ -108,7 +108,7 @@ def how_to_get(data: DataSet) -> str:
     if data.package is None:
         return (
             f"It is published {data.published}; no package is known that holds it. "
-            f"`python -m pydeq data get {data.name} --from PATH` checks files that you have, and keeps them in the cache."
+            f"`python -m pydeq data get {data.name} --from PATH` takes files that you have into the cache."
         )
     return (
         f"`python -m pydeq data get {data.name}` takes it from the {data.package}, {data.package.size / 1e6:.0f} MB. "
