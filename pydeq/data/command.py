@@ -63,6 +63,8 @@ def _list(names: list[str], root: Path | None) -> None:
         here = importlib.util.find_spec("sklearn") is not None
         rows.append(("digits", "yes" if here else "no", "-", "1797 gray images, 8x8, of 10 classes"))
         notes.append(("digits", "In scikit-learn." if here else "In scikit-learn: pip install scikit-learn"))
+        rows.append(("imagenet", "-", "-", "folders of images, or any others like it"))
+        notes.append(("imagenet", "Read from the folder that you name, which has train/<class>/* and val/<class>/*."))
     for name in names:
         data = DATA_SETS[name]
         state, size, note = _state(data, root)

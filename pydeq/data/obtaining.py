@@ -74,7 +74,7 @@ def get(
     if folder := _there(data, root, report):
         return folder
     if source is None and data.package is None:
-        raise ObtainError(f"{how_to_get(data)} `get {name} --from PATH` takes the files that you have into the cache.")
+        raise ObtainError(how_to_get(data))
     with _exclusive(top):
         # Another process may have brought it while this one waited.
         if folder := _there(data, root, lambda line: None):

@@ -46,6 +46,29 @@ class Config:
         """Raise ValueError where a value is out of range."""
 
 
+def check_at_least(config: Config, least: float, *names: str) -> None:
+    """Raise ValueError, naming it, where a field is below ``least`` or NaN; None will do."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_unit_interval(config: Config, *names: str) -> None:
+    """Raise ValueError, naming it, where a field is not in [0, 1]."""
+    for name in names:
+        if not 0.0 <= getattr(config, name) <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {getattr(config, name)}")
+
+
+def check_above_zero(config: Config, *names: str) -> None:
+    """Raise ValueError, naming it, where a field is not above 0 or not finite; None will do."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0.0 < value < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite, got {value}")
+
+
 def _fit(value: Any, hint: Any, name: str) -> Any:
     """``value`` as the type ``hint``.
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
-from pydeq.models.configuration import Config
+from pydeq.models.configuration import Config, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
 from pydeq.nn import VariationalDropout2d, solve_scope
 
@@ -47,9 +47,9 @@ class ConvDEQConfig(Config):
     solver: SolverConfig = field(default_factory=SolverConfig)
 
     def check(self) -> None:
-        for name in ("image_channels", "classes", "channels", "inner", "groups", "stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "image_channels", "classes", "channels", "inner", "groups", "stride")
+        check_unit_interval(self, "dropout")
+        check_at_least(self, 0, "init_std")
         for name in ("channels", "inner"):
             if getattr(self, name) % self.groups:
                 raise ValueError(f"{name} must be a multiple of groups, {self.groups}, got {getattr(self, name)}")

@@ -11,7 +11,7 @@ from pydeq.adjoints import Implicit, Unrolled
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
 from pydeq.layer import DEQ
-from pydeq.models.configuration import Config
+from pydeq.models.configuration import Config, check_at_least
 from pydeq.solution import Solution
 from pydeq.solvers import GMRES, Anderson, Broyden, Picard, Solver
 from pydeq.state import State
@@ -41,13 +41,17 @@ class SolverConfig(Config):
     backward_max_steps: int = 50
 
     def check(self) -> None:
+        # What goes to the adjoint has other names there.
+        check_at_least(self, 1, "memory", "backward_memory", "backward_max_steps")
+        check_at_least(self, 0, "backward_rtol")
+        for solver, name in ((self.forward, "memory"), (self.backward, "backward_memory")):
+            if solver == "picard" and getattr(self, name) is not None:
+                raise ValueError(f"{name} must be left out for picard, got {getattr(self, name)}")
         self.build(nn.Identity())
 
     @staticmethod
     def build_solver(name: str, memory: int | None) -> Solver:
         if name == "picard":
-            if memory is not None:
-                raise ValueError(f"memory must be left out for picard, got {memory}")
             return Picard()
         if name == "gmres":
             return GMRES() if memory is None else GMRES(restart=memory)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
-from pydeq.models.configuration import Config
+from pydeq.models.configuration import Config, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
 from pydeq.nn import VariationalDropout, solve_scope
 
@@ -47,9 +47,8 @@ class IGNNConfig(Config):
     solver: SolverConfig = field(default_factory=SolverConfig)
 
     def check(self) -> None:
-        for name in ("inputs", "hidden", "outputs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "inputs", "hidden", "outputs")
+        check_unit_interval(self, "dropout")
         if not 0.0 < self.bound < 1.0:
             raise ValueError(f"bound must be in (0, 1), got {self.bound}")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
-from pydeq.models.configuration import Config
+from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
 from pydeq.nn import VariationalDropout, solve_scope, spectral_norm
 
@@ -35,9 +35,9 @@ class ImplicitMLPConfig(Config):
     solver: SolverConfig = field(default_factory=SolverConfig)
 
     def check(self) -> None:
-        for name in ("inputs", "hidden", "outputs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "inputs", "hidden", "outputs")
+        check_unit_interval(self, "dropout")
+        check_above_zero(self, "bound")
 
 
 class ImplicitMLPCell(nn.Module):

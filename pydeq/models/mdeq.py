@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
-from pydeq.models.configuration import Config
+from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
 from pydeq.models.image_heads import ClassificationHead, SegmentationHead
 from pydeq.nn import VariationalDropout2d, solve_scope, weight_norm
@@ -46,6 +46,11 @@ class ClassificationConfig(Config):
     channels: tuple[int, ...]
     final: int
 
+    def check(self) -> None:
+        check_at_least(self, 1, "classes", "final")
+        if any(width < 1 for width in self.channels):
+            raise ValueError(f"channels must be at least 1 each, got {list(self.channels)}")
+
 
 @suggests_keywords
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class SegmentationConfig(Config):
     kernel: int = 1
 
     def check(self) -> None:
+        check_at_least(self, 1, "classes")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {self.kernel}")
 
@@ -109,11 +115,10 @@ class MDEQConfig(Config):
     def check(self) -> None:
         if not self.channels:
             raise ValueError("channels must have an entry for each resolution, got none")
-        for name in ("image_channels", "expansion", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.downsamplings < 0:
-            raise ValueError(f"downsamplings must be at least 0, got {self.downsamplings}")
+        check_at_least(self, 1, "image_channels", "expansion", "groups")
+        check_at_least(self, 0, "downsamplings")
+        check_unit_interval(self, "dropout", "batch_norm_momentum")
+        check_above_zero(self, "init_std")
         for width in self.channels:
             if width < 1 or width % self.groups:
                 raise ValueError(f"channels must be multiples of groups, {self.groups}, got {list(self.channels)}")

@@ -31,7 +31,7 @@ from pydeq.compilation import uncompiled
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
 from pydeq.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from pydeq.models.configuration import Config
+from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
 from pydeq.models.relative_attention import RelativeAttention
 from pydeq.nn import SequenceDropout, solve_scope, weight_norm
@@ -82,17 +82,14 @@ class DEQTransformerConfig(Config):
     penalty: PenaltyConfig | None = None
 
     def check(self) -> None:
-        for name in ("vocabulary", "d_model", "d_inner", "heads", "d_head", "div", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "vocabulary", "d_model", "d_inner", "heads", "d_head", "d_embed", "div", "window")
+        check_at_least(self, 0, "memory_length")
+        check_unit_interval(self, "dropout", "attention_dropout")
+        check_above_zero(self, "init_std")
         if self.d_model % 2:
             raise ValueError(f"d_model must be even, for sines and cosines of positions, got {self.d_model}")
-        if self.memory_length < 0:
-            raise ValueError(f"memory_length must be at least 0, got {self.memory_length}")
         if self.tie_projections and not self.tie_weights:
             raise ValueError("tie_projections needs tie_weights")
-        if self.tie_weights and self.d_embed is not None and self.div == 1 and self.d_embed < 1:
-            raise ValueError(f"d_embed must be at least 1, got {self.d_embed}")
 
 
 class Memory(NamedTuple):
@@ -302,6 +299,7 @@ class DEQTransformerLM(EquilibriumModel):
             raise TypeError(f"length must be an int, got {type(length).__name__}")
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
+        _check_words("tokens", tokens, self.config.vocabulary)
         for begin in range(0, tokens.shape[1] - 1, length):
             segment = tokens[:, begin : begin + length + 1]
             with torch.no_grad():

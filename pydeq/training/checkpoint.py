@@ -15,7 +15,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read."""
+    """A checkpoint, or another file of a training, could not be written or read."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written."""
 
 
 @dataclass
@@ -64,6 +69,11 @@ class Checkpoints:
             return []
         return sorted((path for path in self.folder.iterdir() if path.name.isdecimal()), key=_step_of, reverse=True)
 
+    def last(self) -> str:
+        """What there is to go on from, for errors."""
+        kept = self.paths()
+        return f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
+
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Save a checkpoint, and let go of the oldest ones.
 
@@ -75,13 +85,15 @@ class Checkpoints:
         Raises:
             CheckpointError: If it cannot be written; naming the last good one.
         """
-        save_file, errors = _library().save_file, (OSError, _library_error())
+        errors = (OSError, _library_error())
         final, beside = self.folder / f"{step:08d}", self.folder / f".writing-{step:08d}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                flush_folder(self.folder.parent)
             self._sweep()
             beside.mkdir()
-            save_file(tensors, beside / TENSORS)
+            _save(tensors, beside / TENSORS)
             flush_file(beside / TENSORS)
             facts = {"bytes": (beside / TENSORS).stat().st_size, "sha256": _digest(beside / TENSORS)}
             content = {"format": FORMAT, "tensors": facts, "state": _finite(state)}
@@ -97,9 +109,7 @@ class Checkpoints:
         except errors as error:
             with contextlib.suppress(OSError):
                 self._sweep()
-            kept = self.paths()
-            last = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
-            raise CheckpointError(f"the checkpoint {final} could not be written: {error}; {last}") from error
+            raise CheckpointError(f"the checkpoint {final} could not be written: {error}; {self.last()}") from error
         for path in self.paths()[self.keep :]:
             # Out of sight first: half a checkpoint must not look like one.
             with contextlib.suppress(OSError):
@@ -115,13 +125,14 @@ class Checkpoints:
             notice: Told of those that are damaged, which are renamed, out of the way.
 
         Raises:
-            CheckpointError: If there are some, and all of them are damaged.
+            CheckpointError: If there are some, and all of them are damaged; or if one may not be read, or is of another
+                version, which is left where it is.
         """
         paths, reasons = self.paths(), []
         for path in paths:
             try:
                 found = read(path)
-            except CheckpointError as error:
+            except DamagedError as error:
                 reasons.append(str(error))
                 notice(f"{error}; falling back to the one before")
                 aside = path.with_name(f"damaged-{path.name}")
@@ -142,28 +153,48 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writes to a file in a training's folder.
+
+    Raises:
+        CheckpointError: Where the disk refuses; naming the file and the last good checkpoint.
+    """
+    try:
+        yield
+    except OSError as error:
+        last = Checkpoints(path.parent / "checkpoints").last()
+        raise CheckpointError(f"{path} could not be written: {error}; {last}") from error
+
+
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: If it is not whole; naming what is wrong.
+        DamagedError: If it is not whole; naming what is wrong.
+        CheckpointError: If it may not be read, or is of another version.
     """
-    errors = (OSError, ValueError, KeyError, TypeError, _library_error())
+    errors = (OSError, ValueError, KeyError, TypeError, AttributeError, _library_error())
     try:
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
         if checksum != _checksum(content):
             raise ValueError(f"{STATE} does not have its checksum")
         if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, and this version reads {FORMAT}")
+            raise CheckpointError(
+                f"the checkpoint {path} is of another version: its format is {content['format']}, and this one reads"
+                f" {FORMAT}"
+            )
         facts, size = content["tensors"], (path / TENSORS).stat().st_size
         if size != facts["bytes"]:
             raise ValueError(f"{TENSORS} has {size} bytes of {facts['bytes']}")
         if _digest(path / TENSORS) != facts["sha256"]:
             raise ValueError(f"{TENSORS} does not have its checksum")
         return Checkpoint(path, _library().load_file(path / TENSORS), _number(content["state"]))
+    except PermissionError as error:
+        raise CheckpointError(f"the checkpoint {path} may not be read: {error}") from error
     except errors as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+        raise DamagedError(f"the checkpoint {path} is damaged: {error}") from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -174,7 +205,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
-        _library().save_file(tensors, beside)
+        _save(tensors, beside)
         flush_file(beside)
         os.replace(beside, path)
         flush_folder(path.parent)
@@ -182,6 +213,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors into a new file that those may read whom the umask lets; the library makes it the owner's alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    _library().save_file(tensors, path)
+    path.chmod(mode)
 
 
 def _library() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydeq.training.checkpoint import CheckpointError
 from pydeq.training.configuration import load_training_config, parse_values
+from pydeq.training.files import FolderInUseError
 from pydeq.training.progress import progress
 from pydeq.training.run import train
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
         return 130
-    except (CheckpointError, ModuleNotFoundError, OSError, ValueError) as error:
+    except (CheckpointError, FolderInUseError, ModuleNotFoundError, OSError, ValueError) as error:
         return _failed(error)
     return 0 if result.status == "finished" else 1
 

@@ -19,7 +19,15 @@ from typing import Any, Literal
 
 from pydeq.keywords import suggests_keywords
 from pydeq.models import MODELS, config_from_mapping
-from pydeq.models.configuration import Config, build_config, config_names, config_path, read_yaml
+from pydeq.models.configuration import (
+    Config,
+    build_config,
+    check_above_zero,
+    check_at_least,
+    config_names,
+    config_path,
+    read_yaml,
+)
 from pydeq.models.equilibrium import PenaltyConfig
 
 FOLDER = Path(__file__).parent / "configs"
@@ -65,8 +73,8 @@ class DataConfig(Config):
     row_normalized: bool = False
 
     def check(self) -> None:
-        _at_least(self, 1, "size", "train_samples", "test_samples", "length", "vocabulary_size")
-        _at_least(self, 0, "padding", "holdout", "test_memory", "workers")
+        check_at_least(self, 1, "size", "train_samples", "test_samples", "length", "vocabulary_size")
+        check_at_least(self, 0, "padding", "holdout", "test_memory", "workers")
 
 
 @suggests_keywords
@@ -95,8 +103,8 @@ class OptimizerConfig(Config):
     clip: float | None = None
 
     def check(self) -> None:
-        _above_zero(self, "lr", "eps", "clip")
-        _at_least(self, 0, "weight_decay", "momentum")
+        check_above_zero(self, "lr", "eps", "clip")
+        check_at_least(self, 0, "weight_decay", "momentum")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.momentum >= 1.0:
@@ -119,7 +127,7 @@ class ScheduleConfig(Config):
     floor: float = 0.0
 
     def check(self) -> None:
-        _at_least(self, 0, "warmup", "floor")
+        check_at_least(self, 0, "warmup", "floor")
 
 
 @suggests_keywords
@@ -136,8 +144,8 @@ class PretrainingConfig(Config):
     layers: int = 2
 
     def check(self) -> None:
-        _at_least(self, 0, "steps")
-        _at_least(self, 1, "layers")
+        check_at_least(self, 0, "steps")
+        check_at_least(self, 1, "layers")
 
 
 @suggests_keywords
@@ -165,9 +173,9 @@ class EvaluationConfig(Config):
     radius_method: Literal["growth", "arnoldi"] = "growth"
 
     def check(self) -> None:
-        _at_least(self, 1, "every_epochs", "every_steps", "batch", "samples")
-        _at_least(self, 0, "radius_samples")
-        _at_least(self, 2, "radius_steps")
+        check_at_least(self, 1, "every_epochs", "every_steps", "batch", "samples")
+        check_at_least(self, 0, "radius_samples")
+        check_at_least(self, 2, "radius_steps")
         if self.every_epochs is not None and self.every_steps is not None:
             raise ValueError("every_epochs and every_steps exclude each other")
         if any(stop < 1 for stop in self.stops) or len(set(self.stops)) < len(self.stops):
@@ -188,7 +196,7 @@ class CheckpointConfig(Config):
     keep: int = 2
 
     def check(self) -> None:
-        _at_least(self, 1, "every_steps", "keep")
+        check_at_least(self, 1, "every_steps", "keep")
 
 
 @suggests_keywords
@@ -207,7 +215,7 @@ class LoggingConfig(Config):
     plot: bool = True
 
     def check(self) -> None:
-        _at_least(self, 1, "every_steps")
+        check_at_least(self, 1, "every_steps")
 
 
 @dataclass(frozen=True)
@@ -260,8 +268,8 @@ class TrainingConfig(Config):
             raise TypeError(f"model must be the configuration of a model, got {type(self.model).__name__}")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"there must be either epochs or steps, got {self.epochs} and {self.steps}")
-        _at_least(self, 0, "epochs", "steps", "seed")
-        _at_least(self, 1, "batch", "accumulation")
+        check_at_least(self, 0, "epochs", "steps", "seed")
+        check_at_least(self, 1, "batch", "accumulation")
         if len(self.jitter) != 2 or self.jitter[0] > self.jitter[1]:
             raise ValueError(f"jitter must be a pair [lo, hi] with lo <= hi, got {list(self.jitter)}")
         if self.max_steps + self.jitter[0] < 1:
@@ -296,7 +304,8 @@ class TrainingConfig(Config):
             config.with_values({"model.solver.max_steps": 8, "penalty.strength": 0.5})
 
         Args:
-            values: By the dotted path of a field. ``epochs`` replaces ``steps``, and the other way round.
+            values: By the dotted path of a field. ``epochs`` replaces ``steps``, and the other way round; fields of
+                ``penalty`` replace those of the model's, where the training has none of its own.
 
         Raises:
             TypeError, ValueError: If there is no such field, or a value does not fit.
@@ -400,6 +409,9 @@ def _with_values(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
     result = _merged(mapping, {})
     for path, value in values.items():
         *parents, last = path.split(".")
+        if parents[:1] == ["penalty"] and result.get("penalty") is None and isinstance(result.get("model"), Mapping):
+            # The model's is the one in force: its other fields stay as they are.
+            result["penalty"] = result["model"].get("penalty")
         place = result
         for i, name in enumerate(parents):
             inner = place.get(name)
@@ -421,17 +433,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return value
-
-
-def _at_least(config: Config, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _above_zero(config: Config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0.0 < value < float("inf"):
-            raise ValueError(f"{name} must be above 0 and finite, got {value}")

@@ -130,6 +130,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's entries of a tensor that may be sharded over the ranks."""
+    part = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
 def copy_into(target: Tensor, entries: Tensor) -> None:
     """Set all entries of a tensor that may be sharded over the ranks, each of which has all entries."""
     with torch.no_grad():

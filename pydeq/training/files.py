@@ -44,12 +44,16 @@ def flush_folder(folder: Path) -> None:
         flush_file(folder)
 
 
+class FolderInUseError(RuntimeError):
+    """Another process is training in the folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Any]:
     """Keep other processes that call this out of a folder; the system lets go of it when a process ends, however.
 
     Raises:
-        RuntimeError: If another process is in it.
+        FolderInUseError: If another process is in it.
     """
     try:
         import fcntl
@@ -60,5 +64,5 @@ def locked(folder: Path) -> Iterator[Any]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another process is training in {folder}: choose another folder, or wait") from None
+            raise FolderInUseError(f"another process is training in {folder}: choose another folder, or wait") from None
         yield file

@@ -104,8 +104,15 @@ class History:
     evaluations: list[EvaluationRow] = field(default_factory=list)
 
     def column(self, name: str) -> list[Any]:
-        """A number of each evaluation, by the name of its field or as ``metric@3``."""
-        return [row.flat()[name] for row in self.evaluations]
+        """A number of each evaluation, by the name of its field or as ``metric@3``; None where it was not measured.
+
+        Raises:
+            KeyError: If none has such a number.
+        """
+        rows = [row.flat() for row in self.evaluations]
+        if rows and not any(name in row for row in rows):
+            raise KeyError(f"name must be one of {', '.join(rows[-1])}, got {name!r}")
+        return [row.get(name) for row in rows]
 
     def mapping(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -130,7 +137,7 @@ class Result:
     """What :func:`pydeq.training.train` returns.
 
     Args:
-        status: "finished"; "diverged" where the loss became infinite or NaN, which ends a training.
+        status: "finished"; "diverged" where the loss or parameters became infinite or NaN, which ends a training.
         metric: What the metric is: "accuracy" or "perplexity".
         history: The rows.
         test: What was measured on test data after the last step; None where it diverged.

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydeq.training.checkpoint import writing
 from pydeq.training.files import write_whole
 from pydeq.training.history import STEP_COLUMNS, Evaluation, EvaluationRow, History, StepRow
 
@@ -56,9 +57,8 @@ class Tables(Observer):
         stops = [f"{name}@{stop}" for name in ("metric", "residual") for stop in config.evaluation.stops]
         self.columns = list(EvaluationRow(0.0, 0.0, 0.0, 0.0).flat()) + stops
         lines = [STEP_COLUMNS, *([getattr(row, name) for name in STEP_COLUMNS] for row in history.steps)]
-        write_whole(self.folder / "steps.csv", _text(lines))
-        lines = [self.columns, *(self._line(row) for row in history.evaluations)]
-        write_whole(self.folder / "evaluations.csv", _text(lines))
+        self._write("steps.csv", lines)
+        self._write("evaluations.csv", [self.columns, *(self._line(row) for row in history.evaluations)])
 
     def stepped(self, row: StepRow) -> None:
         self._append("steps.csv", list(asdict(row).values()))
@@ -70,8 +70,12 @@ class Tables(Observer):
         flat = row.flat()
         return [flat.get(name) for name in self.columns]
 
+    def _write(self, name: str, lines: list[list[Any]]) -> None:
+        with writing(self.folder / name):
+            write_whole(self.folder / name, _text(lines))
+
     def _append(self, name: str, line: list[Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8", newline="") as file:
+        with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8", newline="") as file:
             file.write(_text([line]))
 
 

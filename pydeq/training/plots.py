@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydeq.training.checkpoint import writing
 from pydeq.training.history import Evaluation, EvaluationRow, History
 from pydeq.training.observers import Observer
 
@@ -32,10 +33,14 @@ class Plot(Observer):
         self.history, self.metric = history, metric
 
     def evaluated(self, row: EvaluationRow) -> None:
-        plot_history(self.history, self.metric, self.path)
+        self._draw()
 
     def ended(self, status: str, test: Evaluation | None) -> None:
-        plot_history(self.history, self.metric, self.path)
+        self._draw()
+
+    def _draw(self) -> None:
+        with writing(self.path):
+            plot_history(self.history, self.metric, self.path)
 
 
 def plot_history(history: History, metric: str, path: Path) -> None:

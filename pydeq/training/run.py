@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from pydeq.training.checkpoint import Checkpoints
 from pydeq.training.configuration import TrainingConfig, load_training_config
 from pydeq.training.distribution import Distribution
-from pydeq.training.files import locked, write_whole
+from pydeq.training.files import locked
 from pydeq.training.history import Result
 from pydeq.training.observers import Observer, Tables
 from pydeq.training.trainer import Trainer
@@ -44,6 +43,7 @@ def train(
     Raises:
         TypeError, ValueError: If the configuration does not fit, or is not that of the training to be resumed.
         FileExistsError: If ``out`` has a training already, and is not to be resumed.
+        FolderInUseError: If another process is training in ``out``.
         CheckpointError: If a checkpoint cannot be written, or none can be read.
         ModuleNotFoundError: If something is asked for that needs a package that is not there.
     """
@@ -80,7 +80,6 @@ def _prepared(
     stack.enter_context(locked(folder))
     if not resume and Checkpoints(folder / "checkpoints").paths():
         raise FileExistsError(f"out {folder} has a training already: resume it (--resume), or choose another folder")
-    write_whole(folder / "config.json", json.dumps(config.mapping(), indent=2) + "\n")
     watching: list[Observer] = [Tables(folder)]
     if config.logging.tensorboard:
         from pydeq.training.tensorboard import TensorBoard

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydeq.training.checkpoint import writing
 from pydeq.training.history import EvaluationRow, History, StepRow
 from pydeq.training.observers import Observer
 
@@ -38,7 +39,8 @@ class TensorBoard(Observer):
         from torch.utils.tensorboard import SummaryWriter
 
         # What a killed process wrote after its last checkpoint is not shown.
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        with writing(self.folder):
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def stepped(self, row: StepRow) -> None:
         self._write("train", asdict(row), row.step)
@@ -46,13 +48,16 @@ class TensorBoard(Observer):
     def evaluated(self, row: EvaluationRow) -> None:
         flat = {key: value for key, value in row.flat().items() if not key.startswith("train_")}
         self._write("validation", flat, row.step)
-        self.writer.flush()
+        with writing(self.folder):
+            self.writer.flush()
 
     def _write(self, group: str, values: dict[str, Any], step: int) -> None:
-        for name, value in values.items():
-            if value is not None and name not in ("step", "epoch"):
-                self.writer.add_scalar(f"{group}/{name.replace('@', '_at_')}", value, step)
+        with writing(self.folder):
+            for name, value in values.items():
+                if value is not None and name not in ("step", "epoch"):
+                    self.writer.add_scalar(f"{group}/{name.replace('@', '_at_')}", value, step)
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with writing(self.folder):
+                self.writer.close()

@@ -17,9 +17,9 @@ from torch import Tensor
 from pydeq.models import build
 from pydeq.solution import ConvergenceWarning
 from pydeq.training import snapshot
-from pydeq.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors
+from pydeq.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors, writing
 from pydeq.training.configuration import TrainingConfig
-from pydeq.training.distribution import Distribution, whole
+from pydeq.training.distribution import Distribution, local, whole
 from pydeq.training.draws import Purpose, seed_of
 from pydeq.training.evaluation import Evaluator
 from pydeq.training.files import write_whole
@@ -100,6 +100,8 @@ class Trainer:
     def run(self) -> Result:
         """Train to the end."""
         status = "finished"
+        if self.out is not None:  # not before: a configuration that is refused leaves the one of the training
+            self._write_config(self.out)
         self._began = time.monotonic()
         self._tell("began", self.config, self.history, self.step, self.steps, self.task.metric)
         self.wrapped.train()
@@ -108,10 +110,10 @@ class Trainer:
                 self._update(self.step)
                 self.step += 1
                 self._tell("advanced", self.step)
-                if not self._report():
+                if (found := self._report()) is not None:
                     status = "diverged"
-                    self._notice(f"the loss is not finite at step {self.step}: lower the learning rate, raise the cap"
-                                 " on evaluations, or penalize the Jacobian")  # fmt: skip
+                    self._notice(f"{found} not finite at step {self.step}: lower the learning rate, raise the cap on"
+                                 " evaluations, or penalize the Jacobian")  # fmt: skip
             test = self._test() if status == "finished" else None
         result = Result(status, self.task.metric, self.history, test, self.step, self.model, self.out)
         if self.out is not None:
@@ -153,7 +155,7 @@ class Trainer:
         if config.optimizer.clip is not None:
             self.precision.unscale(self.optimizer)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
-            if bool(norm.isfinite()) or config.amp != "fp16":
+            if config.amp != "fp16" or bool(norm.isfinite()):  # in this order: asking waits for the device
                 self._observe(gradient_norm=norm)
         self.precision.step(self.optimizer)
         self.optimizer.zero_grad()
@@ -162,22 +164,31 @@ class Trainer:
         self.means.add(**values)
         self.means_of_evaluation.add(**values)
 
-    def _report(self) -> bool:
-        """Rows, evaluations and checkpoints that are due; False where the loss is not finite any more."""
+    def _report(self) -> str | None:
+        """Rows, evaluations and checkpoints that are due; what is not finite any more, if anything."""
         last = self.step == self.steps
         evaluating = last or self.step % self.evaluation_steps == 0
         saving = self.checkpoints is not None and (last or self.step % self.checkpoint_steps == 0)
         logging = evaluating or self.step % self.config.logging.every_steps == 0
-        if (logging or saving) and not self.means.finite(self.distribution):
+        found = self._not_finite() if logging or saving else None
+        if found is not None:
             self._row()
-            return False  # the last checkpoint is of better times
+            return found  # the last checkpoint is of better times
         if logging:
             self._row()
         if evaluating:
             self._evaluate()
         if saving:
             self._save()
-        return True
+        return None
+
+    def _not_finite(self) -> str | None:
+        """What has become infinite or NaN on any rank: a loss since the last row, or parameters."""
+        if not self.means.finite(self.distribution):
+            return "the loss is"
+        # A gradient that is not finite spoils the parameters of a step whose loss was still good.
+        bad = torch.stack([~local(parameter.detach()).isfinite().all() for parameter in self.parameters]).sum()
+        return "parameters are" if int(self.distribution.sum(bad)) else None
 
     def _test(self) -> Evaluation:
         """The evaluation on test data; not once more where the last row is one."""
@@ -192,6 +203,15 @@ class Trainer:
         tensors, state = snapshot.take(self)
         self._on_main(lambda: self.checkpoints and self.checkpoints.write(self.step, tensors, state))
 
+    def _write_config(self, out: Path) -> None:
+        text = json.dumps(self.config.mapping(), indent=2) + "\n"
+
+        def write() -> None:
+            with writing(out / "config.json"):
+                write_whole(out / "config.json", text)
+
+        self._on_main(write)
+
     def _write_result(self, result: Result, out: Path) -> None:
         """The trained parameters, and what was measured on test data."""
         tensors = snapshot.model_tensors(self.model)
@@ -203,7 +223,8 @@ class Trainer:
         def write() -> None:
             if result.status == "finished":
                 save_tensors(out / "model.safetensors", tensors)
-            write_whole(out / "result.json", json.dumps(summary, indent=2) + "\n")
+            with writing(out / "result.json"):
+                write_whole(out / "result.json", json.dumps(summary, indent=2) + "\n")
 
         self._on_main(write)
 

@@ -25,6 +25,8 @@ def test_the_list_says_what_is_here_and_how_to_get_the_rest(published, cache, ca
         assert data.published in out
         assert str(cache / name) in out
     assert "python -m pydeq data get cifar10" in out
+    assert "python -m pydeq data get wikitext103 --from PATH" in out
+    assert "imagenet       -" in out
     assert "digits         yes" in out
     assert "cifar10        no " in out
     assert main(["data", "get", "cifar10", "--from", str(own)]) == 0

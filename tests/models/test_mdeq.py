@@ -83,6 +83,20 @@ def test_fusion_paths_are_what_they_are_described_as():
     assert not any("fusion" in name for name in normed)
 
 
+def test_new_convolutions_are_as_published():
+    """N(0, 0.01^2) in stem, cell and head; what weight norm normalizes keeps its weights."""
+    torch.manual_seed(0)
+    head = {"classes": 10, "channels": [8, 16], "final": 32}
+    model = pydeq.models.MDEQ(pydeq.models.MDEQConfig(channels=(16, 32), classification=head, project_injection=True))
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(convolutions) == 3 + 8 + (4 + 4 + 1 + 1)  # stem, cell, head
+    for convolution in convolutions:
+        weight = convolution.weight.detach()
+        error = 5 * 0.01 / (2 * weight.numel()) ** 0.5  # five standard deviations of a deviation
+        assert abs(float(weight.std()) - 0.01) < error
+        assert abs(float(weight.mean())) < 2 * error
+
+
 def test_channel_dropout_is_drawn_once_per_call():
     model = mdeq(dropout=0.4).train()
     with torch.no_grad():

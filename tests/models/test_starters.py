@@ -53,6 +53,9 @@ def test_bad_input():
     ("make", "options", "message"),
     [
         (mlp, {"hidden": 0}, "hidden must be at least 1, got 0"),
+        (mlp, {"bound": 0.0}, "bound must be above 0 and finite, got 0"),
+        (mlp, {"dropout": 2}, "dropout must be in"),
+        (conv, {"init_std": -1.0}, "init_std must be at least 0, got -1"),
         (conv, {"stride": 0}, "stride must be at least 1, got 0"),
         (conv, {"inner": 9}, "inner must be a multiple of groups, 4, got 9"),
     ],

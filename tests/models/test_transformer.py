@@ -6,6 +6,7 @@ from small_models import transformer
 from torch.nn import functional
 
 import pydeq
+from pydeq import models
 from pydeq.models import Memory
 
 
@@ -177,6 +178,8 @@ def test_bad_input(arguments, error, message):
         ({"d_model": 13}, "d_model must be even"),
         ({"heads": 0}, "heads must be at least 1"),
         ({"memory_length": -1}, "memory_length must be at least 0"),
+        ({"attention_dropout": -0.1}, "attention_dropout must be in"),
+        ({"d_embed": 0, "div": 1, "tie_weights": False}, "d_embed must be at least 1, got 0"),
         ({"tie_weights": False, "tie_projections": True}, "tie_projections needs tie_weights"),
         ({"cutoffs": [20, 10]}, "cutoffs must rise"),
     ],
@@ -186,7 +189,28 @@ def test_bad_configuration(options, message):
         transformer(**options)
 
 
+def test_new_weights_are_as_published():
+    """N(0, 0.01^2), biases 0: Bai, Koltun and Kolter, 2021. Weight norm keeps what it normalizes."""
+    torch.manual_seed(0)
+    sizes = {"vocabulary": 900, "d_model": 64, "d_inner": 128, "heads": 8, "d_head": 8, "cutoffs": (200,), "div": 2}
+    model = models.DEQTransformerLM(models.DEQTransformerConfig(**sizes))
+    normalized = [name for name, _ in model.named_parameters() if name.endswith("original0")]
+    assert len(normalized) == 5  # qkv, positions, output, and the two of the feedforward layer
+    for name, parameter in model.named_parameters():
+        if name.endswith("original0"):
+            direction = model.get_parameter(name.replace("original0", "original1"))
+            torch.testing.assert_close(parameter, direction.norm(dim=1, keepdim=True))
+        elif name.endswith("bias") and not name.endswith(("content_bias", "position_bias")):
+            assert not parameter.any(), name
+        else:
+            error = 5 * 0.01 / (2 * parameter.numel()) ** 0.5  # five standard deviations of a deviation
+            assert abs(float(parameter.detach().std()) - 0.01) < error, name
+            assert abs(float(parameter.detach().mean())) < 2 * error, name
+
+
 def test_bad_segments():
     for length, error in ((0, ValueError), (2.0, TypeError)):
         with pytest.raises(error, match="length must be"):
             next(transformer().stream(words(1, 5), length))
+    with pytest.raises(ValueError, match=r"tokens must be of shape \(batch, length\), .*got \(5,\)"):
+        next(transformer().stream(words(5), 2))

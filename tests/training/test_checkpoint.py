@@ -38,6 +38,17 @@ def test_what_is_written_is_read(tmp_path):
     assert math.isnan(read(checkpoints.write(4, {}, {"loss": math.nan})).state["loss"])
 
 
+def test_who_may_read_is_the_umasks_to_say(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = Checkpoints(tmp_path / "checkpoints").write(3, tensors(), STATE)
+        save_tensors(tmp_path / "model.safetensors", tensors())
+    finally:
+        os.umask(before)
+    for file in (path / "tensors.safetensors", path / "state.json", tmp_path / "model.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o640
+
+
 def test_the_newest_ones_are_kept_and_what_was_left_half_done_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     (tmp_path / ".writing-00000001").mkdir()
@@ -70,6 +81,23 @@ def test_other_formats_are_refused(tmp_path):
     (path / "state.json").write_text(json.dumps({"checksum": _checksum(content)} | content))
     with pytest.raises(CheckpointError, match="its format is 99"):
         read(path)
+    with pytest.raises(CheckpointError, match="of another version"):
+        Checkpoints(tmp_path).newest(pytest.fail)
+    assert path.is_dir()  # where it was
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    from pydeq.training import checkpoint
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path = Checkpoints(tmp_path).write(1, tensors(), STATE)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digest", refuse)
+        with pytest.raises(CheckpointError, match=r"00000001 may not be read: .*Permission denied: .*tensors"):
+            Checkpoints(tmp_path).newest(pytest.fail)
+    assert Checkpoints(tmp_path).newest(pytest.fail).path == path
 
 
 def full(*arguments, **keywords):
@@ -139,12 +167,37 @@ def test_a_training_on_a_full_disk_ends_and_can_be_resumed(tmp_path, monkeypatch
         assert torch.equal(one, other)
 
 
-def test_a_table_on_a_full_disk_ends_the_training(tmp_path, monkeypatch):
-    from pydeq.training import observers
+@pytest.mark.parametrize("name", ["steps.csv", "evaluations.csv", "training.png", "config.json", "result.json"])
+def test_each_file_on_a_full_disk_ends_the_training_and_is_named(tmp_path, name):
+    """Not simulated: what is written to /dev/full does not fit."""
+    if name == "training.png":
+        pytest.importorskip("matplotlib")
 
-    monkeypatch.setattr(observers.Tables, "_append", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        training.train(small("mlp"), out=tmp_path)
+    class Filling(training.Observer):
+        """Puts a full disk in the place of a file, or of what is moved there."""
+
+        def advanced(self, step):
+            if step == 3 and name != "config.json":
+                place = tmp_path / (f".{name}.writing" if name == "result.json" else name)
+                place.unlink(missing_ok=True)
+                place.symlink_to("/dev/full")
+
+    if name == "config.json":
+        (tmp_path / f".{name}.writing").symlink_to("/dev/full")
+    last = "there is no checkpoint yet" if name == "config.json" else "the last good checkpoint is .*0000000[26]"
+    with pytest.raises(CheckpointError, match=f"{name} could not be written: .*No space left on device.*; {last}"):
+        training.train(small("mlp", logging__plot=name == "training.png"), out=tmp_path, observers=[Filling()])
+    (tmp_path / name).unlink(missing_ok=True)
+    assert training.train(small("mlp"), out=tmp_path, resume=True).status == "finished"  # once there is room
+
+
+def test_logs_for_tensorboard_on_a_full_disk_end_the_training(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.setattr(SummaryWriter, "flush", full)
+    with pytest.raises(CheckpointError, match=r"tensorboard could not be written: .*No space left on device"):
+        training.train(small("mlp", logging__tensorboard=True), out=tmp_path)
 
 
 def test_nothing_is_unpickled(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from small_trainings import small
 
 from pydeq import training
 from pydeq.cli import main
+from pydeq.training.files import locked
 
 pytest.importorskip("yaml")
 pytest.importorskip("safetensors")
@@ -66,6 +67,14 @@ def test_what_is_not_there(config, tmp_path, capsys):
     assert main(["train", config, "--out", str(tmp_path / "a"), "--steps", "2"]) == 0
     assert main(["train", config, "--out", str(tmp_path / "a"), "--steps", "2"]) == 1
     assert "has a training already" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_left_alone(config, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        assert main(["train", config, "--out", str(tmp_path / "out")]) == 1
+    assert f"error: another process is training in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_an_altered_file_is_named(config, tmp_path, capsys):

@@ -1,5 +1,9 @@
 """Configurations of trainings: what files may say, what is refused, and what the refusal says."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import pytest
 from small_trainings import small
 
@@ -59,7 +63,11 @@ def test_values_by_path():
 def test_a_model_by_name_and_its_penalty():
     config = training.TrainingConfig(model="mdeq_cifar_large_reg", data={"name": "cifar10"}, epochs=1)  # pyright: ignore
     assert config.jacobian_penalty() == models.load_config("mdeq_cifar_large_reg").penalty
-    assert config.with_values({"penalty.strength": 0.0}).jacobian_penalty().strength == 0.0
+    weaker = config.with_values({"penalty.strength": 0.1, "penalty.probes": 1})
+    assert weaker.jacobian_penalty() == dataclasses.replace(config.jacobian_penalty(), strength=0.1, probes=1)
+    assert weaker.model == config.model
+    none = training.load_training_config("mdeq_cifar_large_reg", {"penalty.strength": 0.0}).jacobian_penalty()
+    assert none == dataclasses.replace(config.jacobian_penalty(), strength=0.0)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,15 @@ def test_mistakes_are_named(tmp_path, before, after, error, message):
     with pytest.raises(error, match=message) as raised:
         training.load_training_config(path)
     assert str(path) in str(raised.value)
+
+
+def test_the_documented_configuration_is_one(tmp_path):
+    document = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+    config = training.load_training_config(write(tmp_path, text))
+    assert (config.epochs, config.jitter, config.amp) == (50, (-2, 1), "bf16")
+    for name in training.training_config_names():
+        assert f"`{name}`" in document
 
 
 def test_names_that_are_not_there():

@@ -217,6 +217,27 @@ def test_a_training_that_diverges_ends_and_says_so(tmp_path):
         assert all(t.isfinite().all() for name, t in tensors.items() if name.endswith("means"))
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path, clip):
+    """The loss of the last step is good, what it makes of the parameters is not."""
+
+    class Spoiling(Spy):
+        def advanced(self, step):
+            if step == 3:
+                parameter = each.parameters[0]
+                parameter.register_hook(lambda gradient: gradient * math.nan)
+
+    spy = Spoiling()
+    config = small("mlp", steps=4, evaluation__every_steps=4, optimizer__clip=clip)
+    each = Trainer(config, Distribution("none", "cpu"), [spy], tmp_path)
+    result = each.run()
+    assert result.status == "diverged"
+    assert math.isfinite(result.history.steps[-1].loss)
+    assert "parameters are not finite at step 4" in spy.told[0]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000002"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_part_is_held_out_for_validation():
     config = small("mlp", data__holdout=56, batch=50, steps=4)
     each = trainer(config)
@@ -285,7 +306,7 @@ def test_a_longer_memory_in_evaluation():
         ("mlp", {"batch": 512}, "batch must be at most the 256 training samples, got 512"),
         ("mlp", {"model.outputs": 3}, "model must have 4 classes for synthetic_images, got 3"),
         ("mlp", {"data.holdout": 256}, "data.holdout must be below the 256 samples, got 256"),
-        ("mlp", {"data.name": "digitz"}, "digits"),
+        ("mlp", {"data.name": "digitz"}, "data.name must be one of digits, .*, image_folder, .* got 'digitz'"),
         ("mlp", {"device": "cuda"}, "device must be cpu or auto"),
         ("mlp", {"strategy": "ddp"}, "needs torchrun"),
         ("transformer", {"model.vocabulary": 8}, "model.vocabulary must be at least that of synthetic_text, 16, got 8"),

@@ -91,6 +91,27 @@ def test_tensorboard_gets_every_row(tmp_path):
     assert "validation/train_loss" not in log.Tags()["scalars"]
 
 
+def test_what_a_training_logged_before_it_began_anew_is_not_shown(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    class StoppedError(Exception):
+        pass
+
+    class Stopping(training.Observer):
+        def stepped(self, row):
+            if row.step == 4:
+                raise StoppedError
+
+    config = small("mlp", logging__tensorboard=True, evaluation__every_steps=6, checkpoint__every_steps=6)
+    with pytest.raises(StoppedError):
+        training.train(config, out=tmp_path, observers=[Stopping()])
+    training.train(config.with_values({"seed": 1}), out=tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [2, 4, 6]
+
+
 def test_without_tensorboard_the_error_says_what_to_do(tmp_path, monkeypatch):
     missing(monkeypatch, "tensorboard")
     with pytest.raises(ModuleNotFoundError, match=r"pip install tensorboard, or set it to false"):

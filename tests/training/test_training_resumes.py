@@ -194,6 +194,7 @@ def test_other_trainings_are_not_gone_on_with(tmp_path):
     out = stopped(tmp_path, config)
     with pytest.raises(ValueError, match=r"optimizer\.lr is 0\.5, and the training to be resumed has 0\.02"):
         training.train(config.with_values({"optimizer.lr": 0.5}), out=out, resume=True)
+    assert json.loads((out / "config.json").read_text()) == config.mapping()  # not the one that was refused
     with pytest.raises(FileExistsError, match=r"has a training already: resume it \(--resume\)"):
         training.train(config, out=out)
     notices = Notices()
@@ -203,6 +204,24 @@ def test_other_trainings_are_not_gone_on_with(tmp_path):
     assert [row.step for row in result.history.steps] == [2, 3, 4, 6, 8]
     with pytest.raises(ValueError, match="resume needs out"):
         training.train(config, resume=True)
+
+
+def test_what_is_looked_at_may_change(tmp_path):
+    config = small("mlp")
+    out = stopped(tmp_path, config)
+    notices = Notices()
+    result = training.train(
+        config.with_values({"evaluation.samples": 64, "evaluation.stops": [2]}), out=out, resume=True,
+        observers=[notices],
+    )  # fmt: skip
+    assert "evaluation.samples was None and is 64 from here on" in notices.texts
+    assert [list(row.stops) for row in result.history.evaluations] == [[1, 3], [2]]
+    assert result.history.column("metric@2") == [None, result.history.evaluations[1].stops[2]]
+    with pytest.raises(KeyError, match=r"name must be one of step, .*metric@2.*, got 'metric@5'"):
+        result.history.column("metric@5")
+    whole = training.train(config)
+    for one, other in zip(result.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_altered_data_are_noticed(tmp_path, monkeypatch):

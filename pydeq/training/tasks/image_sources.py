@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pydeq import data
+from pydeq.data.images import NAMES
 from pydeq.training.configuration import TrainingConfig
 from pydeq.training.distribution import Distribution
 from pydeq.training.draws import Purpose, generator_of
@@ -76,7 +77,8 @@ class MemoryImages(ImageSource):
             held, rest = order[: settings.holdout].sort()[0], order[settings.holdout :].sort()[0]
             validation = Samples(train.images[held], train.labels[held])
             train = Samples(train.images[rest], train.labels[rest])
-        self.train, self.validation = train, _first(validation, config.evaluation.samples)
+        self.train, self.known = train, (train, validation, self.test)
+        self.validation = _first(validation, config.evaluation.samples)
         self.validates_on_test = not settings.holdout and len(self.validation.labels) == len(self.test.labels)
         self.count = len(train.labels)
         labels = [part.labels for part in (train, self.validation, self.test) if len(part.labels)]
@@ -90,6 +92,9 @@ class MemoryImages(ImageSource):
             if split == "train":
                 self.statistics = data.statistics(found)
             return found
+        if settings.name not in NAMES:
+            known = ", ".join((*NAMES, *FOLDERS, "synthetic_images"))
+            raise ValueError(f"data.name must be one of {known} for this model, got {settings.name!r}")
         self.statistics = data.statistics(settings.name)
         return data.load_images(settings.name, split, settings.root)
 
@@ -119,7 +124,7 @@ class MemoryImages(ImageSource):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for samples in (self.train, self.validation, self.test):
+        for samples in self.known:  # all of them: how many are looked at may change
             digest.update(str(tuple(samples.images.shape)).encode())
             digest.update(samples.images.contiguous().numpy().data)
             digest.update(samples.labels.contiguous().numpy().data)
