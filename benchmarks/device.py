@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ STORED = 15  # steps in Broyden's history, the mean over a solve of 30
 STEPS = 30
 # The state of a batch is 64 KB, 1 MB, 2 MB, 4 MB (few samples and many) and 32 MB.
 SHAPES = ((32, 512), (32, 8192), (8, 65536), (8, 131072), (128, 8192), (32, 262144))
+# What csrc/common/step.cuh calls them.
+STEP_KERNEL = re.compile("step_(fused|reduce|apply)_kernel")
 # Forward solves, to this tolerance in at most so many calls; and training steps.
 SOLVED, RTOL, CAP = ((32, 128), (32, 512), (128, 1024)), 1e-4, 60
 TRAINED = ((64, 256), (256, 1024))
@@ -200,7 +203,7 @@ def kernel_row(
         reset()
         workspace.step(f, before)
 
-    launched = count(step)["kernels"] - count(reset)["kernels"]
+    launched = count(step)["step kernels"]
     # Broyden keeps the steps of half states in float32.
     size = 4 if solver == "broyden" else dtype.itemsize
     moved = vectors[min(launched, 2) - 1] * batch * dim * max(size, dtype.itemsize)
@@ -271,7 +274,7 @@ def repeat(fn: Map, z: Tensor, calls: int) -> None:
 
 
 def count(work: Callable[[], Any]) -> dict[str, int]:
-    """Kernels, waits of the host and copies to it while ``work`` runs."""
+    """Kernels, those of pydeq's steps, waits of the host and copies to it while ``work`` runs."""
     work()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
@@ -279,6 +282,7 @@ def count(work: Callable[[], Any]) -> dict[str, int]:
     names = [event.name for event in recorded.events() or ()]
     return {
         "kernels": sum("LaunchKernel" in name for name in names),
+        "step kernels": sum(bool(STEP_KERNEL.search(name)) for name in names),
         "waits": sum("StreamSynchronize" in name or "EventSynchronize" in name for name in names),
         "copies to host": sum("DtoH" in name for name in names),
         "allocations": sum("cudaMalloc" in name for name in names),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,3 +106,10 @@ def test_refuses_to_run_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["device", "--out", str(tmp_path)])
     assert device.main() == 1
     assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_counts_the_kernels_by_their_names():
+    text = (Path(device.__file__).parent.parent / "csrc" / "common" / "step.cuh").read_text()
+    names = re.findall(r"^(step_\w+_kernel)\(", text, flags=re.MULTILINE)
+    assert len(names) == 3
+    assert all(map(device.STEP_KERNEL.search, names))
