@@ -1,6 +1,7 @@
 """What a GPU makes of it: ``python -m benchmarks.device --out DIR``, run by ``benchmarks/gpu_check.sh``.
 
-Each part writes its figures when it ends, so that what comes later, or fails, loses nothing.
+Each part writes its figures as it finds them, so that what comes later, or fails, loses nothing. After a kernel's fault
+nothing runs on a GPU in that process any more: the parts that are left run in another.
 
     kernels    a step alone, replayed from a graph, against a copy of as many bytes
     launches   kernels, waits and copies per iteration, counted by the profiler
@@ -16,10 +17,12 @@ import argparse
 import dataclasses
 import importlib
 import json
+import re
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,16 @@ from pydeq.protocol import Scalar
 from pydeq.solvers import Solver
 from pydeq.termination import Rules
 
+Part = Callable[[dict[str, Peer]], Iterable[dict[str, Any]]]
+
 DEVICE = torch.device("cuda")
 MEMORY = 6
 STORED = 15  # steps in Broyden's history, the mean over a solve of 30
 STEPS = 30
 # The state of a batch is 64 KB, 1 MB, 2 MB, 4 MB (few samples and many) and 32 MB.
 SHAPES = ((32, 512), (32, 8192), (8, 65536), (8, 131072), (128, 8192), (32, 262144))
+# What csrc/common/step.cuh calls them.
+STEP_KERNEL = re.compile("step_(fused|reduce|apply)_kernel")
 # Forward solves, to this tolerance in at most so many calls; and training steps.
 SOLVED, RTOL, CAP = ((32, 128), (32, 512), (128, 1024)), 1e-4, 60
 TRAINED = ((64, 256), (256, 1024))
@@ -56,30 +63,57 @@ STEPS_TIMED: dict[str, tuple[Solver, int, tuple[int, int]]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=140.0, help="no part begins after this")
+    parser.add_argument("--seconds", type=float, default=140.0, help="nothing is measured after this")
+    parser.add_argument("--resume", action="store_true", help="leave out the parts that are in OUT already")
     arguments = parser.parse_args()
     if not pydeq.kernels().cuda:
         print(f"no CUDA kernels run here: {pydeq.kernels().cuda_reason}", file=sys.stderr)
         return 1
     arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "device.json"
+    end = time.perf_counter() + arguments.seconds
     peers = load_peers()
-    figures: dict[str, Any] = {"environment": environment(peers)}
-    failed = 0
-    begin = time.perf_counter()
+    figures: dict[str, Any] = json.loads(path.read_text()) if arguments.resume else {"environment": environment(peers)}
     for part in PARTS:
         name, start = part.__name__, time.perf_counter()
-        try:
-            figures[name] = part(peers) if start - begin <= arguments.seconds else "not run: no time was left"
-        except ImportError as error:
-            figures[name] = f"not run: {error}"
-        except Exception as error:  # what other parts find is not to be lost
-            traceback.print_exc()
-            figures[name] = f"failed: {type(error).__name__}: {error}"
-            failed += 1
-        print(f"{name}: {time.perf_counter() - start:.1f} s")
-        show(name, figures[name])
-        (arguments.out / "device.json").write_text(json.dumps(figures, indent=1) + "\n")
-    return 1 if failed else 0
+        if name in figures:
+            continue
+        figures[name] = rows = []
+        for row in measure(part, peers, end):
+            rows.append(row)
+            show(name, row)
+            path.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        if rows and "failed" in rows[-1] and is_broken():
+            left = ["--out", str(arguments.out), "--seconds", str(end - time.perf_counter()), "--resume"]
+            return subprocess.call([sys.executable, "-m", "benchmarks.device", *left])
+    return 1 if any("failed" in row for part in PARTS for row in figures[part.__name__]) else 0
+
+
+def measure(part: Part, peers: dict[str, Peer], end: float) -> Iterator[dict[str, Any]]:
+    """The rows of a part; where there would be more of them, a last one says why they are not there."""
+    try:
+        found = iter(part(peers))
+        while time.perf_counter() < end:
+            row = next(found, None)
+            if row is None:
+                return
+            yield row
+        yield {"not run": "no time was left"}
+    except ImportError as error:
+        yield {"not run": str(error)}
+    except Exception as error:  # what other parts find is not to be lost
+        traceback.print_exc()
+        yield {"failed": f"{type(error).__name__}: {error}"}
+
+
+def is_broken() -> bool:
+    """Whether a kernel has faulted in this process."""
+    try:
+        synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def load_peers() -> dict[str, Peer]:
@@ -106,11 +140,9 @@ def environment(peers: dict[str, Peer]) -> dict[str, Any]:
     }
 
 
-def show(name: str, figures: Any) -> None:
-    rows = figures if isinstance(figures, list) else [{"result": figures}]
-    for row in rows:
-        cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-        print(f"  {name}: " + ", ".join(cells), flush=True)
+def show(name: str, row: dict[str, Any]) -> None:
+    cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    print(f"  {name}: " + ", ".join(cells), flush=True)
 
 
 # A step alone
@@ -138,13 +170,11 @@ def replay_time(work: Callable[[], Any], repeats: int) -> float:
     return spread(times[2:]).median
 
 
-def kernels(peers: dict[str, Peer]) -> list[dict[str, Any]]:
-    rows = []
+def kernels(peers: dict[str, Peer]) -> Iterator[dict[str, Any]]:
     for solver, (made, before, vectors) in STEPS_TIMED.items():
         for batch, dim in SHAPES:
             for dtype in (torch.float32, torch.bfloat16) if dim > 8192 else (torch.float32,):
-                rows.append(kernel_row(solver, made, before, vectors, batch, dim, dtype))
-    return rows
+                yield kernel_row(solver, made, before, vectors, batch, dim, dtype)
 
 
 def kernel_row(
@@ -173,8 +203,7 @@ def kernel_row(
         reset()
         workspace.step(f, before)
 
-    reset()
-    launched = count(lambda: workspace.step(f, before))["kernels"]
+    launched = count(step)["step kernels"]
     # Broyden keeps the steps of half states in float32.
     size = 4 if solver == "broyden" else dtype.itemsize
     moved = vectors[min(launched, 2) - 1] * batch * dim * max(size, dtype.itemsize)
@@ -225,8 +254,7 @@ def on_gpu(batch: int, dim: int) -> tuple[Map, Tensor]:
     return lambda z: torch.addcmul(x, slopes, z).tanh_(), torch.zeros_like(x)
 
 
-def launches(peers: dict[str, Peer]) -> list[dict[str, Any]]:
-    rows = []
+def launches(peers: dict[str, Peer]) -> Iterator[dict[str, Any]]:
     for name, peer in peers.items():
         for method in METHODS:
             for batch, dim in ((32, 512), (8, 65536)):
@@ -236,8 +264,7 @@ def launches(peers: dict[str, Peer]) -> list[dict[str, Any]]:
                 row: dict[str, Any] = {"peer": name, "solver": method.solver, "shape": [batch, dim]}
                 for what in counts[0]:  # per iteration, beside f's own
                     row[what] = (counts[1][what] - counts[0][what] - alone[1][what] + alone[0][what]) / 20
-                rows.append(row)
-    return rows
+                yield row
 
 
 def repeat(fn: Map, z: Tensor, calls: int) -> None:
@@ -247,7 +274,7 @@ def repeat(fn: Map, z: Tensor, calls: int) -> None:
 
 
 def count(work: Callable[[], Any]) -> dict[str, int]:
-    """Kernels, waits of the host and copies to it while ``work`` runs."""
+    """Kernels, those of pydeq's steps, waits of the host and copies to it while ``work`` runs."""
     work()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
@@ -255,6 +282,7 @@ def count(work: Callable[[], Any]) -> dict[str, int]:
     names = [event.name for event in recorded.events() or ()]
     return {
         "kernels": sum("LaunchKernel" in name for name in names),
+        "step kernels": sum(bool(STEP_KERNEL.search(name)) for name in names),
         "waits": sum("StreamSynchronize" in name or "EventSynchronize" in name for name in names),
         "copies to host": sum("DtoH" in name for name in names),
         "allocations": sum("cudaMalloc" in name for name in names),
@@ -279,8 +307,7 @@ def finished(work: Callable[[], Any]) -> Callable[[], float]:
     return measure
 
 
-def overhead(peers: dict[str, Peer]) -> list[dict[str, Any]]:
-    rows = []
+def overhead(peers: dict[str, Peer]) -> Iterator[dict[str, Any]]:
     calls = STEPS + 1
     for method in METHODS:
         for batch, dim in SHAPES:
@@ -299,8 +326,7 @@ def overhead(peers: dict[str, Peer]) -> list[dict[str, Any]]:
                 row[f"{name} us"] = (spread(values).median - alone) / calls * 1e6
             if "torchdeq us" in row and row["pydeq us"] > 0.0:
                 row["torchdeq / pydeq"] = row["torchdeq us"] / row["pydeq us"]
-            rows.append(row)
-    return rows
+            yield row
 
 
 def dense(batch: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -314,8 +340,7 @@ def dense_map(weight: Tensor, x: Tensor) -> Map:
     return lambda z: torch.tanh(torch.addmm(x, z, weight))
 
 
-def solve(peers: dict[str, Peer]) -> list[dict[str, Any]]:
-    rows = []
+def solve(peers: dict[str, Peer]) -> Iterator[dict[str, Any]]:
     for method in METHODS:
         for batch, dim in SOLVED:
             weight, x = dense(batch, dim)
@@ -324,10 +349,7 @@ def solve(peers: dict[str, Peer]) -> list[dict[str, Any]]:
                 name: finished(lambda p=peer: p.solve(fn, z0, method, RTOL, CAP))  # noqa: B023
                 for name, peer in peers.items()
             }
-            rows.append(
-                {"solver": method.solver, "shape": [batch, dim], **compare(alternate(sides, 15, 3, seconds=4.0))}
-            )
-    return rows
+            yield {"solver": method.solver, "shape": [batch, dim], **compare(alternate(sides, 15, 3, seconds=4.0))}
 
 
 def compare(measured: dict[str, list[float]]) -> dict[str, Any]:
@@ -337,8 +359,7 @@ def compare(measured: dict[str, list[float]]) -> dict[str, Any]:
     return row
 
 
-def training(peers: dict[str, Peer]) -> list[dict[str, Any]]:
-    rows = []
+def training(peers: dict[str, Peer]) -> Iterator[dict[str, Any]]:
     for batch, dim in TRAINED:
         settings = LayerSettings(METHODS[1], rtol=1e-3, max_calls=30, adjoint_rtol=1e-3, adjoint_max_calls=30)
         sides = {}
@@ -357,11 +378,10 @@ def training(peers: dict[str, Peer]) -> list[dict[str, Any]]:
                 optimizer.step()
 
             sides[name] = finished(step)
-        rows.append({"shape": [batch, dim], **compare(alternate(sides, 15, 3, seconds=6.0))})
-    return rows
+        yield {"shape": [batch, dim], **compare(alternate(sides, 15, 3, seconds=6.0))}
 
 
-def optimistix(peers: dict[str, Peer]) -> list[dict[str, Any]]:
+def optimistix(peers: dict[str, Peer]) -> Iterator[dict[str, Any]]:
     """Plain iteration, the one method that both have.
 
     Raises:
@@ -370,7 +390,7 @@ def optimistix(peers: dict[str, Peer]) -> list[dict[str, Any]]:
     from benchmarks import optimistix_sides as sides
 
     method, ours = METHODS[0], peers["pydeq"]
-    rows: list[dict[str, Any]] = [dict(sides.versions())]
+    yield dict(sides.versions())
     calls = STEPS + 1
     for batch, dim in SHAPES[:3]:
         slopes, x = (part.numpy() for part in elementwise(batch, dim))
@@ -391,16 +411,14 @@ def optimistix(peers: dict[str, Peer]) -> list[dict[str, Any]]:
             seconds=3.0,
         )
         per_call = {name: spread(values).median / calls * 1e6 for name, values in measured.items()}
-        rows.append(
-            {
-                "what": "overhead",
-                "shape": [batch, dim],
-                "pydeq us": per_call["pydeq"] - per_call["f"],
-                "optimistix us": per_call["optimistix"] - per_call["jax f"],
-                "f us": per_call["f"],
-                "jax f us": per_call["jax f"],
-            }
-        )
+        yield {
+            "what": "overhead",
+            "shape": [batch, dim],
+            "pydeq us": per_call["pydeq"] - per_call["f"],
+            "optimistix us": per_call["optimistix"] - per_call["jax f"],
+            "f us": per_call["f"],
+            "jax f us": per_call["jax f"],
+        }
     for batch, dim in SOLVED:
         weight, x = dense(batch, dim)
         fn, z0 = dense_map(weight, x), torch.zeros(batch, dim, device=DEVICE)
@@ -413,17 +431,14 @@ def optimistix(peers: dict[str, Peer]) -> list[dict[str, Any]]:
             warmup=3,
             seconds=3.0,
         )
-        rows.append(
-            {
-                "what": "solve",
-                "shape": [batch, dim],
-                **{f"{name} ms": spread(values).median * 1e3 for name, values in measured.items()},
-                "optimistix / pydeq": ratios(measured["optimistix"], measured["pydeq"]).median,
-                "pydeq residual": worst_residual(fn, outcome.value),
-                "optimistix residual": worst_residual(fn, torch.from_numpy(np.array(theirs())).to(DEVICE)),
-            }
-        )
-    return rows
+        yield {
+            "what": "solve",
+            "shape": [batch, dim],
+            **{f"{name} ms": spread(values).median * 1e3 for name, values in measured.items()},
+            "optimistix / pydeq": ratios(measured["optimistix"], measured["pydeq"]).median,
+            "pydeq residual": worst_residual(fn, outcome.value),
+            "optimistix residual": worst_residual(fn, torch.from_numpy(np.array(theirs())).to(DEVICE)),
+        }
 
 
 def worst_residual(fn: Map, z: Tensor) -> float:

@@ -4,8 +4,9 @@
 #     bash benchmarks/gpu_check.sh
 #
 # Builds the libraries for this machine's GPU, runs the tests that need one, compute-sanitizer on some of them, and the
-# benchmarks. Each stage has its own time and log, and a later one does not stop an earlier one's results: they are
-# written to OUT (benchmarks/out/gpu unless set). Ends in a short table; the exit status is 1 if a stage failed.
+# benchmarks. Each stage has its own time, and a later one does not stop an earlier one's results: they are written to OUT
+# (benchmarks/out/gpu unless set), in few files, the output of all stages to log.txt. Ends in a short table; the exit
+# status is 1 if a stage failed.
 #
 # Needs Python with torch, a CUDA build of it, with pytest and hypothesis, cmake, ninja, pybind11, setuptools and nvcc.
 # PYTHON names another interpreter than python3, LIMIT seconds of each stage instead of its own. torchdeq, and optimistix
@@ -16,18 +17,21 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-$PWD/benchmarks/out/gpu}
 mkdir -p "$out"
+: > "$out/log.txt"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYDEQ_REQUIRE_KERNELS=1
 unset PYDEQ_KERNELS PYDEQ_ISA PYDEQ_SANITIZE PYDEQ_WITH_KERNELS
 names=() states=() times=()
 
-# stage NAME SECONDS COMMAND...: runs it, its output to OUT/NAME.log and, the end of it, here.
+# stage NAME SECONDS COMMAND...: runs it, its output to OUT/log.txt and, the end of it, here.
 stage() {
   local name=$1 limit=${LIMIT:-$2} begin=$SECONDS status
   shift 2
-  printf '\n=== %s (at most %d s)\n' "$name" "$limit"
-  timeout --kill-after=10 "$limit" bash -c '"$@"' stage "$@" > "$out/$name.log" 2>&1
+  printf '\n=== %s (at most %d s)\n' "$name" "$limit" | tee -a "$out/log.txt"
+  timeout --kill-after=10 "$limit" bash -c '"$@"' stage "$@" > "$out/running.log" 2>&1
   status=$?
-  tail -n "${lines:-15}" "$out/$name.log"
+  tail -n "${lines:-15}" "$out/running.log"
+  cat "$out/running.log" >> "$out/log.txt"
+  rm "$out/running.log"
   case $status in
     0) record "$name" passed $((SECONDS - begin)) ;;
     77) record "$name" "not run" $((SECONDS - begin)) ;;
@@ -74,11 +78,12 @@ tests() {
 sanitizers() {
   local tool=$1 filter choice status
   command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not here"; return 77; }
-  # Only our kernels are checked; how that is said has changed between versions.
+  # Only our kernels are checked; how that is said has changed between versions. What is tried here uses no CUDA, which
+  # is an error unless allowed.
   filter=none
   for choice in "--kernel-name kns=pydeq" "--kernel-regex kns=pydeq" "--filter kns=pydeq" ""; do
     # shellcheck disable=SC2086
-    if compute-sanitizer $choice "$python" -c pass > /dev/null 2>&1; then filter=$choice; break; fi
+    if compute-sanitizer --require-cuda-init no $choice "$python" -c pass > /dev/null 2>&1; then filter=$choice; break; fi
   done
   if [ "$filter" = none ]; then echo "compute-sanitizer does not run here"; return 77; fi
   echo "compute-sanitizer --tool $tool $filter"
@@ -88,7 +93,7 @@ sanitizers() {
     -o addopts="--strict-markers" -m sanitize tests/cuda
   status=$?
   # A machine may forbid it: what then fails is the first allocation.
-  if [ $status != 0 ] && grep -qi "device not supported\|not supported on this" "$out/$tool.log"; then return 77; fi
+  if [ $status != 0 ] && grep -qi "device not supported\|not supported on this" "$out/running.log"; then return 77; fi
   return $status
 }
 

@@ -100,7 +100,7 @@ class ReportPlace {
   ReportPlace(const Launch& launch, const Tensor& like, int64_t* host) : launch_(launch), host_(host) {
     cudaPointerAttributes attributes{};
     launch.check(cudaPointerGetAttributes(&attributes, host));
-    if (attributes.type == cudaMemoryTypeUnregistered) {
+    if (attributes.type != cudaMemoryTypeHost || !attributes.devicePointer) {
       copy_ = torch::stable::new_empty(like, {protocol::PROGRESS_SIZE}, ScalarType::Long);
       address_ = static_cast<int64_t*>(copy_.data_ptr());
       pinned_ = false;

@@ -40,8 +40,8 @@ struct alignas(sizeof(T) * N) Pack {
 
 namespace pydeq {
 
-// count entries, `offset` bytes into the shared memory whose size the launch gave; offset is a multiple of 16 for
-// packs, else of the type's size. Slices do not overlap. Not initialized.
+// count entries, `offset` bytes into the shared memory whose size the launch gave; offset is a multiple of the type's
+// alignment. Slices do not overlap. Not initialized.
 template <class T>
 __device__ inline T* shared_slice(int64_t offset, int64_t /*count*/) {
   extern __shared__ __align__(16) unsigned char pydeq_dynamic_shared[];

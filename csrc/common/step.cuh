@@ -127,8 +127,9 @@ struct StepBlock {
     coefficients = shape.coefficients_shared ? shared_slice<double>(at.coefficients, count) : nullptr;
     plan = shared_slice<Plan>(at.plan, 1);
     flag = shared_slice<int>(at.flag, 1);
+    using Place = typename Step::Stage::Place;
     const int64_t bytes = stage_rows * Step::stage_row_bytes(tiles, block_threads());
-    stage = typename Step::Stage{shared_slice<unsigned char>(at.stage, bytes), tiles, stage_rows};
+    stage = {shared_slice<Place>(at.stage, bytes / static_cast<int64_t>(sizeof(Place))), tiles, stage_rows};
   }
 };
 

@@ -30,6 +30,8 @@ constexpr int kResidentThreads = 512;
 // Entries of a row that a thread has of each tile.
 constexpr int kShare = 8;
 constexpr int kWarp = 32;
+// Bytes of a multiprocessor's shared memory that each block costs beside its own.
+constexpr int64_t kReservedShared = 1 << 10;
 
 struct StepLimits {
   int64_t shared_bytes = 48 << 10;       // a block may have, after cudaFuncSetAttribute where it is beyond 48 KiB
@@ -71,14 +73,14 @@ struct SharedLayout {
 
   // slots: tiles of a sample whose totals a block keeps.
   PYDEQ_HOST_DEVICE SharedLayout(int64_t threads, int64_t width, int64_t slots, int64_t count) {
-    totals = 0;                                        // [width] double
-    partial = totals + 8 * width;                      // [width, slots] double
-    sums = partial + 8 * width * slots;                // [warps, width] double
-    norms = sums + 8 * width * (threads / kWarp);      // [2] double
-    coefficients = norms + 16;                         // [count] double
-    plan = coefficients + 8 * count;                   // Plan
-    flag = plan + static_cast<int64_t>(sizeof(Plan));  // int
-    stage = (flag + 4 + 15) / 16 * 16;                 // rows
+    totals = 0;                                                      // [width] double
+    partial = totals + 8 * width;                                    // [width, slots] double
+    sums = partial + 8 * width * slots;                              // [warps, width] double
+    norms = sums + 8 * width * (threads / kWarp);                    // [2] double
+    coefficients = norms + 16;                                       // [count] double
+    plan = coefficients + 8 * count;                                 // Plan, which may end at any byte
+    flag = (plan + static_cast<int64_t>(sizeof(Plan)) + 3) / 4 * 4;  // int
+    stage = (flag + 4 + 15) / 16 * 16;                               // rows
   }
 };
 
@@ -93,8 +95,9 @@ bool lay_out(const typename Step::Args& args, int64_t available, int64_t slots, 
   int64_t header = SharedLayout<Plan>(threads, width, slots, shape.coefficients).stage;
   shape.coefficients_shared = header <= available;
   if (!shape.coefficients_shared) header = SharedLayout<Plan>(threads, width, slots, 0).stage;
-  // Split, two blocks a multiprocessor hide each other's waits.
-  const int64_t room = (shape.fused ? available : available / 2) - header;
+  // Split, two blocks a multiprocessor hide each other's waits: it has kReservedShared more than a block may have, and
+  // takes as much for itself with each.
+  const int64_t room = (shape.fused ? available : (available - kReservedShared) / 2) - header;
   const int64_t row = Step::stage_row_bytes(staged_tiles, threads), wanted = Step::stage_rows(args, shape.fused);
   const int64_t rows = room > 0 ? room / row : 0;
   shape.stage_rows = static_cast<int>(rows < wanted ? rows : wanted);

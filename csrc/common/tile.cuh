@@ -125,31 +125,31 @@ PYDEQ_DEVICE Sum dot_share(const A (&x)[kShare], const A (&y)[kShare]) {
 // thread gets back what it put, so nobody waits.
 template <int W, class A>
 struct Stage {
-  unsigned char* memory;
-  int tiles, capacity;
-
   static constexpr int kWidth = 16 / static_cast<int>(sizeof(A));
   static constexpr int kPacks = kShare / kWidth;
+  using Place = Pack<A, kWidth>;
+
+  Place* memory;
+  int tiles, capacity;
 
   static PYDEQ_HOST_DEVICE int64_t row_bytes(int64_t tiles, int64_t threads) {
     return tiles * threads * kShare * static_cast<int64_t>(sizeof(A));
   }
-  PYDEQ_DEVICE Pack<A, kWidth>& place(int64_t row, int tile, int p) const {
-    return reinterpret_cast<Pack<A, kWidth>*>(
-        memory)[((row * tiles + tile) * kPacks + p) * block_threads() + thread_index()];
+  PYDEQ_DEVICE Place& place(int64_t row, int tile, int p) const {
+    return memory[((row * tiles + tile) * kPacks + p) * block_threads() + thread_index()];
   }
   PYDEQ_DEVICE bool holds(int64_t row) const { return row < capacity; }
   PYDEQ_DEVICE void put(int64_t row, const Tile<W>& tile, const A (&in)[kShare]) const {
     if (!holds(row)) return;
     PYDEQ_UNROLL_LOOP for (int p = 0; p < kPacks; ++p) {
-      Pack<A, kWidth> pack;
+      Place pack;
       PYDEQ_UNROLL_LOOP for (int i = 0; i < kWidth; ++i) pack.at[i] = in[p * kWidth + i];
       place(row, tile.index, p) = pack;
     }
   }
   PYDEQ_DEVICE void get(int64_t row, const Tile<W>& tile, A (&out)[kShare]) const {
     PYDEQ_UNROLL_LOOP for (int p = 0; p < kPacks; ++p) {
-      const Pack<A, kWidth> pack = place(row, tile.index, p);
+      const Place pack = place(row, tile.index, p);
       PYDEQ_UNROLL_LOOP for (int i = 0; i < kWidth; ++i) out[p * kWidth + i] = pack.at[i];
     }
   }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
-from pydeq.protocol import Counter, Progress
+from pydeq.protocol import Counter
 from pydeq.solvers.base import Solver, Workspace, check_memory, check_vectors
 from pydeq.solvers.buffers import empty
 from pydeq.solvers.inverse_jacobian import InverseJacobian
@@ -59,6 +59,7 @@ class BroydenWorkspace(Workspace):
         self.iterate = flat.to(self.wide) if self.wide != flat.dtype else flat.new_empty(0)
         self.restart = flat.new_empty(0, dtype=self.wide)
         self.steps: list[Tensor] = []
+        self.evaluations = 0  # that a step was taken with, on a GPU perhaps not yet
         # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
         self.capacity = max(1, min(solver.memory + 1, max_steps - 1))
         check_vectors(flat.device, rules, self.capacity, max_steps, memory=solver.memory)
@@ -68,6 +69,7 @@ class BroydenWorkspace(Workspace):
 
     def step(self, f: Tensor, k: int) -> None:
         rules, parity, last = self.rules, k % 2, k + 1 == self.max_steps
+        self.evaluations = k + 1
         if not last and k <= self.memory:
             if k == len(self.steps):
                 self.steps.extend(self.scratch.rows(k, min(_BLOCK, self.capacity - k), self.wide))
@@ -94,7 +96,7 @@ class BroydenWorkspace(Workspace):
                 f"the inverse Jacobian of {restarted} of {len(counters)} samples is lost: Broyden's memory of"
                 f" {self.memory} was full and restarted; raise its memory to {self.max_steps - 2} or lower max_steps"
             )
-        taken = max(0, min(len(self.steps), int(self.progress[Progress.STEP]) - 1))
+        taken = max(0, min(len(self.steps), self.evaluations - 1))
         position = self.iterate if self.iterate.numel() else self.best[0]
         counts = counters[:, Counter.COUNT].long()
         # Only where the last evaluation was the best one are its iterate and image still there.

@@ -25,6 +25,7 @@ enum class Fault {
   peer_returned,
   early_exit_in_a_cluster,
   slice_overrun_of_a_peer,
+  misaligned_slice,
 };
 
 constexpr int kThreads = 128;
@@ -84,7 +85,7 @@ specimen_kernel(const float* x, int64_t n, float* y, float* partial, int32_t* do
 template <Fault fault>
 PYDEQ_KERNEL(kThreads, kThreads)
 cluster_kernel(const float* x, int64_t n, int64_t rows, int blocks, float* y, float* total) {
-  float* sum = shared_slice<float>(0, 1);
+  float* sum = shared_slice<float>(fault == Fault::misaligned_slice ? 2 : 0, 1);
   const int64_t row = block_index();
   if (fault == Fault::early_exit_in_a_cluster && row >= rows) return;
   if (fault == Fault::removed_cluster_barrier) cluster_sync();
@@ -151,6 +152,7 @@ void run_specimen(const Case& test) {
     PYDEQ_FAULT(peer_returned)
     PYDEQ_FAULT(early_exit_in_a_cluster)
     PYDEQ_FAULT(slice_overrun_of_a_peer)
+    PYDEQ_FAULT(misaligned_slice)
 #undef PYDEQ_FAULT
   }
 }

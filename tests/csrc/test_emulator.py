@@ -26,6 +26,7 @@ FAULTS = (
     "peer_returned",
     "early_exit_in_a_cluster",
     "slice_overrun_of_a_peer",
+    "misaligned_slice",
 )
 BATCH, STATE = 5, 131  # a row has a tail, and every other one is not aligned
 
@@ -77,6 +78,7 @@ def test_finds_nothing_where_nothing_is(fault, sanitizer):
             "deadlock.*threads wait in cluster_sync at .*of its cluster, 384 threads have returned",
         ),
         ("slice_overrun_of_a_peer", "address", "AddressSanitizer: heap-buffer-overflow"),
+        ("misaligned_slice", "address", "misaligned slice of shared memory: at 2, of a type aligned to 4 bytes"),
     ],
 )
 def test_ends_with_a_message(fault, sanitizer, message):

@@ -120,21 +120,72 @@ def test_a_tuple_of_tensors(solver):
         assert_close(one, other, condition=1e3)
 
 
-def gradients(device: str, adjoint) -> list[torch.Tensor]:
+def gradients(device: str, solver, adjoint) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = (0.5 / 8 * torch.randn(64, 64, generator=generator, dtype=torch.float64)).to(device).requires_grad_()
     x = torch.randn(5, 64, generator=generator, dtype=torch.float64).to(device).requires_grad_()
-    deq = pydeq.DEQ(lambda z, x: torch.tanh(z @ weight + x), adjoint=adjoint, rtol=1e-12, max_steps=200)
+    deq = pydeq.DEQ(lambda z, x: torch.tanh(z @ weight + x), solver=solver, adjoint=adjoint, rtol=1e-12, max_steps=300)
     z, solution = deq(torch.zeros_like(x), x, return_solution=True)
     z.square().sum().backward()
     assert solution.converged.all()
     return [part.detach().cpu() for part in (z, weight.grad, x.grad)]
 
 
-@pytest.mark.parametrize("adjoint", [pydeq.Implicit(rtol=1e-12), pydeq.Phantom(), pydeq.JacobianFree()], ids=repr)
-def test_gradients_are_those_of_the_cpu(adjoint):
-    for actual, expected in zip(gradients("cuda", adjoint), gradients("cpu", adjoint), strict=True):
+# An adjoint with the solver of its forward solve.
+ADJOINTS = [
+    (pydeq.Anderson(), pydeq.Implicit(rtol=1e-12)),
+    (pydeq.Picard(), pydeq.Implicit(solver=pydeq.GMRES(), rtol=1e-12)),
+    (pydeq.Broyden(), pydeq.Implicit(solver=pydeq.Broyden(), rtol=1e-12)),
+    (pydeq.Anderson(), pydeq.Phantom()),
+    (pydeq.Anderson(), pydeq.JacobianFree()),
+    # What a solve has learned of the Jacobian differs by more than rounding; refined, it no longer matters.
+    (pydeq.Broyden(memory=300), pydeq.Shine(refine_steps=100, rtol=1e-12)),
+    (pydeq.Picard(), pydeq.Unrolled()),
+    (pydeq.Picard(), pydeq.Unrolled(checkpoint=True)),
+    (pydeq.Picard(), pydeq.Reversible(checkpoints=30)),
+]
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), ADJOINTS, ids=repr)
+def test_gradients_are_those_of_the_cpu(solver, adjoint):
+    for actual, expected in zip(gradients("cuda", solver, adjoint), gradients("cpu", solver, adjoint), strict=True):
         assert_close(actual, expected, size=64, condition=1e4)
+
+
+def test_shine_takes_all_steps_of_a_solve_whose_last_ones_have_not_reported():
+    first = gradients("cuda", pydeq.Broyden(memory=300), pydeq.Shine())
+    for _ in range(20):
+        for actual, expected in zip(gradients("cuda", pydeq.Broyden(memory=300), pydeq.Shine()), first, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+def test_jacobian_penalties_are_those_of_the_cpu(mode, distribution):
+    """A seed drawn on the CPU gives the same probes on both."""
+    found = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        weight = (0.1 * torch.randn(40, 40, generator=generator, dtype=torch.float64)).to(device).requires_grad_()
+        z = torch.randn(5, 40, generator=generator, dtype=torch.float64).to(device)
+        options = {"probes": 3, "mode": mode, "distribution": distribution, "generator": generator}
+        penalty = pydeq.jacobian_penalty(lambda z, weight: torch.tanh(z @ weight), z, weight, **options)
+        (gradient,) = torch.autograd.grad(penalty, weight)
+        found.append((penalty.detach().cpu(), gradient.cpu()))
+    for expected, actual in zip(*found, strict=True):
+        assert_close(actual, expected, size=200, condition=1e2)
+
+
+def test_spectral_radii_are_those_of_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.1 * torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    z = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        options = {"method": "arnoldi", "steps": 40, "generator": torch.Generator().manual_seed(1)}
+        there = z.to(device), weight.to(device)
+        found.append(pydeq.spectral_radius(lambda z, weight: torch.tanh(z @ weight), *there, **options))
+    assert_close(found[1].cpu(), found[0], size=40, condition=1e6)
 
 
 def test_a_layer_under_autocast():

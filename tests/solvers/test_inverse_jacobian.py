@@ -189,3 +189,18 @@ def test_an_empty_batch():
     problem = tanh_map(0.9, 5, batch=0, dtype=torch.float64)
     _, workspace = solve(problem.fn, problem.z0, problem.context, solver=Broyden())
     assert workspace.inverse_jacobian().transpose_product(problem.z0).shape == (0, 5)
+
+
+@pytest.mark.parametrize("max_steps", [1, 5, 60])
+def test_does_not_depend_on_reports(max_steps):
+    """On a GPU the last steps may not have reported yet, and the place of the report may be another solve's."""
+    problem = softsign_map([0.3, 0.9], 40, dtype=torch.float64)
+    made = []
+    for report in (None, 0, 1000):
+        _, workspace = solve(problem.fn, problem.z0, problem.context, solver=Broyden(), max_steps=max_steps)
+        if report is not None:
+            workspace.progress.fill_(report)
+        made.append(workspace.inverse_jacobian().tensors)
+    for other in made[1:]:
+        assert len(other) == len(made[0])
+        assert all(map(torch.equal, made[0], other))

@@ -396,8 +396,13 @@ void* shared_array(Site site, int64_t bytes) {
   return array_of(*self()->owner, {site.file, site.line}, bytes);
 }
 
-void* shared_slice(int64_t offset, int64_t bytes) {
+void* shared_slice(int64_t offset, int64_t bytes, int alignment) {
   const Unseen unseen;
+  // Here a slice has memory of its own, which is always aligned; there it lies at its offset.
+  if (offset % alignment) {
+    fail("misaligned slice of shared memory: at %lld, of a type aligned to %d bytes", static_cast<long long>(offset),
+         alignment);
+  }
   return slice_of(*self()->owner, offset, bytes);
 }
 

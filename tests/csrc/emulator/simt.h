@@ -34,7 +34,7 @@ struct Thread {
 extern Thread* current;
 
 void* shared_array(Site site, int64_t bytes);
-void* shared_slice(int64_t offset, int64_t bytes);
+void* shared_slice(int64_t offset, int64_t bytes, int alignment);
 void block_sync(Site site);
 void warp_sync(Site site);
 void cluster_sync(Site site);
@@ -68,7 +68,7 @@ inline int64_t grid_blocks() { return emulator::current->blocks; }
 
 template <class T>
 inline T* shared_slice(int64_t offset, int64_t count) {
-  return static_cast<T*>(emulator::shared_slice(offset, count * static_cast<int64_t>(sizeof(T))));
+  return static_cast<T*>(emulator::shared_slice(offset, count * static_cast<int64_t>(sizeof(T)), alignof(T)));
 }
 
 // --- Synchronization
