@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -39,5 +40,5 @@ def draw(report: Report, title: str, path: Path) -> None:
         place.grid(alpha=0.3)
         if place.lines:
             place.legend(fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle("\n".join(textwrap.wrap(title, 56 * len(report.panels))))
     figure.savefig(path, dpi=90, metadata={"Software": None})
