@@ -24,7 +24,7 @@ from pydeq import DEQ, Anderson, Implicit
 from pydeq.models import DEQTransformerConfig, DEQTransformerLM, EquilibriumModel, SolverConfig, build
 from pydeq.state import layout_of
 
-SECONDS = 8.0  # of a comparison, then three rounds are enough
+SECONDS = 5.0  # of a comparison, then three rounds are enough
 LIMIT = 1.3
 
 
