@@ -1,27 +1,17 @@
-"""The tables of README, written from a summary that is kept in benchmarks/results, so that no number is copied by hand:
-
-python -m benchmarks.report.readme README.md
-
-What stands between ``<!-- measured: SUMMARY -->`` and ``<!-- end -->`` is written anew from SUMMARY, whose path starts
-where README is.
-"""
+"""A summary of the benchmark suite as a section of a document."""
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from benchmarks.profiles import BEYOND_CACHE
 from benchmarks.report.tables import limit_text, measured_text
 from benchmarks.results import Target, number
-
-_SECTION = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from benchmarks.suites.models import CASES as MODELS
 
 SOLVERS = {"picard": "Picard", "anderson": "Anderson, memory 6", "broyden": "Broyden, 30 steps"}
 PROBLEMS = (
@@ -39,28 +29,12 @@ CELLS = {
 STOPS = (1, 2, 3, 4, 6, 8, 12)
 
 
-def rewrite(readme: Path) -> str:
-    """The text of ``readme`` with its measured sections written anew.
-
-    Raises:
-        ValueError: If it has none.
-        KeyError: If a summary lacks a figure.
-    """
-    text, count = _SECTION.subn(
-        lambda found: found[1] + "\n".join(_lines(readme.parent / found[2], found[2])) + "\n" + found[3],
-        readme.read_text(encoding="utf-8"),
-    )
-    if not count:
-        raise ValueError(f"{readme} has no section <!-- measured: SUMMARY -->")
-    return text
-
-
 class _Summary:
     """The figures of one summary.json."""
 
-    def __init__(self, path: Path) -> None:
-        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self.figures: dict[str, dict[str, Any]] = {figure["name"]: figure for figure in self.facts["figures"]}
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.facts = facts
+        self.figures: dict[str, dict[str, Any]] = {figure["name"]: figure for figure in facts["figures"]}
 
     def text(self, name: str, scale: float = 1.0) -> str:
         return number(self.figures[name]["value"] * scale)
@@ -72,9 +46,17 @@ class _Summary:
         return f"{value}x ({low} to {high})"
 
 
-def _lines(path: Path, link: str) -> Iterator[str]:
-    found = _Summary(path)
-    facts = found.facts
+def section(facts: Mapping[str, Any], link: str) -> Iterator[str]:
+    """The lines of a section.
+
+    Args:
+        facts: The content of a summary.json.
+        link: Where it is.
+
+    Raises:
+        KeyError: If it lacks a figure.
+    """
+    found = _Summary(facts)
     peer = next(name for name in facts["peers"] if name != "pydeq")
     versions, kernels = facts["versions"], facts["kernels"]["instruction_set"]
     yield from _paragraph(
@@ -97,6 +79,11 @@ def _lines(path: Path, link: str) -> Iterator[str]:
         " tolerances:"
     )
     yield from _training(found, peer)
+    yield from _paragraph(
+        "Reference models with new weights, one thread, the solvers, caps and tolerances of their configurations on"
+        " both sides:"
+    )
+    yield from _models(found, peer)
     yield from _paragraph(
         "A convolutional DEQ trained on scikit-learn's digits (settings chosen on this data), test accuracy at a hard"
         " stop. Few seeds: at low stops single trainings differ by tens of points."
@@ -172,6 +159,20 @@ def _training(found: _Summary, peer: str) -> Iterator[str]:
             yield _row(title, label, f"{pair('step', 1e3)}, {ratio}", work, pair("memory"))
 
 
+def _models(found: _Summary, peer: str) -> Iterator[str]:
+    yield from _head(
+        "model", "what", f"ms: pydeq, {peer}, ratio", f"evaluations: pydeq, {peer}", f"peak MiB: pydeq, {peer}"
+    )
+    for case in MODELS:
+        for kind, label in (("train", "training step"), ("inference", "inference")):
+            name = f"models.{case.key}.{kind}"
+            time, evaluations, memory = (
+                f"{found.text(f'{name}.pydeq.{figure}')}, {found.text(f'{name}.{peer}.{figure}')}"
+                for figure in ("time", "evaluations", "memory")
+            )
+            yield _row(case.title, label, f"{time}, {found.ratio(f'{name}.{peer}_over_pydeq')}", evaluations, memory)
+
+
 def _digits(found: _Summary, peer: str) -> Iterator[str]:
     yield from _head("evaluations", *map(str, STOPS), "spectral radius", "ms per step")
     for side in ("pydeq", peer):
@@ -212,17 +213,3 @@ def _targets(found: _Summary) -> Iterator[str]:
     yield ""
     for target in missed:
         yield f"- {target.statement}: {measured_text(target)} (wanted {limit_text(target)})"
-
-
-def main(arguments: list[str]) -> int:
-    """Rewrite one README; returns the exit status."""
-    if len(arguments) != 1:
-        print("usage: python -m benchmarks.report.readme README.md", file=sys.stderr)
-        return 2
-    readme = Path(arguments[0])
-    readme.write_text(rewrite(readme), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

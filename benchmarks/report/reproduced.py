@@ -1,0 +1,41 @@
+"""The results of ``python -m pydeq reproduce`` as a section of a document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydeq.experiments.report import Claim, Entry, Row, Table
+
+
+def section(facts: Mapping[str, Any], link: str) -> Iterator[str]:
+    """The lines of a section: tables, claims, and where and how they were measured.
+
+    Args:
+        facts: The content of a reproduce-PROFILE-NAME.json.
+        link: Where it is.
+    """
+    for content in facts["tables"]:
+        table = _table(content)
+        yield from ("", f"{table.title}:", "", *table.markdown().splitlines(), "")
+    for note in facts["notes"]:
+        yield from (note, "")
+    for content in facts["claims"]:
+        yield f"- {Claim(**content)}"
+    environment = facts["environment"]
+    seconds = sum(training["seconds"] for training in facts["trainings"])
+    yield from (
+        "",
+        f"`python -m pydeq reproduce {facts['experiment']} --profile {facts['profile']}`: {len(facts['trainings'])}"
+        f" trainings of {seconds / 60:.0f} minutes in all, each on one core of {environment['device_name']}, which"
+        f" others shared; {environment['date'][:10]}; [every number]({link}).",
+        "",
+    )
+
+
+def _table(content: Mapping[str, Any]) -> Table:
+    rows = (
+        Row(row["label"], tuple(Entry(tuple(e["values"]), e["unit"], e["paper"]) for e in row["entries"]))
+        for row in content["rows"]
+    )
+    return Table(content["title"], tuple(content["columns"]), tuple(rows))

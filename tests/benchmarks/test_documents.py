@@ -1,0 +1,69 @@
+"""The numbers of README and docs are those of the results that they name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report.documents import main, rewrite
+from pydeq.experiments.report import Entry, Report, Row, Table, claim, report_mapping
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/reproduce.md"])
+def test_documents_say_what_was_measured(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert rewrite(ROOT / name) == text, f"run python -m benchmarks.report.documents {name}"
+
+
+def test_rewriting_replaces_the_section_alone(tmp_path):
+    summary = next(README.parent.glob("benchmarks/results/cpu-*-quick.json"))
+    (tmp_path / "summary.json").write_bytes(summary.read_bytes())
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "before\n<!-- measured: summary.json -->\n| Picard | 99x |\n<!-- end -->\nafter\n", encoding="utf-8"
+    )
+    assert main([str(readme)]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- measured: summary.json -->\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "99x" not in text
+    assert "| Broyden, 30 steps | (8, 65536) |" in text
+
+
+def test_results_of_an_experiment_as_a_section(tmp_path):
+    report = Report(
+        tables=[Table("Accuracy", ("model", "accuracy (paper)"), (Row("plain", (Entry((60.0, 62.0), paper=93.6),)),))],
+        claims=[
+            claim("x.near", "they are near", {"difference": 0.5}, True),
+            claim("x.far", "they are far", {"difference": math.nan}, False),
+        ],
+        notes=["Smaller than the paper's."],
+    )
+    environment = {"device_name": "a processor", "date": "2026-01-02T03:04:05+00:00"}
+    facts = {"experiment": "table2", "profile": "cpu", "seeds": 2, "environment": environment}
+    content = report_mapping(report, facts, {}) | {"trainings": [{"seconds": 90.0}, {"seconds": 150.0}]}
+    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    document = tmp_path / "document.md"
+    document.write_text("a\n<!-- measured: results.json -->\nold\n<!-- end -->\nb\n", encoding="utf-8")
+    assert main([str(document)]) == 0
+    text = document.read_text(encoding="utf-8")
+    assert "| model | accuracy (paper) |\n|---|---|\n| plain | 61.0 ± 1.0 (93.6) |\n" in text
+    assert "\nSmaller than the paper's.\n" in text
+    assert "- SHOWN: they are near: difference 0.5\n- NOT MEASURED: they are far: difference -\n" in text
+    assert "2 trainings of 4 minutes in all" in text
+    assert "old" not in text
+    assert rewrite(document) == text
+
+
+def test_a_document_without_a_section_is_refused(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no section <!-- measured"):
+        rewrite(readme)
+    assert main([]) == 2
