@@ -201,7 +201,7 @@ def test_a_report_beats_the_answer_that_came_with_it(stream, memory):
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="only it is interrupted")
-def test_an_interrupt_ends_a_wait(memory):
+def test_an_interrupt_ends_a_wait(memory, interruptible):
     assert compiled._library is not None
     address = memory(64)
     write(address, 0, 0)

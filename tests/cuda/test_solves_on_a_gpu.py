@@ -349,7 +349,7 @@ def test_a_cell_that_raises_leaves_the_next_solve_alone(solver, at, error):
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="only it is interrupted")
-def test_an_interrupt_ends_a_solve_that_waits():
+def test_an_interrupt_ends_a_solve_that_waits(interruptible):
     problem = to_gpu(softsign_map(RHOS, 300))
     expected = problem.solve(rtol=1e-4)
 
