@@ -104,7 +104,8 @@ def anderson_step_reference(
         by_age = (slot[:, None] - age) % slots  # [R, memory], newest first
         valid = age < columns[:, None]
         history = torch.where(valid[:, :, None], residuals[rows[:, None], by_age], 0).double()  # [R, memory, D]
-        row = reduction.sum(torch.einsum("bd,bmd->bm", history[:, 0], history))
+        # Not a matrix product, whose order for a single sample depends on the threads.
+        row = reduction.sum((history[:, :1] * history).sum(2))
         old = gram[rows, slot]
         new = old.scatter(1, by_age, torch.where(valid, row, old.gather(1, by_age)))
         gram[rows, slot] = new
