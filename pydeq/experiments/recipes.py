@@ -256,21 +256,12 @@ def _paper(common: dict[str, Any], imagenet: str | None) -> Profile:
     pairs = None
     if imagenet is not None:
         root = {"data.root": imagenet}
-        large: dict[str, Any] = {"optimizer.weight_decay": 1e-4, "pretraining.layers": 4}
         pairs = {
-            "ImageNet, small": (
-                published("mdeq_imagenet_small", root), published("mdeq_imagenet_small_reg", root),
-            ),
-            "ImageNet, large": (
-                published("mdeq_imagenet_small", root | large | {"model": "mdeq_imagenet_large"}),
-                published(
-                    "mdeq_imagenet_small", root | large | {"model": "mdeq_imagenet_large_reg", "jitter": [-2, 1]}
-                ),
-            ),
-        }  # fmt: skip
-        pairs = {
-            name: (Training(plain, (14,), 128), Training(penalized, (7, 14), 128))
-            for name, (plain, penalized) in pairs.items()
+            f"ImageNet, {size}": (
+                Training(published(f"mdeq_imagenet_{size}", root), (14,), 128),
+                Training(published(f"mdeq_imagenet_{size}_reg", root), (7, 14), 128),
+            )
+            for size in ("small", "large")
         }
     language = Language(models, 12, (12,), 10)
     # At these caps the paper shows the radius of language models.
