@@ -6,7 +6,8 @@ VENV ?= .venv
 BENCH_PROFILE ?= quick
 PYTEST_ARGS ?=
 bin := $(VENV)/bin
-sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pydeq/protocol.py
+sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pydeq/protocol.py pydeq/interface.py \
+	$(wildcard pydeq/ops/*.py)
 formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test bench lint format wheel clean
@@ -33,7 +34,7 @@ wheel: $(VENV)/build.installed
 	$(bin)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info pydeq/_C.*.so pydeq/_C_cuda.*.so pydeq/no_kernels.txt $(VENV)
+	rm -rf build dist *.egg-info pydeq/*.so pydeq/no_kernels.txt $(VENV)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

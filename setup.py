@@ -1,5 +1,8 @@
 """Has CMake compile the kernels; everything else stands in pyproject.toml.
 
+Two libraries hold the kernels and serve every Python version; they are compiled again only where a source or an option
+has changed. The module pydeq._C, of one Python version, takes seconds.
+
 Switches, from the environment:
 
     PYDEQ_WITH_KERNELS=0        install without compiled kernels; pydeq then runs its plain-torch references
@@ -10,9 +13,11 @@ Switches, from the environment:
     CXX, CXXFLAGS, CMAKE_BUILD_PARALLEL_LEVEL   are CMake's own
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -37,7 +42,7 @@ if NEEDED and int(setuptools.__version__.split(".")[0]) < int(NEEDED[1]):
 def folder_of(package: str) -> Path | None:
     """Where an installed package lies, found without importing it."""
     spec = importlib.util.find_spec(package)
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    return Path(spec.submodule_search_locations[0]).resolve() if spec and spec.submodule_search_locations else None
 
 
 def find_tool(name: str) -> str | None:
@@ -76,6 +81,9 @@ def why_no_cuda() -> str:
 
 
 CUDA_REASON = REASON or why_no_cuda()
+CPU_LIBRARY, CUDA_LIBRARY = "libpydeq_cpu.so", "libpydeq_cuda.so"
+LIBRARY_NAMES = [name for name, reason in ((CPU_LIBRARY, REASON), (CUDA_LIBRARY, CUDA_REASON)) if not reason]
+LIBRARIES = ROOT / "build" / "libraries"
 
 
 class BuildPython(build_py):
@@ -92,9 +100,9 @@ class BuildPython(build_py):
         package = ROOT / "pydeq" if self.editable_mode else Path(self.build_lib, "pydeq")
         reason_file = package / "no_kernels.txt"
         reason_file.unlink(missing_ok=True)
-        for name, reason in (("_C", REASON), ("_C_cuda", CUDA_REASON)):
+        for pattern, reason in ((CPU_LIBRARY, REASON), (CUDA_LIBRARY, CUDA_REASON), ("_C.*.so", REASON)):
             if reason:  # what an earlier build left there would be loaded
-                for library in package.glob(f"{name}.*.so"):
+                for library in package.glob(pattern):
                     library.unlink()
         if REASON:
             reason_file.write_text(REASON + "\n")
@@ -104,52 +112,98 @@ class BuildPython(build_py):
 
 
 class BuildKernels(build_ext):
-    """Has CMake build one library per extension, into pydeq/."""
+    """Has CMake build the libraries and the module, into pydeq/."""
 
     def run(self):
-        # setuptools clears the first of these while it builds.
+        # setuptools clears the first of these while it builds, and copies modules itself, but no libraries.
         self.local = bool(self.inplace or self.editable_mode)
         super().run()
+        if self.local and self.extensions:
+            for name in LIBRARY_NAMES:
+                replace(LIBRARIES / name, ROOT / "pydeq" / name)
+
+    def get_outputs(self):
+        return list(dict.fromkeys([*super().get_outputs(), *self.libraries_from().values()]))
+
+    def get_output_mapping(self):
+        mapping = super().get_output_mapping()
+        if mapping:  # of a build in place
+            mapping.update({path: f"pydeq/{name}" for name, path in self.libraries_from().items()})
+        return mapping
+
+    def libraries_from(self) -> dict:
+        """The libraries in the folder that is installed, by name."""
+        return {name: str(Path(self.build_lib, "pydeq", name)) for name in LIBRARY_NAMES if self.extensions}
 
     def build_extension(self, ext):
-        library = Path(self.get_ext_fullpath(ext.name))
-        target = ext.name.rpartition(".")[2]
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        cmake = str(find_tool("cmake"))
+        module = Path(self.get_ext_fullpath(ext.name))
         toolkit, archs = (None, "") if CUDA_REASON else TOOLKIT["choose"](os.environ, self.local)
-        options = {
+        common = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": f"{folder_of('pybind11')}/share/cmake/pybind11",
-            "PYDEQ_TORCH_ROOT": folder_of("torch"),
             "PYDEQ_TORCH_VERSION": importlib.metadata.version("torch"),
             "PYDEQ_WERROR": os.environ.get("PYDEQ_WERROR", "0"),
             "PYDEQ_SANITIZE": os.environ.get("PYDEQ_SANITIZE", ""),
+        }
+        libraries = {
+            **common,
+            "PYDEQ_PYTHON": sys.executable,
+            "PYDEQ_TORCH_ROOT": folder_of("torch"),
             "PYDEQ_CUDA_COMPILER": toolkit.nvcc if toolkit else "",
             "PYDEQ_CUDA_ARCHITECTURES": archs,
             "PYDEQ_CUDA_REASON": CUDA_REASON,
         }
+        state = build_state(libraries)
+        if not all((LIBRARIES / name).exists() for name in LIBRARY_NAMES) or read(LIBRARIES / "state.txt") != state:
+            (LIBRARIES / "state.txt").unlink(missing_ok=True)
+            self.cmake(LIBRARIES, libraries)
+            (LIBRARIES / "state.txt").write_text(state)
+        build = ROOT / "build" / f"module-{sys.implementation.cache_tag}"
+        python = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": f"{folder_of('pybind11')}/share/cmake/pybind11"}
+        self.cmake(build, {**common, **python, "PYDEQ_MODULE": "1"})
+        module.parent.mkdir(parents=True, exist_ok=True)
+        for built in [*(LIBRARIES / name for name in LIBRARY_NAMES), build / module.name]:
+            replace(built, module.parent / built.name)
+
+    def cmake(self, build: Path, options: dict) -> None:
+        """Configure and build all there is to build in a folder."""
+        cmake = str(find_tool("cmake"))
         define = [f"-D{name}={value}" for name, value in options.items()]
         try:
             subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *define], check=True)
-            subprocess.run([cmake, "--build", build, "--target", target], check=True)
+            subprocess.run([cmake, "--build", build], check=True)
         except subprocess.CalledProcessError as error:
-            which, switch = ("CUDA", "PYDEQ_WITH_CUDA") if target == "_C_cuda" else ("CPU", "PYDEQ_WITH_KERNELS")
+            without = "PYDEQ_WITH_KERNELS=0, without those for GPUs PYDEQ_WITH_CUDA=0"
             raise CompileError(
-                f"the {which} kernels did not compile; the messages are above. To install pydeq without them "
-                f"(the same results, more slowly), set {switch}=0"
+                "pydeq's kernels did not compile; the messages are above. To install pydeq without any (the same"
+                f" results, more slowly), set {without}"
             ) from error
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, not new bytes in the old one, which a running process may have mapped.
-        library.unlink(missing_ok=True)
-        shutil.copy2(build / library.name, library)
+
+
+def build_state(options: dict) -> str:
+    """What decides on the content of the libraries, whichever Python builds them."""
+    interface = runpy.run_path(str(ROOT / "csrc" / "generate_interface.py"))["package_interface"](ROOT / "pydeq")
+    digest = hashlib.sha256(interface.encode())
+    for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").rglob("*"))]:
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    local = ("CMAKE_MAKE_PROGRAM", "PYDEQ_PYTHON", "PYDEQ_TORCH_ROOT")  # where tools are: of an environment
+    chosen = {name: value for name, value in options.items() if name not in local}
+    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS"):
+        chosen[name] = os.environ.get(name, "")
+    return f"{digest.hexdigest()}\n{platform.machine()}\n{chosen}\n"
+
+
+def replace(source: Path, target: Path) -> None:
+    """Copy to a new file, not new bytes into the old one, which a running process may have mapped."""
+    target.unlink(missing_ok=True)
+    shutil.copy2(source, target)
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 setup(
-    ext_modules=[
-        Extension(f"pydeq.{name}", sources=[])
-        for name, reason in (("_C", REASON), ("_C_cuda", CUDA_REASON))
-        if not reason
-    ],
+    ext_modules=[] if REASON else [Extension("pydeq._C", sources=[])],
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
 )

@@ -73,8 +73,8 @@ def compile_all(archs: str | None) -> dict[str, Any]:
         SystemExit: If there is no build whose options could be taken, or a file does not compile.
     """
     toolkit = runpy.run_path(str(ROOT / "csrc" / "cuda_toolkit.py"))
-    database = next(iter(sorted(ROOT.glob("build/cmake-*/compile_commands.json"))), None)
-    commands = json.loads(database.read_text()) if database else []
+    database = ROOT / "build" / "libraries" / "compile_commands.json"
+    commands = json.loads(database.read_text()) if database.exists() else []
     commands = [entry for entry in commands if entry["file"].endswith(".cu")]
     if not commands:
         raise SystemExit("no build with CUDA kernels is in build/: run make first, where nvcc is")

@@ -57,4 +57,7 @@ def header(constants: dict[str, tuple[str, str]]) -> str:
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(header(declarations(runpy.run_path(str(source)))))
+    text = header(declarations(runpy.run_path(str(source))))
+    # A file that stays as it is leads to no compilation.
+    if not target.exists() or target.read_text() != text:
+        target.write_text(text)

@@ -6,8 +6,9 @@ Environment:
     PYDEQ_REQUIRE_KERNELS=1   missing kernels are an ImportError, not a warning
     PYDEQ_ISA=avx2            run the kernels compiled for this instruction set, not the best this CPU has
 
-CPU kernels are in the library ``_C``, CUDA kernels in ``_C_cuda``, which is loaded only where torch has CUDA and the
-driver is new enough for them.
+CPU kernels are in ``libpydeq_cpu.so``, CUDA kernels in ``libpydeq_cuda.so``, which is loaded only where torch has CUDA
+and the driver is new enough for them. Kernels need these two files only, under any Python. How they were built is in
+the module ``_C``, which is of one Python version.
 """
 
 from __future__ import annotations
@@ -23,15 +24,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-import torch  # before the library: it finds torch's symbols only where torch is loaded already
+import torch
+
+from pydeq import protocol
+from pydeq.interface import interface
+from pydeq.libraries import CPU, CUDA, CpuLibrary, CudaLibrary
+from pydeq.protocol import Answer
 
 _PACKAGE = Path(__file__).parent
 
-_library: ModuleType | None = None
+_library: CpuLibrary | None = None
 _cpu_reason = "not loaded yet"
-_cuda_library: ModuleType | None = None
+_cuda_library: CudaLibrary | None = None
 _cuda_reason = "not loaded yet"
 _missed_cuda = False  # whether a solve on a GPU was told that it runs without CUDA kernels
 
@@ -64,21 +70,25 @@ class Kernels:
     torch: str
     """The version of torch that runs."""
     torch_built: str | None
-    """The version of torch whose headers the kernels were compiled against."""
+    """The version of torch whose headers the kernels were compiled against; None where it is not known."""
     abi_target: str | None
-    """The oldest torch whose stable ABI the kernels use: they run with every torch from there on."""
+    """The oldest torch whose stable ABI the kernels use: they run with every torch from there on. None where it is not
+    known."""
     compiler: str | None
-    """The C++ compiler of the CPU kernels."""
+    """The C++ compiler of the CPU kernels; None where it is not known."""
+    unknown_reason: str
+    """Why the last three are not known although there are kernels; empty where they are."""
 
     def __str__(self) -> str:
         sets = f"{self.instruction_set} (compiled: {', '.join(self.instruction_sets)})"
         built = f" (kernels compiled with {self.torch_built}, for {self.abi_target} and later)"
+        unknown = f"unknown, as is the torch that kernels were compiled with: {self.unknown_reason}"
         rows = {
             "pydeq": self.pydeq,
             "CPU kernels": sets if self.cpu else f"none, the references run: {self.cpu_reason}",
             "CUDA kernels": self._cuda(),
-            "torch": self.torch + (built if self.cpu else ""),
-            "compiler": self.compiler or "none",
+            "torch": self.torch + (built if self.torch_built else ""),
+            "compiler": self.compiler or (unknown if self.cpu else "none"),
         }
         return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
@@ -103,6 +113,8 @@ def kernels() -> Kernels:
     # A GPU is looked for here alone: at import, that would cost time and could start CUDA in a process that forks.
     reason = _cuda_reason or ("" if torch.cuda.is_available() else "torch finds no GPU here")
     driver = cuda_driver() if torch.version.cuda else None
+    compiled = _cuda_library or _library  # with CUDA
+    facts, unknown = _build_facts() if _library else (None, "")
     return Kernels(
         cpu=_library is not None,
         cpu_reason=_cpu_reason,
@@ -111,21 +123,35 @@ def kernels() -> Kernels:
         cuda=not reason,
         cuda_reason=reason,
         cuda_archs=_compiled_archs(),
-        cuda_built=(_library.cuda_version or None) if _library else None,
+        cuda_built=(compiled.cuda_version or None) if compiled else None,
         cuda_driver=_dotted(driver) if driver else None,
         pydeq=package_version(),
         torch=str(torch.__version__),
-        torch_built=_library.torch_built if _library else None,
-        abi_target=_library.abi_target if _library else None,
-        compiler=_library.compiler if _library else None,
+        torch_built=facts.torch_built if facts else None,
+        abi_target=facts.abi_target if facts else None,
+        compiler=facts.compiler if facts else None,
+        unknown_reason=unknown,
     )
+
+
+def _build_facts() -> tuple[Any, str]:
+    """The module with the facts of the build; or None, and why there is none."""
+    if any((_PACKAGE / f"_C{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+        try:
+            return importlib.import_module("pydeq._C"), ""
+        except ImportError as error:
+            why = f"it does not load: {error}"
+    else:
+        others = ", ".join(path.name for path in sorted(_PACKAGE.glob("_C.*.so")))
+        why = f"{others} is for another Python than {platform.python_version()}" if others else "it is missing"
+    return None, f"they are in the module pydeq._C, and {why}"
 
 
 def load() -> None:
     """Load the compiled kernels, which register themselves with torch. The schemas must be defined by now.
 
     Raises:
-        ImportError: If there are none and PYDEQ_REQUIRE_KERNELS=1.
+        ImportError: If there are none and PYDEQ_REQUIRE_KERNELS=1, or if they were built from other sources.
         ValueError: If PYDEQ_KERNELS or PYDEQ_ISA names something that does not exist here.
     """
     global _library, _cpu_reason, _cuda_reason
@@ -139,8 +165,8 @@ def load() -> None:
         _cpu_reason = _cuda_reason = "PYDEQ_KERNELS=off"
         return
     try:
-        _library = importlib.import_module("pydeq._C")
-    except ImportError as error:
+        _library = CpuLibrary(_PACKAGE / CPU, _interface())
+    except OSError as error:
         _cpu_reason = _cuda_reason = _why_missing(error)
         message = (
             f"pydeq has no compiled kernels ({_cpu_reason}). Results are the same without them, solves are slower. "
@@ -160,11 +186,19 @@ def load() -> None:
     _load_cuda(_library, required)
 
 
-def _load_cuda(library: ModuleType, required: bool) -> None:
+def _interface() -> str:
+    """What the libraries must agree on with this package."""
+    from pydeq.ops.registry import schemas  # whose package loads this module
+
+    return interface(schemas, vars(protocol))
+
+
+def _load_cuda(library: CpuLibrary, required: bool) -> None:
     """Load the CUDA kernels of this build where torch has CUDA.
 
     Raises:
-        ImportError: If they do not load although they should, and ``required``.
+        ImportError: If they do not load although they should, and ``required``; or if they were built from other
+            sources.
     """
     global _cuda_library, _cuda_reason
     _cuda_library = None
@@ -183,9 +217,9 @@ def _load_cuda(library: ModuleType, required: bool) -> None:
         )
     else:
         try:
-            _cuda_library = importlib.import_module("pydeq._C_cuda")
-        except ImportError as error:
-            _cuda_reason = f"the library _C_cuda does not load: {error}"
+            _cuda_library = CudaLibrary(_PACKAGE / CUDA, _interface())
+        except OSError as error:
+            _cuda_reason = f"the library {CUDA} does not load: {error}"
         else:
             _cuda_reason = ""
             return
@@ -228,7 +262,8 @@ def _runs(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def _compiled_archs() -> tuple[str, ...]:
-    return tuple(filter(None, _library.cuda_archs.split(", "))) if _library else ()
+    compiled = _cuda_library or _library
+    return tuple(filter(None, compiled.cuda_archs.split(", "))) if compiled else ()
 
 
 def cuda_loaded() -> bool:
@@ -290,10 +325,11 @@ def check_report(answer: int, steps: int, describe: Callable[[int], str]) -> int
     """What a wait has answered, with its failures as exceptions; ``describe`` says what an error's code means."""
     if answer >= 0:
         return answer
-    if _library is not None and answer == _library.lost_report:
+    if answer == Answer.LOST:
         raise RuntimeError(f"step {steps - 1} never reported, and the stream has nothing left to do")
+    error = describe(Answer.FAILED - answer)
     raise RuntimeError(
-        f"the GPU failed while step {steps - 1} of a solve, or fn, was running: {describe(-1 - answer)}. Which kernel"
+        f"the GPU failed while step {steps - 1} of a solve, or fn, was running: {error}. Which kernel"
         " it was shows with CUDA_LAUNCH_BLOCKING=1 or under compute-sanitizer"
     )
 
@@ -341,12 +377,9 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _why_missing(error: ImportError) -> str:
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        if (_PACKAGE / f"_C{suffix}").exists():
-            return f"{_PACKAGE / f'_C{suffix}'} does not load: {error}"
+def _why_missing(error: OSError) -> str:
+    if (_PACKAGE / CPU).exists():
+        return f"{_PACKAGE / CPU} does not load: {error}"
     if (_PACKAGE / "no_kernels.txt").exists():  # written by the install
         return (_PACKAGE / "no_kernels.txt").read_text().strip()
-    for other in sorted(_PACKAGE.glob("_C.*.so")):
-        return f"{other.name} is there, which Python {platform.python_version()} cannot load"
-    return f"no library _C{importlib.machinery.EXTENSION_SUFFIXES[0]} in {_PACKAGE}: was this source folder built?"
+    return f"no library {CPU} in {_PACKAGE}: was this source folder built?"

@@ -89,6 +89,17 @@ class Progress(IntEnum):
     """Samples still running."""
 
 
+class Answer(IntEnum):
+    """Answers to a wait for a step's report that are not a number of running samples."""
+
+    PENDING = -1
+    """Nothing has happened so far."""
+    LOST = -2
+    """The stream is done with all its work, and the step was not among it."""
+    FAILED = -3
+    """This number and smaller ones: the stream has an error, whose code is ``FAILED - number``."""
+
+
 CONTRACTION: Final = 0.9
 """After the first evaluation CONVERGED also needs a residual below this share of the first one."""
 GROWTH: Final = 1.25

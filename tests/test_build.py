@@ -1,5 +1,5 @@
-"""The compiled library: what it links to, what it leaves behind of its builder, what it says of itself, and what
-happens where it is missing.
+"""The compiled libraries: what they link to, what they leave behind of their builder, what they say of themselves, and
+what happens where one is missing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import requires
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 
 import pydeq
 from pydeq import compiled
+from pydeq.interface import differences, interface
+from pydeq.libraries import CPU, CUDA, CpuLibrary, StaleLibraryError
 
 ROOT = Path(pydeq.__file__).parent.parent
 
@@ -27,58 +30,102 @@ needs_kernels = pytest.mark.skipif(not pydeq.kernels().cpu, reason=pydeq.kernels
 needs_binutils = pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is not on PATH")
 
 
-def library() -> Path:
-    return Path(sys.modules["pydeq._C"].__file__ or "")
+PACKAGE = Path(pydeq.__file__).parent
+BUILD = ROOT / "build" / "libraries"
+
+
+@pytest.fixture(params=[CPU, CUDA])
+def library(request: pytest.FixtureRequest) -> Path:
+    """The file of each library in turn."""
+    if request.param == CUDA and not pydeq.kernels().cuda_built:
+        pytest.skip("this build has no CUDA kernels")
+    return PACKAGE / request.param
 
 
 def output(*command: object) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter where a warning is an error, with only these PYDEQ_ variables set."""
+def python(
+    code: str, folder: Path = ROOT, executable: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter where a warning is an error, with only these PYDEQ_ variables set.
+
+    The package is imported from ``folder``.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYDEQ_")}
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [executable, "-W", "error", "-c", code],
         env={**inherited, **environment},
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
     )
 
 
+@pytest.fixture
+def carried(tmp_path: Path) -> Path:
+    """A folder with a copy of the package and its libraries, as for a machine with another Python: without _C."""
+    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "pydeq", ignore=ignored)
+    return tmp_path
+
+
+SYSTEM = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
+
+
 @needs_kernels
 @needs_binutils
-def test_links_to_torch_and_the_system_only():
-    dynamic = output("readelf", "--dynamic", "--wide", library())
+def test_links_to_torch_and_the_system_only(library):
+    dynamic = output("readelf", "--dynamic", "--wide", library)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
-    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0"}
-    assert "libtorch_cpu.so" in needed
-    assert {name for name in needed if not name.startswith("ld-linux")} <= system | {"libtorch_cpu.so"}
+    torch_library = "libtorch_cpu.so" if library.name == CPU else "libtorch.so"
+    assert torch_library in needed
+    assert {name for name in needed if not name.startswith("ld-linux")} <= SYSTEM | {torch_library}
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
 
 
+def symbols(library: Path) -> tuple[set[str], set[str]]:
+    """The dynamic symbols that a library defines, and those that it needs."""
+    lines = output("readelf", "--dyn-syms", "--wide", library).splitlines()
+    rows = [line.split() for line in lines if re.search(r"\b(GLOBAL|WEAK|UNIQUE)\b", line)]
+    return {row[7] for row in rows if row[6] != "UND"}, {row[7].split("@")[0] for row in rows if row[6] == "UND"}
+
+
 @needs_kernels
 @needs_binutils
-def test_exports_its_python_module_only():
-    symbols = output("readelf", "--dyn-syms", "--wide", library()).splitlines()
-    defined = [line.split() for line in symbols if re.search(r"\b(GLOBAL|WEAK|UNIQUE)\b", line)]
-    own = {row[7] for row in defined if row[6] != "UND" and "pydeq" in row[7]}
-    assert not own
-    assert "PyInit__C" in {row[7] for row in defined if row[6] != "UND"}
+def test_shows_the_functions_that_are_called_and_nothing_else(library):
+    defined, _ = symbols(library)
+    own = {name for name in defined if "pydeq" in name}
+    assert all(name.startswith("pydeq_") for name in own)
+    # All that is called: the CUDA library cannot be loaded where torch has no CUDA.
+    before, after = (PACKAGE / "libraries.py").read_text().split("class CudaLibrary")
+    called = set(re.findall(r"\bpydeq_\w+", before if library.name == CPU else after))
+    assert called - {"pydeq_cpu", "pydeq_cuda"} <= own
 
 
 @needs_kernels
-def test_leaves_no_path_of_the_builder():
-    paths = re.findall(rb"(?<![\w.])/[\w.+-]+/[\w.+/-]+", library().read_bytes())
-    assert not paths
+@needs_binutils
+def test_holds_no_python_symbol(library):
+    defined, needed = symbols(library)
+    assert len(needed) > 20
+    assert not [name for name in defined | needed if re.match(r"_?Py|pybind11", name) or "pybind11" in name]
+
+
+@needs_kernels
+def test_leaves_no_path_of_the_builder(library):
+    content = library.read_bytes()
+    if library.name == CPU:
+        assert not re.findall(rb"(?<![\w.])/[\w.+-]+/[\w.+/-]+", content)
+    for path in (str(ROOT), str(Path(torch.__file__).parent), sys.prefix, "/tmp/tmpxft"):
+        assert path.encode() not in content
 
 
 @needs_kernels
 def test_kernel_objects_share_no_code_between_instruction_sets():
     """A weak symbol would be merged across instruction sets, and AVX-512 code could run where there is none."""
-    objects = list(ROOT.glob(f"build/cmake-{sys.implementation.cache_tag}/**/pydeq_kernels.dir/generated/*.o"))
+    objects = list(BUILD.glob("**/pydeq_kernels.dir/generated/*.o"))
     if not objects or not shutil.which("nm"):
         pytest.skip("no object files beside this package, or no nm on PATH")
     for file in objects:
@@ -187,7 +234,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(compiled, "_PACKAGE", tmp_path)
     monkeypatch.setattr(compiled, "_library", None)
     monkeypatch.setattr(compiled, "_cpu_reason", "")
-    monkeypatch.setitem(sys.modules, "pydeq._C", None)  # importing it fails
     for name in ("PYDEQ_KERNELS", "PYDEQ_REQUIRE_KERNELS", "PYDEQ_ISA"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -208,20 +254,128 @@ def test_install_without_a_compiler_warns_once_and_says_why(package):
 
 def test_missing_kernels_are_an_error_where_required(package, monkeypatch):
     monkeypatch.setenv("PYDEQ_REQUIRE_KERNELS", "1")
-    with pytest.raises(ImportError, match=r"no compiled kernels .no library _C.* unset PYDEQ_REQUIRE_KERNELS"):
+    with pytest.raises(
+        ImportError, match=r"no compiled kernels .no library libpydeq_cpu.* unset PYDEQ_REQUIRE_KERNELS"
+    ):
         compiled.load()
 
 
 def test_library_that_does_not_load_says_why(package):
-    (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
-    with pytest.warns(RuntimeWarning, match="does not load: "):
+    (package / CPU).write_bytes(b"no library")
+    with pytest.warns(RuntimeWarning, match=r"libpydeq_cpu.so does not load: .*(file too short|invalid ELF header)"):
         compiled.load()
 
 
-def test_library_of_another_python_says_so(package):
-    (package / "_C.cpython-399-x86_64-linux-gnu.so").write_bytes(b"")
-    with pytest.warns(RuntimeWarning, match="_C.cpython-399-x86_64-linux-gnu.so is there, which Python"):
-        compiled.load()
+# Libraries of other sources
+
+
+def test_interface_depends_on_schemas_and_numbers_and_on_nothing_else():
+    class Counter(IntEnum):
+        FIRST = 0
+
+    class Longer(IntEnum):
+        FIRST = 0
+        SECOND = 1
+
+    numbers = {"LIMIT": 0.5, "Counter": Counter, "_hidden": 1, "IntEnum": IntEnum, "__doc__": "text"}
+    ours = interface(["a(int x) -> ()", "b() -> ()"], numbers)
+    assert ours == interface(["b() -> ()", "a(int x) -> ()"], {**numbers, "__doc__": "other text", "_hidden": 2})
+    assert differences(ours, interface(["a(int y) -> ()", "b() -> ()"], numbers)) == ["a"]
+    assert differences(ours, interface(["a(int x) -> ()"], numbers)) == ["b"]
+    assert differences(ours, interface(["a(int x) -> ()", "b() -> ()"], {**numbers, "LIMIT": 0.25})) == ["protocol"]
+    assert differences(ours, interface(["a(int x) -> ()", "b() -> ()"], {**numbers, "Counter": Longer})) == ["protocol"]
+    assert not differences(ours, ours)
+
+
+@needs_kernels
+def test_a_library_of_other_sources_is_refused():
+    ours = compiled._interface()
+    CpuLibrary(PACKAGE / CPU, ours)
+    changed = re.sub(r"(gmres_step|protocol)=\w+", r"\1=0", ours) + " newton_step=0"
+    expected = r"libpydeq_cpu.so was built from other sources .*different: gmres_step, newton_step, protocol.* Build it"
+    with pytest.raises(StaleLibraryError, match=expected):
+        CpuLibrary(PACKAGE / CPU, changed)
+
+
+@needs_kernels
+def test_import_refuses_libraries_of_other_sources(carried):
+    protocol = carried / "pydeq" / "protocol.py"
+    protocol.write_text(protocol.read_text() + "\nADDED: Final = 3\n")
+    result = python("import pydeq", carried)
+    assert result.returncode == 1
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("pydeq.libraries.StaleLibraryError: ")
+    assert "libpydeq_cpu.so was built from other sources than this pydeq (different: protocol). Build it" in message
+    assert python("import pydeq", carried, PYDEQ_KERNELS="off").returncode == 0
+
+
+# The module with the facts of the build
+
+
+SOLVE = """if True:
+    import torch, pydeq
+    facts = pydeq.kernels()
+    assert facts.cpu and facts.instruction_set in facts.instruction_sets, facts
+    for solver in (pydeq.Picard(), pydeq.Anderson(), pydeq.Broyden(), pydeq.GMRES()):
+        solution = pydeq.fixed_point(lambda z: 0.5 * torch.tanh(z) + 1, torch.zeros(4, 9), solver=solver)
+        assert solution.converged.all()
+    print(facts.unknown_reason)
+    print(facts.torch_built, facts.abi_target, facts.compiler)
+    print(facts)
+"""
+
+
+@needs_kernels
+def test_kernels_run_without_the_module_and_say_what_is_unknown(carried):
+    result = python(SOLVE, carried, PYDEQ_REQUIRE_KERNELS="1")
+    assert result.returncode == 0, result.stderr
+    reason, built, *rows = result.stdout.splitlines()
+    assert reason == "they are in the module pydeq._C, and it is missing"
+    assert built == "None None None"
+    assert f"compiler      unknown, as is the torch that kernels were compiled with: {reason}" in rows
+    assert f"torch         {torch.__version__}" in rows
+
+
+@needs_kernels
+def test_the_same_libraries_serve_another_python(carried):
+    """Any that is here with torch; without one, they hold no Python symbol, as a test above says."""
+    others = other_pythons()
+    if not others:
+        pytest.skip("no other Python here has torch")
+    for executable in others:
+        result = python(SOLVE, carried, executable, PYDEQ_REQUIRE_KERNELS="1")
+        assert result.returncode == 0, f"{executable}: {result.stderr}"
+
+
+def other_pythons() -> list[str]:
+    """Interpreters of other versions that have torch: those that PYTHONS names, and those on PATH."""
+    named = os.environ.get("PYTHONS", "").split()
+    minors = [minor for minor in range(10, 20) if minor != sys.version_info.minor]
+    found = [*named, *(path for minor in minors if (path := shutil.which(f"python3.{minor}")))]
+    probe = "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)"
+    return [path for path in found if subprocess.run([path, "-c", probe], capture_output=True).returncode == 0]
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("_C.cpython-399-x86_64-linux-gnu.so", r"_C.cpython-399-x86_64-linux-gnu.so is for another Python than \d"),
+        (None, "it is missing"),
+    ],
+    ids=["of another Python", "missing"],
+)
+def test_a_module_that_is_not_to_be_had_says_why(package, file, reason):
+    if file:
+        (package / file).write_bytes(b"")
+    facts, unknown = compiled._build_facts()
+    assert facts is None
+    assert re.fullmatch(rf"they are in the module pydeq._C, and {reason}.*", unknown)
+
+
+def test_a_module_that_does_not_load_says_why(package, monkeypatch):
+    (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pydeq._C", None)  # importing it fails
+    assert compiled._build_facts()[1].startswith("they are in the module pydeq._C, and it does not load: ")
 
 
 # The CUDA library, on machines without CUDA: what load() makes of what it finds.
@@ -240,7 +394,6 @@ def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(compiled, "cuda_driver", lambda: (13, 0))
     monkeypatch.setattr(compiled, "_cuda_library", None)
     monkeypatch.setattr(compiled, "_cuda_reason", "")
-    monkeypatch.setitem(sys.modules, "pydeq._C_cuda", None)  # importing it fails
     return monkeypatch
 
 
@@ -274,62 +427,31 @@ def test_an_old_driver_is_told_apart(cuda_torch):
 
 @pytest.mark.parametrize("driver", [None, (13, 0), (13, 4), (14, 1)], ids=str)
 def test_a_driver_of_the_same_major_version_or_later_will_do(cuda_torch, driver):
-    library = type(sys)("pydeq._C_cuda")
+    opened = []
     cuda_torch.setattr(compiled, "cuda_driver", lambda: driver)
-    cuda_torch.setitem(sys.modules, "pydeq._C_cuda", library)
+    cuda_torch.setattr(compiled, "CudaLibrary", lambda path, interface: opened.append((path, interface)) or Library)
     load_cuda(required=True)
-    assert compiled._cuda_library is library
+    assert opened == [(PACKAGE / CUDA, compiled._interface())]
+    assert compiled._cuda_library is Library
     assert compiled._cuda_reason == ""
 
 
-def test_a_cuda_library_that_does_not_load_says_why(cuda_torch):
-    with pytest.warns(
-        RuntimeWarning, match=r"CUDA kernels do not run .the library _C_cuda does not load: .* references"
-    ):
+def test_a_cuda_library_that_does_not_load_says_why(cuda_torch, tmp_path):
+    cuda_torch.setattr(compiled, "_PACKAGE", tmp_path)
+    expected = r"CUDA kernels do not run .the library libpydeq_cuda.so does not load: .*No such file.* references"
+    with pytest.warns(RuntimeWarning, match=expected):
         load_cuda()
     with pytest.raises(ImportError, match="unset PYDEQ_REQUIRE_KERNELS"):
         load_cuda(required=True)
-
-
-def cuda_library() -> Path:
-    found = sorted((ROOT / "pydeq").glob(f"_C_cuda{EXTENSION_SUFFIXES[0]}"))
-    if not found or not pydeq.kernels().cuda_built:
-        pytest.skip("this build has no CUDA kernels")
-    return found[0]
-
-
-@needs_kernels
-@needs_binutils
-def test_the_cuda_library_links_to_torch_and_the_system_only():
-    dynamic = output("readelf", "--dynamic", "--wide", cuda_library())
-    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
-    system = {
-        "libstdc++.so.6",
-        "libm.so.6",
-        "libgcc_s.so.1",
-        "libc.so.6",
-        "libpthread.so.0",
-        "libdl.so.2",
-        "librt.so.1",
-    }
-    assert "libtorch.so" in needed
-    assert {name for name in needed if not name.startswith("ld-linux")} <= system | {"libtorch.so"}
-    assert "RPATH" not in dynamic
-    assert "RUNPATH" not in dynamic
-
-
-@needs_kernels
-def test_the_cuda_library_leaves_no_path_of_the_builder():
-    content = cuda_library().read_bytes()
-    for path in (str(ROOT), str(Path(torch.__file__).parent), "/tmp/tmpxft"):
-        assert path.encode() not in content
 
 
 @needs_kernels
 @needs_binutils
 def test_every_operation_has_a_cuda_kernel():
     """Registered under its name, in a library that need not be loaded to see it."""
-    content = cuda_library().read_bytes()
+    if not pydeq.kernels().cuda_built:
+        pytest.skip("this build has no CUDA kernels")
+    content = (PACKAGE / CUDA).read_bytes()
     names = [
         name.removeprefix("pydeq::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("pydeq:")
     ]

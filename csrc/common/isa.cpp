@@ -1,19 +1,11 @@
 #include "common/isa.h"
 
-#include <stdexcept>
-#include <string>
-#include <vector>
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 namespace pydeq {
 namespace {
-
-#define PYDEQ_ISA_NAME(isa, ...) #isa,
-const char* const names[] = {PYDEQ_FOR_EACH_ISA(PYDEQ_ISA_NAME, )};
-#undef PYDEQ_ISA_NAME
 
 #define PYDEQ_ISA_VALUE(isa, ...) Isa::isa,
 const Isa all[] = {PYDEQ_FOR_EACH_ISA(PYDEQ_ISA_VALUE, )};
@@ -54,24 +46,8 @@ bool cpu_supports(Isa isa) {
 #endif
 }
 
-const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
-
 Isa active_isa() { return active; }
 
-void select_isa(const char* name) {
-  std::string compiled, supported;
-  for (Isa isa : all) {
-    if (cpu_supports(isa)) {
-      if (std::string(name) == isa_name(isa)) {
-        active = isa;
-        return;
-      }
-      supported += std::string(supported.empty() ? "" : ", ") + isa_name(isa);
-    }
-    compiled += std::string(compiled.empty() ? "" : ", ") + isa_name(isa);
-  }
-  throw std::invalid_argument("expected an instruction set that is compiled (" + compiled +
-                              ") and that this CPU has (" + supported + "), got '" + name + "'");
-}
+void select_isa(Isa isa) { active = isa; }
 
 }  // namespace pydeq

@@ -13,12 +13,10 @@ enum class Isa { PYDEQ_FOR_EACH_ISA(PYDEQ_ISA_ENUMERATOR, ) };
 // The instruction set of every kernel call: the best this CPU has, unless select_isa chose another.
 Isa active_isa();
 
-// Chooses an instruction set by name. Throws std::invalid_argument, with the names to choose from, where `name` was not
-// compiled or this CPU lacks it. Not while an operation runs.
-void select_isa(const char* name);
+// Chooses one that this CPU has. Not while an operation runs.
+void select_isa(Isa isa);
 
 bool cpu_supports(Isa isa);
-const char* isa_name(Isa isa);
 
 }  // namespace pydeq
 

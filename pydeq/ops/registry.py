@@ -16,6 +16,8 @@ from torch import Tensor
 from pydeq.reduction import Reduction
 
 _library = torch.library.Library("pydeq", "DEF")
+schemas: list[str] = []
+"""Those of all operations, which the compiled libraries must have been built for."""
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -27,6 +29,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
         fake: Output shapes and dtypes alone, for torch.compile.
     """
     name = schema.split("(", 1)[0]
+    schemas.append(schema)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     _library.impl(name, without_autocast(reference), "CompositeExplicitAutograd")

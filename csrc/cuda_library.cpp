@@ -1,15 +1,15 @@
-// The Python module pydeq._C_cuda: what the host needs to know of a device while a solve runs. No torch header: the
-// operations in csrc/ops/*.cu register themselves with torch when this library is loaded.
+// The C functions of libpydeq_cuda.so, which pydeq/libraries.py calls by ctypes, without the GIL: what the host needs
+// to know of a device while a solve runs, and what was compiled. Neither torch nor Python: the operations in
+// csrc/ops/*.cu register themselves with torch when this library is loaded.
 #include <cuda_runtime.h>
-#include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <stdexcept>
+#include <cstddef>
 #include <string>
 
 #include "common/await_report.h"
-
-namespace py = pybind11;
+#include "common/export.h"
+#include "pydeq_cuda_facts.h"
+#include "pydeq_interface.h"
 
 namespace {
 
@@ -44,8 +44,15 @@ class OnDevice {
   int before_ = -1;
 };
 
+}  // namespace
+
+// As of the CPU library.
+PYDEQ_EXPORT const char* pydeq_interface() { return PYDEQ_INTERFACE; }
+PYDEQ_EXPORT const char* pydeq_cuda_version() { return PYDEQ_CUDA_VERSION; }
+PYDEQ_EXPORT const char* pydeq_cuda_archs() { return PYDEQ_CUDA_ARCHS; }
+
 // Whether a stream still works, without waiting for it: a pydeq::StreamQuery.
-int query_stream(void* stream, int device) {
+PYDEQ_EXPORT int pydeq_query_stream(void* stream, int device) {
   const Uncaptured uncaptured;
   const OnDevice guard(device);
   const cudaError_t status = cudaStreamQuery(static_cast<cudaStream_t>(stream));
@@ -57,28 +64,18 @@ int query_stream(void* stream, int device) {
   return status;
 }
 
-std::string describe_error(int code) {
+// Valid until this thread calls it again.
+PYDEQ_EXPORT const char* pydeq_describe_error(int code) {
+  thread_local std::string text;
   const cudaError_t error = static_cast<cudaError_t>(code);
-  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+  text = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+  return text.c_str();
 }
 
-// Host memory that every device can write to, for as long as the process lives.
-uintptr_t allocate_pinned(size_t bytes) {
+// Host memory that every device can write to, for as long as the process lives. Returns the error's code, 0 for none.
+PYDEQ_EXPORT int pydeq_allocate_pinned(size_t bytes, void** memory) {
   const Uncaptured uncaptured;
-  void* memory = nullptr;
-  const cudaError_t status = cudaHostAlloc(&memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
-  if (status != cudaSuccess) {
-    cudaGetLastError();
-    throw std::runtime_error("no pinned memory for the progress of solves: " + describe_error(status));
-  }
-  return reinterpret_cast<uintptr_t>(memory);
-}
-
-}  // namespace
-
-PYBIND11_MODULE(_C_cuda, module) {
-  module.doc() = "Compiled CUDA kernels of pydeq.";
-  module.attr("query_stream") = reinterpret_cast<uintptr_t>(&query_stream);
-  module.def("describe_error", &describe_error, py::arg("code"));
-  module.def("allocate_pinned", &allocate_pinned, py::arg("bytes"));
+  const cudaError_t status = cudaHostAlloc(memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
 }

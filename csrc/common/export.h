@@ -1,0 +1,4 @@
+// What a library shows to ctypes; everything else in it is hidden.
+#pragma once
+
+#define PYDEQ_EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,0 +1,34 @@
+"""What the package and its compiled libraries must agree on: the schemas of operations, the numbers of the protocol.
+
+A library carries this text as of its build. It imports nothing but the standard library, so that a build can read it
+without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+
+
+def interface(schemas: Iterable[str], protocol: Mapping[str, object]) -> str:
+    """Digests of what must be the same on both sides, "name=digest" between spaces.
+
+    Args:
+        schemas: Of the operations, ``name(args) -> returns``.
+        protocol: The names of ``pydeq/protocol.py``.
+    """
+    numbers = []
+    for name, value in protocol.items():
+        if isinstance(value, type) and issubclass(value, IntEnum) and value is not IntEnum:
+            numbers.append((name, [(member.name, int(member)) for member in value]))
+        elif name.isupper():
+            numbers.append((name, value))
+    parts = {"protocol": repr(sorted(numbers)), **{schema.split("(", 1)[0]: schema for schema in schemas}}
+    return " ".join(f"{name}={hashlib.sha256(text.encode()).hexdigest()[:16]}" for name, text in sorted(parts.items()))
+
+
+def differences(ours: str, theirs: str) -> list[str]:
+    """The names whose digests differ, or that only one side has."""
+    both = set(ours.split()) ^ set(theirs.split())
+    return sorted({part.split("=")[0] for part in both})
