@@ -114,6 +114,22 @@ def test_holds_no_python_symbol(library):
 
 
 @needs_kernels
+@needs_binutils
+def test_a_kernel_is_compiled_in_one_place_only():
+    """Of two copies one would be launched, and nobody could say which (nvcc on -static-global-template-stub)."""
+    objects = list(BUILD.glob("CMakeFiles/pydeq_cuda*.dir/**/*.cu.o"))
+    if not objects or not shutil.which("nm"):
+        pytest.skip("no object files of CUDA kernels, or no nm on PATH")
+    found = [
+        line.split(maxsplit=2)[2]
+        for file in objects
+        for line in output("nm", "-C", "--defined-only", file).splitlines()
+        if re.match(r"\w+ [WT] void pydeq::\w+_kernel<", line)
+    ]
+    assert len(found) == len(set(found)) > 0
+
+
+@needs_kernels
 def test_leaves_no_path_of_the_builder(library):
     content = library.read_bytes()
     if library.name == CPU:

@@ -1,8 +1,12 @@
 #include "common/launch_step.h"
+#include "common/step_kernels.h"
 #include "ops/anderson_step.cuh"
 #include "ops/anderson_step_bind.h"
 
 namespace pydeq {
+
+PYDEQ_KERNELS_APART(AndersonStep)
+
 namespace {
 
 void anderson_step_cuda(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best,

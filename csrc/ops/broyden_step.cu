@@ -1,10 +1,14 @@
 #include <algorithm>
 
 #include "common/launch_step.h"
+#include "common/step_kernels.h"
 #include "ops/broyden_step.cuh"
 #include "ops/broyden_step_bind.h"
 
 namespace pydeq {
+
+PYDEQ_KERNELS_APART(BroydenStep)
+
 namespace {
 
 void broyden_step_cuda(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best, const Tensor& iterate,

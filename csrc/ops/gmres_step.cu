@@ -1,10 +1,14 @@
 #include <algorithm>
 
 #include "common/launch_step.h"
+#include "common/step_kernels.h"
 #include "ops/gmres_step.cuh"
 #include "ops/gmres_step_bind.h"
 
 namespace pydeq {
+
+PYDEQ_KERNELS_APART(GmresStep)
+
 namespace {
 
 void gmres_step_cuda(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best, const Tensor& iterate,

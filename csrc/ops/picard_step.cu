@@ -1,7 +1,11 @@
 #include "common/launch_step.h"
+#include "common/step_kernels.h"
 #include "ops/picard_step.cuh"
 
 namespace pydeq {
+
+PYDEQ_KERNELS_APART(PicardStep)
+
 namespace {
 
 void picard_step_cuda(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best, const Tensor& scalars,
