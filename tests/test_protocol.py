@@ -1,17 +1,26 @@
-"""The header that csrc/generate_protocol.py writes from pydeq/protocol.py."""
+"""What a build reads from the package: the numbers of pydeq/protocol.py, and the interface of pydeq/interface.py."""
 
 import runpy
 from enum import IntEnum
 from pathlib import Path
 
 import pytest
+import torch
 
-GENERATOR = Path(__file__).parent.parent / "csrc" / "generate_protocol.py"
+import pydeq
+from pydeq import compiled
+
+CSRC = Path(__file__).parent.parent / "csrc"
 
 
 @pytest.fixture(scope="module")
 def generator():
-    return runpy.run_path(str(GENERATOR))
+    return runpy.run_path(str(CSRC / "generate_protocol.py"))
+
+
+@pytest.fixture(scope="module")
+def interface_generator():
+    return runpy.run_path(str(CSRC / "generate_interface.py"))
 
 
 def test_constants_keep_their_values(generator):
@@ -45,3 +54,18 @@ def test_header_holds_every_constant(generator):
     header = generator["header"]({"LIMIT": ("double", "0.1")})
     assert "constexpr double LIMIT = 0.1;" in header
     assert header.startswith("// Generated from pydeq/protocol.py")
+
+
+def test_a_build_reads_the_interface_that_the_package_has(interface_generator):
+    """Without importing torch: from the sources of the operations."""
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pydeq::")]
+    text = interface_generator["package_interface"](Path(pydeq.__file__).parent)
+    assert text == compiled._interface()
+    assert {part.split("=")[0] for part in text.split()} == {name[len("pydeq::") :] for name in registered} | {
+        "protocol"
+    }
+
+
+def test_schemas_are_read_from_calls_of_define(interface_generator):
+    source = 'x = define("a(int x)"\n    " -> ()", f, g)\nother("b() -> ()")\ndefine\n'
+    assert interface_generator["schemas"](source) == ["a(int x) -> ()"]
