@@ -1,10 +1,15 @@
 """Norms, dropout, losses, estimates, configuration: the contract on replacement and original; then what is better."""
 
 import copy
+import gc
 import importlib
 import inspect
+import io
 import math
+import pickle
 import pkgutil
+import weakref
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -175,6 +180,67 @@ def test_normed_modules_are_copied(new, norm):
     copy.deepcopy(again)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("how", ["pickle", "save", "spawn", "deepcopy"])
+def test_a_model_with_norms_is_saved_and_sent(new, norm, how):
+    """torch.save of the model, and what torch.multiprocessing.spawn does with it, before and after a reset."""
+
+    def again(model):
+        if how == "deepcopy":
+            return copy.deepcopy(model)
+        if how == "pickle":
+            return pickle.loads(pickle.dumps(model))
+        file = io.BytesIO()
+        if how == "save":
+            torch.save(model, file)
+            return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        ForkingPickler(file).dump(model)
+        return pickle.loads(file.getvalue())
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 3, padding=1)})
+    model["deq"] = new.get_deq(f_solver="anderson", b_solver="anderson", ift=True)
+    new.apply_norm(model, norm)
+    for module in model.values():
+        if hasattr(module, "weight_g"):
+            module.weight_g.data.mul_(0.3)
+
+    def run(model):
+        def f(z):
+            return torch.tanh(model["conv"](model["linear"](z)) + 1)
+
+        z = model["deq"](f, torch.zeros(2, 4, 4))[0][-1]
+        gradients = torch.autograd.grad(z.sum(), list(model.parameters()), allow_unused=True)
+        return [z.detach(), *gradients]
+
+    model.eval()  # no power iteration
+    for _ in range(2):
+        new.reset_norm(model)
+        model = model.train()
+        sent = again(model)
+        assert sent["linear"].weight.equal(model["linear"].weight)
+        model.eval(), sent.eval()
+        new.reset_norm(model), new.reset_norm(sent)
+        model.train(), sent.train()
+        for theirs, ours in zip(run(sent), run(model), strict=True):
+            assert theirs.equal(ours)
+        model.eval(), sent.eval()
+        again(sent)
+        model = sent
+
+
+def test_norms_leave_no_cycle(new):
+    model = nn.Linear(3, 3)
+    new.apply_norm(model)
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_norming_twice_changes_nothing(new):
     linear = nn.Linear(3, 3)
     new.apply_norm(linear)
@@ -233,6 +299,47 @@ def test_dropout_draws_where_the_tensor_is(new):
     assert dropout(torch.ones(3, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert dropout(torch.ones(2, 4, dtype=torch.bfloat16)).shape == (2, 4)  # a last, smaller batch
     assert dropout(torch.ones(3, 4, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4), (1, 1, 4), (4,), (2, 6, 4)])
+@pytest.mark.parametrize("base", ["_VariationalDropoutNd", "VariationalDropout1d", "VariationalDropToken1d"])
+def test_a_mask_of_ones_own_is_drawn_once(td, base, shape):
+    """Drawn by an overridden ``reset_mask``, in any shape that broadcasts to the input."""
+    draws = []
+
+    class Own(getattr(td.dropout, base)):
+        def reset_mask(self, x):
+            draws.append(x.shape)
+            self.mask = (torch.rand(shape) > 0.5).to(x) * 2
+
+    torch.manual_seed(0)
+    module, x = Own(0.5), torch.randn(2, 6, 4)
+    for _ in range(3):
+        assert module(x).equal(x * module.mask)
+    assert len(draws) == 1
+    td.reset_dropout(module)
+    assert module(x).shape == x.shape
+    assert len(draws) == 2
+
+
+def test_a_mask_that_was_given_is_used(td):
+    module, x = td.VariationalDropout1d(0.5), torch.randn(2, 6, 4)
+    module.mask = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert module(x).equal(x * module.mask)
+
+
+def test_either_librarys_reset_forgets_the_masks_of_both(original, new, monkeypatch):
+    for place in (original, original.core, original.dropout):
+        monkeypatch.setattr(place, "reset_dropout", place.reset_dropout)  # undo what drawing a mask puts there
+    model = nn.Sequential(original.VariationalDropout(0.5), new.VariationalDropout(0.5))
+    for reset in (original.reset_deq, new.reset_deq, original.core.reset_deq, new.reset_dropout):
+        model(torch.ones(4, 5))
+        assert all(module.mask is not None for module in model)
+        reset(model)
+        assert all(module.mask is None for module in model)
+    model(torch.ones(4, 5))
+    original.dropout.reset_dropout(model)
+    assert all(module.mask is None for module in model)
 
 
 def test_dropping_everything_gives_zeros(new):

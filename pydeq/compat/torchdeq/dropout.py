@@ -1,11 +1,14 @@
-"""Variational dropout: one mask for all iterations of a solve, drawn anew after ``reset_dropout``.
+"""Variational dropout: one mask for all iterations of a solve, drawn again after ``reset_dropout``.
 
 A mask is drawn where the tensor is and in its dtype, and again when the shape no longer fits.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,8 @@ __all__ = [
 class _VariationalDropoutNd(nn.Module):
     """Zeroes entries with probability ``dropout`` and scales the others by 1 / (1 - dropout).
 
+    A subclass may override ``reset_mask`` and set ``mask`` to anything that broadcasts to its input.
+
     Args:
         dropout: Probability, in [0, 1].
     """
@@ -35,6 +40,7 @@ class _VariationalDropoutNd(nn.Module):
             raise ValueError(f"dropout probability must be in [0, 1], got {dropout}")
         self.dropout = dropout
         self.mask: Tensor | None = None
+        self._shape: tuple[int, ...] | None = None  # of a mask that was drawn here
 
     def mask_shape(self, x: Tensor) -> Sequence[int]:
         """The shape of the mask of ``x``: 1 in dimensions that share their fate."""
@@ -45,15 +51,29 @@ class _VariationalDropoutNd(nn.Module):
         keep = 1.0 - self.dropout
         drawn = torch.empty(*self.mask_shape(x), dtype=x.dtype, device=x.device).bernoulli_(keep)
         self.mask = drawn / keep if keep > 0.0 else drawn
+        self._shape = tuple(drawn.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:
             return x
-        mask = self.mask
-        if mask is None or mask.device != x.device or tuple(mask.shape) != tuple(self.mask_shape(x)):
+        if not self._fits(x):
+            self._shape = None
             self.reset_mask(x)
+            if not torch.compiler.is_compiling():
+                _join_original()
         assert self.mask is not None
         return self.mask * x
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the mask is for tensors like ``x``: drawn here, for their shape; or by a subclass, or given."""
+        mask = self.mask
+        if mask is None or mask.device != x.device:
+            return False
+        if self._shape == tuple(mask.shape):
+            return self._shape == tuple(self.mask_shape(x))
+        return mask.dim() <= x.dim() and all(
+            size in (1, of) for size, of in zip(reversed(mask.shape), reversed(x.shape), strict=False)
+        )
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
@@ -125,7 +145,31 @@ class VariationalDropToken3d(_Dimensional):
 
 
 def reset_dropout(model: nn.Module) -> None:
-    """Forget the masks of all variational dropouts in ``model``."""
+    """Forget the masks of all variational dropouts in ``model``, those of an installed torchdeq among them."""
+    original = sys.modules.get("torchdeq.dropout")
+    kinds = (_VariationalDropoutNd, getattr(original, "_VariationalDropoutNd", _VariationalDropoutNd))
     for module in model.modules():
-        if isinstance(module, _VariationalDropoutNd):
-            module.mask = None
+        if isinstance(module, kinds):
+            module.mask = None  # pyright: ignore
+
+
+def _join_original() -> None:
+    """Have the ``reset_deq`` and ``reset_dropout`` of a torchdeq that is imported, too, forget masks of this module.
+
+    Code that was moved over in part may call the original's functions on a model with these dropouts.
+    """
+    for name in ("torchdeq", "torchdeq.core", "torchdeq.dropout"):
+        module = sys.modules.get(name)
+        theirs: Any = getattr(module, "reset_dropout", None)
+        if theirs is not None and not hasattr(theirs, "_resets_pydeq"):
+            module.reset_dropout = _joined(theirs)  # pyright: ignore
+
+
+def _joined(theirs: Any) -> Any:
+    @functools.wraps(theirs)
+    def reset(model: nn.Module) -> None:
+        theirs(model)
+        reset_dropout(model)
+
+    reset._resets_pydeq = True  # pyright: ignore
+    return reset

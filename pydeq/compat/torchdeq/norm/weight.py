@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -81,10 +82,35 @@ class WeightRule(ABC):
 def hold(module: nn.Module, name: str, weight: Tensor) -> None:
     """Make ``weight`` an attribute of ``module``.
 
-    With a graph behind it, torch refuses to copy it; a copy of the module holds its value until the next reset.
+    With a graph behind it, torch refuses to copy it and to send it to another process: a copy of the module, and a
+    pickled one, holds its value until the next reset.
     """
-    weight.__deepcopy__ = lambda memo, weight=weight: weight.detach().clone()  # pyright: ignore
     setattr(module, name, weight)
+    if "__reduce_ex__" not in module.__dict__:
+        module.__dict__["__reduce_ex__"] = _Detached(module)
+
+
+class _Detached:
+    """Takes apart a module, for ``copy`` and ``pickle``, without the graphs behind its attributes.
+
+    Args:
+        module: Has this as its ``__reduce_ex__``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)  # no cycle: parameters are freed with their module
+
+    def __call__(self, protocol: Any) -> tuple[Any, ...]:
+        module = self.module()
+        assert module is not None
+        make, arguments, state, *rest = type(module).__reduce_ex__(module, protocol)
+        if isinstance(state, dict):
+            state = {
+                key: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
+                for key, value in state.items()
+                if not isinstance(value, _Detached)  # the next reset makes it
+            }
+        return (make, arguments, state, *rest)
 
 
 def named(targets: dict[type, Any], module: nn.Module, names: Any, dims: Any) -> tuple[list[str], list[int]]:
