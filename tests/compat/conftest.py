@@ -7,6 +7,14 @@ import pytest
 import torch
 
 import pydeq.compat.torchdeq
+from pydeq.compat import warning
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """What is said once is said in each test."""
+    warning.warn_of_modification.cache_clear()
+    warning._warned.clear()
 
 
 def import_original():
@@ -40,13 +48,17 @@ class Tanh:
 
     Args:
         rho: Spectral norm of W.
+        radius: Its spectral radius instead.
     """
 
-    def __init__(self, rho=0.7, shape=(12,), batch=3, seed=0, dtype=torch.float64):
+    def __init__(self, rho=0.7, shape=(12,), batch=3, seed=0, dtype=torch.float64, radius=None):
         generator = torch.Generator().manual_seed(seed)
         dim = torch.Size(shape).numel()
         W = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-        self.W = (rho * W / torch.linalg.matrix_norm(W, 2)).to(dtype).requires_grad_()
+        scale = rho / torch.linalg.matrix_norm(W, 2)
+        if radius is not None:
+            scale = radius / torch.linalg.eigvals(W).abs().max()
+        self.W = (scale * W).to(dtype).requires_grad_()
         self.x = torch.randn(batch, dim, generator=generator, dtype=torch.float64).to(dtype)
         self.z0 = torch.zeros(batch, *shape, dtype=dtype)
         self.calls = 0

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pydeq.compat
+from pydeq import ConvergenceWarning
 
 TIGHT = {"f_max_iter": 80, "f_tol": 1e-12, "b_max_iter": 80, "b_tol": 1e-12}
 
@@ -416,6 +417,88 @@ def test_custom_backward_solvers_begin_at_zero(new, tanh):
         torch.testing.assert_close(f.W.grad, implicit_gradient(f, torch.ones_like(f.z0)), rtol=1e-6, atol=1e-8)
     finally:
         del new.solver._solvers["own"]
+
+
+def test_a_backward_solver_may_report_nothing(td, tanh):
+    def solver(func, x0, **kwargs):
+        for _ in range(200):
+            x0 = func(x0)
+        return x0, [], {}
+
+    td.register_solver("silent", solver)
+    try:
+        f = tanh(rho=0.5)
+        (z,), _ = td.get_deq(ift=True, b_solver="silent", f_max_iter=60, f_tol=1e-12)(f, f.z0)
+        z.sum().backward()
+        torch.testing.assert_close(f.W.grad, implicit_gradient(f, torch.ones_like(f.z0)), rtol=1e-6, atol=1e-8)
+    finally:
+        del td.solver._solvers["silent"]
+
+
+@pytest.mark.parametrize("core", ["DEQSliced", "DEQIndexing"])
+@pytest.mark.parametrize("extra", [False, True])
+def test_subclasses_may_replace_the_solve(td, tanh, core, extra):
+    """With the signature of the original's method, and what that returns; and with one of its own."""
+    base = getattr(td.core, core)
+    calls = []
+
+    def solved(self, deq_func, z_init, steps, options):
+        calls.append(steps)
+        with torch.no_grad():
+            z, states, info = self.f_solver(deq_func, x0=z_init, max_iter=steps, **options)
+        return (z, info) if core == "DEQSliced" else (z, states or [z], info)
+
+    class Plain(base):
+        if extra:
+
+            def _solve_fixed_point(self, deq_func, z_init, f_max_iter=40, solver_kwargs=None, **kw):
+                return solved(self, deq_func, z_init, f_max_iter, {"tol": 1e-9})
+
+        elif core == "DEQSliced":
+
+            def _solve_fixed_point(self, deq_func, z_init, f_max_iter, solver_kwargs):
+                return solved(self, deq_func, z_init, f_max_iter, {"tol": 1e-9})
+
+        else:
+
+            def _solve_fixed_point(self, deq_func, z_init, f_max_iter=None, indexing=None, solver_kwargs=None):
+                return solved(self, deq_func, z_init, f_max_iter, {"tol": 1e-9, "indexing": indexing})
+
+    class Wrapped(base):
+        def _solve_fixed_point(self, *args, **kwargs):
+            found = super()._solve_fixed_point(*args, **kwargs)
+            calls.append(len(found))
+            return found
+
+    f = tanh(rho=0.5)
+    for kind in (Plain, Wrapped):
+        deq = kind(f_max_iter=60, f_tol=1e-9, ift=True)
+        for training in (True, False):
+            deq.train(training)
+            calls.clear()
+            (z,), info = deq(f, f.z0)
+            torch.testing.assert_close(z, f.solution(), rtol=0, atol=1e-8)
+            assert calls == [60 if kind is Plain else 2 if core == "DEQSliced" else 3]
+            assert info["abs_lowest"].max() < 1e-9
+
+
+@pytest.mark.parametrize("b_solver", ["anderson", "broyden", "fixed_point_iter"])
+@pytest.mark.parametrize("b_stop_mode", ["abs", "rel"])
+def test_a_backward_solve_that_does_not_converge_warns_once(new, tanh, b_solver, b_stop_mode):
+    f = tanh(rho=0.99, shape=(24,))
+    options = {"ift": True, "f_solver": "anderson", "f_max_iter": 80, "f_tol": 1e-10, "b_solver": b_solver}
+    deq = new.get_deq(b_stop_mode=b_stop_mode, b_max_iter=3, **options)
+    with pytest.warns(ConvergenceWarning, match=r"backward solve by .* left \d of 3 samples.*b_max_iter"):
+        deq(f, f.z0)[0][-1].sum().backward()
+    deq(f, f.z0)[0][-1].sum().backward()  # warnings are errors
+    pydeq.compat.warning._warned.clear()
+    new.get_deq(b_stop_mode=b_stop_mode, b_max_iter=200, **options)(f, f.z0)[0][-1].sum().backward()
+
+
+def test_a_tolerance_out_of_reach_of_rounding_does_not_warn(new, tanh):
+    f = tanh(rho=0.5, dtype=torch.float32)
+    deq = new.get_deq(ift=True, f_solver="anderson", b_solver="anderson", b_tol=1e-6)
+    (1e6 * deq(f, f.z0)[0][-1]).sum().backward()
 
 
 # Dynamo looks at the .grad of what comes out of one graph and goes into the next.

@@ -94,16 +94,28 @@ class DEQBase(nn.Module):
         deq_func: Callable[..., Any],
         z_init: Any,
         f_max_iter: Any = None,
-        indexing: Sequence[int] | None = None,
         solver_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
+    ) -> Any:
+        """Solve without a gradient; each core says what it returns. A subclass may replace it.
+
+        Args:
+            deq_func: The map, of one tensor.
+            z_init: Where to start.
+            f_max_iter: Steps at most.
+            solver_kwargs: Options of the forward solver for this call.
+        """
+        raise NotImplementedError
+
+    def _run_solver(
+        self, deq_func: Callable[..., Any], z_init: Any, f_max_iter: Any, options: dict[str, Any] | None, **more: Any
     ) -> tuple[Any, list[Any], Any]:
         """What the forward solver returns; no gradient."""
-        options: dict[str, Any] = {"tol": self.f_tol, "stop_mode": self.f_stop_mode, "indexing": indexing}
-        options |= self.f_solver_kwargs | (solver_kwargs or {})
-        options.pop("f_max_iter", None)
+        given: dict[str, Any] = {"tol": self.f_tol, "stop_mode": self.f_stop_mode}
+        given |= more | self.f_solver_kwargs | (options or {})
+        given.pop("f_max_iter", None)
         with torch.no_grad():
-            return self.f_solver(deq_func, x0=z_init, max_iter=int(f_max_iter), **options)
+            return self.f_solver(deq_func, x0=z_init, max_iter=int(f_max_iter), **given)
 
     def forward(
         self,
@@ -219,7 +231,8 @@ class _Sampling(DEQBase):
                 states, info = self._train(deq_func, z, steps, f_max_iter, options, backward_writer)
             else:
                 f_max_iter = options.get("f_max_iter", self.eval_f_max_iter)
-                z, _, info = self._solve_fixed_point(deq_func, z, f_max_iter=f_max_iter, solver_kwargs=options)
+                found = self._solve_fixed_point(deq_func, z, f_max_iter=f_max_iter, solver_kwargs=options)
+                z, info = found[0], found[-1]
                 first = z if isinstance(z, Tensor) else z[0]
                 info["sradius"] = self._sradius(deq_func, z) if sradius_mode else torch.zeros(1, device=first.device)
                 states = [z]
@@ -247,6 +260,18 @@ class DEQIndexing(_Sampling):
         gap = int(f_max_iter // count)
         return [f_max_iter - (count - k - 1) * gap for k in range(count)]
 
+    def _solve_fixed_point(
+        self,
+        deq_func: Callable[..., Any],
+        z_init: Any,
+        f_max_iter: Any = None,
+        indexing: Sequence[int] | None = None,
+        solver_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, list[Any], Any]:
+        """The solution, the states of the steps ``indexing``, and the statistics; no gradient."""
+        return self._run_solver(deq_func, z_init, f_max_iter, solver_kwargs, indexing=indexing)
+
     def _train(
         self,
         deq_func: DEQWrapper,
@@ -256,7 +281,9 @@ class DEQIndexing(_Sampling):
         solver_kwargs: dict[str, Any],
         writer: Any,
     ) -> tuple[list[Any], Any]:
-        _, trajectory, info = self._solve_fixed_point(deq_func, z, f_max_iter, steps, solver_kwargs)
+        _, trajectory, info = self._solve_fixed_point(
+            deq_func, z, f_max_iter=f_max_iter, indexing=steps, solver_kwargs=solver_kwargs
+        )
         produce = self.produce_grad
         if not is_legacy():  # where there are fewer states, the last gradient still is that of the last state
             produce = produce[max(0, len(produce) - len(trajectory)) :]
@@ -280,6 +307,18 @@ class DEQSliced(_Sampling):
             return [int(f_max_iter // count)] * count
         return np.diff([0, *self.args.get("indexing", self.arg_indexing), f_max_iter]).tolist()
 
+    def _solve_fixed_point(
+        self,
+        deq_func: Callable[..., Any],
+        z_init: Any,
+        f_max_iter: Any = None,
+        solver_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """The solution and the statistics; no gradient."""
+        z, _, info = self._run_solver(deq_func, z_init, f_max_iter, solver_kwargs)
+        return z, info
+
     def _train(
         self,
         deq_func: DEQWrapper,
@@ -292,7 +331,8 @@ class DEQSliced(_Sampling):
         states: list[Any] = []
         info = None
         for count, produce_grad in zip(steps, self.produce_grad, strict=False):
-            z, _, info = self._solve_fixed_point(deq_func, z, count, None, solver_kwargs)
+            found = self._solve_fixed_point(deq_func, z, f_max_iter=count, solver_kwargs=solver_kwargs)
+            z, info = found[0], found[-1]  # a list of states between them is let be
             states += produce_grad(self, deq_func, deq_func.detach(z), writer=writer)
             z = states[-1]
         return states, info

@@ -14,6 +14,7 @@ from pydeq.adjoints.implicit import attach
 from pydeq.compat.mode import is_legacy, legacy
 from pydeq.compat.processes import flatten
 from pydeq.compat.torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
+from pydeq.compat.warning import warn_of_backward
 from pydeq.protocol import Counter, Scalar, Status
 from pydeq.solution import Solution
 from pydeq.state import State
@@ -74,13 +75,39 @@ class SolverImplicit(Implicit):
         if self.writer:
             self.writer(info)
         u = u.detach()
-        lowest = info["abs_lowest"].detach().double().expand(len(u))
+        lowest, relative = _lowest(info, "abs_lowest", u), _lowest(info, "rel_lowest", u)
         finite = flatten(u).isfinite().all(1) & lowest.isfinite()
+        self._watch(u, lowest, relative, finite)
         scalars = lowest.new_zeros(len(u), len(Scalar))
         scalars[:, Scalar.BEST], scalars[:, Scalar.BEST_NORM] = lowest, flatten(u).double().norm(dim=1)
         counters = torch.zeros(len(u), len(Counter), dtype=torch.int32, device=u.device)
         counters[:, Counter.STATUS] = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE)).int()
         return Solution(u, u, calls, scalars, counters, None)
+
+    def _watch(self, u: Tensor, lowest: Tensor, relative: Tensor, finite: Tensor) -> None:
+        """Warn once of samples that met neither the tolerance of ``b_solver`` nor the one of :class:`Implicit`.
+
+        The latter is relative: where a small absolute tolerance is out of rounding's reach, gradients are as exact as
+        they can be. Samples that are not finite get NaN gradients instead.
+        """
+        tol = self.b_solver_kwargs.get("tol", 0.0)
+        missed = (relative if self.b_solver_kwargs.get("stop_mode") == "rel" else lowest) >= tol
+        lost = missed & (relative > self.options(u.dtype)["rtol"]) & finite
+        if bool(lost.any()):
+            warn_of_backward(
+                getattr(self.b_solver, "__name__", repr(self.b_solver)),
+                f"{int(lost.sum())} of {len(u)} samples unconverged, relative residual up to"
+                f" {relative[lost].max().item():.2g}",
+                "increase b_max_iter or b_tol, choose another b_solver",
+            )
+
+
+def _lowest(info: Any, name: str, u: Tensor) -> Tensor:
+    """A smallest residual of each sample, (B,); 0 where a solver does not report it."""
+    found = info.get(name) if isinstance(info, Mapping) else None
+    if not isinstance(found, Tensor):
+        return torch.zeros(len(u), dtype=torch.float64, device=u.device)
+    return found.detach().to(u.device, torch.float64).reshape(-1).expand(len(u)).clone()
 
 
 @dataclass(frozen=True)
@@ -97,9 +124,9 @@ class ImplicitGradient:
             b_solver=self.b_solver, b_solver_kwargs=self.b_solver_kwargs, writer=writer, reproduce=is_legacy()
         )
         z = z_pred.detach()
-        if z.dim():
-            return [attach(settings, func, z, ())[0]]
-        y, _ = attach(settings, lambda z: func(z[0])[None], z[None], ())
+        if z.dim():  # a copy, as func may modify its argument
+            return [attach(settings, lambda z: func(z.clone()), z, ())[0]]
+        y, _ = attach(settings, lambda z: func(z[0].clone())[None], z[None], ())
         assert isinstance(y, Tensor)
         return [y[0]]
 
