@@ -18,6 +18,7 @@ from pydeq.compat.jacobian import dominant_eigenvalue, hutchinson
 from pydeq.compat.mode import is_legacy
 from pydeq.compat.processes import Process, anderson_process, broyden_process
 from pydeq.compat.rules import STALL_RATIO, STALL_TOLERANCES, STALL_WINDOW, UNKNOWN
+from pydeq.compat.warning import warn_of_backward
 from pydeq.protocol import Scalar
 
 __all__ = ["anderson", "broyden", "jac_loss_estimate", "power_method"]
@@ -46,7 +47,8 @@ def broyden(
         eps: Stop when the residual of the whole batch is below.
         stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)|| + 1e-9.
         ls: Line search by Armijo's rule, of each sample; in legacy mode of the whole batch.
-        name: Ignored.
+        name: What is solved. A solve named "backward", or one without a name in a backward pass, warns once where it
+            did not converge.
         legacy: Reproduce the original's iterates; by default as :func:`pydeq.compat.legacy` says.
 
     Returns:
@@ -59,7 +61,10 @@ def broyden(
         return broyden_process(f, x0, max(1, threshold), ls, threshold + 1, legacy)
 
     protection = _PROTECTION.get(stop_mode, math.inf) * (x0.shape[-1] if x0.dim() > 2 else 1)
-    loop = _Loop(stop_mode, eps, threshold, first=1, shift=1e-9, legacy=legacy, protection=protection, stalls=True)
+    loop = _Loop(
+        stop_mode, eps, threshold, first=1, shift=1e-9, legacy=legacy, protection=protection, stalls=True,
+        backward="broyden" if _in_backward(name) else "",
+    )  # fmt: skip
     return loop.run(start, x0, evaluations=threshold + 1, columns=threshold + 1)
 
 
@@ -85,7 +90,8 @@ def anderson(
         eps: Stop when the residual of the whole batch is below.
         stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)|| + 1e-5.
         beta: Damping. Outside of (0, 1] the original's steps are taken.
-        kwargs: ``legacy=True`` reproduces the original's iterates; the rest is ignored.
+        kwargs: ``legacy=True`` reproduces the original's iterates; ``name`` is as for :func:`broyden`; the rest is
+            ignored.
 
     Returns:
         As :func:`broyden`; the traces hold threshold - 2 floats, and ``nstep`` counts evaluations from 0.
@@ -95,7 +101,8 @@ def anderson(
     def start() -> Process:
         return anderson_process(f, x0, m, lam, beta, threshold, legacy)
 
-    loop = _Loop(stop_mode, eps, threshold, first=2, shift=1e-5, legacy=legacy)
+    backward = "anderson" if _in_backward(kwargs.get("name", "unknown")) else ""
+    loop = _Loop(stop_mode, eps, threshold, first=2, shift=1e-5, legacy=legacy, backward=backward)
     return loop.run(start, x0, evaluations=threshold, columns=max(0, threshold - 2))
 
 
@@ -139,6 +146,7 @@ class _Loop:
         legacy: Decide in everything as the original does, which looks at no evaluation before ``first``.
         protection: Give up when the residual has grown by this factor since the first entry.
         stalls: Whether lack of progress stops.
+        backward: The solver's name where it solves for gradients, which is then warned about.
     """
 
     def __init__(
@@ -151,12 +159,13 @@ class _Loop:
         legacy: bool,
         protection: float = math.inf,
         stalls: bool = False,
+        backward: str = "",
     ) -> None:
         if stop_mode not in ("abs", "rel"):
             raise ValueError(f"stop_mode must be 'abs' or 'rel', got {stop_mode!r}")
         self.stop_mode, self.eps, self.threshold = stop_mode, eps, threshold
         self.first, self.shift, self.legacy = first, shift, legacy
-        self.protection, self.stalls = protection, stalls
+        self.protection, self.stalls, self.backward = protection, stalls, backward
 
     def run(self, start: Callable[[], Process], x0: Tensor, evaluations: int, columns: int) -> dict[str, Any]:
         """Run the process that ``start`` makes; no gradient."""
@@ -171,6 +180,7 @@ class _Loop:
                 row = process.advance()
                 if self.legacy and k < self.first:
                     continue
+                broken = process.hopeless is not None  # no iterate of one step can come of it
                 absolute = _length(row[:, Scalar.RESIDUAL])
                 pair = (absolute, absolute / (_length(row[:, Scalar.NORM]) + self.shift))
                 for i in (0, 1):
@@ -180,11 +190,17 @@ class _Loop:
                         lowest[i], steps[i] = pair[i], k
                         if i == mode:
                             result.copy_(process.z.view(x0.shape))
-                if pair[mode] < self.eps or self._stalled(traces[mode]):
+                if pair[mode] < self.eps or broken or self._stalled(traces[mode]):
                     break
                 if traces[mode] and not pair[mode] <= self.protection * traces[mode][0]:
                     broken = True
                     break
+        if self.backward and self.eps <= lowest[mode] < UNKNOWN:
+            warn_of_backward(
+                self.backward,
+                f"its batch at a residual of {lowest[mode]:.2g} ({self.stop_mode}), eps is {self.eps:.2g}",
+                "increase its threshold or eps",
+            )
         for i in (0, 1):
             traces[i].extend([lowest[i]] * (columns - len(traces[i])))
         return {
@@ -204,6 +220,13 @@ class _Loop:
             return False
         last = trace[-STALL_WINDOW:]
         return max(last) < STALL_RATIO * min(last)
+
+
+def _in_backward(name: str) -> bool:
+    """Whether a solve is one for gradients, by its name or because autograd is at work."""
+    if name == "unknown":
+        return torch._C._current_graph_task_id() != -1  # pyright: ignore
+    return name == "backward"
 
 
 def _length(norms: np.ndarray) -> float:

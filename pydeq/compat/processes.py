@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydeq.compat.warning import warn_of_modification
 from pydeq.protocol import RUNNING, Counter, Progress, Scalar, Status
 from pydeq.solvers import Anderson, Broyden, Solver
 from pydeq.solvers.base import empty
@@ -96,6 +97,9 @@ class Process(ABC):
 class Stepped(Process):
     """The steps of one of pydeq's solvers.
 
+    f is given a view of the solver's memory, and a copy from the call on in which it modified its argument or kept a
+    reference to it.
+
     Args:
         func, x0: As in :class:`Process`.
         solver: One of pydeq's solvers.
@@ -107,10 +111,12 @@ class Stepped(Process):
         self, func: Callable[..., Any], x0: Tensor, solver: Solver, evaluations: int, damping: float = 1.0
     ) -> None:
         super().__init__(func, x0)
-        self.workspace = workspace = solver.start(self.flat, _rules(x0.dtype), evaluations)
+        # The last step of a workspace puts the best iterate in the newest one's place: so none is the last.
+        self.workspace = workspace = solver.start(self.flat, _rules(x0.dtype), evaluations + 1)
         self.damping = damping
-        self.buffers, self.step = workspace.z, workspace.step
-        self.views = [z.view(self.shape) for z in workspace.z]
+        self.step = workspace.step
+        self._look_at_buffers()
+        self.copies = False
         # Views of what a step writes, where this memory is the CPU's.
         on_cpu = x0.device.type == "cpu"
         self.scalars = workspace.scalars.numpy() if on_cpu else None
@@ -124,18 +130,45 @@ class Stepped(Process):
     def advance(self) -> np.ndarray:
         k = self.k
         parity = k % 2
-        z = self.buffers[parity]
-        version = z._version if self.watch else 0
-        self.calls += 1
-        f = self.func(self.views[parity])
-        if self.watch and z._version != version:
-            raise ValueError("func must not modify its argument in place: work on a copy, z.clone()")
-        f = self.result(f)
+        z, view = self.buffers[parity], self.views[parity]
+        if self.copies:
+            f = self.call(z, view.clone())
+        else:
+            version = z._version if self.watch else 0
+            references = sys.getrefcount(view), storage_references(self.storage)
+            f = self.call(z, view)
+            if self.watch and z._version != version:
+                f = self._after_modification(z, view, f)
+            elif (sys.getrefcount(view), storage_references(self.storage)) != references:
+                self._leave_buffers()
+                z = self.buffers[parity]
         self.step(f, k)
         self.z, self.f, self.k = z, f, k + 1
         scalars = self.scalars
         self.newest = self.workspace.scalars.cpu().numpy() if scalars is None else scalars.copy()
         return self.newest
+
+    def _look_at_buffers(self) -> None:
+        self.buffers = self.workspace.z
+        self.views = [z.view(self.shape) for z in self.buffers]
+        self.storage = self.buffers[0].untyped_storage()._cdata
+
+    def _leave_buffers(self) -> None:
+        """Leave the iterates' memory to whoever holds it, and hand out copies from now on."""
+        both = torch.stack(self.workspace.z)
+        self.workspace.z = (both[0], both[1])
+        self._look_at_buffers()
+        self.copies = True
+
+    def _after_modification(self, z: Tensor, view: Tensor, f: Tensor) -> Tensor:
+        """The image of z, which f has modified, [B, D]; f is handed copies from now on."""
+        warn_of_modification()
+        self.copies = True
+        if self.k == 0:
+            f = f.clone()  # it may be z itself
+            z.copy_(self.flat)
+            return f
+        return self.call(z, view.clone())  # the iterate is lost: go on from what became of it
 
     @property
     def damped(self) -> Tensor:
@@ -426,6 +459,11 @@ def broyden_process(
     if legacy or ls:
         return LowRankBroyden(func, x0, memory, search=("batch" if legacy else "sample") if ls else None)
     return Stepped(func, x0, Broyden(memory=memory), evaluations)
+
+
+def storage_references(storage: int) -> int:
+    """How many tensors hold a storage, given by its ``_cdata``."""
+    return torch._C._storage_Use_Count(storage)  # pyright: ignore
 
 
 def flatten(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pydeq.compat
+from pydeq import ConvergenceWarning
 from pydeq.compat.deq import anderson, broyden, jac_loss_estimate, power_method
 
 KEYS = {"result", "lowest", "nstep", "prot_break", "abs_trace", "rel_trace", "eps", "threshold"}
@@ -126,6 +127,76 @@ def test_protective_break():
     out = broyden(lambda x: x * math.nan, torch.ones(1, 2, 1), 50)
     assert out["prot_break"] is True
     assert torch.equal(out["result"], torch.ones(1, 2, 1))
+
+
+@each
+@each_mode
+@pytest.mark.parametrize("threshold", [3, 5, 10, 20])
+def test_an_exhausted_threshold_returns_the_iterate_that_was_measured(name, tanh, stop_mode, threshold):
+    """Not each sample's best one: ``lowest`` is the residual of ``result``, and that was given to f."""
+    f = tanh(shape=(6, 4), batch=5, radius=1.5)
+    seen = []
+
+    def counted(z):
+        seen.append(z.clone())
+        return f(z)
+
+    solve_with = {"anderson": anderson, "broyden": broyden}[name]
+    out = solve_with(counted, f.z0, threshold=threshold, eps=0.0, stop_mode=stop_mode)
+    result = out["result"]
+    assert any(result.equal(z) for z in seen)
+    residual = f.residual(result).norm().item()
+    with torch.no_grad():
+        shift = 1e-5 if name == "anderson" else 1e-9
+        expected = residual if stop_mode == "abs" else residual / (f(result).norm().item() + shift)
+    assert out["lowest"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_sample_that_is_given_up_ends_the_solve(f):
+    """A batch's iterate cannot converge with a sample that explodes: that is a protective break."""
+    calls = []
+
+    def explodes(z):
+        calls.append(z)
+        y = 0.5 * z + 1
+        y[0] = 1e7 * z[0] + 1e-9
+        return y
+
+    out = anderson(explodes, torch.zeros(3, 2, 2, dtype=torch.float64), m=1, threshold=40)
+    assert out["prot_break"] is True
+    assert len(calls) < 10
+
+
+@each
+def test_a_backward_solve_that_does_not_converge_warns_once(name, f):
+    with pytest.warns(ConvergenceWarning, match=rf"the backward solve by {name} left its batch at a residual of"):
+        named(name, f, 3)
+    named(name, f, 3)  # warnings are errors
+
+
+@each
+def test_a_solve_in_a_hook_is_a_backward_solve(name, f):
+    z = f.z0.clone().requires_grad_()
+    y = f(z)
+    out = y.clone()
+    out.register_hook(
+        lambda grad: solve_linear(
+            name, lambda v: torch.autograd.grad(y, z, v, retain_graph=True)[0] + grad, grad, threshold=4
+        )["result"]
+    )
+    with pytest.warns(ConvergenceWarning, match=f"the backward solve by {name}"):
+        out.sum().backward()
+    solve(name, f, 3, eps=1e-9)  # no warning
+    named(name, f, 60)
+
+
+def named(name, f, threshold):
+    """A solve that says that it is for gradients."""
+    return {"anderson": anderson, "broyden": broyden}[name](f, f.z0, threshold=threshold, eps=1e-6, name="backward")
+
+
+def solve_linear(name, g, grad, threshold):
+    return {"anderson": anderson, "broyden": broyden}[name](g, torch.zeros_like(grad), threshold=threshold, eps=1e-9)
 
 
 def test_a_solve_without_progress_near_the_tolerance_ends():

@@ -493,11 +493,120 @@ def test_bad_input(new, tanh, name):
         new.get_solver(name)(f, f.z0, stop_mode="both")
     with pytest.raises(TypeError, match="x0 must be a tensor, got list"):
         new.get_solver(name)(f, [f.z0])
-    with pytest.raises(ValueError, match="in place"):
-        new.get_solver(name)(lambda z: z.mul_(0.5), f.z0 + 1)
     z, _, info = new.get_solver(name)(lambda z: z, torch.zeros(0, 4))
     assert z.shape == (0, 4)
     assert info["abs_lowest"].shape == (0,)
+
+
+@each_solver
+@pytest.mark.parametrize("indexing", [None, [2, 3]])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_a_function_may_modify_its_argument(new, name, indexing, late, shape):
+    """relu(z, inplace=True), returned or read afterwards, at every call or from the third on."""
+    torch.manual_seed(0)
+    x0 = torch.randn(3, *shape, dtype=torch.float64)
+    W = torch.randn(4, 4, dtype=torch.float64) / 6
+    calls = 0
+
+    def f(z, inplace=False):
+        nonlocal calls
+        calls += 1
+        rectified = torch.nn.functional.relu(z, inplace=inplace and (not late or calls > 2))
+        return (rectified.flatten(1) @ W.T + 1).view_as(z)
+
+    solve = new.get_solver(name)
+    expected, states, info = solve(f, x0, tol=1e-10, indexing=indexing)
+    calls = 0
+    start = x0.clone()
+    with pytest.warns(UserWarning, match="func modifies its argument in place"):
+        z, modified_states, modified = solve(lambda z: f(z, inplace=True), x0, tol=1e-10, indexing=indexing)
+    assert x0.equal(start)
+    if not late:
+        assert z.equal(expected)
+        assert all(a.equal(b) for a, b in zip(modified_states, states, strict=True))
+        assert modified["abs_trace"].equal(info["abs_trace"])
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-9)
+    solve(lambda z: f(z, inplace=True), x0)  # warnings are errors: it is said once
+
+
+@each_solver
+@pytest.mark.parametrize("keep", ["itself", "a view", "in the image"])
+def test_an_argument_that_is_kept_does_not_change(new, tanh, name, keep):
+    f = tanh(rho=0.9)
+    kept, copies = [], []
+
+    def collect(z):
+        copies.append(z.clone())
+        if keep != "in the image":
+            kept.append(z if keep == "itself" else z.detach()[:, 1:])
+        return f(z)
+
+    def identity(z):
+        copies.append(z.clone())
+        kept.append(z)
+        return z
+
+    new.get_solver(name)(identity if keep == "in the image" else collect, f.z0 + 1, tol=1e-12, max_iter=20)
+    assert len(kept) == len(copies) >= 1
+    for argument, copied in zip(kept, copies, strict=True):
+        assert argument.equal(copied if keep != "a view" else copied[:, 1:])
+    expected = new.get_solver(name)(f, f.z0 + 1, tol=1e-12, max_iter=20)
+    again = new.get_solver(name)(collect if keep != "in the image" else f, f.z0 + 1, tol=1e-12, max_iter=20)
+    assert again[0].equal(expected[0])
+    assert again[2]["abs_trace"].equal(expected[2]["abs_trace"])
+
+
+def test_an_argument_that_is_not_kept_is_not_copied(new, tanh):
+    f = tanh(rho=0.9, dtype=torch.float32)
+    memory = set()
+
+    def watched(z):
+        memory.add(z.data_ptr())
+        return f(z)
+
+    new.anderson_solver(watched, f.z0, tol=0.0, max_iter=20)
+    assert len(memory) == 2
+
+
+@each_solver
+@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_final_state_is_the_one_that_was_measured(td, tanh, name, stop_mode, steps):
+    f = tanh(shape=(6, 4), batch=5, radius=1.5)
+    seen, images = [], []
+
+    def counted(z):
+        y = f(z)
+        seen.append(z.detach().clone())
+        images.append(y.detach().clone())
+        return y
+
+    z, _, info = td.get_solver(name)(counted, f.z0, max_iter=steps, tol=0.0, stop_mode=stop_mode, return_final=True)
+    final = seen[-1] if name == "broyden" else images[-1]
+    torch.testing.assert_close(z.detach(), final, rtol=0, atol=1e-12)
+    residual = (images[-1] - seen[-1]).flatten(1).norm(dim=1)
+    torch.testing.assert_close(info["abs_lowest"].detach(), residual, rtol=1e-9, atol=0)
+
+
+@each_solver
+@pytest.mark.parametrize("steps", [3, 6, 11])
+def test_the_best_relative_state_is_the_one_that_was_measured(new, tanh, name, steps):
+    """When the last step's is the best by its relative residual but not by its absolute one."""
+    f = tanh(shape=(6, 4), batch=5, radius=1.5)
+    seen = []
+
+    def counted(z):
+        y = f(z)
+        seen.append((z.clone(), y.detach().clone()))
+        return y
+
+    z, _, info = new.get_solver(name)(counted, f.z0, max_iter=steps, tol=0.0, stop_mode="rel")
+    relative = torch.stack([(y - z).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1) for z, y in seen])
+    lowest, best = relative.min(dim=0)
+    torch.testing.assert_close(info["rel_lowest"], lowest, rtol=1e-6, atol=0)
+    for sample, step in enumerate(best.tolist()):
+        assert z[sample].equal(seen[step][0 if name == "broyden" else 1][sample])
 
 
 # Legacy mode

@@ -144,6 +144,10 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
     seen = _traces(rows, traces[:, :, 1 : 1 + len(rows)])
     if final:
         lowest, step = seen[:, :, -1], np.full(len(process.flat), len(rows) - 1)
+        given_up = process.hopeless
+        if given_up is not None:  # the last state of these is their best one
+            lowest = np.where(given_up, seen.min(axis=2), lowest)
+            step = np.where(given_up, seen[0].argmin(axis=1), step)
     else:
         lowest, step = seen.min(axis=2), seen[int(relative)].argmin(axis=1)
     traces = traces[:, :, convention.first :]
