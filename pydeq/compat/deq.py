@@ -23,6 +23,9 @@ from pydeq.protocol import Scalar
 
 __all__ = ["anderson", "broyden", "jac_loss_estimate", "power_method"]
 
+KEYS = ("result", "lowest", "nstep", "prot_break", "abs_trace", "rel_trace", "eps", "threshold")
+"""What :func:`broyden` and :func:`anderson` return."""
+
 # The residual may grow by this factor for each position of a sequence before a solve is given up.
 _PROTECTION = {"abs": 1e6, "rel": 1e3}
 

@@ -12,6 +12,8 @@ from pathlib import Path
 def migrate(paths: Sequence[str], write: bool) -> int:
     """Report, and with ``write`` rewrite, the imports in some files and in the ``*.py`` and ``*.ipynb`` of folders.
 
+    Solvers that a code base has changed in its copy are left alone and reported, see :mod:`pydeq.compat.copies`.
+
     Args:
         paths: Files and folders. Notebooks are reported, not rewritten.
         write: Whether to change them.
@@ -20,6 +22,7 @@ def migrate(paths: Sequence[str], write: bool) -> int:
         The exit status: 0, or 1 where a file could not be read or parsed, or 2 without libcst.
     """
     try:
+        from pydeq.compat.copies import Surroundings
         from pydeq.compat.rewriting import UnparsableError, inspect_notebook, rewrite
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "libcst":
@@ -27,28 +30,39 @@ def migrate(paths: Sequence[str], write: bool) -> int:
         print("pydeq migrate needs libcst: pip install libcst", file=sys.stderr)
         return 2
 
-    status = files = changed = imports = doubts = 0
-    for path in _files(paths):
+    status = files = changed = imports = doubts = left = 0
+    all_files = list(dict.fromkeys(_files(paths)))
+    around = Surroundings(all_files)
+    for path, line, text in around.copies():
+        left += 1
+        print(f"{_shown(path, all_files)}:{line}: left alone: {text}")
+    for path in all_files:
         files += 1
+        if around.is_vendored(path):
+            continue
         try:
             source = path.read_bytes()
-            found = (inspect_notebook if path.suffix == ".ipynb" else rewrite)(source)
+            found = (inspect_notebook if path.suffix == ".ipynb" else rewrite)(source, path, around)
         except (OSError, UnparsableError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             status = 1
             continue
         imports += len(found.changes)
         doubts += len(found.doubts)
+        left += len(found.left)
         for line, before, after in found.changes:
             print(f"{path}:{line}: {before}  ->  {after}")
         for line, text in found.doubts:
             print(f"{path}:{line}: not understood: {text}")
+        for line, text in found.left:
+            print(f"{path}:{line}: left alone: {text}")
         if found.changes:
             changed += 1
             if write:
                 _replace(path, found.source)
     verb = "rewritten" if write else "to rewrite"
-    print(f"{files} files: {imports} imports {verb} in {changed} of them, {doubts} places not understood")
+    rest = f", {left} left alone" if left else ""
+    print(f"{files} files: {imports} imports {verb} in {changed} of them, {doubts} places not understood{rest}")
     if imports and not write:
         print("--write rewrites them")
     return status
@@ -62,6 +76,11 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
             yield from sorted(found for found in files if found.is_file() and ".ipynb_checkpoints" not in found.parts)
         else:
             yield path
+
+
+def _shown(path: Path, files: Sequence[Path]) -> Path:
+    """A resolved path as it was given."""
+    return next((file for file in files if file.resolve() == path), path)
 
 
 def _replace(path: Path, source: bytes) -> None:

@@ -8,15 +8,19 @@ import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import libcst as cst
 from libcst.helpers import get_full_name_for_node
 from libcst.metadata import MetadataWrapper, PositionProvider
 
-PACKAGE, REPLACEMENT = "torchdeq", "pydeq.compat.torchdeq"
-# Modules of locuslab/deq, wherever its folder ``lib`` lies.
-LIBRARY, LIBRARY_REPLACEMENT = ("solvers", "jacobian"), "pydeq.compat.deq"
+from pydeq.compat.copies import LIBRARY, PACKAGE, Functions, Surroundings
+from pydeq.compat.deq import __all__ as LIBRARY_NAMES
+
+REPLACEMENT = "pydeq.compat.torchdeq"
+# Of locuslab/deq's modules, wherever its folder ``lib`` lies.
+LIBRARY_REPLACEMENT = "pydeq.compat.deq"
 
 
 class UnparsableError(ValueError):
@@ -30,16 +34,23 @@ class Rewritten:
     Args:
         source: The new source.
         changes: (line, import before, import after).
-        doubts: (line, what was left alone and why).
+        doubts: (line, what was not understood).
+        left: (line, what the code base has changed, and was left alone).
     """
 
     source: bytes = b""
     changes: list[tuple[int, str, str]] = field(default_factory=list)
     doubts: list[tuple[int, str]] = field(default_factory=list)
+    left: list[tuple[int, str]] = field(default_factory=list)
 
 
-def rewrite(source: bytes) -> Rewritten:
+def rewrite(source: bytes, path: Path | None = None, around: Surroundings | None = None) -> Rewritten:
     """Replace imports of torchdeq and of locuslab/deq's solvers by those of :mod:`pydeq.compat`.
+
+    Args:
+        source: Of a module.
+        path: Its file.
+        around: The code base that it belongs to.
 
     Raises:
         UnparsableError: If the source cannot be parsed.
@@ -48,17 +59,18 @@ def rewrite(source: bytes) -> Rewritten:
         wrapper = MetadataWrapper(cst.parse_module(source))
     except (cst.ParserSyntaxError, UnicodeDecodeError, LookupError) as error:
         raise UnparsableError(f"cannot be parsed: {error}") from error
-    rewriter = _Rewriter()
+    rewriter = _Rewriter(path, around or Surroundings())
     module = wrapper.visit(rewriter)
     rewriter.check_uses()
     found = rewriter.found
     found.source = module.bytes
     found.changes.sort()
     found.doubts = sorted(set(found.doubts))
+    found.left = sorted(set(found.left))
     return found
 
 
-def inspect_notebook(source: bytes) -> Rewritten:
+def inspect_notebook(source: bytes, path: Path | None = None, around: Surroundings | None = None) -> Rewritten:
     """What :func:`rewrite` would do to the code cells of a notebook, as doubts: the notebook stays as it is.
 
     A doubt's line is the number of its cell. Cells that are no plain Python, but for lines that begin with % or !, are
@@ -79,7 +91,7 @@ def inspect_notebook(source: bytes) -> Rewritten:
     for number, text in enumerate(texts, start=1):
         lines = ["pass" if line.startswith(("%", "!")) else line for line in text.splitlines()]
         try:
-            cell = rewrite("\n".join(lines).encode())
+            cell = rewrite("\n".join(lines).encode(), path, around)
         except UnparsableError:
             if PACKAGE in text:
                 found.doubts.append((number, f"a cell that cannot be parsed names {PACKAGE}"))
@@ -89,14 +101,17 @@ def inspect_notebook(source: bytes) -> Rewritten:
             for _, before, after in cell.changes
         ]
         found.doubts += [(number, doubt) for _, doubt in cell.doubts]
+        found.left += [(number, text) for _, text in cell.left]
     return found
 
 
 class _Rewriter(cst.CSTTransformer):
     METADATA_DEPENDENCIES = (PositionProvider,)
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None, around: Surroundings) -> None:
         super().__init__()
+        self.path, self.around = path, around
+        self.in_library = path is not None and path.resolve().parent.name == "lib"
         self.found = Rewritten()
         self.bound: dict[str, str] = {}  # names that a rewritten import binds -> the module behind it
         self.uses: list[tuple[int, str]] = []
@@ -132,7 +147,9 @@ class _Rewriter(cst.CSTTransformer):
 
     def _alias(self, statement: cst.Import, alias: cst.ImportAlias) -> cst.ImportAlias:
         name = get_full_name_for_node(alias.name) or ""
-        if name == PACKAGE or name.startswith(PACKAGE + "."):
+        if _is_package(name):
+            if self._leaves_package(statement):
+                return alias
             target = REPLACEMENT + name[len(PACKAGE) :]
             if not _exists(target):
                 self.doubt(statement, f"import {name}: {target} does not exist")
@@ -144,6 +161,9 @@ class _Rewriter(cst.CSTTransformer):
             self.bound[_code(alias.asname.name)] = target
             return _renamed(alias, target, None)
         if _is_library(name):
+            functions = self.around.library(self.path, name, 0)
+            if functions == {} or self._leaves(statement, functions, LIBRARY_NAMES):
+                return alias
             if alias.asname is None:
                 self.doubt(statement, f"import {name}: it binds {name.partition('.')[0]}; import the functions by name")
                 return alias
@@ -158,18 +178,51 @@ class _Rewriter(cst.CSTTransformer):
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
         name = get_full_name_for_node(updated_node.module) if updated_node.module else ""
         name = name or ""
-        absolute = not updated_node.relative
-        if absolute and (name == PACKAGE or name.startswith(PACKAGE + ".")):
+        level = len(updated_node.relative)
+        if not level and _is_package(name):
+            if self._leaves_package(original_node):
+                return updated_node
             return self._from(original_node, updated_node, REPLACEMENT + name[len(PACKAGE) :])
-        if _is_library(name):
-            return self._from(original_node, updated_node, LIBRARY_REPLACEMENT)
-        if name.rpartition(".")[2] == "lib" and not isinstance(updated_node.names, cst.ImportStar):
-            return self._from_lib(original_node, updated_node)
+        inside = level == 1 and self.in_library
+        if _is_library(name) or (inside and name in LIBRARY):
+            return self._from_module(original_node, updated_node, self.around.library(self.path, name, level))
+        if (name.rpartition(".")[2] == "lib" or (inside and not name)) and not isinstance(
+            updated_node.names, cst.ImportStar
+        ):
+            return self._from_lib(original_node, updated_node, name, level)
         return updated_node
 
-    def _from(
-        self, original: cst.ImportFrom, node: cst.ImportFrom, target: str
+    def _from_module(
+        self, original: cst.ImportFrom, node: cst.ImportFrom, functions: Functions | None
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
+        """``from lib.solvers import ...``; what the code base has changed is left alone."""
+        if functions == {}:  # a module of another kind
+            return node
+        if isinstance(node.names, cst.ImportStar):
+            left = self._leaves(original, functions, LIBRARY_NAMES)
+            return node if left else self._from(original, node, LIBRARY_REPLACEMENT)
+        left = [alias for alias in node.names if self._leaves(original, functions, [_code(alias.name)])]
+        return self._from(original, node, LIBRARY_REPLACEMENT, left)
+
+    def _leaves(self, node: cst.CSTNode, functions: Functions | None, names: Sequence[str]) -> bool:
+        """Whether one of these names is a changed function; says so."""
+        changed = {name: change for name in names if (change := (functions or {}).get(name)) is not None}
+        for name, change in changed.items():
+            text = f"{name} of {change.path}:{change.line} is not the original's: {change.differences}"
+            self.found.left.append((self.line(node), text))
+        return bool(changed)
+
+    def _leaves_package(self, node: cst.CSTNode) -> bool:
+        """Whether torchdeq is a copy in this code base; says so."""
+        if self.around.packages:
+            text = f"{_code(node)}: {self.around.packages[0]} may be what it names"
+            self.found.left.append((self.line(node), text))
+        return bool(self.around.packages)
+
+    def _from(
+        self, original: cst.ImportFrom, node: cst.ImportFrom, target: str, left: Sequence[cst.ImportAlias] = ()
+    ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
+        """``from target import ...`` of what ``target`` has, without the names that are ``left`` where they are."""
         if not _exists(target):
             self.doubt(original, f"{_code(original)}: {target} does not exist")
             return node
@@ -180,9 +233,11 @@ class _Rewriter(cst.CSTTransformer):
             new = _from(node, target, None)
             self.changed(original, [new])
             return new
-        known = [alias for alias in node.names if _exists(f"{target}.{_code(alias.name)}")]
+        known = [alias for alias in node.names if alias not in left and _exists(f"{target}.{_code(alias.name)}")]
         unknown = [alias for alias in node.names if alias not in known]
         for alias in unknown:
+            if alias in left:
+                continue
             self.doubt(original, f"{_code(alias.name)} of {_code(original)}: {target} has no such name")
         if not known:
             return node
@@ -198,10 +253,18 @@ class _Rewriter(cst.CSTTransformer):
         return new[0] if len(new) == 1 else cst.FlattenSentinel(new)
 
     def _from_lib(
-        self, original: cst.ImportFrom, node: cst.ImportFrom
+        self, original: cst.ImportFrom, node: cst.ImportFrom, name: str, level: int
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
+        """``from lib import solvers``, and ``from . import solvers`` inside of lib."""
         assert not isinstance(node.names, cst.ImportStar)
-        ours = [alias for alias in node.names if _code(alias.name) in LIBRARY]
+
+        def is_ours(module: str) -> bool:
+            if module not in LIBRARY:
+                return False
+            functions = self.around.library(self.path, f"{name}.{module}" if name else module, level)
+            return functions != {} and not self._leaves(original, functions, LIBRARY_NAMES)
+
+        ours = [alias for alias in node.names if is_ours(_code(alias.name))]
         if not ours:
             return node
         package, _, module = LIBRARY_REPLACEMENT.rpartition(".")
@@ -237,7 +300,7 @@ class _Rewriter(cst.CSTTransformer):
 
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         value = node.evaluated_value
-        if isinstance(value, str) and (value == PACKAGE or value.startswith(PACKAGE + ".") or _is_library(value)):
+        if isinstance(value, str) and (_is_package(value) or _is_library(value)):
             self.doubt(node, f"the string {node.value}, which may name the module")
 
     def check_uses(self) -> None:
@@ -253,6 +316,10 @@ class _Rewriter(cst.CSTTransformer):
                     self.found.doubts.append((line, f"{path}: {thing.__name__} has no {part}"))
                     break
                 thing = _resolve(f"{thing.__name__}.{part}")
+
+
+def _is_package(name: str) -> bool:
+    return name == PACKAGE or name.startswith(PACKAGE + ".")
 
 
 def _is_library(name: str) -> bool:

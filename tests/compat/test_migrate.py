@@ -169,6 +169,117 @@ def test_folders_and_files_that_are_not_python(tmp_path, capsys):
     assert (tmp_path / "c.txt").read_text() == "import torchdeq\n"
 
 
+SOLVERS = """
+def broyden(f, x0, threshold, eps=1e-3, stop_mode="rel", ls=False, name="unknown"):
+    def inner(y):
+        eps = 3
+        return f(y)
+    return {"result": x0, "lowest": 0.0, "nstep": 0, "prot_break": False, "abs_trace": [], "rel_trace": [],
+            "eps": eps, "threshold": threshold}
+
+def anderson(f, x0, m=6, lam=1e-4, threshold=50, eps=1e-3, stop_mode='rel', beta=1.0, **kwargs):
+    x0 = x0 + 0
+    out = {"result": x0, "lowest": 0.0, "nstep": 0, "prot_break": False, "abs_trace": [], "rel_trace": [],
+           "eps": eps, "threshold": threshold}
+    return out
+"""
+JACOBIAN = """
+def jac_loss_estimate(f0, z0, vecs=2, create_graph=True):
+    vecs = vecs
+    return 0
+
+def power_method(f0, z0, n_iters=200):
+    return 0
+"""
+CHANGES = [  # in SOLVERS, to what; what is left, what is said
+    (None, None, [], ""),
+    ("def inner", "lam = 0\n    def inner", [], ""),
+    ('threshold": threshold}\n\n', 'threshold": threshold, "all": []}\n\n', ["broyden"], "keys with all"),
+    ('rel_trace": [],\n           "eps', 'trace": [],\n           "eps', ["anderson"], "trace and without rel_trace"),
+    ("m=6, lam=1e-4, threshold=50", "threshold=50, m=6, lam=1e-4", ["anderson"], "parameters in another order"),
+    ("m=6, lam=1e-4", "indexing=None, m=6, lam=1e-4", ["anderson"], "parameters with indexing=None"),
+    ('eps=1e-3, stop_mode="rel"', 'eps=1e-8, stop_mode="rel"', ["broyden"], "with eps=1e-08 and without eps=0.001"),
+    ("    x0 = x0 + 0", "    eps=1e-9", ["anderson"], "it replaces the eps that it is given"),
+]  # fmt: skip
+
+
+@needs_libcst
+@pytest.mark.parametrize(("before", "after", "left", "text"), CHANGES)
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_solvers_that_were_changed_are_left_alone(tmp_path, capsys, before, after, left, text, given):
+    """Those of lib/solvers.py in the importing file's folder or above it, among the files or not."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "vision" / "models").mkdir(parents=True)
+    solvers = SOLVERS if before is None else SOLVERS.replace(before, after)
+    assert before is None or solvers != SOLVERS
+    (tmp_path / "lib" / "solvers.py").write_text(solvers)
+    (tmp_path / "lib" / "jacobian.py").write_text(JACOBIAN)
+    path = tmp_path / "vision" / "models" / "core.py"
+    lines = ["from lib.solvers import anderson, broyden", "from lib.jacobian import jac_loss_estimate"]
+    path.write_text("\n".join(lines) + "\n")
+    assert main(["migrate", str(tmp_path if given == "folder" else path), "--write"]) == 0
+    out = capsys.readouterr().out
+    moved = [name for name in ("anderson", "broyden") if name not in left]
+    expected = [
+        f"from pydeq.compat.deq import {', '.join(moved)}",
+        *(f"from lib.solvers import {name}" for name in left),
+    ]
+    assert path.read_text().splitlines() == [*expected, "from pydeq.compat.deq import jac_loss_estimate"]
+    assert (tmp_path / "lib" / "solvers.py").read_text() == solvers
+    assert out.count("is not the original's") == len(left)
+    assert text in out
+    assert ("left alone" in out) == bool(left)
+    assert "solvers.py:1: left alone: defines broyden" in out or not left or given == "file"
+
+
+@needs_libcst
+def test_relative_imports_inside_of_lib(tmp_path, capsys):
+    lib = tmp_path / "core" / "lib"
+    lib.mkdir(parents=True)
+    (lib / "solvers.py").write_text(SOLVERS)
+    (lib / "jacobian.py").write_text(JACOBIAN.replace("n_iters=200", "n_iters=100"))
+    source = "from .solvers import anderson\nfrom .jacobian import power_method\nfrom . import solvers, jacobian\n"
+    (lib / "grad.py").write_text(source)
+    (tmp_path / "core" / "grad.py").write_text("from .solvers import anderson\n")
+    assert main(["migrate", str(tmp_path), "--write"]) == 0
+    assert (lib / "grad.py").read_text() == (
+        "from pydeq.compat.deq import anderson\nfrom .jacobian import power_method\n"
+        "from pydeq.compat import deq as solvers\nfrom . import jacobian\n"
+    )
+    assert (tmp_path / "core" / "grad.py").read_text() == "from .solvers import anderson\n"
+    assert "2 left alone" in capsys.readouterr().out
+
+
+@needs_libcst
+def test_a_library_of_another_kind_is_none_of_ours(tmp_path, capsys):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "solvers.py").write_text("def initialize_optimizer():\n    pass\n")
+    source = "from lib.solvers import initialize_optimizer\nimport lib.solvers as s\nfrom lib import solvers\n"
+    (tmp_path / "train.py").write_text(source)
+    assert main(["migrate", str(tmp_path), "--write"]) == 0
+    assert (tmp_path / "train.py").read_text() == source
+    assert capsys.readouterr().out == "2 files: 0 imports rewritten in 0 of them, 0 places not understood\n"
+
+
+@needs_libcst
+def test_copies_elsewhere_are_reported(tmp_path, capsys):
+    """A torchdeq that lies among the files, and solvers that are defined in a file of another name."""
+    package = tmp_path / "torchdeq"
+    package.mkdir()
+    (package / "__init__.py").write_text("from torchdeq.core import get_deq\n")
+    (package / "core.py").write_text("def get_deq():\n    pass\n")
+    (tmp_path / "utils.py").write_text(SOLVERS)
+    (tmp_path / "train.py").write_text("from torchdeq import get_deq\nimport torchdeq.loss as loss\n")
+    assert main(["migrate", str(tmp_path), "--write"]) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "train.py").read_text() == "from torchdeq import get_deq\nimport torchdeq.loss as loss\n"
+    assert (package / "__init__.py").read_text() == "from torchdeq.core import get_deq\n"
+    assert f"{package / '__init__.py'}:1: left alone: a copy of torchdeq" in out
+    assert f"{tmp_path / 'utils.py'}:1: left alone: defines broyden and anderson itself (with the original's" in out
+    assert f"{tmp_path / 'train.py'}:1: left alone: from torchdeq import get_deq: {package} may be what" in out
+    assert "0 imports rewritten in 0 of them, 0 places not understood, 4 left alone" in out
+
+
 def test_without_libcst_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "pydeq.compat.rewriting", raising=False)
     for name in ("libcst", "libcst.helpers", "libcst.metadata"):
