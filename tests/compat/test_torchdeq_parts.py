@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 import pkgutil
+import sys
 import weakref
 from multiprocessing.reduction import ForkingPickler
 
@@ -340,6 +341,18 @@ def test_either_librarys_reset_forgets_the_masks_of_both(original, new, monkeypa
     model(torch.ones(4, 5))
     original.dropout.reset_dropout(model)
     assert all(module.mask is None for module in model)
+
+
+def test_the_replacement_may_be_put_in_the_originals_place(new, monkeypatch):
+    for name in ("", ".core", ".dropout"):
+        monkeypatch.setitem(sys.modules, f"torchdeq{name}", sys.modules[f"pydeq.compat.torchdeq{name}"])
+    reset = new.dropout.reset_dropout
+    module = new.VariationalDropout(0.5)
+    for _ in range(2):
+        module(torch.ones(4, 5))
+        new.reset_deq(module)
+        assert module.mask is None
+    assert new.dropout.reset_dropout is new.core.reset_dropout is reset
 
 
 def test_dropping_everything_gives_zeros(new):

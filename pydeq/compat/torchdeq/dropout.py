@@ -161,7 +161,8 @@ def _join_original() -> None:
     for name in ("torchdeq", "torchdeq.core", "torchdeq.dropout"):
         module = sys.modules.get(name)
         theirs: Any = getattr(module, "reset_dropout", None)
-        if theirs is not None and not hasattr(theirs, "_resets_pydeq"):
+        # This package may have been put in the place of torchdeq.
+        if theirs is not None and theirs is not reset_dropout and not hasattr(theirs, "_resets_pydeq"):
             module.reset_dropout = _joined(theirs)  # pyright: ignore
 
 
