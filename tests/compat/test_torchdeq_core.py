@@ -435,6 +435,23 @@ def test_a_backward_solver_may_report_nothing(td, tanh):
         del td.solver._solvers["silent"]
 
 
+@pytest.mark.filterwarnings("ignore:func modifies its argument in place")
+@pytest.mark.parametrize("options", [{"grad": 3}, {"ift": True}, {"core": "indexing", "n_states": 3, "grad": 2}])
+def test_a_cell_may_modify_its_argument(new, options):
+    """With states that were not reached before the solve was done, and the evaluations for gradients."""
+    torch.manual_seed(0)
+    W = (0.2 * torch.randn(6, 6, dtype=torch.float64)).requires_grad_()
+    z0 = torch.randn(4, 6, dtype=torch.float64)
+    deq = new.get_deq(f_solver="anderson", f_tol=1e-10, b_solver="anderson", b_tol=1e-10, **options)
+
+    def gradient(rectified):
+        states, _ = deq(lambda z: torch.tanh(rectified(z) @ W.T) + 1, z0)
+        return [*states, torch.autograd.grad(sum(z.sum() for z in states), W)[0]]
+
+    for inplace, pure in zip(gradient(torch.relu_), gradient(torch.relu), strict=True):
+        torch.testing.assert_close(inplace, pure, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("core", ["DEQSliced", "DEQIndexing"])
 @pytest.mark.parametrize("extra", [False, True])
 def test_subclasses_may_replace_the_solve(td, tanh, core, extra):

@@ -138,7 +138,8 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
             break
     state = current()
     if request.indexing:  # what was not reached is what was found
-        states += [state] * (len(wanted) if wanted or states else 1)
+        # A copy for each: func may modify its argument where it is given one of them.
+        states += [state.clone() for _ in range(len(wanted) if wanted or states else 1)]
 
     traces = np.empty((2, len(process.flat), convention.first + convention.columns))
     seen = _traces(rows, traces[:, :, 1 : 1 + len(rows)])
