@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from pydeq.arguments import check_max_steps, check_tolerance
 from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
@@ -182,24 +182,6 @@ def stopping_rules(
         stall=stall,
         reduction=reduction,
     )
-
-
-def check_tolerance(name: str, value: float) -> float:
-    """A tolerance: a number, at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return float(value)
-
-
-def check_max_steps(name: str, value: int) -> int:
-    """A number of evaluations, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 def check_states_at(value: Sequence[int]) -> tuple[int, ...]:

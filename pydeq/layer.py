@@ -13,9 +13,10 @@ from torch import nn
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Attached, Problem
 from pydeq.adjoints.functional import transforms_active
+from pydeq.arguments import check_max_steps, check_tolerance
 from pydeq.compilation import Compiler, skipped, uncompiled
 from pydeq.distributed import check_ranks
-from pydeq.fixed_point import check_max_steps, check_states_at, check_tolerance
+from pydeq.fixed_point import check_states_at
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import unknown_keyword
 from pydeq.nn.scope import Bound, scope_of

@@ -25,7 +25,8 @@ from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.adjoints.watch import watch
-from pydeq.fixed_point import check_max_steps, check_tolerance, fixed_point
+from pydeq.arguments import check_max_steps, check_tolerance, set_fields
+from pydeq.fixed_point import fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
 from pydeq.precision import Autocast
@@ -69,9 +70,8 @@ class Implicit(Adjoint):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {self.solver!r}")
-        if self.rtol is not None:
-            check_tolerance("rtol", self.rtol)
-        check_max_steps("max_steps", self.max_steps)
+        rtol = None if self.rtol is None else check_tolerance("rtol", self.rtol)
+        set_fields(self, rtol=rtol, max_steps=check_max_steps("max_steps", self.max_steps))
 
     def options(self, dtype: torch.dtype) -> dict[str, Any]:
         """Of :func:`pydeq.fixed_point`, for an adjoint that is computed in this dtype."""

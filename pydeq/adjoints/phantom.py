@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.adjoints.sources import sources_of
-from pydeq.fixed_point import check_max_steps, fixed_point
+from pydeq.arguments import check_max_steps, set_fields
+from pydeq.fixed_point import fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
 from pydeq.nn.scope import share_weights
@@ -52,8 +53,7 @@ class Phantom(Adjoint):
     form: Literal["unroll", "neumann"] = "unroll"
 
     def __post_init__(self) -> None:
-        check_max_steps("steps", self.steps)
-        check_damping(self.damping)
+        set_fields(self, steps=check_max_steps("steps", self.steps), damping=check_damping(self.damping))
         if self.form not in ("unroll", "neumann"):
             raise ValueError(f"form must be 'unroll' or 'neumann', got {self.form!r}")
 

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
-from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
+from pydeq.arguments import check_integer, check_max_steps, check_number, set_fields
+from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import linearize
 from pydeq.protocol import RUNNING, Counter, Scalar, Status
@@ -74,14 +75,10 @@ class Reversible(Adjoint):
     checkpoints: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float):
-            raise TypeError(f"damping must be a number, got {type(self.damping).__name__}")
-        if not 0.0 < self.damping < 1.0:
-            raise ValueError(f"damping must be in (0, 1), got {self.damping}")
-        if isinstance(self.checkpoints, bool) or not isinstance(self.checkpoints, int):
-            raise TypeError(f"checkpoints must be an int, got {type(self.checkpoints).__name__}")
-        if self.checkpoints < 0:
-            raise ValueError(f"checkpoints must be at least 0, got {self.checkpoints}")
+        damping = check_number("damping", self.damping)
+        if not 0.0 < damping < 1.0:
+            raise ValueError(f"damping must be in (0, 1), got {damping}")
+        set_fields(self, damping=damping, checkpoints=check_integer("checkpoints", self.checkpoints, 0))
 
     def solve(self, problem: Problem) -> Attached:
         read = Watched(held(problem.module, problem.context))

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.sources import sources_of
-from pydeq.fixed_point import check_tolerance, fixed_point, solve
+from pydeq.arguments import check_integer, check_tolerance, set_fields
+from pydeq.fixed_point import fixed_point, solve
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
 from pydeq.reduction import norm
@@ -63,13 +64,9 @@ class Shine(Adjoint):
     limit: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.refine_steps, bool) or not isinstance(self.refine_steps, int):
-            raise TypeError(f"refine_steps must be an int, got {type(self.refine_steps).__name__}")
-        if self.refine_steps < 0:
-            raise ValueError(f"refine_steps must be at least 0, got {self.refine_steps}")
-        if self.rtol is not None:
-            check_tolerance("rtol", self.rtol)
-        check_tolerance("limit", self.limit)
+        steps = check_integer("refine_steps", self.refine_steps, 0)
+        rtol = None if self.rtol is None else check_tolerance("rtol", self.rtol)
+        set_fields(self, refine_steps=steps, rtol=rtol, limit=check_tolerance("limit", self.limit))
 
     def check(self, solver: Solver) -> None:
         if not isinstance(solver, Broyden):

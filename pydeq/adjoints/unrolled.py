@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.sources import Watched, held
-from pydeq.fixed_point import check_max_steps, check_states_at, stopping_rules
+from pydeq.arguments import check_max_steps
+from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.nn.scope import share_weights
 from pydeq.ops.anderson_step import mixing_coefficients

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pydeq.fixed_point import check_tolerance
+from pydeq.arguments import check_integer, check_tolerance
 from pydeq.jacobian.arnoldi import arnoldi, ritz_values
 from pydeq.jacobian.estimator import identity_probes
 from pydeq.linearization import Linearization, linearize
@@ -100,10 +100,10 @@ def spectral_radius(
     Raises:
         TypeError, ValueError: If an option is out of range, or fn changes the shape of z.
     """
-    _check_count("steps", steps, 2)
+    steps = check_integer("steps", steps, 2)
     if method not in ("growth", "arnoldi"):
         raise ValueError(f"method must be 'growth' or 'arnoldi', got {method!r}")
-    check_tolerance("rtol", rtol)
+    rtol = check_tolerance("rtol", rtol)
     at = linearize(fn, z, context)
     with torch.inference_mode(False), torch.no_grad():
         if method == "growth":
@@ -163,11 +163,11 @@ def jacobian_spectrum(
         TypeError, ValueError: If an option is out of range, fn changes the shape of z, or z is too large.
     """
     if k is not None:
-        _check_count("k", k, 1)
+        k = check_integer("k", k, 1)
     if steps is not None:
         if k is None:
             raise ValueError("steps belongs to a given k: without k, the Jacobian is dense")
-        _check_count("steps", steps, k)
+        steps = check_integer("steps", steps, k)
     at = linearize(fn, z, context)
     with torch.inference_mode(False), torch.no_grad():
         size = at.layout.size
@@ -250,10 +250,3 @@ def _average(lengths: Tensor) -> Tensor:
     weights = torch.exp(4.0 - 1.0 / (t * (1.0 - t)))
     terms = torch.where(weights[:, None] > 0, weights[:, None] * lengths, 0.0)  # -inf where it counts
     return torch.exp(terms.sum(0) / weights.sum())
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pydeq.arguments import check_number
 from pydeq.nn.scope import Scoped, active_scope, outside_inference_mode
 
 
@@ -35,13 +36,12 @@ class VariationalDropout(Scoped):
 
     def __init__(self, p: float = 0.5, shared_dims: Sequence[int] = ()) -> None:
         super().__init__()
-        if isinstance(p, bool) or not isinstance(p, int | float):
-            raise TypeError(f"p must be a number, got {type(p).__name__}")
+        p = check_number("p", p)
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p must be in [0, 1], got {p}")
         if isinstance(shared_dims, int) or not all(type(dim) is int for dim in shared_dims):
             raise TypeError(f"shared_dims must be a sequence of ints, got {shared_dims!r}")
-        self.p = float(p)
+        self.p = p
         self.shared_dims = tuple(shared_dims)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from pydeq.arguments import check_integer
 from pydeq.nn.scope import Scoped, active_scope, outside_inference_mode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -181,10 +182,7 @@ def spectral_norm(
         raise ValueError(f"{name} must have two dimensions or more, got shape {tuple(weight.shape)}")
     if not bound > 0:
         raise ValueError(f"bound must be greater than 0, got {bound}")
-    if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, int):
-        raise TypeError(f"n_power_iterations must be an int, got {type(n_power_iterations).__name__}")
-    if n_power_iterations < 1:
-        raise ValueError(f"n_power_iterations must be at least 1, got {n_power_iterations}")
+    n_power_iterations = check_integer("n_power_iterations", n_power_iterations, 1)
     dim = (1 if isinstance(module, _TRANSPOSED) else 0) if dim is None else _check_dim(dim, weight)
     norm = SpectralNorm(weight, dim, float(bound), bool(clip), n_power_iterations, eps)
     return _register(module, name, norm, {"_orig": "original", "_u": "0._u", "_v": "0._v"}, "_orig")
@@ -283,8 +281,7 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 
 
 def _check_dim(dim: int, weight: Tensor) -> int:
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    dim = check_integer("dim", dim)
     if not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be a dimension of the parameter's shape {tuple(weight.shape)}, got {dim}")
     return dim % weight.dim()

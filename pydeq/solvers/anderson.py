@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pydeq.arguments import check_integer, check_number, set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import anderson_step
-from pydeq.solvers.base import Solver, Workspace, check_damping, check_memory
+from pydeq.solvers.base import Solver, Workspace, check_damping
 from pydeq.termination import Rules
 
 
@@ -28,7 +29,7 @@ class Anderson(Solver):
         ridge: Relative to the diagonal of the Gram matrix, at least 0.
 
     Raises:
-        ValueError: If an argument is out of range.
+        TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal. 49 (2011).
     """
@@ -40,10 +41,11 @@ class Anderson(Solver):
     ridge: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_memory(self.memory)
-        check_damping(self.damping)
-        if not (self.ridge >= 0.0 and math.isfinite(self.ridge)):
-            raise ValueError(f"ridge must be at least 0, got {self.ridge}")
+        memory, damping = check_integer("memory", self.memory, 1), check_damping(self.damping)
+        ridge = check_number("ridge", self.ridge)
+        if not (ridge >= 0.0 and math.isfinite(ridge)):
+            raise ValueError(f"ridge must be at least 0, got {ridge}")
+        set_fields(self, memory=memory, damping=damping, ridge=ridge)
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         return _AndersonWorkspace(flat, rules, max_steps, self)

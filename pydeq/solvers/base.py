@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pydeq.arguments import check_number
 from pydeq.compiled import cuda_loaded
 from pydeq.protocol import CUDA_VECTORS, Counter, Progress, Scalar
 from pydeq.reduction import WHOLE
@@ -75,13 +76,8 @@ def check_vectors(device: torch.device, rules: Rules, needed: int, max_steps: in
     )
 
 
-def check_memory(memory: int) -> None:
-    if not isinstance(memory, int) or isinstance(memory, bool):
-        raise TypeError(f"memory must be an int, got {type(memory).__name__}")
-    if memory < 1:
-        raise ValueError(f"memory must be at least 1, got {memory}")
-
-
-def check_damping(damping: float) -> None:
+def check_damping(damping: Any) -> float:
+    damping = check_number("damping", damping)
     if not 0.0 < damping <= 1.0:
         raise ValueError(f"damping must be in (0, 1], got {damping}")
+    return damping

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pydeq.arguments import check_integer, set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
 from pydeq.protocol import Counter
-from pydeq.solvers.base import Solver, Workspace, check_memory, check_vectors
+from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty
 from pydeq.solvers.inverse_jacobian import InverseJacobian
 from pydeq.termination import Rules
@@ -43,7 +44,7 @@ class Broyden(Solver):
     memory: int = 100
 
     def __post_init__(self) -> None:
-        check_memory(self.memory)
+        set_fields(self, memory=check_integer("memory", self.memory, 1))
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         return BroydenWorkspace(flat, rules, max_steps, self)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pydeq.arguments import check_integer, set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import gmres_step
 from pydeq.protocol import Coordinate
@@ -46,10 +47,7 @@ class GMRES(Solver):
     restart: int = 20
 
     def __post_init__(self) -> None:
-        if not isinstance(self.restart, int) or isinstance(self.restart, bool):
-            raise TypeError(f"restart must be an int, got {type(self.restart).__name__}")
-        if self.restart < 1:
-            raise ValueError(f"restart must be at least 1, got {self.restart}")
+        set_fields(self, restart=check_integer("restart", self.restart, 1))
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         return _GMRESWorkspace(flat, rules, max_steps, self)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from pydeq.arguments import set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import picard_step
 from pydeq.solvers.base import Solver, Workspace, check_damping
@@ -32,7 +33,7 @@ class Picard(Solver):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        set_fields(self, damping=check_damping(self.damping))
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         return _PicardWorkspace(flat, rules, max_steps, self)
