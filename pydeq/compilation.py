@@ -58,10 +58,10 @@ class Compiler:
         if hook is None or hook is False:
             return _without_history(cell) if is_compiled(cell) else cell
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **keywords: Any) -> Any:
             before = eval_frame.set_eval_frame(hook)
             try:
-                return cell(*args)
+                return cell(*args, **keywords)
             finally:
                 eval_frame.set_eval_frame(before)
 
@@ -81,10 +81,10 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _without_history(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn``, given detached tensors where gradients are off: whether one requires grad would make another variant."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
-            args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
-        return fn(*args)
+            args, keywords = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, keywords))
+        return fn(*args, **keywords)
 
     return call
 

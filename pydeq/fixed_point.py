@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pydeq.arguments import check_max_steps, check_tolerance
+from pydeq.border import Border
 from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
-from pydeq.keywords import unknown_keyword
+from pydeq.keywords import keywords_for
 from pydeq.nn.dropout import VariationalDropout
 from pydeq.nn.scope import solve_scope
 from pydeq.precision import Autocast
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
 _KEYWORDS = (
     "solver", "rtol", "atol", "max_steps", "trace", "throw", "freeze", "stall", "compact", "batched_context",
     "process_group", "sharded",
-    "states_at",
+    "states_at", "has_aux",
 )  # fmt: skip
 
 
 def fixed_point(
     fn: Callable[..., Any],
-    z0: State,
+    z0: Any,
     *context: Any,
     solver: Solver | None = None,
     rtol: float | None = None,
@@ -50,20 +52,25 @@ def fixed_point(
     process_group: ProcessGroup | None = None,
     sharded: bool = False,
     states_at: Sequence[int] = (),
-    **unknown: NoReturn,
+    has_aux: bool = False,
+    **keywords: Any,
 ) -> Solution:
-    """Find z with z = fn(z, *context), each sample of the batch on its own; no gradient.
+    """Find z with z = fn(z, *context, **keywords), each sample of the batch on its own; no gradient.
 
     A sample is CONVERGED once ||fn(z) - z|| <= atol + rtol * ||fn(z)|| and, after the first evaluation, the residual
     is also below 0.9 of the first one; see :class:`pydeq.Status` for the other ends. Not converging is a status, not
     an error.
 
     Args:
-        fn: The map, fn(z, *context) -> like z. The z it is given is valid during the call only, and is not to be
-            modified; what it returns may be a view or a reused buffer.
-        z0: Where to start: a tensor with the batch first, shape (batch, *state), or a tuple of such tensors of one
-            dtype. (batch,) is a batch of scalars.
+        fn: The map, fn(z, *context, **keywords) -> like z. The z it is given is valid during the call only, and is not
+            to be modified; what it returns may be a view or a reused buffer.
+        z0: Where to start: a tensor with the batch first, shape (batch, *state), or several such tensors, the parts of
+            the state, in a tuple, list, dict, namedtuple or another type of torch's pytree, nested at will. fn gets,
+            and the solution has, what z0 is. Parts are of one dtype; complex ones count as pairs of real numbers.
+            (batch,) is a batch of scalars.
         context: Passed on to fn.
+        keywords: Passed on to fn, where it takes arguments of these names. A name that this function itself takes is
+            never passed on: give fn that argument by its place, or by ``functools.partial``.
         solver: :class:`pydeq.Anderson` by default.
         rtol: Relative tolerance; by default 1e-3, and 1e-2 for half states or under half autocast.
         atol: Absolute tolerance, in units of ||fn(z) - z||.
@@ -86,6 +93,8 @@ def fixed_point(
             those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
         states_at: Numbers of evaluations, increasing: ``states`` gets what a solve of so many ``max_steps`` has for
             its image, be it shorter than that or not; of :class:`pydeq.GMRES` the best image so far.
+        has_aux: fn returns a pair (state, aux), and ``solution.aux`` is the aux that came with ``solution.image``. The
+            last evaluation of a solve has it where all samples converged; else fn is called once more, uncounted.
 
     Returns:
         The solution. Its tensors are new ones.
@@ -98,14 +107,26 @@ def fixed_point(
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
     """
-    for name in unknown:
-        raise unknown_keyword("fixed_point", name, _KEYWORDS)
-    solution, workspace = solve(
-        fn, z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace, throw=throw,
-        freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
-        process_group=process_group, sharded=sharded, states_at=states_at,
-    )  # fmt: skip
-    workspace.scratch.release()
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+    keywords = keywords_for("fixed_point", fn, keywords, _KEYWORDS)
+    border = Border(z0, keywords, has_aux)
+    if compact:
+        batched_context = check_compact(fn, context, batched_context, border, freeze)
+    inner, context = border.inside(fn), border.context(context)
+    with solve_scope():
+        solution, workspace = solve(
+            inner, border.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
+            freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
+            process_group=process_group, sharded=sharded, states_at=states_at,
+        )  # fmt: skip
+        workspace.scratch.release()
+        if has_aux:
+            with torch.no_grad():
+                solution.aux = border.aux_at_image(inner, solution, context)
+    solution = border.solution(solution)
+    if throw and not bool(solution.converged.all()):
+        raise ConvergenceError(solution)
     return solution
 
 
@@ -119,7 +140,6 @@ def solve(
     atol: float = 0.0,
     max_steps: int = 50,
     trace: bool = False,
-    throw: bool = False,
     freeze: bool = True,
     stall: bool = True,
     compact: bool = False,
@@ -128,9 +148,10 @@ def solve(
     sharded: bool = False,
     states_at: Sequence[int] = (),
 ) -> tuple[Solution, Workspace]:
-    """:func:`fixed_point`, for those who also need what the solver has gathered."""
-    if not callable(fn):
-        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+    """:func:`fixed_point` inside the package, for those who also need what the solver has gathered.
+
+    ``z0`` is a tensor or a tuple of tensors, and ``compact`` was checked.
+    """
     if solver is None:
         solver = Anderson()
     elif not isinstance(solver, Solver):
@@ -153,15 +174,12 @@ def solve(
     cast = torch.is_autocast_enabled(layout.device.type)
     with torch.no_grad(), solve_scope():
         if compact:
-            batched = _check_compact(fn, context, batched_context, layout, freeze)
-            evaluator = CompactingEvaluator(fn, context, layout, cast, batched)
+            assert batched_context is not None
+            evaluator = CompactingEvaluator(fn, context, layout, cast, batched_context)
         else:
             evaluator = Evaluator(fn, context, layout, cast)
         flat = layout.flatten(z0)
-        solution, workspace = iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
-    if throw and not bool(solution.converged.all()):
-        raise ConvergenceError(solution)
-    return solution, workspace
+        return iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
 
 
 def stopping_rules(
@@ -194,13 +212,15 @@ def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
     return counts
 
 
-def _check_compact(
+def check_compact(
     fn: Callable[..., Any],
     context: Sequence[Any],
     batched_context: Sequence[bool] | None,
-    layout: Layout,
+    border: Border,
     freeze: bool,
 ) -> Sequence[bool]:
+    """For each entry of the context as it is inside, whether ``compact=True`` gathers it."""
+    layout = layout_of(border.z0)
     if not freeze:
         raise ValueError("compact=True leaves out samples that are done, but freeze=False iterates them on")
     if batched_context is None:
@@ -236,7 +256,13 @@ def _check_compact(
                     f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode)"
                     " drew its mask for: use eval mode, or compact=False"
                 )
-    return batched_context
+    for name, entry in border.keywords.items():
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(entry)):
+            raise ValueError(
+                f"compact=True cannot tell whether {name} carries the batch, since it is passed by name: pass it by its"
+                " place, and say so in batched_context"
+            )
+    return (*batched_context, False) if border.keywords else tuple(batched_context)
 
 
 def _tensors(entry: Any, name: str) -> Iterator[torch.Tensor]:

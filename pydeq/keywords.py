@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
+
+from torch import nn
 
 T = TypeVar("T")
 
@@ -49,6 +52,55 @@ def unknown_keyword(where: str, got: str, known: Iterable[str]) -> TypeError:
         meant = next(iter(difflib.get_close_matches(got, known, n=1)), None)
     advice = f"did you mean {meant!r}?" if meant else f"it takes {', '.join(known)}"
     return TypeError(f"{where} got an unexpected keyword argument {got!r}: {advice}")
+
+
+def keywords_for(
+    where: str,
+    fn: Callable[..., Any],
+    given: dict[str, Any],
+    known: Collection[str],
+    advice: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The keywords that ``where`` passes on to ``fn``: those that fn takes.
+
+    An fn that takes any keyword gets those that do not look like a misspelt one of ``where``.
+
+    Args:
+        given: What ``where`` got and does not take itself.
+        known: What it takes.
+        advice: What to do about keywords that it does not take.
+
+    Raises:
+        TypeError: If fn does not take one, naming the nearest that one of them takes.
+    """
+    if given:
+        names, takes_any = _parameters(fn)
+        for name in given:
+            if name in names:
+                continue
+            if advice and name in advice:
+                raise TypeError(f"{where} does not take {name}: {advice[name]}")
+            if not takes_any or _resembles(name, known):
+                raise unknown_keyword(where, name, [*known, *names])
+    return given
+
+
+def _parameters(fn: Callable[..., Any]) -> tuple[list[str], bool]:
+    """What fn takes by name, without its first argument, and whether it takes any other name."""
+    fn = getattr(fn, "_orig_mod", fn)  # what torch.compile wraps takes anything
+    fn = getattr(fn, "_torchdynamo_orig_callable", fn)
+    if isinstance(fn, nn.Module):
+        fn = fn.forward
+    try:
+        _, *rest = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # there is none to look at, or fn takes nothing
+        return [], True
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [x.name for x in rest if x.kind in named], any(x.kind is inspect.Parameter.VAR_KEYWORD for x in rest)
+
+
+def _resembles(name: str, known: Collection[str]) -> bool:
+    return _ELSEWHERE.get(name.lower()) in known or bool(difflib.get_close_matches(name, known, n=1, cutoff=0.8))
 
 
 def suggests_keywords(cls: type[T]) -> type[T]:

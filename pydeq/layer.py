@@ -14,15 +14,16 @@ from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Attached, Problem
 from pydeq.adjoints.functional import transforms_active
 from pydeq.arguments import check_max_steps, check_tolerance
+from pydeq.border import Border
 from pydeq.compilation import Compiler, skipped, uncompiled
 from pydeq.distributed import check_ranks
-from pydeq.fixed_point import check_states_at
+from pydeq.fixed_point import check_compact, check_states_at
 from pydeq.jacobian.penalty import JacobianPenalty
-from pydeq.keywords import unknown_keyword
+from pydeq.keywords import keywords_for, unknown_keyword
 from pydeq.nn.scope import Bound, scope_of
 from pydeq.randomness import Replayed, random_modules
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import State, layout_of
+from pydeq.state import layout_of
 from pydeq.stateless import Remembered, fill_parametrization_cache, is_exchanged
 from pydeq.supervision import attach_states
 
@@ -31,19 +32,26 @@ if TYPE_CHECKING:
 
 _INIT = (
     "solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng", "process_group", "sharded",
-    "states_at",
+    "states_at", "has_aux",
 )  # fmt: skip
-_CALL = ("return_solution", "rtol", "max_steps", "penalty")
+_CALL = (
+    "return_solution", "solver", "rtol", "atol", "max_steps", "trace", "freeze", "stall", "compact", "batched_context",
+    "penalty",
+)  # fmt: skip
+# What a call does not take, and what to do.
+_ELSEWHERE = {name: f"it is the layer's: DEQ(cell, {name}=...)" for name in _INIT if name not in _CALL} | {
+    "throw": "with return_solution=True, look at solution.converged",
+}
 
 
 class DEQ(nn.Module):
-    """A layer whose output is the fixed point z = cell(z, *context).
+    """A layer whose output is the fixed point z = cell(z, *context, **keywords).
 
     With gradients on, the cell is evaluated once more at the solution, which attaches parameters and context to the
     graph; without, the output is the image that the solve already has.
 
     Args:
-        cell: cell(z, *context) -> like z; usually a module.
+        cell: cell(z, *context, **keywords) -> like z; usually a module.
         solver: Forward solver; :class:`pydeq.Anderson` by default.
         adjoint: How to differentiate; :class:`pydeq.Implicit` by default.
         rtol, atol: Tolerances, see :func:`pydeq.fixed_point`.
@@ -57,6 +65,9 @@ class DEQ(nn.Module):
             ``max_steps`` return, each with the gradient of one evaluation (the adjoint's own where the solve was over
             by then), and last the output: one more state than entries here. See
             :func:`pydeq.fixed_point_correction`.
+        has_aux: The cell returns a pair (state, aux), like attention maps with the state. ``solution.aux`` is the aux
+            at the fixed point, for calls with ``return_solution=True``. With gradients on the cell is evaluated once
+            more for it, at the output, so that aux has the gradients of the fixed point, too.
 
     Under torch.compile a call is one graph break, and the cell is compiled: once for the solve, and once for the
     evaluation with gradients.
@@ -81,6 +92,7 @@ class DEQ(nn.Module):
         process_group: ProcessGroup | None = None,
         sharded: bool = False,
         states_at: Sequence[int] = (),
+        has_aux: bool = False,
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -112,6 +124,7 @@ class DEQ(nn.Module):
         if self.ranks is not None and not self.adjoint.distributes:
             raise ValueError(f"adjoint must be one that takes a process_group, got {self.adjoint!r}")
         self.states_at = check_states_at(states_at)
+        self.has_aux = bool(has_aux)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_memory": {}}  # neither copied nor saved
@@ -119,21 +132,35 @@ class DEQ(nn.Module):
     @skipped
     def forward(
         self,
-        z0: State,
+        z0: Any,
         *context: Any,
         return_solution: bool = False,
+        solver: Solver | None = None,
         rtol: float | None = None,
+        atol: float | None = None,
         max_steps: int | None = None,
+        trace: bool = False,
+        freeze: bool = True,
+        stall: bool = True,
+        compact: bool = False,
+        batched_context: Sequence[bool] | None = None,
         penalty: JacobianPenalty | None = None,
-        **unknown: NoReturn,
+        **keywords: Any,
     ) -> Any:
         """Solve from ``z0``.
 
         Args:
-            z0: Initial state, a tensor (batch, *state) or a tuple of them; gets no gradient under Implicit.
+            z0: Initial state: a tensor (batch, *state), or several in a tuple, list, dict or namedtuple, nested at
+                will, see :func:`pydeq.fixed_point`; gets no gradient under Implicit. The cell gets, and the call
+                returns, what z0 is.
             context: Passed on to the cell; gets gradients.
+            keywords: Passed on to the cell, where it takes arguments of these names, as in
+                ``deq(z0, x, attention_mask=mask)``; get gradients. The names below are the layer's and never passed
+                on: give the cell an argument of such a name by its place.
             return_solution: Also return the :class:`pydeq.Solution`.
-            rtol, max_steps: Override the layer's for this call.
+            solver, rtol, atol, max_steps: Override the layer's for this call.
+            trace, freeze, stall, compact, batched_context: Of the forward solve, see :func:`pydeq.fixed_point`.
+                ``Unrolled`` and ``Reversible`` take none of them.
             penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is then a term for the loss. It
                 takes the evaluation that attaches the graph; another one is made with gradients off, and where the
                 adjoint evaluates the cell elsewhere (``Phantom(form="unroll")``).
@@ -141,41 +168,45 @@ class DEQ(nn.Module):
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
         """
-        for name in unknown:
-            raise unknown_keyword("DEQ.forward", name, _CALL)
+        keywords = keywords_for("DEQ.forward", self.cell, keywords, _CALL, _ELSEWHERE)
+        border = Border(z0, keywords, self.has_aux)
         if penalty is not None:
             if not isinstance(penalty, JacobianPenalty):
                 raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
             if not return_solution:
                 raise ValueError("penalty is returned in the solution: it needs return_solution=True")
+        if trace and not return_solution:
+            raise ValueError("trace is returned in the solution: it needs return_solution=True")
         steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         options = {
-            "solver": self.solver,
+            "solver": self.solver if solver is None else self._check_solver(solver),
             "rtol": self.rtol if rtol is None else rtol,
-            "atol": self.atol,
+            "atol": self.atol if atol is None else atol,
             "max_steps": steps if max_steps is None else max_steps,
             "states_at": self.states_at,
         }
+        options |= self._check_course(border, context, trace, freeze, stall, compact, batched_context)
         if self.ranks is not None:
             options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
         with Compiler() as compiler:
-            attached = self._solve(z0, context, options, compiler, return_solution, penalty)
+            attached = self._solve(border, context, options, compiler, return_solution, penalty)
         return (attached.output, attached.solution) if return_solution else attached.output
 
     def _solve(
         self,
-        z0: State,
+        border: Border,
         context: tuple[Any, ...],
         options: dict[str, Any],
         compiler: Compiler,
-        with_states: bool,
+        with_solution: bool,
         penalty: JacobianPenalty | None,
     ) -> Attached:
+        z0, context = border.z0, border.context(context)
         transformed = transforms_active()
         if transformed:
             self._check_transforms(penalty)
         module, scope = _module_of(self.cell), scope_of(self.cell)
-        fn, eager = compiler.compiled(self.cell), uncompiled(self.cell)
+        fn, eager = border.inside(compiler.compiled(self.cell)), border.inside(uncompiled(self.cell))
         remembered = None
         if self.freeze_rng:
             fn = Replayed(fn, layout_of(z0).device)
@@ -198,9 +229,12 @@ class DEQ(nn.Module):
             solution = self.adjoint.evaluate(problem)
             attached = Attached(solution.image, solution, states=solution.states)
         solution = attached.solution
-        if self.states_at and with_states:
+        if self.states_at and with_solution:
             states = attach_states(problem, attached) if attached.states is None else attached.states
             solution = solution.with_states([*states, attached.output])
+        if self.has_aux and with_solution:
+            solution = copy.copy(solution)  # not the one that the graph keeps
+            solution.aux = self._aux(border, problem, attached)
         if penalty is not None:
             # Compiled graphs are not differentiated twice, which the penalty's gradient needs.
             at = None if compiler.compiles(self.cell) else attached.linearization
@@ -209,7 +243,49 @@ class DEQ(nn.Module):
             solution.penalty = term
         if remembered is not None:
             remembered.late = True
-        return Attached(attached.output, solution)
+        return Attached(border.outside(attached.output), border.solution(solution))
+
+    def _aux(self, border: Border, problem: Problem, attached: Attached) -> Any:
+        if not torch.is_grad_enabled() and not transforms_active():
+            return border.aux_at_image(problem.fn, attached.solution, problem.context)
+        problem.fn(attached.output, *problem.context)
+        return border.take_aux()
+
+    def _check_solver(self, solver: Any) -> Solver:
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
+        self.adjoint.check(solver)
+        return solver
+
+    def _check_course(
+        self,
+        border: Border,
+        context: tuple[Any, ...],
+        trace: bool,
+        freeze: bool,
+        stall: bool,
+        compact: bool,
+        batched_context: Sequence[bool] | None,
+    ) -> dict[str, Any]:
+        """The options of the forward solve that say how it goes on, without those that are as always."""
+        given = {"trace": trace, "freeze": freeze, "stall": stall, "compact": compact}
+        usual = {"trace": False, "freeze": True, "stall": True, "compact": False}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value != usual[name]}
+        if options and self.adjoint.iterates:
+            name, value = next(iter(options.items()))
+            raise ValueError(f"{name}={value} does not work with {self.adjoint!r}, which iterates in its own way")
+        if compact:
+            if transforms_active():
+                raise RuntimeError("compact=True does not work under torch.func and forward-mode AD")
+            if self.freeze_rng and (names := random_modules(_module_of(self.cell))):
+                raise ValueError(
+                    "compact=True changes the batch, and with it the random numbers that freeze_rng=True replays for"
+                    f" {', '.join(names)}: use eval mode, or compact=False"
+                )
+            options["batched_context"] = check_compact(self.cell, context, batched_context, border, freeze)
+        elif batched_context is not None:
+            raise ValueError("batched_context belongs to compact=True")
+        return options
 
     def _check_transforms(self, penalty: JacobianPenalty | None) -> None:
         if not self.adjoint.transforms:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,25 +32,31 @@ class Solution:
         states: The states asked for by ``states_at``, each like z0; those of a :class:`pydeq.DEQ` have gradients, and
             its output is the last one.
         penalty: The :class:`pydeq.JacobianPenalty` asked for, 0-d, to be added to the loss; set by :class:`pydeq.DEQ`.
+        aux: What fn returned with its state at the solution, with ``has_aux=True``; else None.
     """
 
     def __init__(
         self, value: State, image: State, nfe: int, scalars: Tensor, counters: Tensor, trace: Tensor | None
     ) -> None:
-        self.value = value
-        self.image = image
+        self.value: Any = value
+        self.image: Any = image
         self.nfe = nfe
         self.trace = trace
         self.states: list[State] = []
         self._backward: list[Solution | None] = [None]  # shared with copies: graphs set it, and must not see states
         self.penalty: Tensor | None = None
+        self.aux: Any = None
+        part = value if isinstance(value, Tensor) else value[0]
+        self._dtype = torch.promote_types(part.dtype, torch.float32)
+        self._restore: Callable[[State], Any] | None = None  # to the type of state that the user has
         self._scalars = scalars  # [B, len(Scalar)]
         self._counters = counters  # [B, len(Counter)]
 
     @property
     def backward(self) -> Solution | None:
         """The adjoint's solution once backward has run; of a :class:`pydeq.DEQ` whose adjoint solves something."""
-        return self._backward[0]
+        solution = self._backward[0]
+        return solution if solution is None or self._restore is None else solution.restored(self._restore)
 
     @backward.setter
     def backward(self, solution: Solution | None) -> None:
@@ -61,6 +69,14 @@ class Solution:
         """
         other = copy.copy(self)
         other.states = states
+        return other
+
+    def restored(self, restore: Callable[[State], Any]) -> Solution:
+        """This solution with ``restore`` of every state; also of those of ``backward``, once it is there."""
+        other = copy.copy(self)
+        other.value, other.image = restore(self.value), restore(self.image)
+        other.states = [restore(state) for state in self.states]
+        other._restore = restore
         return other
 
     @cached_property
@@ -88,11 +104,6 @@ class Solution:
     def sample_nfe(self) -> Tensor:
         """Evaluations spent on each sample, int64 [B]."""
         return self._counters[:, Counter.EVALUATIONS].long()
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        value = self.value if isinstance(self.value, Tensor) else self.value[0]
-        return torch.promote_types(value.dtype, torch.float32)
 
     def advice(self) -> str:
         """What to change about the samples that did not converge; empty if all did."""

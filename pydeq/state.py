@@ -103,8 +103,11 @@ class Layout:
         return part.detach() if detach and part.requires_grad else part
 
 
-def layout_of(z0: Any) -> Layout:
+def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
     """Validate an initial state and describe it.
+
+    Args:
+        names: Of its parts, for messages; by default z0[0], z0[1] and so on.
 
     Raises:
         TypeError: If z0 is neither a tensor nor a tuple of tensors.
@@ -120,7 +123,7 @@ def layout_of(z0: Any) -> Layout:
     else:
         raise TypeError(f"z0 must be a tensor or a tuple of tensors, got {type(z0).__name__}")
     for i, part in enumerate(parts):
-        name = f"z0[{i}]" if isinstance(z0, tuple) else "z0"
+        name = names[i] if names else f"z0[{i}]" if isinstance(z0, tuple) else "z0"
         if not isinstance(part, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
         if part.dim() == 0:
@@ -134,7 +137,8 @@ def layout_of(z0: Any) -> Layout:
             ("device", parts[0].device, part.device),
         ):
             if first != here:
-                raise ValueError(f"{name} must have the {what} of z0[0], {first}, got {here}")
+                of = names[0] if names else "z0[0]"
+                raise ValueError(f"{name} must have the {what} of {of}, {first}, got {here}")
     return Layout(
         tuple(part.shape[1:] for part in parts),
         parts[0].shape[0],

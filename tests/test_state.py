@@ -141,8 +141,21 @@ def test_z0_is_not_written_to(solver):
     [
         (torch.tensor(1.0), ValueError, "z0 must have a batch dimension, got a 0-d tensor: (B,) is B scalar states"),
         ((), ValueError, "z0 must have at least one tensor, got an empty tuple"),
-        ([torch.ones(2)], TypeError, "z0 must be a tensor or a tuple of tensors, got list"),
-        (1.0, TypeError, "z0 must be a tensor or a tuple of tensors, got float"),
+        ({}, ValueError, "z0 must have at least one tensor, got an empty dict"),
+        (1.0, TypeError, "z0 must be a tensor or tensors in tuples, lists, dicts and namedtuples, got float"),
+        (object(), TypeError, "got object: register a type of your own by torch.export.register_dataclass"),
+        ([torch.ones(2), 1.0], TypeError, "z0[1] must be a tensor, got float"),
+        ({"h": (torch.ones(2), None)}, TypeError, "z0['h'][1] must be a tensor, got NoneType"),
+        (
+            {"h": torch.ones(2), "c": torch.ones(3)},
+            ValueError,
+            "z0['c'] must have the batch size of z0['h'], 2, got 3",
+        ),
+        (
+            [torch.ones(2, dtype=torch.complex64), torch.ones(2).double()],
+            ValueError,
+            "z0[1] must have the dtype of z0[0], torch.float32, got torch.float64",
+        ),
         ((torch.ones(2), 1.0), TypeError, "z0[1] must be a tensor, got float"),
         ((torch.ones(2), torch.tensor(1.0)), ValueError, "z0[1] must have a batch dimension, got a 0-d tensor"),
         (
@@ -162,7 +175,6 @@ def test_z0_is_not_written_to(solver):
         ),
         (torch.ones(2, dtype=torch.int64), ValueError, "z0 must be of dtype torch.float64, torch.float32, "),
         (torch.ones(2, dtype=torch.bool), ValueError, "got torch.bool"),
-        (torch.ones(2, dtype=torch.complex64), ValueError, "got torch.complex64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -81,10 +81,13 @@ class Adjoint(ABC):
     Attributes:
         transforms: Whether it works under transforms of torch.func.
         distributes: Whether it works with a process_group.
+        iterates: Whether it solves by an iteration of its own, which has no trace, freezes samples that are done, and
+            evaluates the whole batch.
     """
 
     transforms: ClassVar[bool] = False
     distributes: ClassVar[bool] = True
+    iterates: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, problem: Problem) -> Attached:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pydeq.border import canonical
 from pydeq.jacobian.estimator import Estimator
 from pydeq.jacobian.functional import FunctionalLinearization
 from pydeq.linearization import linearize
@@ -37,7 +38,7 @@ def frobenius_norm_squared(
 
     Args:
         fn: fn(z, *context) -> like z; treats samples independently.
-        z: State, shape (batch, *state), or a tuple of such tensors.
+        z: State, shape (batch, *state), or several such tensors, see :func:`pydeq.fixed_point`.
         context: Passed on to fn.
         probes: Products with J per sample, at least 1. Hutchinson's relative error falls as 1/sqrt(probes).
         distribution: "gaussian", variance 2 ||J J^T||_F^2, or "rademacher", 2 (||J J^T||_F^2 - sum (J J^T)_ii^2).
@@ -58,6 +59,7 @@ def frobenius_norm_squared(
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
     """
     estimator = Estimator(probes, distribution, mode, method)
+    fn, z = canonical(fn, z)
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or (mode == "jvp" and method == "hutchinson"):
         return estimator.norm_squared(FunctionalLinearization(fn, z, context), generator)
@@ -93,4 +95,5 @@ def jacobian_penalty(
     norms = frobenius_norm_squared(
         fn, z, *context, probes=probes, distribution=distribution, mode=mode, method=method, generator=generator
     )
-    return norms.sum() / max(1, layout_of(z).batch * layout_of(z).size)
+    layout = layout_of(canonical(fn, z)[1])
+    return norms.sum() / max(1, layout.batch * layout.size)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pydeq.border import canonical
 from pydeq.jacobian.estimator import Estimator
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
@@ -131,6 +132,7 @@ class JacobianPenalty:
         """
         if self.milestones or self.every is not None or self.stop is not None:
             raise ValueError("penalty must be of constant strength, got a schedule: pass penalty.at(step)")
+        fn, z = canonical(fn, z)
         layout = layout_of(z)
         training = torch.is_grad_enabled()
         if self.strength == 0.0 or (training and not self.active(0)):

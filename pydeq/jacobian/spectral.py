@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pydeq.arguments import check_integer, check_tolerance
+from pydeq.border import canonical
 from pydeq.jacobian.arnoldi import arnoldi, ritz_values
 from pydeq.jacobian.estimator import identity_probes
 from pydeq.linearization import Linearization, linearize
@@ -80,7 +81,7 @@ def spectral_radius(
 
     Args:
         fn: fn(z, *context) -> like z; treats samples independently.
-        z: State, shape (batch, *state), or a tuple of such tensors.
+        z: State, shape (batch, *state), or several such tensors, see :func:`pydeq.fixed_point`.
         context: Passed on to fn.
         steps: Vector-Jacobian products at most, at least 2.
         method: "growth" averages the logarithm of the growth per product over a window, with weights that fade to its
@@ -104,7 +105,7 @@ def spectral_radius(
     if method not in ("growth", "arnoldi"):
         raise ValueError(f"method must be 'growth' or 'arnoldi', got {method!r}")
     rtol = check_tolerance("rtol", rtol)
-    at = linearize(fn, z, context)
+    at = linearize(*canonical(fn, z), context)
     with torch.inference_mode(False), torch.no_grad():
         if method == "growth":
             value, error = _growth(at, steps, rtol, generator)
@@ -168,7 +169,7 @@ def jacobian_spectrum(
         if k is None:
             raise ValueError("steps belongs to a given k: without k, the Jacobian is dense")
         steps = check_integer("steps", steps, k)
-    at = linearize(fn, z, context)
+    at = linearize(*canonical(fn, z), context)
     with torch.inference_mode(False), torch.no_grad():
         size = at.layout.size
         if k is None:

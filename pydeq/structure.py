@@ -1,0 +1,132 @@
+"""States of any type: what solvers see is a tensor or a tuple of tensors, what fn sees is what the user gave.
+
+A dict, a list, a namedtuple, any type that is registered with torch's pytree, nested in each other, and complex tensors
+become a tuple of real tensors, the parts, at the border of the package, and are made again for every call of fn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from pydeq.state import State, as_tuple, layout_of
+
+
+class Structure:
+    """The type of a state: how its parts are found in it, and how it is made of them.
+
+    Args:
+        z0: A state of that type.
+
+    Raises:
+        TypeError: If something in it is no tensor.
+        ValueError: If there is no tensor in it, or the tensors are not those of one state.
+    """
+
+    def __init__(self, z0: Any) -> None:
+        paths, self.spec = tree_flatten_with_path(z0)
+        self.names = tuple(f"z0{keystr(path)}" for path, _ in paths)
+        leaves = [leaf for _, leaf in paths]
+        for name, leaf in zip(self.names, leaves, strict=True):
+            _check_leaf(name, leaf)
+        if not leaves:
+            raise ValueError(f"z0 must have at least one tensor, got an empty {type(z0).__name__}")
+        self.complex = tuple(leaf.is_complex() for leaf in leaves)
+        self.dtypes = tuple(leaf.dtype for leaf in leaves)
+        # Where each part belongs, by its number.
+        self.template = tree_unflatten(range(len(leaves)), self.spec)
+        layout = layout_of(self._pack(leaves), self.names)
+        self.shapes = layout.shapes
+
+    def parts(self, z0: Any) -> State:
+        """A state of this type -> its parts, real."""
+        return self._pack(tree_flatten(z0)[0])
+
+    def restore(self, state: State) -> Any:
+        """Parts -> a state of this type."""
+        leaves = [
+            torch.complex(*part.unbind(-1)) if is_complex else part
+            for part, is_complex in zip(as_tuple(state), self.complex, strict=True)
+        ]
+        return tree_unflatten(leaves, self.spec)
+
+    def of_result(self, result: Any) -> State:
+        """The parts of what fn returned, which may have a tuple in place of a list or a namedtuple.
+
+        Raises:
+            TypeError, ValueError: If it is of another type, has another shape or is real in place of complex.
+        """
+        leaves: list[Any] = [None] * len(self.names)
+        _collect(self.template, result, "z0", leaves)
+        for name, leaf, dtype in zip(self.names, leaves, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"fn must return a tensor like {name}, got {type(leaf).__name__}")
+            if dtype.is_complex != leaf.is_complex():
+                raise ValueError(f"fn must return the dtype of {name}, {dtype}, got {leaf.dtype}")
+        state = self._pack(leaves)
+        for name, part, shape in zip(self.names, as_tuple(state), self.shapes, strict=True):
+            if part.shape[1:] != shape:
+                raise ValueError(
+                    f"fn must return the shape of {name}, expected (batch, {', '.join(map(str, shape))}), got"
+                    f" {tuple(part.shape)}"
+                )
+        return state
+
+    def _pack(self, leaves: Sequence[Tensor]) -> State:
+        parts = tuple(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in leaves)
+        return parts[0] if self.spec.is_leaf() else parts
+
+
+def structure_of(z0: Any) -> Structure | None:
+    """The type of a state; None for real tensors and tuples of them, which solvers take as they are."""
+    if type(z0) is tuple and z0:
+        return None if all(isinstance(part, Tensor) and not part.is_complex() for part in z0) else Structure(z0)
+    if isinstance(z0, Tensor) and not z0.is_complex():
+        return None
+    return Structure(z0)
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if isinstance(leaf, Tensor):
+        return
+    advice = ""
+    if not isinstance(leaf, int | float | complex | str | bytes | None):
+        advice = ": register a type of your own by torch.export.register_dataclass or with torch's pytree"
+    if name == "z0":
+        raise TypeError(
+            f"z0 must be a tensor or tensors in tuples, lists, dicts and namedtuples, got {type(leaf).__name__}{advice}"
+        )
+    raise TypeError(f"{name} must be a tensor, got {type(leaf).__name__}{advice}")
+
+
+def _collect(template: Any, got: Any, name: str, leaves: list[Any]) -> None:
+    """Put what is in ``got`` into ``leaves``, where the numbers in ``template`` say."""
+    if isinstance(template, int):
+        leaves[template] = got
+    elif isinstance(template, Mapping):
+        if not isinstance(got, Mapping):
+            raise TypeError(f"fn must return a {type(template).__name__} like {name}, got {type(got).__name__}")
+        if got.keys() != template.keys():
+            raise ValueError(f"fn must return the keys of {name}, {list(template)}, got {list(got)}")
+        for key, part in template.items():
+            _collect(part, got[key], f"{name}[{key!r}]", leaves)
+    elif isinstance(template, tuple | list):
+        kind = type(template).__name__
+        if not isinstance(got, tuple | list):
+            raise TypeError(f"fn must return a {kind} like {name}, got {type(got).__name__}")
+        if len(got) != len(template):
+            raise ValueError(f"fn must return a {kind} of {len(template)} like {name}, got {len(got)}")
+        fields = getattr(template, "_fields", None)
+        for i, (part, of) in enumerate(zip(template, got, strict=True)):
+            _collect(part, of, f"{name}.{fields[i]}" if fields else f"{name}[{i}]", leaves)
+    else:  # a type that somebody has registered
+        numbers, spec = tree_flatten(template)
+        found, other = tree_flatten(got)
+        if spec != other:
+            raise TypeError(f"fn must return a {type(template).__name__} like {name}, got {type(got).__name__}")
+        for number, leaf in zip(numbers, found, strict=True):
+            leaves[number] = leaf
