@@ -22,8 +22,9 @@ from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import keywords_for, unknown_keyword
 from pydeq.nn.scope import Bound, scope_of
 from pydeq.randomness import Replayed, random_modules
+from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import layout_of
+from pydeq.state import as_tuple, layout_of
 from pydeq.stateless import Remembered, fill_parametrization_cache, is_exchanged
 from pydeq.supervision import attach_states
 
@@ -47,8 +48,9 @@ _ELSEWHERE = {name: f"it is the layer's: DEQ(cell, {name}=...)" for name in _INI
 class DEQ(nn.Module):
     """A layer whose output is the fixed point z = cell(z, *context, **keywords).
 
-    With gradients on, the cell is evaluated once more at the solution, which attaches parameters and context to the
-    graph; without, the output is the image that the solve already has.
+    With gradients on, the cell is evaluated once more at the solution's image, which attaches parameters and context to
+    the graph; without, the output is the image that the solve already has. See :class:`pydeq.Solution` for which
+    residual belongs to which.
 
     Args:
         cell: cell(z, *context, **keywords) -> like z; usually a module.
@@ -232,6 +234,8 @@ class DEQ(nn.Module):
         if self.states_at and with_solution:
             states = attach_states(problem, attached) if attached.states is None else attached.states
             solution = solution.with_states([*states, attached.output])
+        if with_solution:
+            solution = self._with_evaluated(solution, attached)
         if self.has_aux and with_solution:
             solution = copy.copy(solution)  # not the one that the graph keeps
             solution.aux = self._aux(border, problem, attached)
@@ -244,6 +248,21 @@ class DEQ(nn.Module):
         if remembered is not None:
             remembered.late = True
         return Attached(border.outside(attached.output), border.solution(solution))
+
+    def _with_evaluated(self, solution: Solution, attached: Attached) -> Solution:
+        """The solution, which knows fn at its image where that was evaluated."""
+        at = attached.linearization
+        if at is not None:
+            y = tuple(part.detach() for part in at.y)
+        elif attached.evaluated is not None:
+            y = tuple(part.detach().clone() for part in as_tuple(attached.evaluated))  # it may be the output
+        else:
+            return solution
+        if transforms_active() or (self.ranks is not None and self.ranks.sharded):
+            return solution
+        solution = copy.copy(solution)  # not the one that the graph keeps
+        solution._evaluated = solution.image, y
+        return solution
 
     def _aux(self, border: Border, problem: Problem, attached: Attached) -> Any:
         if not torch.is_grad_enabled() and not transforms_active():

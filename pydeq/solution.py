@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pydeq.protocol import Counter, Scalar, Status
-from pydeq.state import State
+from pydeq.reduction import WHOLE, norms
+from pydeq.state import State, as_tuple
 
 ADVICE = {
     Status.MAX_STEPS: "increase max_steps, loosen rtol, or make fn more contractive (pydeq.jacobian_penalty)",
@@ -23,6 +24,12 @@ ADVICE = {
 
 class Solution:
     """The solution of a batch of fixed-point problems.
+
+    Three states belong to it, one evaluation of fn apart: ``value``, which ``residual`` and ``status`` are about;
+    ``image``, fn(value), which a :class:`pydeq.DEQ` returns without gradients; and fn(image), which it returns with
+    gradients on, except by ``Unrolled`` and ``Reversible``. Where fn contracts, each is closer to the fixed point than
+    the one before. Where it expands, the output may be much further from it than ``residual`` says: see
+    ``image_residual``.
 
     Attributes:
         value: Per sample the iterate z with the smallest residual seen, or the one that met the tolerance; like z0.
@@ -48,6 +55,7 @@ class Solution:
         self.aux: Any = None
         part = value if isinstance(value, Tensor) else value[0]
         self._dtype = torch.promote_types(part.dtype, torch.float32)
+        self._evaluated: tuple[State, State] | None = None  # image and fn(image), where that was evaluated
         self._restore: Callable[[State], Any] | None = None  # to the type of state that the user has
         self._scalars = scalars  # [B, len(Scalar)]
         self._counters = counters  # [B, len(Counter)]
@@ -101,6 +109,23 @@ class Solution:
         return relative(residual, self._scalars[:, Scalar.BEST_NORM]).to(self._dtype)
 
     @cached_property
+    def image_residual(self) -> Tensor | None:
+        """||fn(image) - image|| of each sample, [B], like ``residual``; None where fn was not evaluated at the image.
+
+        A :class:`pydeq.DEQ` with gradients on evaluates it there, except with ``Unrolled`` and ``Reversible``, under
+        torch.func, and with sharded states.
+        """
+        return None if self._evaluated is None else self._measured[0].to(self._dtype)
+
+    @cached_property
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """||fn(image) - image|| and ||fn(image)||, [B] each."""
+        assert self._evaluated is not None
+        image, next = (torch.cat([part.flatten(1) for part in as_tuple(state)], 1) for state in self._evaluated)
+        residual, norm = norms([next.to(self._dtype) - image.to(self._dtype), next], WHOLE)
+        return residual, norm
+
+    @cached_property
     def sample_nfe(self) -> Tensor:
         """Evaluations spent on each sample, int64 [B]."""
         return self._counters[:, Counter.EVALUATIONS].long()
@@ -115,8 +140,10 @@ class Solution:
         counts = _count_statuses(self.status)
         text = f"{counts.get(Status.CONVERGED, 0)} of {batch} samples converged, nfe={self.nfe}"
         if batch:
-            relative = self.relative_residual.double()
-            text += f", relative residual median {relative.median():.2g}, max {relative.max():.2g}"
+            found = self.relative_residual.double()
+            text += f", relative residual median {found.median():.2g}, max {found.max():.2g}"
+            if self._evaluated is not None:
+                text += f", of the image max {relative(*self._measured).max():.2g}"
         advice = self.advice()
         return f"Solution({text})" + (f"\n  {advice}" if advice else "")
 

@@ -156,3 +156,69 @@ def test_tensors_of_a_solution_are_new(solver):
     pydeq.fixed_point(fn, torch.ones(3, 4), solver=solver)
     assert torch.equal(first.value, value)
     assert torch.equal(first.image, image)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        pydeq.Implicit(),
+        pydeq.Shine(),
+        pydeq.JacobianFree(),
+        pydeq.Phantom(2, 0.5),
+        pydeq.Phantom(2, form="neumann"),
+        pydeq.Unrolled(),
+        pydeq.Reversible(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_residual_of_the_image_is_known_where_fn_was_evaluated_there(adjoint, parts):
+    solver = pydeq.Broyden() if isinstance(adjoint, pydeq.Shine) else pydeq.Anderson()
+    x = torch.randn(4, 6).requires_grad_()
+
+    def fn(z, x):
+        return {"a": torch.tanh(0.9 * z["a"].roll(1, 1) + x)} if parts else torch.tanh(0.9 * z.roll(1, 1) + x)
+
+    z0 = {"a": torch.zeros(4, 6)} if parts else torch.zeros(4, 6)
+    z, solution = pydeq.DEQ(fn, solver=solver, adjoint=adjoint)(z0, x, return_solution=True)
+    if isinstance(adjoint, pydeq.Unrolled | pydeq.Reversible):
+        assert solution.image_residual is None
+        return
+    (z["a"] if parts else z).detach().zero_()  # the output is the user's
+    image = solution.image["a"] if parts else solution.image
+    next = fn(solution.image, x)
+    next = next["a"] if parts else next
+    exact = (next - image).double().norm(dim=1)
+    assert_close(solution.image_residual, exact, size=6, dtype=torch.float32)
+    assert f"of the image max {(exact / next.double().norm(dim=1)).max():.2g}" in repr(solution)
+
+
+def test_the_residual_of_the_image_shows_what_an_expansive_map_makes_of_a_small_one(solver):
+    """The value meets the tolerance; its image, which a call without gradients returns, is far off."""
+    z0 = torch.zeros(1, 2, dtype=torch.float64)
+    gain = torch.tensor([-700.0, 0.5], dtype=torch.float64)
+
+    def fn(z):
+        return gain * z + 1.0
+
+    solution = pydeq.DEQ(fn, solver=solver, max_steps=30)(z0, return_solution=True)[1]
+    if solver == pydeq.Picard():
+        return  # diverges
+    assert solution.converged.all()
+    exact = (fn(solution.image) - solution.image).norm(dim=1)
+    torch.testing.assert_close(solution.image_residual, exact)
+    # The map is affine: residuals grow by its gain from one state to the next.
+    torch.testing.assert_close(exact, (gain * (solution.image - solution.value)).norm(dim=1), rtol=1e-5, atol=1e-12)
+
+
+def test_the_residual_of_the_image_is_not_known_without_an_evaluation_there():
+    z0, x = torch.zeros(2, 3), torch.randn(2, 3)
+
+    def fn(z, x):
+        return torch.tanh(0.5 * z + x)
+
+    assert pydeq.fixed_point(fn, z0, x).image_residual is None
+    with torch.no_grad():
+        assert pydeq.DEQ(fn)(z0, x, return_solution=True)[1].image_residual is None
+    of = torch.func.grad(lambda x: pydeq.DEQ(fn)(z0, x).sum())
+    assert of(x).isfinite().all()

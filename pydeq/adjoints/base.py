@@ -53,12 +53,14 @@ class Attached:
         linearization: The evaluation at the solution, where the adjoint made one: a penalty on its Jacobian then needs
             no other.
         states: The states asked for by ``states_at`` with their gradients, where the adjoint has those.
+        evaluated: fn at the solution's image, where the adjoint made no linearization and still evaluated it.
     """
 
     output: State
     solution: Solution
     linearization: Linearization | None = None
     states: list[State] | None = None
+    evaluated: State | None = None
 
 
 def refuse_vectorized(cotangents: Sequence[Tensor], adjoint: Adjoint) -> None:

@@ -69,10 +69,12 @@ class Phantom(Adjoint):
                 return self._neumann(problem, solution)
             z = solution.image
         layout, fn = layout_of(problem.z0), share_weights(problem.fn)
+        first = None
         for _ in range(self.steps):
             y = layout.check(fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False)
+            first = y if first is None else first
             z = y if self.damping == 1.0 else self._blend(z, y, layout)
-        return Attached(z, solution)
+        return Attached(z, solution, evaluated=first)
 
     def _blend(self, z: State, y: State, layout: Layout) -> State:
         parts = tuple(a + self.damping * (b - a) for a, b in zip(as_tuple(z), as_tuple(y), strict=True))
