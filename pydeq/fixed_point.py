@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -17,6 +17,7 @@ from pydeq.iteration import iterate
 from pydeq.keywords import keywords_for
 from pydeq.nn.dropout import VariationalDropout
 from pydeq.nn.scope import solve_scope
+from pydeq.parts import iterate_by_parts
 from pydeq.precision import Autocast
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import ConvergenceError, Solution
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _KEYWORDS = (
     "solver", "rtol", "atol", "max_steps", "trace", "throw", "freeze", "stall", "compact", "batched_context",
     "process_group", "sharded",
-    "states_at", "has_aux",
+    "states_at", "has_aux", "norm",
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def fixed_point(
     sharded: bool = False,
     states_at: Sequence[int] = (),
     has_aux: bool = False,
+    norm: Literal["all", "parts"] = "all",
     **keywords: Any,
 ) -> Solution:
     """Find z with z = fn(z, *context, **keywords), each sample of the batch on its own; no gradient.
@@ -95,6 +97,11 @@ def fixed_point(
             its image, be it shorter than that or not; of :class:`pydeq.GMRES` the best image so far.
         has_aux: fn returns a pair (state, aux), and ``solution.aux`` is the aux that came with ``solution.image``. The
             last evaluation of a solve has it where all samples converged; else fn is called once more, uncounted.
+        norm: "all" measures residuals in the Euclidean norm of all entries. "parts" is for states of several parts: a
+            sample is CONVERGED once each of them meets the tolerance in its own norm, which with "all" a part that is
+            much smaller than another need not. Solvers then see each part divided by about its norm, and residuals in
+            the solution are those of the part with the largest relative one. Costs two passes over the state per
+            evaluation, and takes neither ``compact`` nor ``process_group``.
 
     Returns:
         The solution. Its tensors are new ones.
@@ -118,7 +125,7 @@ def fixed_point(
         solution, workspace = solve(
             inner, border.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
             freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
-            process_group=process_group, sharded=sharded, states_at=states_at,
+            process_group=process_group, sharded=sharded, states_at=states_at, norm=norm,
         )  # fmt: skip
         workspace.scratch.release()
         if has_aux:
@@ -147,6 +154,7 @@ def solve(
     process_group: ProcessGroup | None = None,
     sharded: bool = False,
     states_at: Sequence[int] = (),
+    norm: Literal["all", "parts"] = "all",
 ) -> tuple[Solution, Workspace]:
     """:func:`fixed_point` inside the package, for those who also need what the solver has gathered.
 
@@ -164,6 +172,8 @@ def solve(
     layout = layout_of(z0)
     max_steps = check_max_steps("max_steps", max_steps)
     ranks = check_ranks(process_group, sharded)
+    if check_norm(norm) == "parts" and (compact or ranks is not None):
+        raise ValueError(f"norm='parts' does not work with {'compact=True' if compact else 'process_group'}")
     if sharded and not solver.reduces:
         raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
     rules = stopping_rules(layout, rtol, atol, freeze, stall, WHOLE if ranks is None else ranks.reduction())
@@ -179,6 +189,8 @@ def solve(
         else:
             evaluator = Evaluator(fn, context, layout, cast)
         flat = layout.flatten(z0)
+        if norm == "parts":
+            return iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)
         return iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
 
 
@@ -200,6 +212,13 @@ def stopping_rules(
         stall=stall,
         reduction=reduction,
     )
+
+
+def check_norm(norm: Any) -> Literal["all", "parts"]:
+    """What residuals are measured in."""
+    if norm not in ("all", "parts"):
+        raise ValueError(f"norm must be 'all' or 'parts', got {norm!r}")
+    return norm
 
 
 def check_states_at(value: Sequence[int]) -> tuple[int, ...]:

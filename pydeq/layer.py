@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from pydeq.arguments import check_max_steps, check_tolerance
 from pydeq.border import Border
 from pydeq.compilation import Compiler, skipped, uncompiled
 from pydeq.distributed import check_ranks
-from pydeq.fixed_point import check_compact, check_states_at
+from pydeq.fixed_point import check_compact, check_norm, check_states_at
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import keywords_for, unknown_keyword
 from pydeq.nn.scope import Bound, scope_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _INIT = (
     "solver", "adjoint", "rtol", "atol", "max_steps", "eval_max_steps", "freeze_rng", "process_group", "sharded",
-    "states_at", "has_aux",
+    "states_at", "has_aux", "norm",
 )  # fmt: skip
 _CALL = (
     "return_solution", "solver", "rtol", "atol", "max_steps", "trace", "freeze", "stall", "compact", "batched_context",
@@ -70,6 +70,8 @@ class DEQ(nn.Module):
         has_aux: The cell returns a pair (state, aux), like attention maps with the state. ``solution.aux`` is the aux
             at the fixed point, for calls with ``return_solution=True``. With gradients on the cell is evaluated once
             more for it, at the output, so that aux has the gradients of the fixed point, too.
+        norm: "parts" for states of several parts whose scales differ: each is to meet the tolerance, forward and
+            backward, see :func:`pydeq.fixed_point`. For ``Implicit`` and ``Phantom``.
 
     Under torch.compile a call is one graph break, and the cell is compiled: once for the solve, and once for the
     evaluation with gradients.
@@ -95,6 +97,7 @@ class DEQ(nn.Module):
         sharded: bool = False,
         states_at: Sequence[int] = (),
         has_aux: bool = False,
+        norm: Literal["all", "parts"] = "all",
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -127,6 +130,11 @@ class DEQ(nn.Module):
             raise ValueError(f"adjoint must be one that takes a process_group, got {self.adjoint!r}")
         self.states_at = check_states_at(states_at)
         self.has_aux = bool(has_aux)
+        self.norm = check_norm(norm)
+        if norm == "parts" and not self.adjoint.normed:
+            raise ValueError(f"norm='parts' needs pydeq.Implicit or pydeq.Phantom as the adjoint, got {self.adjoint!r}")
+        if norm == "parts" and self.ranks is not None:
+            raise ValueError("norm='parts' does not work with process_group")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_memory": {}}  # neither copied nor saved
@@ -188,6 +196,8 @@ class DEQ(nn.Module):
             "states_at": self.states_at,
         }
         options |= self._check_course(border, context, trace, freeze, stall, compact, batched_context)
+        if self.norm != "all":
+            options["norm"] = self.norm
         if self.ranks is not None:
             options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
         with Compiler() as compiler:
@@ -294,6 +304,8 @@ class DEQ(nn.Module):
             name, value = next(iter(options.items()))
             raise ValueError(f"{name}={value} does not work with {self.adjoint!r}, which iterates in its own way")
         if compact:
+            if self.norm != "all":
+                raise ValueError("norm='parts' does not work with compact=True")
             if transforms_active():
                 raise RuntimeError("compact=True does not work under torch.func and forward-mode AD")
             if self.freeze_rng and (names := random_modules(_module_of(self.cell))):

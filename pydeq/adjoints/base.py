@@ -39,8 +39,9 @@ class Problem:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The options that a solve of the adjoint system has in common with this one: who solves it together."""
-        return {name: self.options[name] for name in ("process_group", "sharded") if name in self.options}
+        """The options that a solve of the adjoint system has in common with this one: who solves it together, and in
+        which norm."""
+        return {name: self.options[name] for name in ("process_group", "sharded", "norm") if name in self.options}
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,14 @@ class Adjoint(ABC):
     Attributes:
         transforms: Whether it works under transforms of torch.func.
         distributes: Whether it works with a process_group.
+        normed: Whether it works with ``norm="parts"``.
         iterates: Whether it solves by an iteration of its own, which has no trace, freezes samples that are done, and
             evaluates the whole batch.
     """
 
     transforms: ClassVar[bool] = False
     distributes: ClassVar[bool] = True
+    normed: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
 
     @abstractmethod

@@ -70,6 +70,7 @@ class Reversible(Adjoint):
     """
 
     distributes: ClassVar[bool] = False
+    normed: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
 
     damping: float = 0.5

@@ -7,7 +7,7 @@ Forward, Broyden gathers N ~ (I - J)^-1 (see :mod:`pydeq.ops.broyden_step`). The
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Shine(Adjoint):
     Source: Ramzi, Mannel, Bai, Starck, Ciuciu and Moreau, SHINE: SHaring the INverse Estimate from the forward pass for
     bi-level optimization and implicit models, ICLR 2022.
     """
+
+    normed: ClassVar[bool] = False
 
     refine_steps: int = 0
     rtol: float | None = None

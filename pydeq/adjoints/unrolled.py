@@ -49,6 +49,7 @@ class Unrolled(Adjoint):
     """
 
     distributes: ClassVar[bool] = False
+    normed: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
 
     checkpoint: bool = False

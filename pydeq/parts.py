@@ -1,0 +1,288 @@
+"""``norm="parts"``: solving for parts of very different scale, so that each of them meets the tolerance.
+
+In the norm of the whole state a part whose entries are a thousandth of another's is invisible at rtol 1e-3. Here each
+part of each sample is divided by about its own norm, a power of two, so that nothing is rounded, and the solvers see
+parts of like size. A sample is CONVERGED once, at one evaluation, for every part p
+
+    ||f_p - z_p|| <= atol + rtol ||f_p||
+
+The scale is that of the first image, f(z0), with atol / rtol as the least. Where parts have grown apart since, so that
+one that the solver was content with does not meet its tolerance, the solve goes on from the image, with new scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pydeq.evaluation import Evaluator
+from pydeq.iteration import iterate
+from pydeq.protocol import CONTRACTION, RUNNING, Counter, Scalar, Status
+from pydeq.reduction import norms
+from pydeq.solution import Solution, relative
+from pydeq.solvers.base import Solver, Workspace
+from pydeq.state import Layout
+from pydeq.termination import Rules
+
+
+@dataclass
+class _Tolerances:
+    """What each part is held against: rtol and atol, of the whole."""
+
+    layout: Layout
+    rules: Rules
+
+    def norms(self, flat: Tensor) -> Tensor:
+        """The norm of each part, float64 [B, P]."""
+        return torch.stack([norms([part])[0] for part in flat.split(self.layout.sizes, dim=1)], dim=1)
+
+    def measure(self, value: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual and norm of each part, float64 [B, P] each."""
+        compute = torch.promote_types(value.dtype, torch.float32)
+        return self.norms(image.to(compute) - value.to(compute)), self.norms(image)
+
+    def met(self, residual: Tensor, norm: Tensor) -> Tensor:
+        """Whether each sample meets the tolerance in all of its parts, bool [B]."""
+        return (residual <= self.rules.atol + self.rules.rtol * norm).all(1)
+
+    def scale(self, norm: Tensor) -> Tensor:
+        """By what to divide each part, [B, P]: powers of two."""
+        rules = self.rules
+        if rules.rtol == 0.0 and rules.atol > 0.0:
+            return torch.ones_like(norm)
+        size = norm if rules.atol == 0.0 else norm + rules.atol / rules.rtol
+        size = torch.where(size.isfinite(), size, 0.0)
+        # A part that is zero: nothing is known of it yet.
+        size = torch.where(size > 0, size, size.amax(1, keepdim=True))
+        size = torch.where(size > 0, size, 1.0)
+        tiny = torch.finfo(self.layout.dtype).tiny
+        limits = math.log2(tiny) / 2, -math.log2(tiny) / 2
+        return torch.exp2(size.log2().round().clamp(*limits))
+
+    def scaled_rules(self) -> Rules:
+        """Rules that, held against the scaled state, have every part meet its tolerance.
+
+        Part p is within a factor sqrt(2) of its scale s_p. So sum_p (r_p / s_p)^2 <= c^2 sum_p (n_p / s_p)^2 for
+        c = rtol / (2 sqrt(P)) gives r_p <= rtol n_p; with atol > 0 half of the bound is absolute.
+        """
+        rules, parts = self.rules, len(self.layout.shapes)
+        if rules.rtol == 0.0:
+            return rules
+        rtol = rules.rtol / (2.0 * math.sqrt(parts))
+        if rules.atol == 0.0:
+            return replace(rules, rtol=rtol, atol=0.0)
+        return replace(rules, rtol=rtol / 2.0, atol=rules.rtol / 4.0)
+
+
+class _Scaled(Evaluator):
+    """Evaluates fn at scaled states.
+
+    Args:
+        inner: Evaluates fn itself.
+        tolerances: What measures parts.
+        scale: Of each part, [B, P].
+        given_up: Samples that are not to be iterated on, bool [B]: the image that they get is their iterate.
+        first: The image of the first iterates, where it is known.
+        trace: Whether to measure every evaluation.
+    """
+
+    def __init__(
+        self,
+        inner: Evaluator,
+        tolerances: _Tolerances,
+        scale: Tensor,
+        given_up: Tensor,
+        first: Tensor | None,
+        trace: bool,
+    ) -> None:
+        super().__init__(inner.fn, inner.context, inner.layout, inner.cast)
+        self.inner, self.tolerances, self.first, self.trace = inner, tolerances, first, trace
+        self.scale, self.given_up = scale.to(inner.layout.dtype), given_up[:, None]
+        self.worst: list[Tensor] = []  # the largest relative residual of a part, of each evaluation, [B]
+
+    def evaluate(self, workspace: Workspace, k: int, running: int) -> Tensor:
+        z = self.up(workspace.z[k % 2])
+        if self.first is None:
+            f = self.inner.call(z, self.layout.view(z), self.layout, self.context)
+        else:
+            f, self.first = self.first, None
+        self.calls = self.inner.calls
+        f = torch.where(self.given_up, z, f)
+        if self.trace:
+            self.worst.append(relative(*self.tolerances.measure(z, f)).amax(1))
+        return self.down(f)
+
+    def down(self, flat: Tensor) -> Tensor:
+        """States as solvers see them, [B, D]."""
+        parts = flat.split(self.layout.sizes, dim=1)
+        return torch.cat([part / self.scale[:, i, None] for i, part in enumerate(parts)], dim=1)
+
+    def up(self, flat: Tensor) -> Tensor:
+        """States as fn sees them, [B, D]."""
+        parts = flat.split(self.layout.sizes, dim=1)
+        return torch.cat([part * self.scale[:, i, None] for i, part in enumerate(parts)], dim=1)
+
+
+@dataclass
+class _Course:
+    """How far the solve has come: what each sample has, over all rounds.
+
+    Args:
+        value, image: [B, D].
+        scalars, counters: As a workspace has them.
+        trace: Rows of relative residuals, [B] each.
+        states: Of the ``states_at`` that were passed, [B, D].
+    """
+
+    value: Tensor
+    image: Tensor
+    scalars: Tensor
+    counters: Tensor
+    trace: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+
+def iterate_by_parts(
+    evaluator: Evaluator,
+    flat: Tensor,
+    solver: Solver,
+    rules: Rules,
+    max_steps: int,
+    trace: bool,
+    states_at: Sequence[int] = (),
+) -> tuple[Solution, Workspace]:
+    """:func:`pydeq.iteration.iterate` where each part of a state is to meet the tolerance.
+
+    Returns:
+        The solution, whose residuals are those of the part with the largest relative one; and the workspace of the
+        last round, whose states are scaled.
+    """
+    layout = evaluator.layout
+    if layout.batch == 0 or len(layout.shapes) == 1:
+        return iterate(evaluator, flat, solver, rules, max_steps, trace, states_at=states_at)
+    tolerances = _Tolerances(layout, rules)
+    capturing = flat.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    begin = _begin(evaluator, flat, tolerances, 1 if capturing else min(max_steps, len(layout.shapes)), states_at)
+    start, first, scale = begin.start, begin.image, tolerances.scale(tolerances.norms(begin.image))
+    none = torch.zeros(layout.batch, dtype=torch.bool, device=flat.device)
+    again, given_up, course = ~none, none, None  # which samples this round is about
+    before = evaluator.calls - 1  # evaluations of earlier rounds
+    while True:
+        scaled = _Scaled(evaluator, tolerances, scale, given_up, first, trace)
+        later = [count - before for count in states_at if count > before]
+        round, workspace = iterate(
+            scaled, scaled.down(start), solver, tolerances.scaled_rules(), max_steps - before, trace, states_at=later
+        )
+        first = None
+        course = _merge(course, scaled, round, workspace, again)
+        if begin is not None:
+            course.trace[:0], course.states[:0] = begin.trace if trace else [], begin.states
+            course.counters[:, Counter.EVALUATIONS] += begin.evaluations
+            begin = None
+        for count, state in zip(later, round.states, strict=True):
+            if before + count <= evaluator.calls:
+                course.states.append(torch.where(again[:, None], scaled.up(layout.flatten(state)), course.image))
+        before = evaluator.calls
+
+        residual, norm = tolerances.measure(course.value, course.image)
+        met, status = tolerances.met(residual, norm), course.counters[:, Counter.STATUS]
+        again = (status == Status.CONVERGED) & ~met
+        if capturing or before >= max_steps or not bool(again.any()):
+            break
+        given_up = (status != RUNNING) & (status != Status.CONVERGED)
+        start = torch.where(again[:, None], course.image, course.value)
+        scale = torch.where(again[:, None], tolerances.scale(norm), scale)
+
+    _judge(course, met, again)
+    residual = torch.where(residual.isfinite() & norm.isfinite(), residual, math.inf)
+    worst = relative(residual, norm).argmax(1, keepdim=True)
+    course.scalars[:, Scalar.BEST] = residual.gather(1, worst)[:, 0]
+    course.scalars[:, Scalar.BEST_NORM] = norm.gather(1, worst)[:, 0]
+    traced = torch.stack(course.trace).to(torch.promote_types(layout.dtype, torch.float32)) if trace else None
+    value, image = layout.view(course.value), layout.view(course.image)
+    solution = Solution(value, image, evaluator.calls, course.scalars, course.counters, traced)
+    states = course.states + [course.image] * (len(states_at) - len(course.states))
+    solution.states = [layout.view(state) for state in states]
+    return solution, workspace
+
+
+@dataclass
+class _Begin:
+    """Where the first round begins.
+
+    Args:
+        start, image: The iterates and fn there, [B, D].
+        evaluations: How many each sample has had before that one, int32 [B].
+        trace, states: Of those evaluations, as in :class:`_Course`.
+    """
+
+    start: Tensor
+    image: Tensor
+    evaluations: Tensor
+    trace: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+
+def _begin(evaluator: Evaluator, flat: Tensor, tolerances: _Tolerances, most: int, states_at: Sequence[int]) -> _Begin:
+    """Evaluate fn, and again after plain steps of samples that have a part at zero, whose scale is not known yet."""
+    layout = evaluator.layout
+
+    def call(start: Tensor) -> Tensor:
+        return evaluator.call(start, layout.view(start), layout, evaluator.context)
+
+    at = _Begin(flat, call(flat), torch.zeros(layout.batch, dtype=torch.int32, device=flat.device))
+    used = torch.tensor([size > 0 for size in layout.sizes], device=flat.device)
+    for count in range(1, most):
+        unknown = ((tolerances.norms(at.image) == 0) & used).any(1)
+        if not bool(unknown.any()):
+            break
+        residual, norm = tolerances.measure(at.start, at.image)
+        at.trace.append(torch.where(unknown, relative(residual, norm).amax(1), torch.nan))
+        image = at.image.clone()  # fn may reuse its buffer
+        if count in states_at:
+            at.states.append(image)
+        at.evaluations += unknown.int()
+        at.start = torch.where(unknown[:, None], image, at.start)
+        at.image = call(at.start)
+    return at
+
+
+def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: Workspace, again: Tensor) -> _Course:
+    """What samples have after a round; those that it was not ``again`` about, and that it left alone, keep theirs."""
+    value, image = scaled.up(workspace.best[0]), scaled.up(workspace.best[1])
+    scalars, counters = workspace.scalars, workspace.counters
+    rows: list[Tensor] = []
+    if round.trace is not None:
+        rows = [
+            torch.where(row.isnan(), torch.nan, worst) for row, worst in zip(round.trace, scaled.worst, strict=True)
+        ]
+    if course is None:
+        return _Course(value, image, scalars, counters, rows)
+    # A sample that is done is evaluated once, at its value; where others have moved it, it goes on.
+    moved = ~scaled.given_up[:, 0] & (counters[:, Counter.EVALUATIONS] > 1)
+    new = again | moved
+    counters[:, Counter.EVALUATIONS] += course.counters[:, Counter.EVALUATIONS]
+    wide = new[:, None]
+    return _Course(
+        torch.where(wide, value, course.value),
+        torch.where(wide, image, course.image),
+        torch.where(wide, scalars, course.scalars),
+        torch.where(wide, counters, course.counters),
+        course.trace + [torch.where(new, row, torch.nan) for row in rows],
+        course.states,
+    )
+
+
+def _judge(course: _Course, met: Tensor, unmet: Tensor) -> None:
+    """Statuses by the tolerance of the parts, which that of the scaled state is a little finer than."""
+    status = course.counters[:, Counter.STATUS]
+    ended = (status == Status.MAX_STEPS) | (status == Status.STALLED)
+    scalars = course.scalars
+    contracted = scalars[:, Scalar.BEST] < CONTRACTION * scalars[:, Scalar.FIRST]
+    begins = course.counters[:, Counter.EVALUATIONS] == 1
+    status = torch.where(ended & met & (contracted | begins), int(Status.CONVERGED), status)
+    course.counters[:, Counter.STATUS] = torch.where(unmet, int(Status.MAX_STEPS), status).to(torch.int32)
