@@ -512,6 +512,18 @@ def test_a_backward_solve_that_does_not_converge_warns_once(new, tanh, b_solver,
     new.get_deq(b_stop_mode=b_stop_mode, b_max_iter=200, **options)(f, f.z0)[0][-1].sum().backward()
 
 
+def test_a_backward_tolerance_that_is_large_next_to_the_gradient_warns(new, tanh):
+    """As b_tol is by default where the loss is a mean over many terms."""
+    f = tanh(rho=0.95, shape=(24,))
+    deq = new.get_deq(ift=True, f_solver="anderson", f_max_iter=80, f_tol=1e-10, b_solver="anderson")
+    deq(f, f.z0)[0][-1].sum().backward()  # no warning
+    with pytest.warns(ConvergenceWarning, match=r"left a residual of .* times the gradient.*b_stop_mode='rel'"):
+        (1e-7 * deq(f, f.z0)[0][-1]).sum().backward()
+    deq = new.get_deq(ift=True, f_solver="anderson", b_solver="anderson", b_stop_mode="rel", b_tol=1e-4)
+    (1e-7 * deq(f, f.z0)[0][-1]).sum().backward()
+    (0 * deq(f, f.z0)[0][-1]).sum().backward()
+
+
 def test_a_tolerance_out_of_reach_of_rounding_does_not_warn(new, tanh):
     f = tanh(rho=0.5, dtype=torch.float32)
     deq = new.get_deq(ift=True, f_solver="anderson", b_solver="anderson", b_tol=1e-6)

@@ -23,6 +23,8 @@ __all__ = ["backward_factory"]
 
 T = TypeVar("T")
 
+# Backward solves end well below this share of the gradient, unless their tolerance is not made for its size.
+_COARSE = 0.1
 _OWN = (anderson_solver, broyden_solver, fixed_point_iter)
 
 
@@ -88,26 +90,36 @@ class SolverImplicit(Implicit):
         """Warn once of samples that met neither the tolerance of ``b_solver`` nor the one of :class:`Implicit`.
 
         The latter is relative: where a small absolute tolerance is out of rounding's reach, gradients are as exact as
-        they can be. Samples that are not finite get NaN gradients instead.
+        they can be. An absolute one that is large next to the gradients is warned about, too: it is met at once where
+        the loss is a mean over many terms. Samples that are not finite get NaN gradients instead.
         """
         tol = self.b_solver_kwargs.get("tol", 0.0)
         missed = (relative if self.b_solver_kwargs.get("stop_mode") == "rel" else lowest) >= tol
         lost = missed & (relative > self.options(u.dtype)["rtol"]) & finite
+        name = getattr(self.b_solver, "__name__", repr(self.b_solver))
         if bool(lost.any()):
             warn_of_backward(
-                getattr(self.b_solver, "__name__", repr(self.b_solver)),
+                name,
                 f"{int(lost.sum())} of {len(u)} samples unconverged, relative residual up to"
                 f" {relative[lost].max().item():.2g}",
                 "increase b_max_iter or b_tol, choose another b_solver",
             )
+            return
+        share = (lowest[finite].norm() / flatten(u)[finite].double().norm()).item()
+        if share > _COARSE:
+            warn_of_backward(
+                name,
+                f"a residual of {share:.2g} times the gradient at the tolerance b_tol={tol:g}",
+                "lower b_tol, or set b_stop_mode='rel'",
+            )
 
 
 def _lowest(info: Any, name: str, u: Tensor) -> Tensor:
-    """A smallest residual of each sample, (B,); 0 where a solver does not report it."""
+    """A smallest residual of each sample, (B,); 0 where a solver does not report it, as -1 or not at all."""
     found = info.get(name) if isinstance(info, Mapping) else None
     if not isinstance(found, Tensor):
         return torch.zeros(len(u), dtype=torch.float64, device=u.device)
-    return found.detach().to(u.device, torch.float64).reshape(-1).expand(len(u)).clone()
+    return found.detach().to(u.device, torch.float64).reshape(-1).expand(len(u)).clamp(min=0)
 
 
 @dataclass(frozen=True)
