@@ -183,7 +183,8 @@ class _Loop:
                 row = process.advance()
                 if self.legacy and k < self.first:
                     continue
-                broken = process.hopeless is not None  # no iterate of one step can come of it
+                hopeless = process.hopeless
+                broken = hopeless is not None and bool(hopeless.any())  # no iterate of the batch can come of it
                 absolute = _length(row[:, Scalar.RESIDUAL])
                 pair = (absolute, absolute / (_length(row[:, Scalar.NORM]) + self.shift))
                 for i in (0, 1):

@@ -152,6 +152,21 @@ def test_an_exhausted_threshold_returns_the_iterate_that_was_measured(name, tanh
     assert out["lowest"] == pytest.approx(expected, rel=1e-9)
 
 
+@each
+def test_a_sample_that_is_solved_exactly_does_not_end_the_solve(name, f):
+    def first_is_constant(z):
+        y = f(z).detach()
+        y[0] = 1.0
+        return y
+
+    x0 = f.z0.clone()
+    x0[0] = 1.0
+    out = {"anderson": anderson, "broyden": broyden}[name](first_is_constant, x0, threshold=60, eps=1e-9)
+    assert out["prot_break"] is False
+    assert out["lowest"] < 1e-9
+    torch.testing.assert_close(out["result"][1:], f.solution()[1:], rtol=0, atol=1e-7)
+
+
 def test_a_sample_that_is_given_up_ends_the_solve(f):
     """A batch's iterate cannot converge with a sample that explodes: that is a protective break."""
     calls = []
