@@ -35,20 +35,21 @@ class Case:
     Args:
         key: For names of figures.
         title: For readers.
-        make: The model, and its loss of a fixed input.
+        make: On a device, the model and its loss of a fixed input; the same numbers on each.
     """
 
     key: str
     title: str
-    make: Callable[[], tuple[EquilibriumModel, Callable[[], Tensor]]]
+    make: Callable[[torch.device], tuple[EquilibriumModel, Callable[[], Tensor]]]
 
 
-def _mdeq(name: str, batch: int) -> tuple[EquilibriumModel, Callable[[], Tensor]]:
+def _mdeq(name: str, batch: int, device: torch.device) -> tuple[EquilibriumModel, Callable[[], Tensor]]:
     model, images, labels = build(name), torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
+    model, images, labels = model.to(device), images.to(device), labels.to(device)
     return model, lambda: nn.functional.cross_entropy(model(images), labels)
 
 
-def _transformer() -> tuple[EquilibriumModel, Callable[[], Tensor]]:
+def _transformer(device: torch.device) -> tuple[EquilibriumModel, Callable[[], Tensor]]:
     solver = SolverConfig(
         forward="anderson", backward="anderson", memory=6, backward_memory=6, rtol=1e-3, max_steps=12,
         backward_rtol=1e-3, backward_max_steps=13,
@@ -56,8 +57,8 @@ def _transformer() -> tuple[EquilibriumModel, Callable[[], Tensor]]:
     config = DEQTransformerConfig(
         vocabulary=128, d_model=128, d_inner=512, heads=4, d_head=32, memory_length=64, solver=solver
     )
-    model = DEQTransformerLM(config)
-    text = torch.randint(128, (8, 65))
+    model = DEQTransformerLM(config).to(device)
+    text = torch.randint(128, (8, 65)).to(device)
 
     def loss() -> Tensor:
         return model(text[:, :-1], text[:, 1:]).nll.mean()
@@ -66,8 +67,8 @@ def _transformer() -> tuple[EquilibriumModel, Callable[[], Tensor]]:
 
 
 CASES = (
-    Case("mdeq_tiny", "MDEQ, CIFAR tiny, batch 8", lambda: _mdeq("mdeq_cifar_tiny", 8)),
-    Case("mdeq_large", "MDEQ, CIFAR large, batch 2", lambda: _mdeq("mdeq_cifar_large", 2)),
+    Case("mdeq_tiny", "MDEQ, CIFAR tiny, batch 8", lambda device: _mdeq("mdeq_cifar_tiny", 8, device)),
+    Case("mdeq_large", "MDEQ, CIFAR large, batch 2", lambda device: _mdeq("mdeq_cifar_large", 2, device)),
     Case("transformer", "DEQ-Transformer, d 128, (8, 64)", _transformer),
 )
 
@@ -80,7 +81,7 @@ def run(context: Context) -> None:
     with threads(1), torch.random.fork_rng(devices=[]):
         for case in CASES:
             torch.manual_seed(0)
-            model, loss = case.make()
+            model, loss = case.make(torch.device("cpu"))
             for kind in ("train", "inference"):
                 bar.show(f"{case.key}, {kind}")
                 ratio = _measure(context, case, kind, model, loss, rows)
@@ -113,20 +114,12 @@ def _measure(
     results, name = context.results, f"models.{case.key}.{kind}"
     model.train(kind == "train")
 
-    def step() -> None:
-        if kind == "train":
-            model.zero_grad()
-            loss().backward()
-        else:
-            with torch.no_grad():
-                loss()
-
     def side(peer: Peer) -> Callable[[], float]:
         def measure() -> float:
             with solved_by(peer, model):
                 torch.manual_seed(1)  # dropout
                 start = time.perf_counter()
-                step()
+                step(model, loss, kind)
                 return time.perf_counter() - start
 
         return measure
@@ -135,9 +128,9 @@ def _measure(
     measured = alternate(sides, context.profile.training_repeats, seconds=SECONDS)
     for each, peer in context.peers.items():
         with _counted(model) as calls, solved_by(peer, model):
-            step()
+            step(model, loss, kind)
         with solved_by(peer, model):
-            peak = peak_bytes(peer, step) / 2**20
+            peak = peak_bytes(peer, lambda: step(model, loss, kind)) / 2**20
         seconds = spread(measured[each])
         results.figure(f"{name}.{each}.time", seconds.scaled(1e3), "ms")
         results.figure(f"{name}.{each}.evaluations", calls[0], "calls")
@@ -150,6 +143,16 @@ def _measure(
         what = "training step" if kind == "train" else "inference"
         rows.append((case.title, what, each, number(seconds.median * 1e3), over, str(calls[0]), number(peak)))
     return results.value(f"{name}.torchdeq_over_{BASELINE}")
+
+
+def step(model: EquilibriumModel, loss: Callable[[], Tensor], kind: str) -> None:
+    """Forward and backward of the loss ("train"), or the loss without gradients ("inference")."""
+    if kind == "train":
+        model.zero_grad()
+        loss().backward()
+    else:
+        with torch.no_grad():
+            loss()
 
 
 @contextmanager

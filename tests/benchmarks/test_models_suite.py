@@ -54,7 +54,7 @@ def test_settings_are_those_of_the_layer():
 
 
 def test_the_suite_reports_every_side(monkeypatch):
-    monkeypatch.setattr(models, "CASES", (models.Case("tiny", "tiny", lambda: _tiny(1e-3, 8)),))
+    monkeypatch.setattr(models, "CASES", (models.Case("tiny", "tiny", lambda device: _tiny(1e-3, 8)),))
     context = Context(PROFILES["smoke"], PEERS, Results({}), SILENT, (1,))
     models.run(context)
     value = context.results.value
