@@ -1,4 +1,4 @@
-"""Solves by optimistix, beside those of ``benchmarks/device.py``.
+"""Solves by optimistix, beside those of ``benchmarks/device/overhead.py``.
 
 A solve in JAX is compiled as a whole with its map, so that a map of torch's cannot be handed over: the same maps stand
 here once more. What optimistix has for fixed points is plain iteration, ``FixedPointIteration``. Compilation is not in

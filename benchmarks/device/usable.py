@@ -1,0 +1,24 @@
+"""Whether the compiled kernels run on the GPU that is here: what decides whether they are to be compiled."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import pydeq
+from pydeq import compiled
+
+
+def main() -> int:
+    facts = pydeq.kernels()
+    print(facts)
+    if not facts.cuda:
+        print(f"no CUDA kernels run here: {facts.cuda_reason}", file=sys.stderr)
+        return 1
+    try:
+        compiled.check_capability(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
