@@ -332,7 +332,7 @@ class DEQSliced(_Sampling):
         info = None
         for count, produce_grad in zip(steps, self.produce_grad, strict=False):
             found = self._solve_fixed_point(deq_func, z, f_max_iter=count, solver_kwargs=solver_kwargs)
-            z, info = found[0], found[-1]  # a list of states between them is let be
+            z, info = found[0], found[-1]  # an override may return states in between
             states += produce_grad(self, deq_func, deq_func.detach(z), writer=writer)
             z = states[-1]
         return states, info
