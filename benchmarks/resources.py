@@ -1,10 +1,14 @@
 """What the CUDA kernels take of a GPU, found out without one: ``python -m benchmarks.resources``.
 
-    kernels   registers, spills, stack and shared memory of each kernel on each architecture, as nvcc reports them
+    kernels   registers, spills, stack and shared memory of each kernel on each architecture, as nvcc reports them; from
+              the machine code, how many instructions it has, how many of them load 16 bytes (loads), how many of those
+              are issued at most before a loaded register is first used (loads_under_way), and for how many it is the
+              load's own, so that nothing hides its latency (loads_alone)
     traffic   bytes of global memory that the steps of a solve move, counted by the emulator of ``tests/csrc``, beside
               what the design allows; the launches, blocks of a cluster and shared memory that they take
 
-The kernels are compiled anew with the options of the build in ``build/``, which must exist (``make``): some minutes.
+The kernels are compiled again with the options of the build in ``build/``, which must exist (``make``): some minutes.
+The machine code is read by ``nvdisasm``, beside nvcc or on PATH.
 ``--archs 9.0`` names other architectures than those of a wheel; ``--only traffic`` leaves the compiler out.
 """
 
@@ -16,6 +20,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks import machine_code
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "benchmarks" / "results" / "cuda-resources.json"
@@ -80,27 +87,76 @@ def compile_all(archs: str | None) -> dict[str, Any]:
         raise SystemExit("no build with CUDA kernels is in build/: run make first, where nvcc is")
     nvcc = toolkit["find_toolkit"](os.environ)
     wanted = re.split(r"[;,\s]+", archs) if archs else [arch for arch in toolkit["ARCHS"] if arch in nvcc.archs]
+    disassembler = find_disassembler(nvcc.nvcc)
     jobs = [(entry, arch) for arch in wanted for entry in commands]
     at_once = int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)
     with ThreadPoolExecutor(at_once) as pool:
-        reports = list(pool.map(lambda job: report(*job), jobs))
-    rows = [row for text in reports for row in parse(text)]
+        rows = [row for found in pool.map(lambda job: measure(job[0], job[1], disassembler), jobs) for row in found]
     order = {arch.replace(".", ""): index for index, arch in enumerate(wanted)}
     rows.sort(key=lambda row: (row["kernel"], row["dtype"], order[row["arch"].replace(".", "")]))
     return {"nvcc": nvcc.version, "kernels": rows}
 
 
-def report(entry: dict[str, str], arch: str) -> str:
-    """What ptxas says of the kernels in a file, compiled as in the build but for this architecture alone."""
+def find_disassembler(nvcc: str) -> str:
+    """The path of nvdisasm: beside nvcc, or on PATH.
+
+    Raises:
+        SystemExit: If it is at neither.
+    """
+    beside = Path(nvcc).resolve().parent / "nvdisasm"
+    if found := shutil.which(str(beside)) or shutil.which("nvdisasm"):
+        return found
+    raise SystemExit(
+        f"nvdisasm is neither beside {nvcc} nor on PATH: it is part of a CUDA toolkit, and of the Python package"
+        " nvidia-cuda-nvdisasm (put its folder nvidia/cu13/bin on PATH)"
+    )
+
+
+def measure(entry: dict[str, str], arch: str, disassembler: str) -> list[dict[str, Any]]:
+    """A row for each kernel in a file, compiled as in the build but only for this architecture."""
     words = [word for word in shlex.split(entry["command"]) if not word.startswith("--generate-code")]
     number = arch.replace(".", "")
     with tempfile.TemporaryDirectory() as folder:
-        words[words.index("-o") + 1] = str(Path(folder, "kernels.o"))
+        cubin = str(Path(folder, "kernels.cubin"))
+        words[words.index("-o") + 1] = cubin
+        words[words.index("-c")] = "-cubin"
         words += [f"--generate-code=arch=compute_{number},code=[sm_{number}]", "--resource-usage"]
-        done = subprocess.run(words, cwd=entry["directory"], capture_output=True, text=True)
+        rows = parse(run(words, entry["directory"]))
+        if not rows:  # a binding, whose kernels are compiled apart
+            return []
+        functions = machine_code.parse(run([disassembler, "-c", cubin], folder))
+    return [{**row, **of_code(function)} for row, function in pair(rows, functions)]
+
+
+def run(words: Sequence[str], folder: str) -> str:
+    """What a command prints.
+
+    Raises:
+        SystemExit: If it fails.
+    """
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{shlex.join(words)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
+
+
+def pair(
+    rows: list[dict[str, Any]], functions: list[machine_code.Function]
+) -> list[tuple[dict[str, Any], machine_code.Function]]:
+    """Each row with its kernel's machine code."""
+    by_name = {readable(function.name): function for function in functions}
+    return [(row, by_name[row["kernel"], row["dtype"]]) for row in rows]
+
+
+def of_code(function: machine_code.Function) -> dict[str, int]:
+    """The columns that come from a kernel's machine code."""
+    found = machine_code.loads_under_way(function)
+    return {
+        "instructions": len(function.code),
+        "loads": len(found),
+        "loads_under_way": max(found, default=0),
+        "loads_alone": found.count(1),
+    }
 
 
 def parse(text: str) -> list[dict[str, Any]]:

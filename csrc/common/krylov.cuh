@@ -12,7 +12,7 @@ PYDEQ_HOST_DEVICE constexpr int64_t warp_extension_size(int64_t n) { return 7 * 
 // sum u[i] v[i], of entries that each lane has itself.
 PYDEQ_DEVICE double warp_dot(const double* u, const double* v, int64_t n) {
   double total[1] = {0.0};
-  for (int64_t i = lane_index(); i < n; i += kWarp) total[0] += u[i] * v[i];
+  PYDEQ_ROLL_LOOP for (int64_t i = lane_index(); i < n; i += kWarp) total[0] += u[i] * v[i];
   warp_sum(total);
   return total[0];
 }
@@ -20,7 +20,7 @@ PYDEQ_DEVICE double warp_dot(const double* u, const double* v, int64_t n) {
 // out = G u. G is symmetric to the last bit: neighbouring lanes read neighbouring entries of its rows.
 PYDEQ_DEVICE void warp_apply_gram(const Cycle& cycle, const double* u, double* out) {
   warp_sync();  // u is written
-  for (int64_t i = lane_index(); i < cycle.n; i += kWarp) {
+  PYDEQ_ROLL_LOOP for (int64_t i = lane_index(); i < cycle.n; i += kWarp) {
     double total = 0.0;
     for (int64_t j = 0; j < cycle.n; ++j) total += cycle.gram[j * cycle.stride + i] * u[j];
     out[i] = total;
@@ -37,7 +37,7 @@ PYDEQ_DEVICE double warp_gram_norm(const Cycle& cycle, const double* u, double a
 
 // c[i] = <e_i, u> for i < count, where product = G u; all may read c.
 PYDEQ_DEVICE void warp_image_products(const Cycle& cycle, int64_t count, const double* product, double* c) {
-  for (int64_t i = lane_index(); i < count; i += kWarp) {
+  PYDEQ_ROLL_LOOP for (int64_t i = lane_index(); i < count; i += kWarp) {
     double total = 0.0;
     for (int64_t j = 0; j < cycle.n; ++j) total += cycle.images[i * cycle.stride + j] * product[j];
     c[i] = total;
@@ -48,7 +48,7 @@ PYDEQ_DEVICE void warp_image_products(const Cycle& cycle, int64_t count, const d
 // u += sign sum_{i < count} c[i] rows[i]
 PYDEQ_DEVICE void warp_combine(const Cycle& cycle, const double* rows, int64_t count, double sign, const double* c,
                                double* u) {
-  for (int64_t j = lane_index(); j < cycle.n; j += kWarp) {
+  PYDEQ_ROLL_LOOP for (int64_t j = lane_index(); j < cycle.n; j += kWarp) {
     double total = 0.0;
     for (int64_t i = 0; i < count; ++i) total += c[i] * rows[i * cycle.stride + j];
     u[j] += sign * total;
@@ -71,16 +71,17 @@ PYDEQ_DEVICE Extension warp_extend(const Cycle& cycle, const double* products, d
   out.rho = work + 4 * (n + 1);
   double *product = work + 5 * (n + 1), *c = work + 6 * (n + 1);
 
-  for (int64_t i = lane; i < n; i += kWarp) out.h[i] = products[i] / cycle.gram[i * s + i];
+  PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) out.h[i] = products[i] / cycle.gram[i * s + i];
   for (int pass = 0; pass < 2; ++pass) {
     warp_apply_gram(cycle, out.h, product);
-    for (int64_t i = lane; i < n; i += kWarp) out.h[i] += (products[i] - product[i]) / cycle.gram[i * s + i];
+    PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) out.h[i] +=
+        (products[i] - product[i]) / cycle.gram[i * s + i];
   }
   const double left = 1.0 - warp_dot(out.h, products, n);
   out.remainder = left > negligible ? sqrt(left) : 0.0;
 
   double *e = out.image, *p = out.direction;
-  for (int64_t i = lane; i < n; i += kWarp) {
+  PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) {
     out.x[i] = cycle.x[i];
     out.rho[i] = cycle.rho[i];
     e[i] = cycle.rho[i] - ratio * out.h[i];
@@ -101,7 +102,7 @@ PYDEQ_DEVICE Extension warp_extend(const Cycle& cycle, const double* products, d
   out.usable = length > negligible * scale;
   if (out.usable) {
     e_last /= length;
-    for (int64_t i = lane; i < n; i += kWarp) {
+    PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) {
       e[i] /= length;
       p[i] /= length;
     }
@@ -111,7 +112,7 @@ PYDEQ_DEVICE Extension warp_extend(const Cycle& cycle, const double* products, d
     warp_combine(cycle, cycle.directions, newest, 1.0, c, out.x);
     warp_apply_gram(cycle, out.rho, product);
     const double along = warp_dot(e, product, n);
-    for (int64_t i = lane; i < n; i += kWarp) {
+    PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) {
       out.rho[i] -= along * e[i];
       out.x[i] += along * p[i];
     }
@@ -119,7 +120,8 @@ PYDEQ_DEVICE Extension warp_extend(const Cycle& cycle, const double* products, d
   }
   out.known = warp_gram_norm(cycle, out.rho, rho_last, product);
   bool odd = !finite(rho_last);
-  for (int64_t i = lane; i < n; i += kWarp) odd = odd || !finite(out.h[i]) || !finite(out.x[i]) || !finite(out.rho[i]);
+  PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) odd =
+      odd || !finite(out.h[i]) || !finite(out.x[i]) || !finite(out.rho[i]);
   out.sound = !warp_any(odd);
   if (lane == 0) {
     e[n] = e_last;

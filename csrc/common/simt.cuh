@@ -13,10 +13,49 @@
 
 namespace pydeq {
 
+// What a thread holds entries in as they are stored: registers have 32 bits, so a word is two halves, the first one
+// low. Taking a word apart reads what was loaded, and waits for it: rows stay in words until they are computed with.
+template <class T>
+struct WordOf {
+  using Type = T;
+};
+template <>
+struct WordOf<Float16> {
+  using Type = uint32_t;
+};
+template <>
+struct WordOf<BFloat16> {
+  using Type = uint32_t;
+};
+template <class T>
+using Word = typename WordOf<T>::Type;
+template <class T>
+constexpr int kPerWord = static_cast<int>(sizeof(Word<T>) / sizeof(T));
+
+// The entry that is number i, counted from the first of this word or of any before it.
+template <class T>
+PYDEQ_HOST_DEVICE inline T entry(Word<T> word, int i) {
+  if constexpr (is_half<T>) {
+    return {static_cast<uint16_t>(word >> i % kPerWord<T> * 16)};
+  } else {
+    return word;
+  }
+}
+
+// The word of kPerWord neighbouring entries.
+template <class T>
+PYDEQ_HOST_DEVICE inline Word<T> join(const T* entries) {
+  if constexpr (is_half<T>) {
+    return entries[0].bits | static_cast<uint32_t>(entries[1].bits) << 16;
+  } else {
+    return entries[0];
+  }
+}
+
 // N neighbouring entries that travel together, in one access of 8 or 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
-  T at[N];
+  Word<T> words[N / kPerWord<T>];
 };
 
 }  // namespace pydeq
@@ -35,6 +74,9 @@ struct alignas(sizeof(T) * N) Pack {
 // A parameter of a kernel that is read in place, however large it is.
 #define PYDEQ_PARAMETER const __grid_constant__
 #define PYDEQ_UNROLL_LOOP _Pragma("unroll")
+// Before a loop that mostly runs once, such as one over what a lane has of a short vector: several copies of it would
+// take registers from what matters.
+#define PYDEQ_ROLL_LOOP _Pragma("unroll 1")
 // type name[count] in a block's shared memory; count is a constant. Not initialized.
 #define PYDEQ_SHARED(type, name, count) __shared__ type name[count]
 
@@ -134,43 +176,33 @@ __device__ inline void load(const float* p, Pack<float, 4>& out) {
   out = {{v.x, v.y, v.z, v.w}};
 }
 template <class Half>
-__device__ inline Half low(uint32_t pair) {
-  return {static_cast<uint16_t>(pair)};
-}
-template <class Half>
-__device__ inline Half high(uint32_t pair) {
-  return {static_cast<uint16_t>(pair >> 16)};
-}
-template <class Half>
 __device__ inline void load(const Half* p, Pack<Half, 8>& out) {
   const uint4 v = *reinterpret_cast<const uint4*>(p);
-  out = {{low<Half>(v.x), high<Half>(v.x), low<Half>(v.y), high<Half>(v.y), low<Half>(v.z), high<Half>(v.z),
-          low<Half>(v.w), high<Half>(v.w)}};
+  out.words[0] = v.x;
+  out.words[1] = v.y;
+  out.words[2] = v.z;
+  out.words[3] = v.w;
 }
 template <class Half>
 __device__ inline void load(const Half* p, Pack<Half, 4>& out) {
   const uint2 v = *reinterpret_cast<const uint2*>(p);
-  out = {{low<Half>(v.x), high<Half>(v.x), low<Half>(v.y), high<Half>(v.y)}};
+  out.words[0] = v.x;
+  out.words[1] = v.y;
 }
 
 __device__ inline void store(double* p, const Pack<double, 2>& in) {
-  __stwb(reinterpret_cast<double2*>(p), make_double2(in.at[0], in.at[1]));
+  __stwb(reinterpret_cast<double2*>(p), make_double2(in.words[0], in.words[1]));
 }
 __device__ inline void store(float* p, const Pack<float, 4>& in) {
-  __stwb(reinterpret_cast<float4*>(p), make_float4(in.at[0], in.at[1], in.at[2], in.at[3]));
-}
-template <class Half>
-__device__ inline uint32_t pair(Half low, Half high) {
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+  __stwb(reinterpret_cast<float4*>(p), make_float4(in.words[0], in.words[1], in.words[2], in.words[3]));
 }
 template <class Half>
 __device__ inline void store(Half* p, const Pack<Half, 8>& in) {
-  __stwb(reinterpret_cast<uint4*>(p), make_uint4(pair(in.at[0], in.at[1]), pair(in.at[2], in.at[3]),
-                                                 pair(in.at[4], in.at[5]), pair(in.at[6], in.at[7])));
+  __stwb(reinterpret_cast<uint4*>(p), make_uint4(in.words[0], in.words[1], in.words[2], in.words[3]));
 }
 template <class Half>
 __device__ inline void store(Half* p, const Pack<Half, 4>& in) {
-  __stwb(reinterpret_cast<uint2*>(p), make_uint2(pair(in.at[0], in.at[1]), pair(in.at[2], in.at[3])));
+  __stwb(reinterpret_cast<uint2*>(p), make_uint2(in.words[0], in.words[1]));
 }
 
 }  // namespace detail
@@ -220,6 +252,23 @@ __device__ inline Float16 narrow<Float16>(float x) {
 template <>
 __device__ inline BFloat16 narrow<BFloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+
+// kPerWord neighbouring entries, narrowed to a word.
+template <class T>
+__device__ inline Word<T> narrow_word(const Compute<T>* x) {
+  return *x;
+}
+template <>
+__device__ inline uint32_t narrow_word<Float16>(const float* x) {
+  const __half2 pair = __floats2half2_rn(x[0], x[1]);
+  return __half_as_ushort(__low2half(pair)) | static_cast<uint32_t>(__half_as_ushort(__high2half(pair))) << 16;
+}
+template <>
+__device__ inline uint32_t narrow_word<BFloat16>(const float* x) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+  return __bfloat16_as_ushort(__low2bfloat16(pair)) | static_cast<uint32_t>(__bfloat16_as_ushort(__high2bfloat16(pair)))
+                                                          << 16;
 }
 
 }  // namespace pydeq

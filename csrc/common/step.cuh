@@ -15,7 +15,7 @@
 // reports to the host.
 //
 // A Step has, beside what common/step_shape.h asks of it:
-//   kResident                       threads that a multiprocessor can have in kernels with a second pass, by registers
+//   kResident                       threads that a multiprocessor can have, by registers
 //   Step(args, b)                                                   of one sample; reads its counters
 //   template <Sum, first> reduce(tile, sums, stage)                 first pass; writes its results where `first`
 //   decide(totals, residual, norm, fits, Plan&, work)               met by one warp
@@ -262,8 +262,8 @@ PYDEQ_DEVICE bool arrives_last(int32_t* counter, int expected, int* flag) {
 
 // A tile's totals to partial[j, tile], j in [0, count).
 PYDEQ_DEVICE void store_partial(const double* totals, double* partial, int count, int tiles, int64_t tile) {
-  for (int j = thread_index(); j < count; j += block_threads())
-    partial[static_cast<int64_t>(j) * tiles + tile] = totals[j];
+  PYDEQ_ROLL_LOOP for (int j = thread_index(); j < count; j += block_threads())
+      partial[static_cast<int64_t>(j) * tiles + tile] = totals[j];
 }
 
 // totals[j] = sum over tiles of load(j, tile), by a warp each.
@@ -332,7 +332,8 @@ step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
         if (thread_index() == 0) *block.plan = *cluster_peer(block.plan, 0);
         if (block.coefficients) {
           const double* leaders = cluster_peer(block.coefficients, 0);
-          for (int j = thread_index(); j < shape.kept; j += block_threads()) block.coefficients[j] = leaders[j];
+          PYDEQ_ROLL_LOOP for (int j = thread_index(); j < shape.kept; j += block_threads()) block.coefficients[j] =
+              leaders[j];
         }
       }
       block_sync();
@@ -360,7 +361,7 @@ step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
 }
 
 template <class Step>
-PYDEQ_KERNEL(Step::kTileThreads, kResidentThreads)
+PYDEQ_KERNEL(Step::kTileThreads, Step::kResident)
 step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER StepShape shape, unsigned char* scratch) {
   using Plan = typename Step::Plan;
   const StepArgs& common = Step::common(args);
@@ -392,7 +393,8 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
     decide(step, common, b, shape, block, block.coefficients ? block.coefficients : kept);
     if (warp_index() == 0) report(common);
     if (block.coefficients) {
-      for (int j = thread_index(); j < shape.kept; j += block_threads()) kept[j] = block.coefficients[j];
+      PYDEQ_ROLL_LOOP for (int j = thread_index(); j < shape.kept; j += block_threads()) kept[j] =
+          block.coefficients[j];
     }
     if (thread_index() == 0) {
       plan = *block.plan;

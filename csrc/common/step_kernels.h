@@ -6,12 +6,12 @@
 #include "common/step.cuh"
 
 // Instantiates the kernels of a Step in this translation unit; with `extern`, declares that another one does.
-#define PYDEQ_STEP_KERNELS(linkage, ...)                                                                           \
-  linkage template PYDEQ_KERNEL(kMaxThreads, __VA_ARGS__::kResident) step_fused_kernel<__VA_ARGS__>(               \
-      PYDEQ_PARAMETER typename __VA_ARGS__::Args, PYDEQ_PARAMETER StepShape, unsigned char*);                      \
-  linkage template PYDEQ_KERNEL(__VA_ARGS__::kTileThreads, kResidentThreads) step_reduce_kernel<__VA_ARGS__>(      \
-      PYDEQ_PARAMETER typename __VA_ARGS__::Args, PYDEQ_PARAMETER StepShape, unsigned char*);                      \
-  linkage template PYDEQ_KERNEL(__VA_ARGS__::kTileThreads, __VA_ARGS__::kResident) step_apply_kernel<__VA_ARGS__>( \
+#define PYDEQ_STEP_KERNELS(linkage, ...)                                                                            \
+  linkage template PYDEQ_KERNEL(kMaxThreads, __VA_ARGS__::kResident) step_fused_kernel<__VA_ARGS__>(                \
+      PYDEQ_PARAMETER typename __VA_ARGS__::Args, PYDEQ_PARAMETER StepShape, unsigned char*);                       \
+  linkage template PYDEQ_KERNEL(__VA_ARGS__::kTileThreads, __VA_ARGS__::kResident) step_reduce_kernel<__VA_ARGS__>( \
+      PYDEQ_PARAMETER typename __VA_ARGS__::Args, PYDEQ_PARAMETER StepShape, unsigned char*);                       \
+  linkage template PYDEQ_KERNEL(__VA_ARGS__::kTileThreads, __VA_ARGS__::kResident) step_apply_kernel<__VA_ARGS__>(  \
       PYDEQ_PARAMETER typename __VA_ARGS__::Args, PYDEQ_PARAMETER StepShape, unsigned char*);
 
 // In the binding of a step, whose class template is given: its kernels are compiled elsewhere, one dtype at a time.

@@ -41,6 +41,11 @@ struct Tile {
         index(staged_index) {}
 
   PYDEQ_DEVICE int64_t pack(int p) const { return first + static_cast<int64_t>(p * threads) * W; }
+  // Entries of pack p that the row has.
+  PYDEQ_DEVICE int entries(int p) const {
+    const int64_t left = state - pack(p);
+    return left >= W ? W : left > 0 ? static_cast<int>(left) : 0;
+  }
 };
 
 template <int W, class T>
@@ -48,68 +53,82 @@ PYDEQ_DEVICE bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (W * sizeof(T)) == 0;
 }
 
-// This thread's share of a row, as stored; 0 beyond the end of the row.
+// A thread's share of a row as it is stored, entry by entry or two halves to a word: see Word. Several of them are
+// loaded before the first is widened, so that all these loads are under way at once.
+template <class T>
+using Share = Word<T>[kShare / kPerWord<T>];
+
+// This thread's share of a row; 0 beyond the end of the row.
 template <int W, class T>
-PYDEQ_DEVICE void load_share(const T* row, const Tile<W>& tile, T (&out)[kShare]) {
+PYDEQ_DEVICE void load_share(const T* row, const Tile<W>& tile, Share<T>& out) {
+  constexpr int kEach = kPerWord<T>, kWords = W / kEach;
   const bool aligned = is_aligned<W>(row);
   PYDEQ_UNROLL_LOOP for (int p = 0; p < kShare / W; ++p) {
-    const int64_t first = tile.pack(p);
-    if (aligned && first + W <= tile.state) {
-      const Pack<T, W> pack = load_pack<W>(row + first);
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) out[p * W + i] = pack.at[i];
+    const T* from = row + tile.pack(p);
+    const int entries = tile.entries(p);
+    if (aligned && entries == W) {
+      const Pack<T, W> pack = load_pack<W>(from);
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWords; ++i) out[p * kWords + i] = pack.words[i];
     } else {
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) {
-        out[p * W + i] = first + i < tile.state ? load_one(row + first + i) : T{};
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWords; ++i) {
+        T of_word[kEach];
+        PYDEQ_UNROLL_LOOP for (int e = 0; e < kEach; ++e) {
+          of_word[e] = i * kEach + e < entries ? load_one(from + i * kEach + e) : T{};
+        }
+        out[p * kWords + i] = join(of_word);
       }
     }
   }
 }
 
 template <int W, class T>
-PYDEQ_DEVICE void store_share(T* row, const Tile<W>& tile, const T (&in)[kShare]) {
+PYDEQ_DEVICE void store_share(T* row, const Tile<W>& tile, const Share<T>& in) {
+  constexpr int kWords = W / kPerWord<T>;
   const bool aligned = is_aligned<W>(row);
   PYDEQ_UNROLL_LOOP for (int p = 0; p < kShare / W; ++p) {
-    const int64_t first = tile.pack(p);
-    if (aligned && first + W <= tile.state) {
+    T* to = row + tile.pack(p);
+    const int entries = tile.entries(p);
+    if (aligned && entries == W) {
       Pack<T, W> pack;
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) pack.at[i] = in[p * W + i];
-      store_pack<W>(row + first, pack);
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWords; ++i) pack.words[i] = in[p * kWords + i];
+      store_pack<W>(to, pack);
     } else {
       PYDEQ_UNROLL_LOOP for (int i = 0; i < W; ++i) {
-        if (first + i < tile.state) store_one(row + first + i, in[p * W + i]);
+        if (i < entries) store_one(to + i, entry<T>(in[p * kWords + i / kPerWord<T>], i));
       }
     }
   }
 }
 
 template <class T>
-PYDEQ_DEVICE void widen_share(const T (&in)[kShare], Compute<T> (&out)[kShare]) {
-  PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) out[i] = widen(in[i]);
+PYDEQ_DEVICE void widen_share(const Share<T>& in, Compute<T> (&out)[kShare]) {
+  PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) out[i] = widen(entry<T>(in[i / kPerWord<T>], i));
 }
 
 template <class T>
-PYDEQ_DEVICE void narrow_share(const Compute<T> (&in)[kShare], T (&out)[kShare]) {
-  PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) out[i] = narrow<T>(in[i]);
+PYDEQ_DEVICE void narrow_share(const Compute<T> (&in)[kShare], Share<T>& out) {
+  constexpr int kEach = kPerWord<T>;
+  PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare / kEach; ++i) out[i] = narrow_word<T>(in + i * kEach);
 }
 
-// The same, in the type that T is computed in.
+// Where it is the only row at hand: the next load waits until this one has arrived.
 template <int W, class T>
 PYDEQ_DEVICE void load_wide(const T* row, const Tile<W>& tile, Compute<T> (&out)[kShare]) {
-  T stored[kShare];
+  Share<T> stored;
   load_share(row, tile, stored);
-  widen_share(stored, out);
+  widen_share<T>(stored, out);
 }
 
 template <int W, class T>
 PYDEQ_DEVICE void store_wide(T* row, const Tile<W>& tile, const Compute<T> (&in)[kShare]) {
-  T stored[kShare];
-  narrow_share(in, stored);
+  Share<T> stored;
+  narrow_share<T>(in, stored);
   store_share(row, tile, stored);
 }
 
 template <int W, class T>
 PYDEQ_DEVICE void copy_share(T* to, const T* from, const Tile<W>& tile) {
-  T stored[kShare];
+  Share<T> stored;
   load_share(from, tile, stored);
   store_share(to, tile, stored);
 }
@@ -123,34 +142,35 @@ PYDEQ_DEVICE Sum dot_share(const A (&x)[kShare], const A (&y)[kShare]) {
 
 // Shares of rows that a block keeps in shared memory: rows [0, capacity), each of every tile that a team visits. A
 // thread gets back what it put, so nobody waits.
-template <int W, class A>
+template <int W, class T>
 struct Stage {
-  static constexpr int kWidth = 16 / static_cast<int>(sizeof(A));
+  static constexpr int kWidth = 16 / static_cast<int>(sizeof(T));  // entries of a place
   static constexpr int kPacks = kShare / kWidth;
-  using Place = Pack<A, kWidth>;
+  static constexpr int kWords = kWidth / kPerWord<T>;
+  using Place = Pack<T, kWidth>;
 
   Place* memory;
   int tiles, capacity;
 
   static PYDEQ_HOST_DEVICE int64_t row_bytes(int64_t tiles, int64_t threads) {
-    return tiles * threads * kShare * static_cast<int64_t>(sizeof(A));
+    return tiles * threads * kShare * static_cast<int64_t>(sizeof(T));
   }
   PYDEQ_DEVICE Place& place(int64_t row, int tile, int p) const {
     return memory[((row * tiles + tile) * kPacks + p) * block_threads() + thread_index()];
   }
   PYDEQ_DEVICE bool holds(int64_t row) const { return row < capacity; }
-  PYDEQ_DEVICE void put(int64_t row, const Tile<W>& tile, const A (&in)[kShare]) const {
+  PYDEQ_DEVICE void put(int64_t row, const Tile<W>& tile, const Share<T>& in) const {
     if (!holds(row)) return;
     PYDEQ_UNROLL_LOOP for (int p = 0; p < kPacks; ++p) {
       Place pack;
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWidth; ++i) pack.at[i] = in[p * kWidth + i];
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWords; ++i) pack.words[i] = in[p * kWords + i];
       place(row, tile.index, p) = pack;
     }
   }
-  PYDEQ_DEVICE void get(int64_t row, const Tile<W>& tile, A (&out)[kShare]) const {
+  PYDEQ_DEVICE void get(int64_t row, const Tile<W>& tile, Share<T>& out) const {
     PYDEQ_UNROLL_LOOP for (int p = 0; p < kPacks; ++p) {
       const Place pack = place(row, tile.index, p);
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWidth; ++i) out[p * kWidth + i] = pack.at[i];
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kWords; ++i) out[p * kWords + i] = pack.words[i];
     }
   }
 };
@@ -162,7 +182,7 @@ struct Sums {
 
   // Begins: nothing is added yet.
   PYDEQ_DEVICE void clear() const {
-    for (int j = lane_index(); j < width; j += kWarp) by_warp[warp_index() * width + j] = 0.0;
+    PYDEQ_ROLL_LOOP for (int j = lane_index(); j < width; j += kWarp) by_warp[warp_index() * width + j] = 0.0;
     warp_sync();
   }
   // Adds values[i] under first + i, for i < count.
@@ -182,7 +202,7 @@ struct Sums {
     block_sync();
     const int warps = team.threads / kWarp;
     const double* of_team = by_warp + team.index * warps * width;
-    for (int j = team.thread; j < count; j += team.threads) {
+    PYDEQ_ROLL_LOOP for (int j = team.thread; j < count; j += team.threads) {
       double total = 0.0;
       for (int w = 0; w < warps; ++w) total += of_team[w * width + j];
       totals[j * stride] = total;

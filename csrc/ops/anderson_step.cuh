@@ -21,7 +21,7 @@ template <class T>
 struct AndersonStep {
   static constexpr int kPack = 16 / sizeof(T);
   static constexpr int kTileThreads = 256;
-  static constexpr int kGroup = sizeof(T) == 8 ? 2 : 4;  // columns under way at once
+  static constexpr int kGroup = 16 / sizeof(T);  // columns under way at once: eight loads of 16 bytes
   using Type = T;
   using A = Compute<T>;
   static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
@@ -75,40 +75,42 @@ struct AndersonStep {
   template <class Sum, bool first>
   PYDEQ_DEVICE void reduce(const Tile& tile, const Sums& sums, const Stage& stage) const {
     const bool keep = !args.step.rules.last;
-    T image[kShare], residual[kShare];
-    A g[kShare], f[kShare];
-    load_wide(row.z, tile, g);
+    Share<T> iterate, image, residual;
+    load_share(row.z, tile, iterate);
     load_share(row.f, tile, image);
     if (first && keep) stage.put(0, tile, image);
-    widen_share(image, f);
+    A g[kShare], f[kShare];
+    widen_share<T>(iterate, g);
+    widen_share<T>(image, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) g[i] = f[i] - g[i];
     Sum squares[3] = {dot_share<Sum>(g, g), dot_share<Sum>(f, f), 0};
     // The Gram matrix is of the residuals as stored, or it would not be positive definite.
-    narrow_share(g, residual);
-    widen_share(residual, g);
+    narrow_share<T>(g, residual);
+    widen_share<T>(residual, g);
     squares[2] = is_half<T> ? dot_share<Sum>(g, g) : squares[0];
     sums.add(0, squares);
     if (!keep) return;
-    if (first) stage.put(1, tile, residual);
-    for (int age = 1; age <= older; age += kGroup) {
-      T columns[kGroup][kShare];
-      Sum products[kGroup];
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < kGroup; ++i) {
+    if (first) {
+      stage.put(1, tile, residual);
+      store_share(ring(values, slot), tile, image);
+      store_share(ring(residuals, slot), tile, residual);
+    }
+    constexpr int kColumns = first ? kGroup : 1;  // sums in double, of a sample out of range, are rare
+    for (int age = 1; age <= older; age += kColumns) {
+      Share<T> columns[kColumns];
+      Sum products[kColumns];
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kColumns; ++i) {
         if (age + i <= older) load_share(ring(residuals, aged(slot, age + i)), tile, columns[i]);
       }
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < kGroup; ++i) {
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kColumns; ++i) {
         products[i] = 0;
         if (age + i <= older) {
           if (first) stage.put(1 + age + i, tile, columns[i]);
-          widen_share(columns[i], f);
+          widen_share<T>(columns[i], f);
           products[i] = dot_share<Sum>(g, f);
         }
       }
       sums.add(2 + age, products, older + 1 - age);
-    }
-    if (first) {  // last, since no load is moved above a store
-      store_share(ring(values, slot), tile, image);
-      store_share(ring(residuals, slot), tile, residual);
     }
   }
 
@@ -123,17 +125,18 @@ struct AndersonStep {
     warp_sync();
     if (!plan.verdict.proceed) return;
     const int count = older + 1;
-    double *a = work, *by_age = a + args.memory, *solve = by_age + args.memory * args.memory;
-    for (int age = lane_index(); age < count; age += kWarp) {
+    const int memory = static_cast<int>(args.memory);
+    double *a = work, *by_age = a + memory, *solve = by_age + memory * memory;
+    PYDEQ_ROLL_LOOP for (int age = lane_index(); age < count; age += kWarp) {
       const int other = aged(slot, age);
-      gram[slot * args.slots + other] = gram[other * args.slots + slot] = by_age[age * count] = totals[2 + age];
+      gram[slot * slots + other] = gram[other * slots + slot] = by_age[age * count] = totals[2 + age];
     }
-    for (int i = lane_index(); i < count * count; i += kWarp) {
+    PYDEQ_ROLL_LOOP for (int i = lane_index(); i < count * count; i += kWarp) {
       const int one = i / count, other = i % count;
-      if (other > 0 && other <= one) by_age[i] = gram[aged(slot, one) * args.slots + aged(slot, other)];
+      if (other > 0 && other <= one) by_age[i] = gram[aged(slot, one) * slots + aged(slot, other)];
     }
     warp_sync();
-    const int columns = static_cast<int>(warp_mixing_coefficients(by_age, count, args.ridge, solve, a));
+    const int columns = warp_mixing_coefficients(by_age, count, args.ridge, solve, a);
     if (lane_index() != 0) return;
     plan.columns = columns;
     counters[COUNTER_COUNT] = columns;
@@ -147,37 +150,39 @@ struct AndersonStep {
     const int newest = plan.slot;  // what this step has in `slot` may be the next one already
     settle(row, plan.verdict, ring(values, aged(newest, 1)), args.damping, tile);
     if (!plan.verdict.proceed) return;
-    const A undamped = A(1.0 - args.damping);
     A mixed[kShare];
-    for (int age = 0; age < plan.columns; age += kGroup) {
-      T columns[kGroup][kShare];
+    // A damped column is two rows, its value and its residual.
+    const bool damped = args.damping != 1.0;
+    const int rows = damped ? 2 * plan.columns : plan.columns;
+    const A undamped = A(1.0 - args.damping);
+    for (int begin = 0; begin < rows; begin += kGroup) {
+      Share<T> stored[kGroup];
       PYDEQ_UNROLL_LOOP for (int i = 0; i < kGroup; ++i) {
-        if (age + i >= plan.columns) continue;
-        if (age + i == 0 && staged && stage.holds(0)) {
-          stage.get(0, tile, columns[i]);
-        } else if (age + i == 0) {
-          load_share(row.f, tile, columns[i]);
+        if (begin + i >= rows) continue;
+        const int age = damped ? (begin + i) / 2 : begin + i;
+        const bool is_residual = damped && i % 2 == 1;
+        const int staged_row = is_residual ? 1 + age : 0;
+        if (staged && (is_residual || age == 0) && stage.holds(staged_row)) {
+          stage.get(staged_row, tile, stored[i]);
         } else {
-          load_share(ring(values, aged(newest, age + i)), tile, columns[i]);
+          const T* from = age == 0 && !is_residual ? row.f : ring(is_residual ? residuals : values, aged(newest, age));
+          load_share(from, tile, stored[i]);
         }
       }
+      A value[kShare];
       PYDEQ_UNROLL_LOOP for (int i = 0; i < kGroup; ++i) {
-        if (age + i >= plan.columns) continue;
-        A value[kShare];
-        widen_share(columns[i], value);
-        if (args.damping != 1.0) {
-          A residual[kShare];
-          if (staged && stage.holds(1 + age + i)) {
-            stage.get(1 + age + i, tile, columns[i]);
-          } else {
-            load_share(ring(residuals, aged(newest, age + i)), tile, columns[i]);
-          }
-          widen_share(columns[i], residual);
-          PYDEQ_UNROLL_LOOP for (int e = 0; e < kShare; ++e) value[e] -= undamped * residual[e];
-        }
-        const A weight = A(a[age + i]);
+        if (begin + i >= rows) continue;
+        A entries[kShare];
+        widen_share<T>(stored[i], entries);
+        const bool is_residual = damped && i % 2 == 1;
         PYDEQ_UNROLL_LOOP for (int e = 0; e < kShare; ++e) {
-          mixed[e] = age + i == 0 ? weight * value[e] : mixed[e] + weight * value[e];
+          value[e] = is_residual ? value[e] - undamped * entries[e] : entries[e];
+        }
+        if (damped && !is_residual) continue;
+        const int age = damped ? (begin + i) / 2 : begin + i;
+        const A weight = A(a[age]);
+        PYDEQ_UNROLL_LOOP for (int e = 0; e < kShare; ++e) {
+          mixed[e] = age == 0 ? weight * value[e] : mixed[e] + weight * value[e];
         }
       }
     }

@@ -93,16 +93,23 @@ struct BroydenStep {
 
   template <class Sum, bool first>
   PYDEQ_DEVICE void reduce(const Tile& tile, const Sums& sums, const Stage& stage) const {
-    A position[kShare], f[kShare], g[kShare];
-    load_wide(row.z, tile, position);
-    load_wide(row.f, tile, f);
+    Share<T> stored_z, stored_f;
+    load_share(row.z, tile, stored_z);
+    load_share(row.f, tile, stored_f);
+    A position[kShare], f[kShare], g[kShare], iterated[kShare];
+    const bool keep = !args.step.rules.last;
+    if (is_half<T> && keep) load_share(iterate, tile, iterated);
+    widen_share<T>(stored_z, position);
+    widen_share<T>(stored_f, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) g[i] = f[i] - position[i];
     Sum squares[2] = {dot_share<Sum>(g, g), dot_share<Sum>(f, f)};
     sums.add(0, squares);
-    if (args.step.rules.last) return;
+    if (!keep) return;
     if constexpr (is_half<T>) {
-      load_position(tile, position);
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) g[i] = f[i] - position[i];
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) {
+        position[i] = iterated[i];
+        g[i] = f[i] - position[i];
+      }
     }
     if (first) {
       stage.put(0, tile, position);
@@ -185,7 +192,7 @@ struct BroydenStep {
   PYDEQ_DEVICE double solve(const double* t, double* c) const {
     const int64_t K = args.capacity;
     const int lane = lane_index();
-    for (int j = lane; j < count; j += kWarp) c[j] = t[j];
+    PYDEQ_ROLL_LOOP for (int j = lane; j < count; j += kWarp) c[j] = t[j];
     for (int i = 0;; ++i) {
       const int owner = i % kWarp;
       const double a = warp_broadcast(lane == owner ? c[i] / gram[i * K + i] : 0.0, owner);
@@ -194,7 +201,7 @@ struct BroydenStep {
       if (lane == owner) c[i] = ci;
       const int column = restarted && i == 0 ? 0 : i + 1;
       const int first = i + 1 + (lane - (i + 1) % kWarp + kWarp) % kWarp;  // the first row of this lane beyond i
-      for (int j = first; j < count; j += kWarp) c[j] += ci * gram[j * K + column];
+      PYDEQ_ROLL_LOOP for (int j = first; j < count; j += kWarp) c[j] += ci * gram[j * K + column];
     }
   }
 
@@ -212,8 +219,10 @@ struct BroydenStep {
       stage.get(0, tile, position);
       stage.get(1, tile, f);
     } else {
+      Share<T> stored_f;
       load_position(tile, position);
-      load_wide(row.f, tile, f);
+      load_share(row.f, tile, stored_f);
+      widen_share<T>(stored_f, f);
     }
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) v[i] = g[i] = f[i] - position[i];
 
@@ -304,7 +313,7 @@ struct BroydenStep {
     if (!plan.verdict.proceed) return;
     double* fresh = gram + plan.slot * args.capacity;
     const int from = plan.slot > 0 && !plan.restarted ? 1 : 0;
-    for (int j = from + lane_index(); j <= plan.slot; j += kWarp) fresh[j] = products[j];
+    PYDEQ_ROLL_LOOP for (int j = from + lane_index(); j <= plan.slot; j += kWarp) fresh[j] = products[j];
   }
 };
 

@@ -90,16 +90,23 @@ struct GmresStep {
 
   template <class Sum, bool first>
   PYDEQ_DEVICE void reduce(const Tile& tile, const Sums& sums, const Stage& stage) const {
-    A position[kShare], f[kShare], g[kShare];
-    load_wide(row.z, tile, position);
-    load_wide(row.f, tile, f);
+    Share<T> stored_z, stored_f;
+    load_share(row.z, tile, stored_z);
+    load_share(row.f, tile, stored_f);
+    A position[kShare], f[kShare], g[kShare], iterated[kShare];
+    const bool keep = !args.step.rules.last;
+    if (is_half<T> && keep) load_share(iterate, tile, iterated);
+    widen_share<T>(stored_z, position);
+    widen_share<T>(stored_f, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) g[i] = f[i] - position[i];
     Sum squares[2] = {dot_share<Sum>(g, g), dot_share<Sum>(f, f)};
     sums.add(0, squares);
-    if (args.step.rules.last) return;
+    if (!keep) return;
     if constexpr (is_half<T>) {
-      load_position(tile, position);
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) g[i] = f[i] - position[i];
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) {
+        position[i] = iterated[i];
+        g[i] = f[i] - position[i];
+      }
       Sum square[1] = {dot_share<Sum>(g, g)};
       sums.add(2, square);
     }
@@ -158,7 +165,7 @@ struct GmresStep {
     const int lane = lane_index();
     const double beta = args.lengths[b], ratio = size / beta, unit = size > 0.0 ? size : 1.0;
     double* products = point;  // until there is a point
-    for (int64_t i = lane; i < n; i += kWarp) products[i] = t[i] / unit;
+    PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) products[i] = t[i] / unit;
     const Cycle cycle{n,
                       K,
                       matrix(args.gram),
@@ -183,11 +190,12 @@ struct GmresStep {
       row.counters[COUNTER_COUNT] = closes ? 0 : count + 1;
     }
     if (closes) {
-      for (int64_t i = lane; i < n; i += kWarp) point[i] = add.x[i];
+      PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) point[i] = add.x[i];
       return true;
     }
-    for (int64_t i = lane; i < n - 1; i += kWarp) cycle.images[i * K + n] = cycle.directions[i * K + n] = 0.0;
-    for (int64_t i = lane; i <= n; i += kWarp) {
+    PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n - 1; i += kWarp) cycle.images[i * K + n] =
+        cycle.directions[i * K + n] = 0.0;
+    PYDEQ_ROLL_LOOP for (int64_t i = lane; i <= n; i += kWarp) {
       const bool old = i < n;
       point[i] = old ? add.x[i] + add.gain * add.rho[i] : add.gain * newest_share(add.rho[n], add.known);
       cycle.images[(n - 1) * K + i] = add.image[i];
@@ -215,8 +223,11 @@ struct GmresStep {
       stage.get(0, tile, position);
       stage.get(1, tile, f);
     } else {
-      if (!closes || saves_image(plan.verdict)) load_wide(row.f, tile, f);
+      Share<T> stored_f;
+      const bool needs_f = !closes || saves_image(plan.verdict);
+      if (needs_f) load_share(row.f, tile, stored_f);
       if (!closes) load_position(tile, position);
+      if (needs_f) widen_share<T>(stored_f, f);
     }
     if (!closes) {
       const A inverse = A(plan.inverse);
@@ -296,7 +307,7 @@ struct GmresStep {
     if (!plan.verdict.proceed || (plan.kind != Kind::begin && plan.kind != Kind::extend)) return;
     const int64_t newest = plan.n, K = args.capacity;
     double* gram = matrix(args.gram);
-    for (int64_t i = lane_index(); i <= newest; i += kWarp) {
+    PYDEQ_ROLL_LOOP for (int64_t i = lane_index(); i <= newest; i += kWarp) {
       gram[newest * K + i] = products[i];
       if (i < newest) gram[i * K + newest] = products[i];
     }

@@ -45,7 +45,7 @@ struct PicardStep {
 
   template <class Sum, bool first>
   PYDEQ_DEVICE void reduce(const Tile& tile, const Sums& sums, const Stage& stage) const {
-    T stored_z[kShare], stored_f[kShare];
+    Share<T> stored_z, stored_f;
     load_share(row.z, tile, stored_z);
     load_share(row.f, tile, stored_f);
     if (first) {
@@ -53,8 +53,8 @@ struct PicardStep {
       stage.put(1, tile, stored_z);
     }
     A z[kShare], f[kShare];
-    widen_share(stored_z, z);
-    widen_share(stored_f, f);
+    widen_share<T>(stored_z, z);
+    widen_share<T>(stored_f, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) z[i] = f[i] - z[i];
     Sum squares[2] = {dot_share<Sum>(z, z), dot_share<Sum>(f, f)};
     sums.add(0, squares);
@@ -71,7 +71,7 @@ struct PicardStep {
                           bool staged) const {
     settle(row, plan.verdict, args.damping == 1.0 ? row.z : nullptr, args.damping, tile);
     if (!plan.verdict.proceed) return;
-    T stored_f[kShare];
+    Share<T> stored_f;
     if (staged && stage.holds(0)) {
       stage.get(0, tile, stored_f);
     } else {
@@ -82,15 +82,15 @@ struct PicardStep {
       return;
     }
     if (saves_image(plan.verdict)) store_share(row.image, tile, stored_f);
-    T stored_z[kShare];
+    Share<T> stored_z;
     if (staged && stage.holds(1)) {
       stage.get(1, tile, stored_z);
     } else {
       load_share(row.z, tile, stored_z);
     }
     A z[kShare], f[kShare];
-    widen_share(stored_z, z);
-    widen_share(stored_f, f);
+    widen_share<T>(stored_z, z);
+    widen_share<T>(stored_f, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) z[i] += A(args.damping) * (f[i] - z[i]);
     store_wide(row.next, tile, z);
   }

@@ -38,6 +38,7 @@ squared_norm_kernel(PYDEQ_PARAMETER SquaredNormArgs args, PYDEQ_PARAMETER Square
                     unsigned char* scratch) {
   using A = Compute<T>;
   constexpr int kPack = 16 / sizeof(T);
+  constexpr int kGroup = 8 / (kShare / kPack);  // probes under way at once: eight loads of 16 bytes
   double* totals = shared_slice<double>(0, 1);
   const Sums sums{shared_slice<double>(8, block_warps()), 1};
   int* flag = shared_slice<int>(8 + 8 * block_warps(), 1);
@@ -47,11 +48,19 @@ squared_norm_kernel(PYDEQ_PARAMETER SquaredNormArgs args, PYDEQ_PARAMETER Square
     const int64_t b = item / shape.tiles, t = item % shape.tiles;
     const Tile<kPack> tile(Team::whole_block(), t, args.state, 0);
     sums.clear();
-    for (int64_t k = 0; k < args.probes; ++k) {
-      A x[kShare];
-      load_wide(static_cast<const T*>(args.x) + (k * args.batch + b) * args.state, tile, x);
-      A square[1] = {dot_share<A>(x, x)};
-      sums.add(0, square);
+    const T* row = static_cast<const T*>(args.x) + b * args.state;
+    for (int64_t k = 0; k < args.probes; k += kGroup) {
+      Share<T> rows[kGroup];
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kGroup; ++i) {
+        if (k + i < args.probes) load_share(row + (k + i) * args.batch * args.state, tile, rows[i]);
+      }
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kGroup; ++i) {
+        if (k + i >= args.probes) continue;
+        A x[kShare];
+        widen_share<T>(rows[i], x);
+        A square[1] = {dot_share<A>(x, x)};
+        sums.add(0, square);
+      }
     }
     sums.finish(totals);
     if (shape.tiles > 1) {

@@ -44,6 +44,21 @@ def test_reads_what_nvcc_prints():
     assert norm["warps_by_registers"] == 65536 // (64 * 32)
 
 
+def test_looks_for_the_disassembler_beside_nvcc_and_on_the_path(tmp_path, monkeypatch):
+    beside, on_path = tmp_path / "cuda" / "nvdisasm", tmp_path / "bin" / "nvdisasm"
+    for program in (beside, on_path):
+        program.parent.mkdir()
+        program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    nvcc = str(beside.parent / "nvcc")
+    assert resources.find_disassembler(nvcc) == str(beside)
+    beside.unlink()
+    assert resources.find_disassembler(nvcc) == str(on_path)
+    on_path.unlink()
+    with pytest.raises(SystemExit, match=r"nvdisasm is neither beside .*nvcc nor on PATH"):
+        resources.find_disassembler(nvcc)
+
+
 def test_refuses_what_it_cannot_read():
     with pytest.raises(ValueError, match="no numbers for"):
         resources.parse("Compiling entry function '_ZN5pydeq19squared_norm_kernelIdEEvS_' for 'sm_90'\n")

@@ -43,7 +43,7 @@ specimen_kernel(const float* x, int64_t n, float* y, float* partial, int32_t* do
   for (int64_t i = 4 * t; i < end; i += 4 * kThreads) {
     if ((is_aligned<4>(row) || fault == Fault::misaligned_pack) && i + 4 <= n) {
       const Pack<float, 4> pack = load_pack<4>(row + i);
-      for (float entry : pack.at) sum += entry;
+      for (float word : pack.words) sum += word;
     } else {
       for (int64_t j = i; j < i + 4 && j < end; ++j) sum += load_one(row + j);
     }

@@ -12,6 +12,7 @@
 #define PYDEQ_DEVICE inline
 #define PYDEQ_PARAMETER const
 #define PYDEQ_UNROLL_LOOP
+#define PYDEQ_ROLL_LOOP
 #define PYDEQ_SHARED(type, name, count) \
   type* const name =                    \
       static_cast<type*>(::pydeq::emulator::shared_array(::pydeq::emulator::Site::here(), sizeof(type) * (count)))
@@ -146,7 +147,7 @@ inline Pack<T, N> load_pack(const T* p, emulator::Site site = emulator::Site::he
   }
   emulator::count_load(sizeof(T) * N);
   Pack<T, N> out;
-  for (int i = 0; i < N; ++i) out.at[i] = p[i];
+  for (int i = 0; i < N; i += kPerWord<T>) out.words[i / kPerWord<T>] = join<T>(p + i);
   return out;
 }
 
@@ -157,7 +158,7 @@ inline void store_pack(T* p, const Pack<T, N>& pack, emulator::Site site = emula
     emulator::fail("misaligned store_pack of %d bytes at %s:%d", static_cast<int>(sizeof(T) * N), site.file, site.line);
   }
   emulator::count_store(sizeof(T) * N);
-  for (int i = 0; i < N; ++i) p[i] = pack.at[i];
+  for (int i = 0; i < N; ++i) p[i] = entry<T>(pack.words[i / kPerWord<T>], i);
 }
 
 template <class T>
@@ -208,6 +209,13 @@ inline BFloat16 narrow<BFloat16>(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class T>
+inline Word<T> narrow_word(const Compute<T>* x) {
+  T entries[kPerWord<T>];
+  for (int i = 0; i < kPerWord<T>; ++i) entries[i] = narrow<T>(x[i]);
+  return join(entries);
 }
 
 }  // namespace pydeq
