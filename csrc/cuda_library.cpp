@@ -8,6 +8,7 @@
 
 #include "common/await_report.h"
 #include "common/export.h"
+#include "common/pinned_blocks.h"
 #include "pydeq_cuda_facts.h"
 #include "pydeq_interface.h"
 
@@ -76,6 +77,10 @@ PYDEQ_EXPORT const char* pydeq_describe_error(int code) {
 PYDEQ_EXPORT int pydeq_allocate_pinned(size_t bytes, void** memory) {
   const Uncaptured uncaptured;
   const cudaError_t status = cudaHostAlloc(memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
-  if (status != cudaSuccess) cudaGetLastError();
+  if (status == cudaSuccess) {
+    pydeq::pinned_blocks().add(*memory, bytes);
+  } else {
+    cudaGetLastError();
+  }
   return status;
 }

@@ -4,20 +4,13 @@
 
 #include <atomic>
 
+#include "common/kept_scratch.h"
 #include "common/launch.h"
+#include "common/pinned_blocks.h"
 #include "common/step.cuh"
 #include "common/step_shape.h"
 
 namespace pydeq {
-
-// What this device allows; the rest of the limits stays as it is, since sums depend on it.
-inline StepLimits step_limits(const Launch& launch) {
-  StepLimits limits;
-  int shared = 0;
-  launch.check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, launch.device()));
-  limits.shared_bytes = shared;
-  return limits;
-}
 
 // Blocks that a cluster can have on every GPU that has clusters.
 constexpr int kPortableCluster = 8;
@@ -76,6 +69,24 @@ class OncePerDevice {
   std::atomic<int> known_[kDevices]{};
 };
 
+// What a device says of itself; asked once.
+template <cudaDeviceAttr attribute>
+int device_attribute(const Launch& launch) {
+  static OncePerDevice known;
+  return known(launch.device(), [&] {
+    int value = 0;
+    launch.check(cudaDeviceGetAttribute(&value, attribute, launch.device()));
+    return value;
+  });
+}
+
+// What this device allows; the rest of the limits stays as it is, since sums depend on it.
+inline StepLimits step_limits(const Launch& launch) {
+  StepLimits limits;
+  limits.shared_bytes = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(launch);
+  return limits;
+}
+
 // Lets a kernel have all of a block's shared memory.
 template <auto kernel>
 void allow_shared_memory(const Launch& launch, int64_t bytes) {
@@ -93,11 +104,13 @@ int largest_cluster(const Launch& launch, int64_t shared_bytes) {
   return largest(launch.device(), [&] { return measure_clusters(launch, kernel, shared_bytes); });
 }
 
-// Where kernels report. A device can write to pinned memory while the host goes on. For other memory, which no solve
-// hands over, the step waits, and copies.
+// Where kernels report. A device can write to pinned memory while the host goes on. What the pool of reports allocated
+// is pinned, and has the same address on every device (CUDA C++ Programming Guide, unified virtual addressing), so
+// nobody is asked. For other memory, which no solve hands over, the step waits, and copies.
 class ReportPlace {
  public:
-  ReportPlace(const Launch& launch, const Tensor& like, int64_t* host) : launch_(launch), host_(host) {
+  ReportPlace(const Launch& launch, const Tensor& like, int64_t* host) : launch_(launch), host_(host), address_(host) {
+    if (pinned_blocks().hold(host, sizeof(int64_t) * protocol::PROGRESS_SIZE)) return;
     cudaPointerAttributes attributes{};
     launch.check(cudaPointerGetAttributes(&attributes, host));
     if (attributes.type != cudaMemoryTypeHost || !attributes.devicePointer) {
@@ -127,18 +140,38 @@ class ReportPlace {
   bool pinned_ = true;
 };
 
-// Device memory from torch's allocator for the kernels that are launched on its stream meanwhile; uninitialized.
+// Device memory for the kernels of one operation, uninitialized. It is kept for the next one, so that only the first
+// split step of a thread allocates. Safe, since an operation leaves nothing there that a later one reads:
+//   streams   memory is reused only on the stream that it was allocated for, where kernels run one after the other; a
+//             stream is known by its id, which no later stream gets, not by its handle
+//   threads   each has its own, so that no other thread's kernel comes between the two launches of a step
+//   graphs    what is captured has memory of its own, from the graph's pool: a replay may run beside anything
+//   the end   torch's allocator gets it back when the thread ends, as any tensor
 class Scratch {
  public:
-  Scratch(const Tensor& like, int64_t bytes) {
+  Scratch(const Launch& launch, const Tensor& like, int64_t bytes) {
     if (bytes == 0) return;
-    memory_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-    bytes_ = static_cast<unsigned char*>(memory_.data_ptr());
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long stream = 0;
+    launch.check(cudaStreamIsCapturing(launch.stream(), &status));
+    if (status != cudaStreamCaptureStatusNone) {
+      captured_ = allocate(like, bytes);
+      bytes_ = static_cast<unsigned char*>(captured_.data_ptr());
+      return;
+    }
+    launch.check(cudaStreamGetId(launch.stream(), &stream));
+    static thread_local KeptScratch<Tensor> kept;
+    Tensor& memory = kept.take({launch.device(), stream}, bytes, [&](int64_t size) { return allocate(like, size); });
+    bytes_ = static_cast<unsigned char*>(memory.data_ptr());
   }
   unsigned char* bytes() const { return bytes_; }
 
  private:
-  Tensor memory_;
+  static Tensor allocate(const Tensor& like, int64_t bytes) {
+    return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  }
+
+  Tensor captured_;
   unsigned char* bytes_ = nullptr;
 };
 
@@ -159,7 +192,7 @@ void launch_step(const Launch& launch, const Tensor& like, typename Step::Args a
   const StepShape shape = step_shape<Step>(args, limits);
   STD_TORCH_CHECK(shape.valid,
                   "the history of a step is too long for a GPU's shared memory: lower the solver's memory");
-  const Scratch scratch(like, shape.scratch_bytes);
+  const Scratch scratch(launch, like, shape.scratch_bytes);
   const dim3 grid(static_cast<unsigned>(shape.blocks)), block(static_cast<unsigned>(shape.threads));
   if (shape.fused && shape.cluster > 1) {
     cudaLaunchAttribute attribute{};

@@ -15,7 +15,7 @@ Tensor squared_norm_cuda(const Tensor& x) {
   if (batch == 0) return y;
   const SquaredNormArgs args{probes, batch, state, dtype, x.data_ptr(), y.data_ptr(), torch_parallel()};
   const SquaredNormShape shape = squared_norm_shape(args, step_limits(launch));
-  const Scratch scratch(x, shape.scratch_bytes);
+  const Scratch scratch(launch, x, shape.scratch_bytes);
   if (shape.scratch_bytes > 0) {
     launch.check(cudaMemsetAsync(scratch.bytes() + shape.partial_bytes, 0, shape.scratch_bytes - shape.partial_bytes,
                                  launch.stream()));

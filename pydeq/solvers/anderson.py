@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pydeq.arguments import check_integer, check_number, set_fields
@@ -55,14 +54,14 @@ class _AndersonWorkspace(Workspace):
     """2 * memory + 4 state vectors beside f: two rings, two iterates, the best and its image."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
-        super().__init__(flat, rules, max_steps)
-        self.solver = solver
-        self.memory = min(solver.memory, max_steps)
         batch, size = flat.shape
-        slots = max(self.memory, 2)  # the image of the previous iterate must outlive the next evaluation
+        memory = min(solver.memory, max_steps)
+        slots = max(memory, 2)  # the image of the previous iterate must outlive the next evaluation
+        super().__init__(flat, rules, max_steps, (batch, slots, slots))
+        self.solver, self.memory = solver, memory
+        (self.gram,) = self.zeroed
         self.residuals = self.scratch.empty(batch, slots, size)
         self.values = self.scratch.empty(batch, slots, size)
-        self.gram = flat.new_zeros(batch, slots, slots, dtype=torch.float64)
 
     def step(self, f: Tensor, k: int) -> None:
         rules, parity, solver = self.rules, k % 2, self.solver

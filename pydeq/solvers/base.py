@@ -12,7 +12,7 @@ from pydeq.arguments import check_number
 from pydeq.compiled import cuda_loaded
 from pydeq.protocol import CUDA_VECTORS, Counter, Progress, Scalar
 from pydeq.reduction import WHOLE
-from pydeq.solvers.buffers import Scratch, empty
+from pydeq.solvers.buffers import Scratch, empty, zeros
 from pydeq.termination import Rules
 
 
@@ -26,17 +26,22 @@ class Workspace(ABC):
         flat: Initial iterates, [B, D], contiguous.
         rules: When a sample stops.
         max_steps: Evaluations of each sample at most.
+        own: Shapes of what the solver needs zeroed at the start; ``zeroed`` has these tensors, float64.
     """
 
-    def __init__(self, flat: Tensor, rules: Rules, max_steps: int) -> None:
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
         iterates = empty(flat, 2, *flat.shape)
         iterates[0] = flat
         self.z = (iterates[0], iterates[1])
         self.best = empty(flat, 2, *flat.shape)
-        self.scalars = flat.new_zeros(batch, len(Scalar), dtype=torch.float64)
-        self.counters = flat.new_zeros(batch, len(Counter), dtype=torch.int32)  # RUNNING is 0
-        self.progress = torch.zeros(len(Progress), dtype=torch.int64)
+        self.scalars, self.counters, *self.zeroed = zeros(
+            flat,
+            (torch.float64, (batch, len(Scalar))),
+            (torch.int32, (batch, len(Counter))),  # RUNNING is 0
+            *((torch.float64, shape) for shape in own),
+        )
+        self.progress = torch.empty(len(Progress), dtype=torch.int64, device="cpu")  # read after a step wrote it
         self.scratch = Scratch(flat)  # the history, which a solve that ends well releases
         self.rules = rules
         self.max_steps = max_steps

@@ -13,7 +13,7 @@ from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
 from pydeq.protocol import Counter
 from pydeq.solvers.base import Solver, Workspace, check_vectors
-from pydeq.solvers.buffers import empty
+from pydeq.solvers.buffers import empty, zeros
 from pydeq.solvers.inverse_jacobian import InverseJacobian
 from pydeq.termination import Rules
 
@@ -54,19 +54,18 @@ class BroydenWorkspace(Workspace):
     """At most k + 6 state vectors beside f after k steps; float32 steps for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Broyden) -> None:
-        super().__init__(flat, rules, max_steps)
+        # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
+        self.capacity = max(1, min(solver.memory + 1, max_steps - 1))
+        check_vectors(flat.device, rules, self.capacity, max_steps, memory=solver.memory)
+        batch, columns = flat.shape[0], min(_COLUMNS, self.capacity)
+        super().__init__(flat, rules, max_steps, (batch, columns, columns), (batch, columns))
+        self.gram, self.thetas = self.zeroed
         self.memory = solver.memory
         self.wide = torch.promote_types(flat.dtype, torch.float32)
         self.iterate = flat.to(self.wide) if self.wide != flat.dtype else flat.new_empty(0)
         self.restart = flat.new_empty(0, dtype=self.wide)
         self.steps: list[Tensor] = []
         self.evaluations = 0  # that a step was taken with, on a GPU perhaps not yet
-        # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
-        self.capacity = max(1, min(solver.memory + 1, max_steps - 1))
-        check_vectors(flat.device, rules, self.capacity, max_steps, memory=solver.memory)
-        self.gram = flat.new_zeros(flat.shape[0], 0, 0, dtype=torch.float64)
-        self.thetas = flat.new_zeros(flat.shape[0], 0, dtype=torch.float64)
-        self._widen(_COLUMNS)
 
     def step(self, f: Tensor, k: int) -> None:
         rules, parity, last = self.rules, k % 2, k + 1 == self.max_steps
@@ -108,9 +107,9 @@ class BroydenWorkspace(Workspace):
     def _widen(self, columns: int) -> None:
         """Make room for the inner products of ``columns`` steps, at most ``capacity``."""
         columns = min(columns, self.capacity)
-        gram, thetas, used = self.gram, self.thetas, self.thetas.shape[1]
-        self.gram = gram.new_zeros(gram.shape[0], columns, columns)
-        self.thetas = thetas.new_zeros(gram.shape[0], columns)
-        if used:
-            self.gram[:, :used, :used] = gram
-            self.thetas[:, :used] = thetas
+        gram, thetas, batch, used = self.gram, self.thetas, len(self.thetas), self.thetas.shape[1]
+        self.gram, self.thetas = zeros(
+            thetas, (torch.float64, (batch, columns, columns)), (torch.float64, (batch, columns))
+        )
+        self.gram[:, :used, :used] = gram
+        self.thetas[:, :used] = thetas

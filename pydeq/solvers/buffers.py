@@ -35,6 +35,23 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return buffer
 
 
+def zeros(like: Tensor, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
+    """Zeroed buffers of these dtypes, of 4 or 8 bytes, and shapes, on the device of ``like``.
+
+    On a GPU each fill is a launch, which costs as much as a step: there they are parts of one buffer, each from a new
+    cache line on. On the CPU a view costs as much as a small fill, so each is by itself.
+    """
+    if like.device.type == "cpu":
+        return [like.new_zeros(shape, dtype=dtype) for dtype, shape in parts]
+    counts = [math.prod(shape) * dtype.itemsize for dtype, shape in parts]  # bytes
+    words = [-(-count // _LINE) * (_LINE // 8) for count in counts]
+    memory = like.new_zeros(sum(words), dtype=torch.float64).split_with_sizes(words)
+    found = []
+    for (dtype, shape), count, part in zip(parts, counts, memory, strict=True):
+        found.append(part.view(dtype)[: count // dtype.itemsize].view(shape))
+    return found
+
+
 class Scratch:
     """The history of one solve.
 

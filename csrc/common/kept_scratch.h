@@ -1,0 +1,50 @@
+// Memory that is kept from one operation to the next. Plain host code, for any kind of memory.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+namespace pydeq {
+
+// Where memory may be used again: on the same stream of the same device.
+struct ScratchKey {
+  int device;
+  unsigned long long stream;
+  bool operator==(const ScratchKey& other) const { return device == other.device && stream == other.stream; }
+};
+
+// The memory of a few keys, the ones used last.
+template <class Memory>
+class KeptScratch {
+ public:
+  // At least `bytes` bytes; `allocate(size)` is called where there are not as many. Sizes double, since the needs of a
+  // growing history do: else every few steps would allocate.
+  template <class Allocate>
+  Memory& take(const ScratchKey& key, int64_t bytes, const Allocate& allocate) {
+    int at = 0;
+    while (at < kKept - 1 && !(entries_[at].bytes > 0 && entries_[at].key == key)) ++at;
+    for (; at > 0; --at) std::swap(entries_[at], entries_[at - 1]);
+    Entry& entry = entries_[0];
+    if (!(entry.bytes >= bytes && entry.key == key)) {
+      int64_t size = kSmallest;
+      while (size < bytes) size *= 2;
+      entry.bytes = 0;  // an allocation that fails leaves nothing to take
+      entry.memory = allocate(size);
+      entry.key = key;
+      entry.bytes = size;
+    }
+    return entry.memory;
+  }
+
+ private:
+  static constexpr int kKept = 4;
+  static constexpr int64_t kSmallest = 1 << 16;
+  struct Entry {
+    ScratchKey key{};
+    int64_t bytes = 0;
+    Memory memory{};
+  };
+  Entry entries_[kKept];
+};
+
+}  // namespace pydeq
