@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/await_report.h"
+#include "common/cuda_path.h"
 #include "common/export.h"
 #include "common/pinned_blocks.h"
 #include "pydeq_cuda_facts.h"
@@ -84,3 +85,6 @@ PYDEQ_EXPORT int pydeq_allocate_pinned(size_t bytes, void** memory) {
   }
   return status;
 }
+
+// Takes steps by this path from now on: a protocol::CUDA_PATH_*.
+PYDEQ_EXPORT void pydeq_select_cuda_path(int path) { pydeq::cuda_path().store(path); }

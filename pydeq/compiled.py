@@ -5,6 +5,8 @@ Environment:
     PYDEQ_KERNELS=off         run the plain-torch references, without a warning
     PYDEQ_REQUIRE_KERNELS=1   missing kernels are an ImportError, not a warning
     PYDEQ_ISA=avx2            run the kernels compiled for this instruction set, not the best this CPU has
+    PYDEQ_CUDA_PATH=split     take every step on a GPU by this path (auto, block, cluster, split; read at import), see
+                              select_cuda_path
 
 CPU kernels are in ``libpydeq_cpu.so``, CUDA kernels in ``libpydeq_cuda.so``, which is loaded only where torch has CUDA
 and the driver is new enough for them. Kernels need these two files only, under any Python. How they were built is in
@@ -31,7 +33,7 @@ import torch
 from pydeq import protocol
 from pydeq.interface import interface
 from pydeq.libraries import CPU, CUDA, CpuLibrary, CudaLibrary
-from pydeq.protocol import Answer
+from pydeq.protocol import Answer, CudaPath
 
 _PACKAGE = Path(__file__).parent
 
@@ -39,6 +41,7 @@ _library: CpuLibrary | None = None
 _cpu_reason = "not loaded yet"
 _cuda_library: CudaLibrary | None = None
 _cuda_reason = "not loaded yet"
+_cuda_path = CudaPath.AUTO
 _missed_cuda = False  # whether a solve on a GPU was told that it runs without CUDA kernels
 
 
@@ -152,12 +155,17 @@ def load() -> None:
 
     Raises:
         ImportError: If there are none and PYDEQ_REQUIRE_KERNELS=1, or if they were built from other sources.
-        ValueError: If PYDEQ_KERNELS or PYDEQ_ISA names something that does not exist here.
+        ValueError: If PYDEQ_KERNELS, PYDEQ_ISA or PYDEQ_CUDA_PATH names something that does not exist here.
     """
     global _library, _cpu_reason, _cuda_reason
     switch = os.environ.get("PYDEQ_KERNELS", "on")
     if switch not in ("on", "off"):
         raise ValueError(f"PYDEQ_KERNELS must be on or off, got {switch!r}")
+    if name := os.environ.get("PYDEQ_CUDA_PATH"):
+        try:
+            select_cuda_path(name)
+        except ValueError as error:
+            raise ValueError(f"PYDEQ_CUDA_PATH={name}: {error}; unset it to run the fastest one") from None
     required = os.environ.get("PYDEQ_REQUIRE_KERNELS") == "1"
     if switch == "off":
         if required:
@@ -222,6 +230,7 @@ def _load_cuda(library: CpuLibrary, required: bool) -> None:
             _cuda_reason = f"the library {CUDA} does not load: {error}"
         else:
             _cuda_reason = ""
+            _cuda_library.select_path(_cuda_path)
             return
     message = f"pydeq's CUDA kernels do not run ({_cuda_reason}). "
     if required:
@@ -360,6 +369,27 @@ def select_instruction_set(name: str) -> None:
     if _library is None:
         raise RuntimeError(f"there are no compiled kernels to choose from: {_cpu_reason}")
     _library.select_instruction_set(name)
+
+
+def select_cuda_path(name: str) -> None:
+    """Take steps on a GPU by this path from now on; for tests and timings. All paths give the same bits.
+
+    Args:
+        name: "block" is one launch, with a block of threads for each sample; "cluster" one launch, with up to 8 blocks
+            for each sample, on GPUs from 9.0 on; "split" two launches, with a block for each tile of a sample. One
+            launch is taken where what it keeps of a sample fits shared memory; else there are two. "auto" chooses by
+            the GPU's multiprocessors, the batch and the state.
+
+    Raises:
+        ValueError: If there is no such path.
+    """
+    global _cuda_path
+    names = [path.name.lower() for path in CudaPath]
+    if name not in names:
+        raise ValueError(f"expected a path of steps on a GPU ({', '.join(names)}), got {name!r}")
+    _cuda_path = CudaPath[name.upper()]
+    if _cuda_library is not None:
+        _cuda_library.select_path(_cuda_path)
 
 
 def advise_huge_pages(address: int, size: int) -> None:

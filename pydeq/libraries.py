@@ -101,6 +101,8 @@ class CudaLibrary:
         self.query_stream = ctypes.cast(library.pydeq_query_stream, c_void_p).value
         """The address of the function that ``CpuLibrary.await_report`` asks how a stream is."""
         self._describe = _function(library, "pydeq_describe_error", c_char_p, c_int)
+        self.select_path = _function(library, "pydeq_select_cuda_path", None, c_int)
+        """Take steps by this ``pydeq.protocol.CudaPath`` from now on."""
         self._allocate = _function(library, "pydeq_allocate_pinned", c_int, c_size_t, ctypes.POINTER(c_void_p))
 
     def describe_error(self, code: int) -> str:

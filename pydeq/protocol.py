@@ -119,6 +119,19 @@ CUDA_VECTORS: Final = 512
 """Vectors of a history that a CUDA kernel can be given by name: Broyden's steps, GMRES's basis."""
 
 
+class CudaPath(IntEnum):
+    """How a CUDA kernel's blocks share a step; all give the same bits. See ``csrc/common/step_shape.h``."""
+
+    AUTO = 0
+    """What is likely the fastest for this GPU, batch and state."""
+    BLOCK = 1
+    """One launch, a block for each sample."""
+    CLUSTER = 2
+    """One launch, a cluster of blocks for each sample; on a GPU without clusters as BLOCK."""
+    SPLIT = 3
+    """Two launches, a block for each tile of a sample."""
+
+
 class Distribution(IntEnum):
     """Of random probes; the last word of their counters, so that no two distributions share random bits."""
 

@@ -23,6 +23,7 @@ import pydeq
 from pydeq import compiled
 from pydeq.interface import differences, interface
 from pydeq.libraries import CPU, CUDA, CpuLibrary, StaleLibraryError
+from pydeq.protocol import CudaPath
 
 ROOT = Path(pydeq.__file__).parent.parent
 
@@ -223,6 +224,39 @@ def test_unknown_instruction_set_is_an_error_at_import():
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ValueError: PYDEQ_ISA=sse9: expected an instruction set that is compiled")
     assert "got 'sse9'" in message
+
+
+class Chooser:
+    """Stands in for the library of CUDA kernels."""
+
+    def __init__(self):
+        self.paths = []
+
+    def select_path(self, path):
+        self.paths.append(path)
+
+
+def test_a_path_on_a_gpu_can_be_forced_between_solves(monkeypatch):
+    library = Chooser()
+    monkeypatch.setattr(compiled, "_cuda_library", library)
+    monkeypatch.setattr(compiled, "_cuda_path", CudaPath.AUTO)
+    for path in CudaPath:
+        compiled.select_cuda_path(path.name.lower())
+    assert library.paths == list(CudaPath)
+    with pytest.raises(ValueError, match=r"a path of steps on a GPU \(auto, block, cluster, split\), got 'SPLIT'"):
+        compiled.select_cuda_path("SPLIT")
+    assert library.paths == list(CudaPath)
+
+
+def test_environment_forces_the_path_on_a_gpu():
+    code = "import pydeq.compiled as c; print(c._cuda_path.name)"
+    result = python(code, PYDEQ_CUDA_PATH="cluster")
+    assert result.stdout.strip() == "CLUSTER", result.stderr
+    result = python("import pydeq", PYDEQ_CUDA_PATH="warp")
+    assert result.returncode == 1
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("ValueError: PYDEQ_CUDA_PATH=warp: expected a path of steps on a GPU (auto, block,")
+    assert message.endswith("got 'warp'; unset it to run the fastest one")
 
 
 def test_switched_off_runs_the_references_silently():

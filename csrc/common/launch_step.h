@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "common/cuda_path.h"
 #include "common/kept_scratch.h"
 #include "common/launch.h"
 #include "common/pinned_blocks.h"
@@ -80,10 +81,12 @@ int device_attribute(const Launch& launch) {
   });
 }
 
-// What this device allows; the rest of the limits stays as it is, since sums depend on it.
+// What this device allows, and the path that is forced; the rest of the limits stays as it is, since sums depend on it.
 inline StepLimits step_limits(const Launch& launch) {
   StepLimits limits;
   limits.shared_bytes = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(launch);
+  limits.multiprocessors = device_attribute<cudaDevAttrMultiProcessorCount>(launch);
+  limits.path = cuda_path().load(std::memory_order_relaxed);
   return limits;
 }
 

@@ -14,9 +14,20 @@
 //   kernel; progress is pinned memory of the host.
 //
 // What is summed in which order follows from D, the dtype and the solver's memory alone: never from B, the GPU, how
-// many launches and blocks there are, or the limits that a caller sets on them and on shared memory.
+// many launches and blocks there are, or the limits that a caller sets on them and on shared memory. So the path, which
+// is one launch by a block or by a cluster for each sample, or two launches by a block for each tile, may be whatever
+// is fastest here and now:
+//
+//   time  ~  bytes that the busiest multiprocessor moves  +  what a launch, or a cluster, costs more, in such bytes
+//
+// One launch reads each vector once, but a sample keeps at most as many multiprocessors busy as a cluster has blocks:
+// with few samples most of the GPU idles. Two launches spread the tiles of all samples over the whole GPU, and read
+// some vectors twice. An H200 gives each of its 132 multiprocessors 36 KB a us of its memory's 4.8 TB/s, and one that
+// finds the others idle takes more, some 50. The second launch of a step follows the first one's last block after some
+// 2.5 us: kLaunchBytes. The three barriers of a cluster cost some 0.3 us: kClusterBytes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/termination.h"
@@ -33,12 +44,17 @@ constexpr int kWarp = 32;
 // Bytes of a multiprocessor's shared memory that each block costs beside its own.
 constexpr int64_t kReservedShared = 1 << 10;
 
+// What the costs of a path's launches are, in bytes that a multiprocessor moves meanwhile.
+constexpr int64_t kLaunchBytes = 128 << 10, kClusterBytes = 16 << 10;
+
 struct StepLimits {
   int64_t shared_bytes = 48 << 10;       // a block may have, after cudaFuncSetAttribute where it is beyond 48 KiB
   int64_t max_blocks = (1LL << 31) - 1;  // of a grid
   int64_t block_state = 8192;            // entries that a block of a single launch has, at most; below 0: two launches
   int64_t cluster_blocks = 1;            // of a cluster, at most; a power of 2
   int64_t tile_threads = kMaxThreads;    // at most; a multiple of 32. Changes the order of sums.
+  int64_t multiprocessors = 0;           // of the GPU; 0: not known, and as many as there are blocks
+  int path = protocol::CUDA_PATH_AUTO;   // what takes a step where that fits; two launches always do
 };
 
 struct StepShape {
@@ -107,6 +123,69 @@ bool lay_out(const typename Step::Args& args, int64_t available, int64_t slots, 
   return shape.valid && rows >= wanted;
 }
 
+// One launch by clusters of `cluster` blocks. Returns whether its blocks can keep what the second pass needs again.
+template <class Step>
+bool lay_out_fused(const typename Step::Args& args, const StepLimits& limits, int64_t cluster, StepShape& shape) {
+  const int64_t mine = (shape.tiles + cluster - 1) / cluster, threads = shape.tile_threads;
+  const int64_t teams = mine > 1 && 2 * threads <= kMaxThreads ? 2 : 1;
+  if (mine > 1 && limits.path == protocol::CUDA_PATH_AUTO && mine * threads * kShare > limits.block_state) return false;
+  shape.fused = true;
+  shape.cluster = static_cast<int>(cluster);
+  shape.threads = static_cast<int>(teams * threads);
+  shape.rounds = static_cast<int>((mine + teams - 1) / teams);
+  const bool complete =
+      lay_out<Step>(args, limits.shared_bytes, shape.tiles > 1 ? shape.slots() : 0, shape.rounds, shape);
+  return complete || (shape.tiles == 1 && shape.valid);
+}
+
+// Two launches.
+template <class Step>
+void lay_out_split(const typename Step::Args& args, const StepLimits& limits, StepShape& shape) {
+  shape.fused = false;
+  shape.cluster = shape.rounds = 1;
+  shape.threads = shape.tile_threads;
+  lay_out<Step>(args, limits.shared_bytes, 0, 1, shape);
+}
+
+// What a shape costs, in bytes that a multiprocessor moves: see above.
+template <class Step>
+double step_cost(const typename Step::Args& args, const StepLimits& limits, const StepShape& shape) {
+  const int64_t batch = Step::common(args).batch, each = shape.fused ? shape.cluster : shape.tiles;
+  const int64_t tiles = shape.fused ? (shape.tiles + shape.cluster - 1) / shape.cluster : 1;  // of a block
+  const int64_t busiest =
+      limits.multiprocessors > 0 ? (batch * each + limits.multiprocessors - 1) / limits.multiprocessors : 1;
+  const double tile_bytes = static_cast<double>(Step::stage_row_bytes(1, shape.tile_threads));
+  // The last step takes no step: it reads z and f, and may place the best iterate.
+  const int64_t vectors = Step::common(args).rules.last ? shape.fused ? 4 : 5 : Step::vectors(args, shape.fused);
+  const double moved = static_cast<double>(busiest * tiles * vectors) * tile_bytes;
+  if (!shape.fused) return moved + static_cast<double>(kLaunchBytes);
+  return moved + (shape.cluster > 1 ? static_cast<double>(busiest * kClusterBytes) : 0.0);  // each block waits
+}
+
+// Lays a step out on the path that limits.path names, or on the one that costs least.
+template <class Step>
+void choose_path(const typename Step::Args& args, const StepLimits& limits, StepShape& shape) {
+  const StepShape plain = shape;
+  lay_out_split<Step>(args, limits, shape);
+  if (limits.path == protocol::CUDA_PATH_SPLIT || limits.block_state < 0) return;
+  // Forced, or on a GPU that is not known: one launch where it fits, with as many blocks as there are.
+  const bool compare = limits.path == protocol::CUDA_PATH_AUTO && limits.multiprocessors > 0;
+  // Sums of one tile are never split, so then a second launch would gain nothing.
+  double least = compare && plain.tiles > 1 && shape.valid ? step_cost<Step>(args, limits, shape) : HUGE_VAL;
+  const int64_t most = limits.path == protocol::CUDA_PATH_BLOCK ? 1 : limits.cluster_blocks;
+  for (int64_t cluster = most; cluster >= 1; cluster /= 2) {
+    if (cluster > plain.tiles) continue;
+    StepShape one = plain;
+    if (!lay_out_fused<Step>(args, limits, cluster, one)) return;  // smaller ones have more to keep
+    const double cost = step_cost<Step>(args, limits, one);
+    if (!compare || cost <= least) {
+      shape = one;
+      least = cost;
+    }
+    if (!compare) return;
+  }
+}
+
 // Step::Args are what its kernels take.
 template <class Step>
 StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) {
@@ -131,25 +210,7 @@ StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) 
   if (tiles > INT32_MAX) return shape;
   shape.tiles = static_cast<int>(tiles);
 
-  // One launch where the blocks of a cluster can keep what the second pass needs again. Sums of one tile are never
-  // split, so then a second launch would gain nothing.
-  for (int64_t cluster = limits.cluster_blocks; cluster >= 1 && limits.block_state >= 0; cluster /= 2) {
-    if (cluster > tiles) continue;
-    const int64_t mine = (tiles + cluster - 1) / cluster, teams = mine > 1 && 2 * threads <= kMaxThreads ? 2 : 1;
-    if (mine > 1 && mine * tile > limits.block_state) break;
-    shape.fused = true;
-    shape.cluster = static_cast<int>(cluster);
-    shape.threads = static_cast<int>(teams * threads);
-    shape.rounds = static_cast<int>((mine + teams - 1) / teams);
-    const bool complete = lay_out<Step>(args, limits.shared_bytes, tiles > 1 ? shape.slots() : 0, shape.rounds, shape);
-    if (complete || tiles == 1) break;
-    shape.fused = false;
-  }
-  if (!shape.fused) {
-    shape.cluster = shape.rounds = 1;
-    shape.threads = shape.tile_threads;
-    lay_out<Step>(args, limits.shared_bytes, 0, 1, shape);
-  }
+  choose_path<Step>(args, limits, shape);
 
   // A grid of clusters has a multiple of their blocks.
   const int64_t items = shape.fused ? batch : batch * tiles, most = limits.max_blocks / shape.cluster;

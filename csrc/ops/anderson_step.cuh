@@ -42,6 +42,11 @@ struct AndersonStep {
   // a: [m], the Gram matrix by age: [m, m], and work to solve with it.
   static int64_t coefficients(const Args& args) { return args.memory * (2 * args.memory + 4); }
   static int64_t kept(const Args& args) { return args.memory; }
+  // Vectors that a step reads and writes, about.
+  static int64_t vectors(const Args& args, bool fused) {
+    const int64_t columns = args.step.step < args.memory ? args.step.step + 1 : args.memory;
+    return (args.damping == 1.0 || fused ? 2 : 3) * columns + (fused ? 3 : 4);
+  }
   // f, then residuals by age.
   static int64_t stage_rows(const Args& args, bool fused) {
     return !fused || args.step.rules.last ? 0 : args.damping == 1.0 ? 1 : 1 + args.memory;

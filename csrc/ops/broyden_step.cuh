@@ -49,6 +49,11 @@ struct BroydenStep {
   static int64_t products(const Args& args) { return args.step.rules.last ? 0 : args.stored; }
   static int64_t coefficients(const Args& args) { return args.stored; }
   static int64_t kept(const Args& args) { return args.stored; }
+  // Vectors that a step reads and writes, about.
+  static int64_t vectors(const Args& args, bool fused) {
+    const int64_t steps = args.step.step < args.memory ? args.step.step : args.memory;
+    return fused ? steps + 5 : 2 * steps + 6;
+  }
   // In one launch the iterate, f, s_1, s_2, ...; else the steps alone.
   static int64_t stage_rows(const Args& args, bool fused) {
     const int64_t steps = args.stored > 1 ? args.stored - 1 : 0;

@@ -47,6 +47,11 @@ struct GmresStep {
   // The point, then h and the rest of an extension.
   static int64_t coefficients(const Args& args) { return args.stored + 1 + warp_extension_size(args.stored); }
   static int64_t kept(const Args& args) { return 2 * (args.stored + 1); }
+  // Vectors that a step reads and writes, about.
+  static int64_t vectors(const Args& args, bool fused) {
+    const int64_t basis = args.step.step < args.restart ? args.step.step : args.restart;
+    return fused ? basis + 6 : 2 * basis + 8;
+  }
   // In one launch the iterate, f, V_0, V_1, ...; else the vectors alone.
   static int64_t stage_rows(const Args& args, bool fused) {
     return args.step.rules.last ? 0 : fused ? 2 + args.stored : args.stored;

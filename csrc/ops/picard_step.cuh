@@ -33,6 +33,8 @@ struct PicardStep {
   static int64_t products(const Args&) { return 0; }
   static int64_t coefficients(const Args&) { return 0; }
   static int64_t kept(const Args&) { return 0; }
+  // Vectors that a step reads and writes, about.
+  static int64_t vectors(const Args&, bool fused) { return fused ? 3 : 4; }
   static int64_t stage_rows(const Args& args, bool fused) { return !fused ? 0 : args.damping == 1.0 ? 1 : 2; }  // f, z
   static PYDEQ_HOST_DEVICE int64_t stage_row_bytes(int64_t tiles, int64_t threads) {
     return Stage::row_bytes(tiles, threads);

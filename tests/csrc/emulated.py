@@ -24,6 +24,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pydeq.protocol import CudaPath
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 SOURCES = (FOLDER / "emulator" / "emulator.cpp", *sorted(FOLDER.glob("*.cpp")))
@@ -51,6 +53,8 @@ class Limits:
     block_state: int = 8192
     cluster_blocks: int = 1
     tile_threads: int = 32
+    multiprocessors: int = 0
+    path: int = CudaPath.AUTO
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ void run_picard_step(const Case&);
 void run_anderson_step(const Case&);
 void run_broyden_step(const Case&);
 void run_gmres_step(const Case&);
+void run_step_shape(const Case&);
 void run_specimen(const Case&);
 
 }  // namespace pydeq

@@ -61,8 +61,9 @@ StepArgs Case::step_args() const {
 }
 
 StepLimits Case::limits() const {
-  return {integer("shared_bytes"), integer("max_blocks"), integer("block_state"), integer("cluster_blocks"),
-          integer("tile_threads")};
+  return {integer("shared_bytes"),          integer("max_blocks"),   integer("block_state"),
+          integer("cluster_blocks"),        integer("tile_threads"), integer("multiprocessors"),
+          static_cast<int>(integer("path"))};
 }
 
 namespace {
@@ -75,6 +76,7 @@ void run(const Case& test) {
   if (test.name == "anderson_step") return run_anderson_step(test);
   if (test.name == "broyden_step") return run_broyden_step(test);
   if (test.name == "gmres_step") return run_gmres_step(test);
+  if (test.name == "step_shape") return run_step_shape(test);
   if (test.name == "specimen") return run_specimen(test);
   emulator::fail("unknown case %s", test.name.c_str());
 }

@@ -21,7 +21,7 @@ from pydeq.ops.gmres_step import gmres_step_reference
 from pydeq.ops.picard_step import picard_step_reference
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import squared_norm_reference
-from pydeq.protocol import RUNNING, Counter, Distribution, Status
+from pydeq.protocol import RUNNING, Counter, CudaPath, Distribution, Status
 
 MODULES = {
     "picard_step": test_picard_step,
@@ -105,6 +105,22 @@ def test_launches_and_clusters(name):
     assert {r.launches for r in emulate(on("cluster", tests, cluster_blocks=2, block_state=512))} == {2}
     # The last step has no second pass over what a block would keep.
     assert {r.launches for r in emulate(on("block", tests[:-1], shared_bytes=NOTHING_FITS))} == {2}
+
+
+@every_step
+def test_every_path_can_be_forced_and_gives_the_same_bits(name):
+    """Also where a GPU with few multiprocessors, or many, would choose another one."""
+    tests = cases(name, dim=1100, max_steps=4, dtype=torch.bfloat16) + cases(name, dim=90, max_steps=3)
+    several = torch.tensor([case.arguments["z"].shape[1] > 256 for case in tests])  # tiles
+    expected = emulate(on("split", tests))
+    for path, launches, cluster in ((CudaPath.BLOCK, 1, 1), (CudaPath.CLUSTER, 1, 2), (CudaPath.SPLIT, 2, 1)):
+        for processors in (1, 10000):
+            limits = Limits(cluster_blocks=2, block_state=256, multiprocessors=processors, path=path)
+            results = emulate([replace(case, limits=limits, seed=case.seed + path) for case in tests])
+            for one, other in zip(expected, results, strict=True):
+                assert_same_bits(one.arguments, other.arguments)
+            assert {result.launches for result in results} == {launches}
+            assert {r.cluster for r, more in zip(results, several, strict=True) if more} == {cluster}
 
 
 @every_step
