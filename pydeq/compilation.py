@@ -10,6 +10,7 @@ Nothing here imports ``torch._dynamo``, which takes a second.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -66,6 +67,17 @@ class Compiler:
                 eval_frame.set_eval_frame(before)
 
         return _without_history(call)
+
+
+def interpreted(fn: F) -> F:
+    """Decorate a function that autograd calls, maybe inside of a compiled step: the compiler's hook is off inside."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with Compiler():
+            return fn(*args, **kwargs)
+
+    return skipped(call)  # pyright: ignore[reportReturnType]
 
 
 def is_compiled(fn: Callable[..., Any]) -> bool:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from pydeq.arguments import check_max_steps, check_tolerance
 from pydeq.border import Border
+from pydeq.compilation import Compiler, skipped
 from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
@@ -36,6 +37,7 @@ _KEYWORDS = (
 )  # fmt: skip
 
 
+@skipped
 def fixed_point(
     fn: Callable[..., Any],
     z0: Any,
@@ -137,6 +139,7 @@ def fixed_point(
     return solution
 
 
+@skipped
 def solve(
     fn: Callable[..., Any],
     z0: State,
@@ -182,12 +185,12 @@ def solve(
         agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
     states_at = check_states_at(states_at)
     cast = torch.is_autocast_enabled(layout.device.type)
-    with torch.no_grad(), solve_scope():
+    with torch.no_grad(), solve_scope(), Compiler() as compiler:
         if compact:
             assert batched_context is not None
-            evaluator = CompactingEvaluator(fn, context, layout, cast, batched_context)
+            evaluator = CompactingEvaluator(compiler.compiled(fn), context, layout, cast, batched_context)
         else:
-            evaluator = Evaluator(fn, context, layout, cast)
+            evaluator = Evaluator(compiler.compiled(fn), context, layout, cast)
         flat = layout.flatten(z0)
         if norm == "parts":
             return iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)

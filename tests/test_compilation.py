@@ -1,13 +1,20 @@
 """torch.compile around and inside of a layer. The backend records graphs and runs them as they are."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import pydeq
 
-# Dynamo looks at the .grad of what comes out of one graph and goes into the next.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = [
+    # Dynamo looks at the .grad of what comes out of one graph and goes into the next.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    # It imports parts of torch that use what torch deprecates.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
+]
 
 
 class Recorder:
@@ -34,10 +41,10 @@ class Cell(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, **options):
+    def __init__(self, solver=pydeq.Broyden(), **options):  # noqa: B008  # a constant
         super().__init__()
         self.first = nn.Linear(6, 6, dtype=torch.float64)
-        self.deq = pydeq.DEQ(Cell(), solver=pydeq.Broyden(), rtol=1e-10, **options)
+        self.deq = pydeq.DEQ(Cell(), solver=solver, rtol=1e-10, **options)
         self.last = nn.Linear(6, 2, dtype=torch.float64)
 
     def forward(self, x):
@@ -75,6 +82,22 @@ def gradients(model, x, call):
     output = call(x)
     output.square().sum().backward()
     return output.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.fixture
+def frames():
+    """Names of the functions of this package that are compiled."""
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    root, found = Path(pydeq.__file__).parent, []
+
+    def note(code, compiled):
+        if root in Path(code.co_filename).parents:
+            found.append(code.co_name)
+
+    handle = register_bytecode_hook(note)
+    yield found
+    handle.remove()
 
 
 def cells(graphs):
@@ -174,3 +197,116 @@ def test_a_cell_that_raises_leaves_the_compiler_on(x):
     model.deq.cell = Cell()
     compiled(x)
     assert cells(backend.graphs) == 2
+
+
+EVERY = [
+    (pydeq.Anderson(), pydeq.Implicit(rtol=1e-10)),
+    (pydeq.Anderson(), pydeq.Phantom(2)),
+    (pydeq.Anderson(), pydeq.Phantom(2, form="neumann")),
+    (pydeq.Broyden(), pydeq.Shine()),
+    (pydeq.Broyden(), pydeq.Shine(refine_steps=3)),
+    (pydeq.Anderson(), pydeq.Unrolled()),
+    (pydeq.Anderson(), pydeq.Unrolled(checkpoint=True)),
+    (pydeq.Anderson(), pydeq.Reversible()),
+]
+
+
+def step_of(model, optimizer):
+    def step(x):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def trained(model, x, compile=None, steps=3):
+    """Losses and parameters after some steps."""
+    step = step_of(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    if compile is not None:
+        step = torch.compile(step, backend=compile)
+    losses = [step((1.0 + 0.1 * i) * x) for i in range(steps)]
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_a_whole_training_step_compiles_what_is_not_the_solvers(x, frames, solver, adjoint):
+    model = Model(solver, adjoint=adjoint)
+    eager, backend = copy.deepcopy(model), Recorder()
+    torch.testing.assert_close(trained(model, x, backend), trained(eager, x), rtol=1e-9, atol=1e-10)
+    assert not frames
+    # Without gradients, and with; with and without a gradient of z where evaluations follow each other.
+    assert cells(backend.graphs) == (3 if adjoint == pydeq.Phantom(2) else 2)
+
+
+class Block(nn.Module):
+    """A transformer's block with injection."""
+
+    def __init__(self, dim=8):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.first, self.second = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        for part in (self.qkv, self.out, self.up, self.down):
+            part.weight.data.mul_(0.3)
+
+    def forward(self, z, x):
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(z + x).chunk(3, -1))
+        attention = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        z = self.first(z + self.out(attention.transpose(1, 2).flatten(2)) + x)
+        return 0.5 * self.second(z + self.down(nn.functional.gelu(self.up(z))))
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        adjoint = pydeq.Implicit(rtol=1e-8)
+        self.deq = pydeq.DEQ(Block(), adjoint=adjoint, rtol=1e-8, max_steps=80)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.head(self.deq(torch.zeros_like(x), x))
+
+
+def test_a_compiled_step_of_a_language_model(frames):
+    torch.manual_seed(0)
+    model = Language().double()
+    eager = copy.deepcopy(model)
+    tokens = torch.randint(11, (3, 7))
+
+    def run(model, wrap):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+        def step(tokens):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            return loss.detach()
+
+        step = wrap(step)
+        losses = [step(tokens) for _ in range(2)]
+        return losses, list(model.parameters())
+
+    backend = Recorder()
+    got = run(model, lambda step: torch.compile(step, backend=backend))
+    # The compiled optimizer corrects its bias in float32.
+    torch.testing.assert_close(got, run(eager, lambda step: step), rtol=1e-5, atol=1e-5)
+    assert not frames
+
+
+def test_a_solve_in_compiled_code(x, frames):
+    cell, backend = Cell(), Recorder()
+
+    def solve(x):
+        return 2.0 * pydeq.fixed_point(cell, torch.zeros_like(x), x.sin(), rtol=1e-10).image
+
+    expected = solve(x)
+    for _ in range(2):
+        torch.testing.assert_close(torch.compile(solve, backend=backend)(x), expected, rtol=1e-9, atol=1e-10)
+    assert not frames
+    assert cells(backend.graphs) == 1

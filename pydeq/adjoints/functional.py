@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pydeq.adjoints.base import Problem
 from pydeq.adjoints.watch import watch
+from pydeq.compilation import interpreted
 from pydeq.fixed_point import fixed_point
 from pydeq.precision import Autocast
 from pydeq.protocol import Status
@@ -104,6 +105,7 @@ class FixedPoint(torch.autograd.Function):
         ctx.save_for_forward(*output, *tensors[equation.parts :])
 
     @staticmethod
+    @interpreted
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
         equation: Equation = ctx.equation
         saved = ctx.saved_tensors  # once: checkpoints allow no more
@@ -125,6 +127,7 @@ class FixedPoint(torch.autograd.Function):
         return (None,) * (1 + parts) + tuple(gradients)
 
     @staticmethod
+    @interpreted
     def jvp(ctx: Any, *tangents: Tensor | None) -> Parts:
         # Torch turns forward mode off in here, and with it the outer levels of nested forward mode.
         with forward_ad._set_fwd_grad_enabled(transforms_active()):
@@ -154,6 +157,7 @@ class FixedPoint(torch.autograd.Function):
         return equation.linear(tangent, lambda solution: None).solve(right, (*z, *right, *inputs))
 
     @staticmethod
+    @interpreted
     def vmap(info: Any, in_dims: tuple[Any, ...], equation: Equation, *tensors: Tensor) -> tuple[Parts, Any]:
         size, parts = info.batch_size, equation.parts
         z0 = tuple(

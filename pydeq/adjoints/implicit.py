@@ -26,6 +26,7 @@ from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.adjoints.watch import watch
 from pydeq.arguments import check_max_steps, check_tolerance, set_fields
+from pydeq.compilation import interpreted
 from pydeq.fixed_point import fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
@@ -252,6 +253,7 @@ class _Attach(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1 : 1 + 2 * parts], *output)
 
     @staticmethod
+    @interpreted
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem: _Problem = ctx.problem
         parts, sources = len(cotangents), len(problem.sources)
@@ -291,5 +293,6 @@ class _Substitute(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # what a closed gate stopped is no zero to be differentiated in turn
 
     @staticmethod
+    @interpreted
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None]:
         return None, None if ctx.gate.closed else gradients[0]

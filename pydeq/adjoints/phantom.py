@@ -20,6 +20,7 @@ from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_max_steps, set_fields
+from pydeq.compilation import interpreted
 from pydeq.fixed_point import fixed_point
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
@@ -113,6 +114,7 @@ class _Neumann(torch.autograd.Function):
         ctx.save_for_backward(*at.z, *y)
 
     @staticmethod
+    @interpreted
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         tensors, tau = ctx.saved_tensors, ctx.settings.damping

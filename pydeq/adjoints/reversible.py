@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.arguments import check_integer, check_max_steps, check_number, set_fields
+from pydeq.compilation import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import linearize
@@ -283,6 +284,7 @@ class _Reverse(torch.autograd.Function):
         ctx.save_for_backward(ends.start, ends.y, ends.z, ends.best, *kept, *tensors[len(ends.layout.shapes) :])
 
     @staticmethod
+    @interpreted
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_integer, check_tolerance, set_fields
+from pydeq.compilation import interpreted
 from pydeq.fixed_point import fixed_point, solve
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
@@ -146,6 +147,7 @@ class _Shine(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *inverse.tensors)
 
     @staticmethod
+    @interpreted
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         problem, tensors, parts = ctx.problem, ctx.saved_tensors, len(cotangents)

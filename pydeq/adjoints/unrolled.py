@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.sources import Watched, held
 from pydeq.arguments import check_max_steps
+from pydeq.compilation import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.nn.scope import share_weights
@@ -120,6 +121,7 @@ class _Repeated:
         self.fn = fn
         self.watched: Watched | None = None
 
+    @interpreted
     def __call__(self, *arguments: Any) -> Any:
         if self.watched is not None:
             self.watched.check("a checkpoint evaluates f again")
