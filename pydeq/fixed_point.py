@@ -116,30 +116,31 @@ def fixed_point(
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
     """
-    if not callable(fn):
-        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
-    keywords = keywords_for("fixed_point", fn, keywords, _KEYWORDS)
-    border = Border(z0, keywords, has_aux)
-    if compact:
-        batched_context = check_compact(fn, context, batched_context, border, freeze)
-    inner, context = border.inside(fn), border.context(context)
-    with solve_scope():
-        solution, workspace = solve(
-            inner, border.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
-            freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
-            process_group=process_group, sharded=sharded, states_at=states_at, norm=norm,
-        )  # fmt: skip
-        workspace.scratch.release()
-        if has_aux:
-            with torch.no_grad():
-                solution.aux = border.aux_at_image(inner, solution, context)
-    solution = border.solution(solution)
-    if throw and not bool(solution.converged.all()):
-        raise ConvergenceError(solution)
-    return solution
+    with Compiler() as compiler:
+        if not callable(fn):
+            raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+        keywords = keywords_for("fixed_point", fn, keywords, _KEYWORDS)
+        border = Border(z0, keywords, has_aux)
+        if compact:
+            batched_context = check_compact(fn, context, batched_context, border, freeze)
+        context = border.context(context)
+        with solve_scope():
+            inner = border.inside(compiler.compiled(fn))
+            solution, workspace = solve(
+                inner, border.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
+                freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
+                process_group=process_group, sharded=sharded, states_at=states_at, norm=norm,
+            )  # fmt: skip
+            workspace.scratch.release()
+            if has_aux:
+                with torch.no_grad():
+                    solution.aux = border.aux_at_image(inner, solution, context)
+        solution = border.solution(solution)
+        if throw and not bool(solution.converged.all()):
+            raise ConvergenceError(solution)
+        return solution
 
 
-@skipped
 def solve(
     fn: Callable[..., Any],
     z0: State,
@@ -185,12 +186,12 @@ def solve(
         agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
     states_at = check_states_at(states_at)
     cast = torch.is_autocast_enabled(layout.device.type)
-    with torch.no_grad(), solve_scope(), Compiler() as compiler:
+    with torch.no_grad(), solve_scope():
         if compact:
             assert batched_context is not None
-            evaluator = CompactingEvaluator(compiler.compiled(fn), context, layout, cast, batched_context)
+            evaluator = CompactingEvaluator(fn, context, layout, cast, batched_context)
         else:
-            evaluator = Evaluator(compiler.compiled(fn), context, layout, cast)
+            evaluator = Evaluator(fn, context, layout, cast)
         flat = layout.flatten(z0)
         if norm == "parts":
             return iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)

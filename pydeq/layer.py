@@ -25,7 +25,7 @@ from pydeq.randomness import Replayed, random_modules
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import as_tuple, layout_of
-from pydeq.stateless import Remembered, fill_parametrization_cache, is_exchanged
+from pydeq.stateless import fill_parametrization_cache
 from pydeq.supervision import attach_states
 
 if TYPE_CHECKING:
@@ -219,14 +219,11 @@ class DEQ(nn.Module):
             self._check_transforms(penalty)
         module, scope = _module_of(self.cell), scope_of(self.cell)
         fn, eager = border.inside(compiler.compiled(self.cell)), border.inside(uncompiled(self.cell))
-        remembered = None
         if self.freeze_rng:
             fn = Replayed(fn, layout_of(z0).device)
             eager = fn.of(eager)
         if module is not None and torch.is_grad_enabled() and not transformed:
             fill_parametrization_cache(module)
-            if is_exchanged(module):
-                fn = remembered = Remembered(module, fn)
         if scope is not None:
             fn, eager = Bound(fn, scope), Bound(eager, scope)
         problem = Problem(fn, z0, context, options, module, self._memory)
@@ -255,8 +252,6 @@ class DEQ(nn.Module):
             term = penalty.evaluate(eager, solution.image, context, at)
             solution = copy.copy(solution)  # not the one that the graph keeps
             solution.penalty = term
-        if remembered is not None:
-            remembered.late = True
         return Attached(border.outside(attached.output), border.solution(solution))
 
     def _with_evaluated(self, solution: Solution, attached: Attached) -> Solution:

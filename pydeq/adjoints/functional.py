@@ -21,9 +21,10 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore  # what tells a transformed tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from pydeq.adjoints.base import Problem
+from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.watch import watch
 from pydeq.compilation import interpreted
 from pydeq.fixed_point import fixed_point
@@ -31,7 +32,6 @@ from pydeq.precision import Autocast
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.state import State, as_tuple, layout_of
-from pydeq.stateless import Stateless
 
 Parts = tuple[Tensor, ...]
 # f(parts of z, *inputs) -> parts of f's value
@@ -233,22 +233,12 @@ def equation_of(
         settings: The adjoint, which a warning would name.
     """
     layout = layout_of(problem.z0)
-    stateless = None if problem.module is None else Stateless(problem.module, problem.fn)
-    inputs = [] if stateless is None else list(stateless.tensors)
-    held = len(inputs)
-    leaves, tree = tree_flatten(tuple(problem.context))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    inputs += [leaves[i] for i in places]
-    constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    explicit = Explicit(problem.fn, problem.context, problem.module)
     autocast = Autocast.current(layout.device)
 
     def evaluate(z: Parts, *inputs: Tensor) -> Parts:
-        filled = list(constants)
-        for i, x in zip(places, inputs[held:], strict=True):
-            filled[i] = x
-        arguments = (z if layout.is_tuple else z[0], *tree_unflatten(filled, tree))
         with autocast.again():
-            y = problem.fn(*arguments) if stateless is None else stateless.call(inputs[:held], arguments)
+            y = explicit(z if layout.is_tuple else z[0], inputs)
         return as_tuple(layout.check(y, autocast.enabled, detach=False))
 
     def probe(z: Parts, *inputs: Tensor) -> None:
@@ -269,7 +259,7 @@ def equation_of(
     options = dict(problem.options)
     return Equation(
         evaluate, len(layout.shapes), options, adjoint, autocast, probe, record_first, record_adjoint
-    ), tuple(inputs)
+    ), tuple(explicit.tensors)
 
 
 def solve_functional(problem: Problem, adjoint: dict[str, Any], settings: Any) -> tuple[State, Solution]:

@@ -7,23 +7,24 @@ the solve.
 
 That graph is built at a detached z*, so it cannot carry the terms of a second derivative that come from z* moving with
 the parameters. Where a backward pass is itself to be differentiated (create_graph), f is rebuilt at the attached
-output, u becomes the fixed point of its own linear equation, differentiated in the same way, and the gradients of what
-f was made from are formed on the rebuilt graph.
+output, u becomes the fixed point of its own linear equation, differentiated in the same way to any order, and the
+gradients of what f was made from are formed on the rebuilt graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
+from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.functional import solve_functional, transforms_active
-from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
+from pydeq.adjoints.handover import hand_over, take_over
+from pydeq.adjoints.sources import Watched, borders_of, edge_of, held, hooks_postponed, sources_of
 from pydeq.adjoints.watch import watch
 from pydeq.arguments import check_max_steps, check_tolerance, set_fields
 from pydeq.compilation import interpreted
@@ -52,8 +53,7 @@ class Implicit(Adjoint):
             the same samples again, in the same order. Costs one product more where it does not help.
 
     A backward solve that leaves samples unconverged warns once. Samples whose adjoint is NONFINITE get NaN gradients,
-    so that a gradient scaler sees the overflow. Second derivatives are exact, too; third ones raise, except under
-    torch.func, where every order and mode is exact.
+    so that a gradient scaler sees the overflow. Derivatives of any order are exact, and under torch.func in any mode.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -86,9 +86,8 @@ class Implicit(Adjoint):
             dtype = Autocast.current(layout.device).coarsest(layout.dtype)
             return Attached(*solve_functional(problem, self.options(dtype) | problem.shared, self))
         solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
-        read = Watched(held(problem.module, problem.context))
         output, at = attach(
-            self, problem.fn, solution.image, problem.context, solution, problem.memory, problem.shared, read
+            self, problem.fn, solution.image, problem.context, problem.module, solution, problem.memory, problem.shared
         )
         return Attached(output, solution, at)
 
@@ -104,58 +103,67 @@ def attach(
     fn: Callable[..., Any],
     image: State,
     context: Sequence[Any],
+    module: nn.Module | None = None,
     solution: Solution | None = None,
     memory: dict[str, Any] | None = None,
     shared: dict[str, Any] | None = None,
-    read: Watched | None = None,
 ) -> tuple[State, Linearization]:
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
     Args:
+        module: What holds the parameters that fn uses; None where fn is no module.
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Where the last cotangent is kept for a warm start.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
-        read: What fn may read. Of that, what fn itself does not modify must stay for a second derivative.
     """
+    read = Watched(held(module, context))
+    explicit = Explicit(fn, context, module)
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     at = linearize(fn, image, context)
     layout, y = at.layout, at.y
-    sources, hidden = sources_of(at, context, first_node)
+    sources, hidden = sources_of(at, explicit, first_node)
     if sources or hidden:
-        autocast = Autocast.current(layout.device)
-        watched = Watched([*sources, *(read.unchanged() if read else ())])
-        problem = _Problem(
-            settings, layout, fn, tuple(context), sources, hidden, autocast, solution, memory, shared or {}, watched
+        # Of what fn may read, what fn itself does not modify must stay for a second derivative.
+        watched, autocast = Watched([*sources, *read.unchanged()]), Autocast.current(layout.device)
+        y = _attach(
+            _Problem(settings, layout, explicit, sources, hidden, autocast, shared or {}, watched, solution, memory), at
         )
-        y = _Attach.apply(problem, *y, *at.z, *sources)
-        y = tuple(part.clone() for part in y)  # which may be modified in place
     else:  # everything is frozen: no adjoint to solve
         y = tuple(part.detach() for part in y)
     return y if layout.is_tuple else y[0], at
 
 
+def _attach(problem: _Problem, at: Linearization) -> tuple[Tensor, ...]:
+    """The parts of ``at.y``, the image of a fixed point, with the gradients of the fixed point."""
+    y = _Attach.apply(problem, hand_over(at), *at.y, *at.z, *problem.sources)
+    return tuple(part.clone() for part in y)  # which may be modified in place
+
+
 @dataclass(frozen=True)
 class _Problem:
-    """What backward needs beside the graph.
+    """What backward needs next to the graph.
 
     Args:
-        sources: What fn was made from: tensors of the context and leaves that require grad.
-        hidden: Whether fn captures tensors that are neither: results of other computations.
+        explicit: f, as a function of what it is known to depend on.
+        sources: What f was made from: tensors that ``explicit`` knows, and captured leaves, that require grad.
+        hidden: Whether f captures tensors that are neither: results of other computations.
         autocast: That of the forward.
-        watched: What must not have changed where fn is evaluated again.
+        shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
+        watched: What must not have changed where f is evaluated again.
+        solution: Gets the adjoint's solution as its ``backward``.
+        memory: Where the last cotangent is kept for a warm start.
     """
 
     settings: Implicit
     layout: Layout
-    fn: Callable[..., Any]
-    context: tuple[Any, ...]
+    explicit: Explicit
     sources: tuple[Tensor, ...]
     hidden: bool
     autocast: Autocast
-    solution: Solution | None
-    memory: dict[str, Any] | None
     shared: dict[str, Any]
     watched: Watched
+    solution: Solution | None = None
+    memory: dict[str, Any] | None = None
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
@@ -189,38 +197,67 @@ class _Problem:
         """The gradients of ``sources`` for the cotangent v of ``out``, with a graph."""
         if self.hidden:
             raise RuntimeError(
-                "this gradient cannot be differentiated: the cell captures a tensor that is computed from others, which"
-                " puts part of its graph out of reach; pass that tensor to the layer as context (third derivatives are"
-                " out of reach in any case)"
+                "this gradient cannot be differentiated (create_graph): the cell captures a tensor that is computed"
+                " from others, which puts part of its graph out of reach; pass that tensor to the layer as context, or"
+                " differentiate by torch.func (grad, hessian, jvp), with all that requires grad as context or parameter"
             )
         self.watched.check("f is to be evaluated again for a second derivative")
-        gate = _Gate()
+        gate, tensors = _Gate(), self.explicit.tensors
         z = tuple(_Substitute.apply(gate, part) for part in out)
-        # What made the context is not followed either: the context's own gradient goes there.
-        leaves, tree = tree_flatten(self.context)
-        computed = {id(x): x for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None}
-        substitutes = {key: _Substitute.apply(gate, x) for key, x in computed.items()}
-        context = tree_unflatten([substitutes.get(id(x), x) for x in leaves], tree)
-        with self.autocast.again():
-            y = self.fn(z if self.layout.is_tuple else z[0], *context)
-            y = as_tuple(self.layout.check(y, self.autocast.enabled, detach=False))
-        at = Linearization(self.layout, z, y)
-        u = self.solve(at, v)
-        with self.autocast.again():
-            u, _ = attach(self.settings, self._adjoint(at), u if self.layout.is_tuple else u[0], v, shared=self.shared)
-        outputs = [part for part in y if part.requires_grad]
-        seeds = [part for part, of in zip(as_tuple(u), y, strict=True) if of.requires_grad]
-        sources = [substitutes.get(id(x), x) for x in self.sources]
-        with gate, hooks_postponed(sources):  # partial derivatives: z stays where it is
-            found = torch.autograd.grad(
-                outputs, [*sources, *computed.values()], seeds, create_graph=True, allow_unused=True
-            )
-        if any(part is not None for part in found[len(sources) :]):
+        # Partial derivatives: neither z nor what made the tensors is followed; their own gradients go there.
+        substitutes = {id(x): _Substitute.apply(gate, x) for x in tensors if x.requires_grad}
+        inputs = [substitutes.get(id(x), x) for x in tensors]
+        first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
+        at = Linearization(self.layout, z, self._evaluate(z, inputs))
+        leaves, borders = borders_of(at, first_node)
+        if borders & {edge_of(x) for x in tensors if x.grad_fn is not None}:
             raise RuntimeError(
-                "this gradient cannot be differentiated: the cell captures a computed tensor that it is also given as"
-                " context: let it use the one that it is given"
+                "this gradient cannot be differentiated (create_graph): the cell captures a computed tensor that it is"
+                " also given as context: let it use the one that it is given"
             )
-        return found[: len(sources)]
+        u = self._attached_adjoint(at, self.solve(at, v), v, inputs)
+        outputs = [part for part in at.y if part.requires_grad]
+        seeds = [part for part, of in zip(u, at.y, strict=True) if of.requires_grad]
+        captured = {id(x) for x in leaves}  # also where it is known: a list of parameters, say
+        targets = [substitutes.get(id(x), x) for x in self.sources]
+        also = [x for x in self.sources if id(x) in substitutes and id(x) in captured]
+        with gate, hooks_postponed([*targets, *also]):
+            found = torch.autograd.grad(outputs, [*targets, *also], seeds, create_graph=True, allow_unused=True)
+        gradients = dict(zip(map(id, self.sources), found, strict=False))
+        for x, more in zip(also, found[len(targets) :], strict=True):
+            first = gradients[id(x)]
+            gradients[id(x)] = more if first is None else first if more is None else first + more
+        return [gradients[id(x)] for x in self.sources]
+
+    def _evaluate(self, z: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The parts of f, as in forward."""
+        with self.autocast.again():
+            y = self.explicit(z if self.layout.is_tuple else z[0], tensors)
+            return as_tuple(self.layout.check(y, self.autocast.enabled, detach=False))
+
+    def _attached_adjoint(
+        self, at: Linearization, u: tuple[Tensor, ...], v: tuple[Tensor, ...], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The adjoint's solution u with the gradients of a fixed point of u, v, z, inputs -> J^T u + v.
+
+        The graph of ``at`` serves its first derivative; f is evaluated again for further ones.
+        """
+        parts = len(v)
+
+        def again(u: State, *given: Any) -> State:
+            v, z, inputs = given[:parts], given[parts : 2 * parts], given[2 * parts :]
+            with torch.enable_grad():
+                return self._adjoint(Linearization(self.layout, z, self._evaluate(z, inputs)))(u, *v)
+
+        explicit = Explicit(again, (*v, *at.z, *inputs), None)
+        followed = {id(x): x for x in explicit.tensors if x.requires_grad}
+        known = {id(x) for x in self.explicit.tensors}
+        followed.update({id(x): x for x in self.sources if id(x) not in known})
+        problem = replace(
+            self, explicit=explicit, sources=tuple(followed.values()), hidden=False, solution=None, memory=None
+        )
+        with self.autocast.again():
+            return _attach(problem, linearize(self._adjoint(at), u if self.layout.is_tuple else u[0], v))
 
     def _adjoint(self, at: Linearization) -> Callable[..., State]:
         """The map u, v -> J^T u + v."""
@@ -242,7 +279,7 @@ class _Attach(torch.autograd.Function):
     """Hands y through; on the way back replaces its cotangent v by the adjoint's solution u."""
 
     @staticmethod
-    def forward(problem: _Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(problem: _Problem, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(y.view_as(y) for y in tensors[: len(problem.layout.shapes)])
 
     @staticmethod
@@ -250,7 +287,7 @@ class _Attach(torch.autograd.Function):
         parts = len(inputs[0].layout.shapes)
         ctx.problem = inputs[0]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1 : 1 + 2 * parts], *output)
+        ctx.save_for_backward(*inputs[1 : 2 + 2 * parts], *output)
 
     @staticmethod
     @interpreted
@@ -258,13 +295,14 @@ class _Attach(torch.autograd.Function):
         problem: _Problem = ctx.problem
         parts, sources = len(cotangents), len(problem.sources)
         if all(v is None for v in cotangents):
-            return (None,) * (1 + 2 * parts + sources)
-        saved = ctx.saved_tensors  # once: checkpoints allow no more
-        y, z, out = (saved[i * parts : (i + 1) * parts] for i in range(3))
+            return (None,) * (2 + 2 * parts + sources)
+        courier, *saved = ctx.saved_tensors  # once: checkpoints allow no more
+        y, z, out = (tuple(saved[i * parts : (i + 1) * parts]) for i in range(3))
         v = tuple(torch.zeros_like(of) if v is None else v for v, of in zip(cotangents, y, strict=True))
         if torch.is_grad_enabled():
-            return (None,) * (1 + 2 * parts) + tuple(problem.differentiate(out, v))
-        return (None, *problem.solve(Linearization(problem.layout, z, y), v)) + (None,) * (parts + sources)
+            return (None,) * (2 + 2 * parts) + tuple(problem.differentiate(out, v))
+        at = take_over(courier) or Linearization(problem.layout, z, y)
+        return (None, None, *problem.solve(at, v)) + (None,) * (parts + sources)
 
 
 class _Gate:

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
+from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.functional import solve_functional, transforms_active
+from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_max_steps, set_fields
 from pydeq.compilation import interpreted
@@ -82,11 +84,12 @@ class Phantom(Adjoint):
         return parts if layout.is_tuple else parts[0]
 
     def _neumann(self, problem: Problem, solution: Solution) -> Attached:
+        explicit = Explicit(problem.fn, problem.context, problem.module)
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         at = linearize(problem.fn, solution.image, problem.context)
         y = at.y
-        if any(sources_of(at, problem.context, first_node)):
-            y = _Neumann.apply(self, at, *y)
+        if any(sources_of(at, explicit, first_node)):
+            y = _Neumann.apply(self, at.layout, hand_over(at), *at.z, *y)
         else:  # everything is frozen
             y = tuple(part.detach() for part in y)
         return Attached(y if at.layout.is_tuple else y[0], solution, at)
@@ -104,21 +107,21 @@ class _Neumann(torch.autograd.Function):
     """Hands y through; on the way back replaces its cotangent v by the truncated series u."""
 
     @staticmethod
-    def forward(settings: Phantom, at: Linearization, *y: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.clone() for part in y)  # no views: they may be modified
+    def forward(settings: Phantom, layout: Layout, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.clone() for part in tensors[len(tensors) // 2 :])  # no views: they may be modified
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.settings, at, *y = inputs
-        ctx.layout = at.layout
-        ctx.save_for_backward(*at.z, *y)
+        ctx.settings, ctx.layout, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @interpreted
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, tau = ctx.saved_tensors, ctx.settings.damping
-        at = Linearization(ctx.layout, tensors[: len(cotangents)], tensors[len(cotangents) :])
+        tau, parts = ctx.settings.damping, len(cotangents)
+        courier, *tensors = ctx.saved_tensors
+        at = take_over(courier) or Linearization(ctx.layout, tuple(tensors[:parts]), tuple(tensors[parts:]))
         u = term = tuple(tau * v for v in cotangents)
         for _ in range(ctx.settings.steps - 1):
             term = tuple(
@@ -126,4 +129,4 @@ class _Neumann(torch.autograd.Function):
                 for a, b in zip(at.vjp(term), term, strict=True)
             )
             u = tuple(a + b for a, b in zip(u, term, strict=True))
-        return None, None, *u
+        return (None,) * (3 + parts) + u

@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
+from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.arguments import check_integer, check_max_steps, check_number, set_fields
 from pydeq.compilation import interpreted
@@ -85,7 +85,8 @@ class Reversible(Adjoint):
 
     def solve(self, problem: Problem) -> Attached:
         read = Watched(held(problem.module, problem.context))
-        ends, sources = self._iterate(problem, differentiate=True)
+        explicit = Explicit(problem.fn, problem.context, problem.module)
+        ends, sources = self._iterate(problem, explicit)
         z0 = as_tuple(problem.z0)
         if not sources and not any(part.requires_grad for part in z0):
             return Attached(ends.solution.image, ends.solution)
@@ -96,15 +97,15 @@ class Reversible(Adjoint):
             torch.is_autocast_enabled(device),
             torch.is_autocast_cache_enabled(),
         )
-        run = _Run(self, ends.layout, problem, sources, autocast, Watched(read.unchanged()))
+        run = _Run(self, ends.layout, explicit, sources, autocast, Watched(read.unchanged()))
         output = _Reverse.apply(run, ends, *z0, *sources)
         return Attached(output if ends.layout.is_tuple else output[0], ends.solution)
 
     def evaluate(self, problem: Problem) -> Solution:
-        return self._iterate(problem, differentiate=False)[0].solution
+        return self._iterate(problem)[0].solution
 
-    def _iterate(self, problem: Problem, differentiate: bool) -> tuple[_Ends, tuple[Tensor, ...]]:
-        """Run the iteration; also return what fn was made from, where asked for."""
+    def _iterate(self, problem: Problem, explicit: Explicit | None = None) -> tuple[_Ends, tuple[Tensor, ...]]:
+        """Run the iteration; also return what fn was made from, where it is to be differentiated as ``explicit``."""
         options, b = problem.options, self.damping
         layout = layout_of(problem.z0)
         rules = stopping_rules(layout, options.get("rtol"), options.get("atol", 0.0))
@@ -132,8 +133,8 @@ class Reversible(Adjoint):
             stride = -(-last // (self.checkpoints + 1))
             kept: dict[int, tuple[Tensor, Tensor]] = {}
             while layout.batch and n < last:
-                if n == 0 and differentiate:  # this graph tells what fn is made from
-                    f, sources = _first_evaluation(problem, start, layout)
+                if n == 0 and explicit is not None:  # this graph tells what fn is made from
+                    f, sources = _first_evaluation(explicit, start, layout)
                 else:
                     f = evaluate(z)
                 n += 1
@@ -158,7 +159,7 @@ class Reversible(Adjoint):
                     states.append(layout.view(image))
                 if not bool((counters[:, Counter.STATUS] == RUNNING).any()):
                     break
-                if differentiate and n % stride == 0 and n < last:
+                if explicit is not None and n % stride == 0 and n < last:
                     kept[n] = y, z
             if n:  # what is not finite from the first on stays at z0, like in other solves
                 value = torch.where(scalars[:, Scalar.BEST, None].isfinite(), value, start)
@@ -195,25 +196,26 @@ class _Run:
     """What backward needs beside tensors.
 
     Args:
-        sources: What fn was made from: tensors of the context and leaves that require grad.
+        explicit: fn, as a function of what it is known to depend on.
+        sources: What fn was made from: tensors that ``explicit`` knows, and captured leaves, that require grad.
         autocast: Forward's device, dtype, whether on, whether cached.
         watched: What must not have changed where fn is evaluated again.
     """
 
     settings: Reversible
     layout: Layout
-    problem: Problem
+    explicit: Explicit
     sources: tuple[Tensor, ...]
     autocast: tuple[str, torch.dtype, bool, bool]
     watched: Watched
 
     def pull(self, wide: Tensor, seed: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
         """f at ``wide`` [B, D], and the cotangent of ``wide`` for the one ``seed`` of f; ``sums`` gets the sources'."""
-        layout, problem = self.layout, self.problem
+        layout = self.layout
         device, dtype, enabled, cached = self.autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled, cached):
-            context, cut = _cut(problem.context)
-            at = linearize(problem.fn, layout.view(wide.to(layout.dtype)), context)
+            tensors, cut = _cut(self.explicit.tensors)
+            at = linearize(lambda z: self.explicit(z, tensors), layout.view(wide.to(layout.dtype)), ())
         f = torch.cat([part.detach().reshape(layout.batch, -1) for part in at.y], 1).double()
         pairs = [
             (part, v)
@@ -235,15 +237,14 @@ class _Run:
         return f, pulled
 
 
-def _first_evaluation(problem: Problem, start: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _first_evaluation(explicit: Explicit, start: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
     """f at ``start`` [B, D], and the tensors with gradients that fn is made from."""
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
-    context, cut = _cut(problem.context)
-    at = linearize(problem.fn, layout.view(start), context)
-    sources, hidden = sources_of(at, context, first_node)
-    whole = {id(x): x for x in tree_leaves(list(problem.context))}
-    uncut = {id(copy): whole[original] for original, copy in cut.items()}
-    sources = tuple(uncut.get(id(source), source) for source in sources)
+    tensors, cut = _cut(explicit.tensors)
+    at = linearize(lambda z: explicit(z, tensors), layout.view(start), ())
+    sources, hidden = sources_of(at, explicit, first_node, tensors)
+    whole = {id(cut[id(x)]): x for x in explicit.tensors if id(x) in cut}
+    sources = tuple(whole.get(id(source), source) for source in sources)
     if hidden:
         raise RuntimeError(
             "Reversible cannot reach the gradients of a tensor that the cell captures and that is computed from"
@@ -253,19 +254,13 @@ def _first_evaluation(problem: Problem, start: Tensor, layout: Layout) -> tuple[
     return layout.flatten(y if layout.is_tuple else y[0]), sources
 
 
-def _cut(context: Sequence[Any]) -> tuple[list[Any], dict[int, Tensor]]:
-    """The context with leaves in place of computed tensors, and these leaves by the ids of what they stand for.
+def _cut(tensors: Sequence[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The tensors with leaves in place of computed ones, and these leaves by the ids of what they are for.
 
     What the tensors were computed from may be a source, too; its share through them is formed by the graph outside.
     """
-    cut: dict[int, Tensor] = {}
-
-    def leaf(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.requires_grad or x.is_leaf:
-            return x
-        return cut.setdefault(id(x), x.detach().requires_grad_())
-
-    return tree_map(leaf, list(context)), cut
+    cut = {id(x): x.detach().requires_grad_() for x in tensors if x.requires_grad and not x.is_leaf}
+    return [cut.get(id(x), x) for x in tensors], cut
 
 
 class _Reverse(torch.autograd.Function):

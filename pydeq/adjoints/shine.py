@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
+from pydeq.adjoints.explicit import Explicit
+from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_integer, check_tolerance, set_fields
 from pydeq.compilation import interpreted
@@ -83,11 +85,13 @@ class Shine(Adjoint):
         assert isinstance(workspace, BroydenWorkspace)
         inverse = workspace.inverse_jacobian()
         del workspace  # before fn allocates
+        explicit = Explicit(problem.fn, problem.context, problem.module)
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         at = linearize(problem.fn, solution.image, problem.context)
         y = at.y
-        if any(sources_of(at, problem.context, first_node)):
-            y = _Shine.apply(_Backward(self, at.layout, solution, problem.shared), inverse, *at.z, *y)
+        if any(sources_of(at, explicit, first_node)):
+            backward = _Backward(self, at.layout, solution, problem.shared)
+            y = _Shine.apply(backward, inverse, hand_over(at), *at.z, *y)
         else:  # everything is frozen
             y = tuple(part.detach() for part in y)
         return Attached(y if at.layout.is_tuple else y[0], solution, at)
@@ -137,7 +141,7 @@ class _Shine(torch.autograd.Function):
     """Hands y through; on the way back replaces its cotangent v by u."""
 
     @staticmethod
-    def forward(problem: _Backward, inverse: InverseJacobian, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(problem: _Backward, inverse: InverseJacobian, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(part.clone() for part in tensors[len(tensors) // 2 :])  # no views: they may be modified
 
     @staticmethod
@@ -150,10 +154,11 @@ class _Shine(torch.autograd.Function):
     @interpreted
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        problem, tensors, parts = ctx.problem, ctx.saved_tensors, len(cotangents)
+        problem, parts = ctx.problem, len(cotangents)
+        courier, *tensors = ctx.saved_tensors
         refuse_vectorized(cotangents, problem.settings)
         layout = problem.layout
-        at = Linearization(layout, tensors[:parts], tensors[parts : 2 * parts])
+        at = take_over(courier) or Linearization(layout, tuple(tensors[:parts]), tuple(tensors[parts : 2 * parts]))
         v = layout.flatten(cotangents if layout.is_tuple else cotangents[0])
         u = layout.view(problem.solve(at, InverseJacobian.from_tensors(tensors[2 * parts :]), v))
-        return (None,) * (2 + parts) + as_tuple(u)
+        return (None,) * (3 + parts) + as_tuple(u)

@@ -9,38 +9,58 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pydeq.adjoints.explicit import Explicit
 from pydeq.linearization import Linearization
 from pydeq.nn.scope import Scoped
 
 
-def sources_of(at: Linearization, context: Sequence[Any], first_node: int) -> tuple[tuple[Tensor, ...], bool]:
-    """What the graph of y was made from, beside z, and whether it also reaches results of other computations.
+def sources_of(
+    at: Linearization, explicit: Explicit, first_node: int, tensors: Sequence[Tensor] | None = None
+) -> tuple[tuple[Tensor, ...], bool]:
+    """What the graph of y was made from, next to z, and whether it also reaches results of other computations.
 
     Args:
+        explicit: Which tensors are known: those of the context are always among the result where they require grad.
         first_node: The number of the first node that belongs to the evaluation of y.
+        tensors: Where the evaluation had others in the place of ``explicit.tensors``.
     """
-    found = {id(x): x for x in tree_leaves(list(context)) if isinstance(x, Tensor) and x.requires_grad}
-    known = {(x.grad_fn, x.output_nr) for x in found.values()}
+    tensors = explicit.tensors if tensors is None else tensors
+    context, held = tensors[: explicit.given], tensors[explicit.given :]
+    found = {id(x): x for x in context if x.requires_grad}
     state = {id(part) for part in at.z}
     found.update({id(x): x for x in at.y if x.requires_grad and x.is_leaf and id(x) not in state})
-    hidden = False
-    # Edges, since results of one operation (chunk) are told apart by them alone.
-    edges = [(part.grad_fn, part.output_nr) for part in at.y if part.grad_fn is not None]
+    leaves, edges = borders_of(at, first_node)
+    found.update({id(x): x for x in leaves if id(x) not in state})
+    known = {edge_of(x): x for x in held if x.grad_fn is not None}
+    found.update({id(known[edge]): known[edge] for edge in edges if edge in known})
+    known_edges = {edge_of(x) for x in context if x.grad_fn is not None} | known.keys()
+    return tuple(found.values()), not edges <= known_edges
+
+
+def edge_of(x: Tensor) -> tuple[Any, int]:
+    """Where the gradient of a computed tensor goes; results of one operation (chunk) differ by their numbers."""
+    return x.grad_fn, x.output_nr
+
+
+def borders_of(at: Linearization, first_node: int) -> tuple[list[Tensor], set[tuple[Any, int]]]:
+    """Where the graph of y ends: leaves, and edges to nodes from before ``first_node``."""
+    leaves: list[Tensor] = []
+    borders: set[tuple[Any, int]] = set()
+    edges = [edge_of(part) for part in at.y if part.grad_fn is not None]
     seen = set(edges)
     while edges:
         edge = edges.pop()
         node = edge[0]
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            if id(leaf) not in state:
-                found[id(leaf)] = leaf
+            leaves.append(leaf)
         elif node._sequence_nr() >= first_node or _casts_a_leaf(node):  # pyright: ignore
             new = [(n, i) for n, i in node.next_functions if n is not None and (n, i) not in seen]
             seen.update(new)
             edges.extend(new)
-        elif edge not in known:
-            hidden = True
-    return tuple(found.values()), hidden
+        else:
+            borders.add(edge)
+    return leaves, borders
 
 
 def _casts_a_leaf(node: Any) -> bool:
@@ -97,5 +117,7 @@ def held(module: nn.Module | None, context: Sequence[Any]) -> list[Tensor]:
     found = {id(x): x for x in tree_leaves(list(context)) if isinstance(x, Tensor)}
     for part in module.modules() if module is not None else ():
         if not isinstance(part, Scoped):
-            found.update({id(x): x for x in (part._parameters | part._buffers).values() if x is not None})
+            for holder in (part._parameters, part._buffers):
+                # TorchScript's containers have items alone.
+                found.update({id(x): x for _, x in holder.items() if x is not None})
     return list(found.values())

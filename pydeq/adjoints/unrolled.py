@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
@@ -28,6 +28,7 @@ from pydeq.protocol import RUNNING, Counter, Scalar
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Picard, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
+from pydeq.stateless import Stateless
 from pydeq.termination import Verdict, judge
 
 
@@ -79,7 +80,7 @@ class Unrolled(Adjoint):
         counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
         unroll = _RULES[type(solver)](solver, max_steps)
         read = Watched(held(problem.module, problem.context))
-        fn = repeated = _Repeated(problem.fn)
+        fn = repeated = _Repeated(problem.fn, problem.module)
         if not self.checkpoint:
             fn = share_weights(problem.fn)
         states: list[State] = []
@@ -115,17 +116,23 @@ class Unrolled(Adjoint):
 
 
 class _Repeated:
-    """``fn``, which a checkpoint calls again in backward: from when on ``watched`` is set."""
+    """``fn``, which a checkpoint calls again in backward: from when on ``watched`` is set.
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    ``torch.func.functional_call`` exchanges a module's tensors for the time of a call only: the call again gets those
+    of the first one.
+    """
+
+    def __init__(self, fn: Callable[..., Any], module: nn.Module | None) -> None:
         self.fn = fn
+        self.stateless = None if module is None else Stateless(module, fn)
         self.watched: Watched | None = None
 
     @interpreted
     def __call__(self, *arguments: Any) -> Any:
-        if self.watched is not None:
-            self.watched.check("a checkpoint evaluates f again")
-        return self.fn(*arguments)
+        if self.watched is None:
+            return self.fn(*arguments)
+        self.watched.check("a checkpoint evaluates f again")
+        return self.fn(*arguments) if self.stateless is None else self.stateless.call(self.stateless.tensors, arguments)
 
 
 class _Unroll(ABC):

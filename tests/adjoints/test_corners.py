@@ -1,13 +1,17 @@
 """Gradients where a layer meets what surrounds it: exchanged parameters, captured tensors, checkpoints, nesting."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import functional as AF
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import pydeq
+from pydeq.testing import CallCounter
 
 TIGHT = {"rtol": 1e-12, "max_steps": 300}
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}
@@ -57,17 +61,18 @@ def gradients(z, tensors, second):
     return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
 
 
-# Of Implicit, second derivatives that reach beyond an evaluation's own tensors raise. Reversible has none, and takes
-# computed tensors as context alone.
+# Reversible has no second derivatives.
 EXCHANGED = [
     (exact(), False, True),
     (exact(), False, False),
     (exact(), True, True),
+    (exact(), True, False),
     (pydeq.Unrolled(checkpoint=True), False, True),
     (pydeq.Unrolled(checkpoint=True), False, False),
     (pydeq.Unrolled(checkpoint=True), True, True),
     (pydeq.Unrolled(checkpoint=True), True, False),
     (pydeq.Reversible(checkpoints=40), False, True),
+    (pydeq.Reversible(checkpoints=40), False, False),
 ]
 
 
@@ -222,6 +227,168 @@ def test_a_checkpoint_around_a_layer(x, reentrant):
         t.grad = None
     checkpoint(deq, torch.zeros_like(x), 2.0 * x, use_reentrant=reentrant).pow(3).sum().backward()
     torch.testing.assert_close([t.grad for t in (x, *parameters)], expected, **CLOSE)
+
+
+def saving(_, operator, *args, **kwargs):
+    matmul = operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if matmul else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTS = {
+    "plain": {},
+    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, saving)},
+    "late": {"early_stop": False},
+}
+
+
+@pytest.mark.parametrize("options", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [
+        (pydeq.Anderson(), exact()),
+        (pydeq.Anderson(), pydeq.Phantom(2)),
+        (pydeq.Anderson(), pydeq.Phantom(3, form="neumann")),
+        (pydeq.Broyden(), pydeq.Shine()),
+        (pydeq.Broyden(), pydeq.Shine(refine_steps=4)),
+        (pydeq.Picard(), pydeq.Unrolled()),
+        (pydeq.Picard(), pydeq.Unrolled(checkpoint=True)),
+        (pydeq.Anderson(), pydeq.Reversible(checkpoints=40)),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_repeats_a_solve_once(x, options, solver, adjoint):
+    """A part of a larger model, where each product with the Jacobian could ask for what the checkpoint gave up."""
+    cell = CallCounter(Cell())
+    first, last = (nn.Linear(5, 5, dtype=torch.float64) for _ in range(2))
+    deq = pydeq.DEQ(cell, solver=solver, adjoint=adjoint, rtol=1e-8, max_steps=60)
+
+    def part(x):
+        x = first(x).relu()
+        return last(deq(torch.zeros_like(x), x).sin())
+
+    parameters = [*first.parameters(), *cell.fn.parameters(), *last.parameters()]
+    expected = torch.autograd.grad(part(x).cos().sum(), parameters)
+    plain = cell.calls
+    loss = checkpoint(part, x, use_reentrant=False, **options).cos().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected, **CLOSE)
+    assert cell.calls - plain <= 2 * plain
+
+
+def test_a_second_derivative_through_a_checkpoint(x):
+    deq, x = layer(Cell()), x.requires_grad_()
+    tensors = [x, *deq.parameters()]
+    z = checkpoint(deq, torch.zeros_like(x), 1.3 * x, use_reentrant=False)
+    got = gradients(z, tensors, second=True)
+    expected = gradients(iterate(deq.cell, 1.3 * x), tensors, second=True)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("adjoint", [exact(), pydeq.Phantom(3, form="neumann"), pydeq.Shine(refine_steps=3)], ids=str)
+def test_saved_tensors_that_come_back_as_copies(x, adjoint):
+    deq = pydeq.DEQ(Cell(), solver=pydeq.Broyden(), adjoint=adjoint, **TIGHT)
+    parameters = list(deq.parameters())
+    expected = gradients(deq(torch.zeros_like(x), x), parameters, second=False)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        z = deq(torch.zeros_like(x), x)
+    torch.testing.assert_close(gradients(z, parameters, second=False), expected, **CLOSE)
+
+
+class Negated(torch.autograd.Function):
+    """-x, by a Function as tutorials write it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return -x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Hooked(Cell):
+    """With a Function and a full backward hook between what the cell is given and what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        for module in (self, self.linear):
+            module.register_full_backward_hook(lambda module, before, after: self.calls.append(after[0]))
+
+    def forward(self, z, x):
+        return Negated.apply(torch.tanh(self.linear(Negated.apply(z)) + Negated.apply(x)))
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("module", [False, True])
+def test_functions_and_backward_hooks_in_a_cell(x, module, second):
+    cell = Hooked()
+    deq, x = layer(cell if module else lambda z, x: cell(z, x)), x.requires_grad_()
+    tensors = [x, *cell.parameters()]
+    got = gradients(deq(torch.zeros_like(x), 1.3 * x), tensors, second)
+    assert any(gradient is not None for gradient in cell.calls)
+
+    def reference(z, x):
+        return -torch.tanh(nn.functional.linear(-z, cell.linear.weight, cell.linear.bias) - x)
+
+    expected = gradients(iterate(reference, 1.3 * x, steps=60), tensors, second)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def adapted(model, parameters, steps):
+    """MAML's inner loop: parameters after some steps of gradient descent, as functions of the first ones."""
+    for _ in range(steps):
+        loss = (model(parameters) - 0.3).square().sum()
+        found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        parameters = {name: p - 0.1 * g for (name, p), g in zip(parameters.items(), found, strict=True)}
+    return parameters
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_meta_learning_through_a_layer(x, steps):
+    cell = Cell()
+    deq = layer(cell)
+    parameters = dict(cell.named_parameters())
+
+    def implicit(parameters):
+        named = {f"cell.{name}": p for name, p in parameters.items()}
+        return functional_call(deq, named, (torch.zeros_like(x), x))
+
+    def unrolled(parameters):
+        return iterate(lambda z, x: functional_call(cell, parameters, (z, x)), x, steps=60)
+
+    found = []
+    for model in (implicit, unrolled):
+        loss = (model(adapted(model, parameters, steps)) + 0.2).square().sum()
+        found.append(torch.autograd.grad(loss, list(parameters.values())))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("product", [AF.hvp, AF.vhp], ids=["hvp", "vhp"])
+@pytest.mark.parametrize("of", ["context", "parameters"])
+def test_hessian_vector_products_of_torch_autograd(x, product, of):
+    cell = Cell()
+    deq = layer(cell)
+    names = [name for name, _ in cell.named_parameters()]
+
+    def through(solve):
+        if of == "context":
+            return lambda x: solve(cell, x).pow(3).sum()
+        return lambda *tensors: solve(functools.partial(called, tensors), x).pow(3).sum()
+
+    def called(tensors, z, x):
+        return functional_call(cell, dict(zip(names, tensors, strict=True)), (z, x))
+
+    def implicit(cell, x):
+        if of == "context":
+            return deq(torch.zeros_like(x), x)
+        named = {f"cell.{name}": p for name, p in zip(names, cell.args[0], strict=True)}
+        return functional_call(deq, named, (torch.zeros_like(x), x))
+
+    at = x if of == "context" else tuple(p.detach() for p in cell.parameters())
+    v = random(3, 5, seed=7) if of == "context" else tuple(random(*p.shape, seed=7) for p in at)
+    got = product(through(implicit), at, v)
+    expected = product(through(lambda cell, x: iterate(cell, x, steps=60)), at, v)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["first", "second"])

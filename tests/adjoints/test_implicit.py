@@ -247,12 +247,21 @@ def test_a_parameter_of_both_the_cell_and_what_made_its_context():
     torch.testing.assert_close(*derivatives, rtol=1e-7, atol=1e-8)
 
 
-def test_third_derivatives_raise_instead_of_being_wrong():
-    cell, (x, _) = Cell(), inputs()
-    z = layer(cell, pydeq.Anderson())(torch.zeros(BATCH, DIM, dtype=torch.float64), x)
-    (first,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="third derivatives"):
-        torch.autograd.grad(first.square().sum(), x, create_graph=True)
+def test_third_and_fourth_derivatives():
+    cell, (x, direction) = Cell(), inputs()
+    x = x.detach()
+    deq = layer(cell, pydeq.Broyden())
+
+    def derivatives(solve):
+        t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        value = solve(x + t * direction).pow(3).sum()
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value, t, create_graph=True)
+        return value.detach(), *torch.autograd.grad(value, list(cell.parameters()))
+
+    z0 = torch.zeros(BATCH, DIM, dtype=torch.float64)
+    expected = derivatives(lambda x: unrolled(cell, z0, x, steps=100))
+    torch.testing.assert_close(derivatives(lambda x: deq(z0, x)), expected, rtol=1e-7, atol=1e-8)
 
 
 def test_a_forward_without_backward_leaves_nothing_behind():
