@@ -54,6 +54,9 @@ class Equation:
         adjoint: The same for the linear equations of its derivatives.
         autocast: That of the forward, whenever it is solved; ``map`` turns it on where it belongs.
         probe: Called like ``map``, evaluates it where a captured tensor is refused; None for maps made of others.
+        live: The map for the solve itself, where it writes to buffers, like running statistics: ``map`` leaves them as
+            they are. None where they are the same.
+        written: Numbers of those buffers among the inputs.
         record: Gets the solution, and ``record_adjoint`` the one of the backward equation.
     """
 
@@ -63,6 +66,8 @@ class Equation:
     adjoint: dict[str, Any]
     autocast: Autocast
     probe: Callable[..., None] | None = None
+    live: Map | None = None
+    written: frozenset[int] = frozenset()
     record: Callable[[Solution], None] = field(default=lambda solution: None)
     record_adjoint: Callable[[Solution], None] = field(default=lambda solution: None)
 
@@ -71,7 +76,7 @@ class Equation:
 
     def linear(self, map: Map, record: Callable[[Solution], None]) -> Equation:
         """An equation of a derivative."""
-        return replace(self, map=map, options=self.adjoint, probe=None, record=record)
+        return replace(self, map=map, options=self.adjoint, probe=None, live=None, written=frozenset(), record=record)
 
 
 class FixedPoint(torch.autograd.Function):
@@ -83,12 +88,15 @@ class FixedPoint(torch.autograd.Function):
         if equation.probe is not None:
             equation.probe(tuple(part.detach() for part in z0), *(x.detach() for x in inputs))
 
+        map = equation.live or equation.map
+
         def fn(z: State, *inputs: Tensor) -> Parts:
-            with equation.autocast.off():
-                return equation.map(as_tuple(z), *inputs)
+            # Derivatives are formed inside of the maps of derivatives: torch's LSTM needs gradients on for that.
+            with equation.autocast.off(), torch.set_grad_enabled(equation.probe is None):
+                return map(as_tuple(z), *inputs)
 
         with equation.autocast.again():  # which says how exact the map is
-            solution = fixed_point(fn, z0, *inputs, **equation.options)
+            solution = fixed_point(fn, z0, *(x.detach() for x in inputs), **equation.options)
         equation.record(solution)
         image = as_tuple(solution.image)
         if equation.probe is not None:
@@ -101,16 +109,36 @@ class FixedPoint(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
         equation, *tensors = inputs
         ctx.equation = equation
-        ctx.save_for_backward(*output, *tensors[equation.parts :])
-        ctx.save_for_forward(*output, *tensors[equation.parts :])
+        ctx.set_materialize_grads(False)  # a tangent of zeros would say that a buffer is differentiated
+        inputs = tuple(x.clone() if i in equation.written else x for i, x in enumerate(tensors[equation.parts :]))
+        ctx.save_for_backward(*output, *inputs)
+        ctx.save_for_forward(*output, *inputs)
 
     @staticmethod
     @interpreted
-    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         equation: Equation = ctx.equation
         saved = ctx.saved_tensors  # once: checkpoints allow no more
-        z, inputs = saved[: equation.parts], saved[equation.parts :]
-        smooth = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+        parts = equation.parts
+        z, inputs = saved[:parts], saved[parts:]
+        if all(part is None for part in cotangents):
+            return (None,) * (1 + parts + len(inputs))
+        v = tuple(torch.zeros_like(of) if part is None else part for part, of in zip(cotangents, z, strict=True))
+        # Not buffers that nobody differentiates: not every operator could.
+        smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() and ctx.needs_input_grad[1 + parts + i]]
+
+        if torch.is_grad_enabled():
+            gradients = FixedPoint._pull(equation, z, inputs, v, smooth)
+        else:  # as in forward
+            z, inputs, v = (tuple(x.detach() for x in tensors) for tensors in (z, inputs, v))
+            with torch.enable_grad():
+                gradients = FixedPoint._pull(equation, z, inputs, v, smooth)
+        found = dict(zip(smooth, gradients, strict=True))
+        return (None,) * (1 + parts) + tuple(found.get(i) for i in range(len(inputs)))
+
+    @staticmethod
+    def _pull(equation: Equation, z: Parts, inputs: Parts, v: Parts, smooth: Sequence[int]) -> Parts:
+        """The cotangents of the inputs at ``smooth``."""
         parts = equation.parts
 
         def adjoint(u: Parts, *given: Tensor) -> Parts:  # given: z, v, inputs
@@ -119,12 +147,10 @@ class FixedPoint(torch.autograd.Function):
             return tuple(a + b for a, b in zip(products, v, strict=True))
 
         u = equation.linear(adjoint, equation.record_adjoint).solve(v, (*z, *v, *inputs))
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        if smooth:
-            of = _at(equation.map, z, inputs, smooth)
-            for i, gradient in zip(smooth, torch.func.vjp(of, *(inputs[i] for i in smooth))[1](u), strict=True):
-                gradients[i] = gradient
-        return (None,) * (1 + parts) + tuple(gradients)
+        if not smooth:
+            return ()
+        of = _at(equation.map, z, inputs, smooth)
+        return torch.func.vjp(of, *(inputs[i] for i in smooth))[1](u)
 
     @staticmethod
     @interpreted
@@ -136,15 +162,20 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     def _tangent(ctx: Any, *tangents: Tensor | None) -> Parts:
         equation: Equation = ctx.equation
+        if any(tangent is not None and _functorch.is_legacy_batchedtensor(tangent) for tangent in tangents):
+            raise RuntimeError(
+                "a DEQ cannot be differentiated by torch.autograd.functional with vectorize=True in forward mode: use"
+                " torch.func.jacfwd"
+            )
         saved = tuple(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
         z, inputs = saved[: equation.parts], saved[equation.parts :]
         parts = equation.parts
         if transforms_active():
             # The saved output lacks the tangents of outer levels of forward mode: solve anew, from the solution.
-            z = replace(equation, record=lambda solution: None).solve(z, inputs)
-        smooth = [i for i, x in enumerate(inputs) if x.is_floating_point()]
-        given = tangents[1 + parts :]
-        along = tuple(torch.zeros_like(x) if (t := given[i]) is None else t for i in smooth for x in (inputs[i],))
+            z = replace(equation, live=None, record=lambda solution: None).solve(z, inputs)
+        given = dict(enumerate(tangents[1 + parts :]))
+        smooth = [i for i, tangent in given.items() if tangent is not None]
+        along = tuple(tangent for tangent in given.values() if tangent is not None)
         right = tuple(torch.zeros_like(part) for part in z)
         if smooth:
             right = _jvp(_at(equation.map, z, inputs, smooth), tuple(inputs[i] for i in smooth), along)
@@ -165,18 +196,29 @@ class FixedPoint(torch.autograd.Function):
             for part, dim in zip(tensors[:parts], in_dims[1:], strict=False)
         )
         dims, batch = in_dims[1 + parts :], z0[0].shape[1]
-        mapped = torch.func.vmap(equation.map, in_dims=(0, *dims), randomness=info.randomness)
 
-        def folded(z: Parts, *inputs: Tensor) -> Parts:
-            images = mapped(tuple(part.unflatten(0, (size, batch)) for part in z), *inputs)
-            return tuple(part.flatten(0, 1) for part in images)
+        def folding(map: Map) -> Map:
+            mapped = torch.func.vmap(map, in_dims=(0, *dims), randomness=info.randomness)
+
+            def folded(z: Parts, *inputs: Tensor) -> Parts:
+                images = mapped(tuple(part.unflatten(0, (size, batch)) for part in z), *inputs)
+                return tuple(part.flatten(0, 1) for part in images)
+
+            return folded
 
         def probe(z: Parts, *inputs: Tensor) -> None:
             assert equation.probe is not None
+            if size == 0:  # there is no sample to evaluate
+                return
             slices = (x if dim is None else x.select(dim, 0) for x, dim in zip(inputs, dims, strict=True))
             equation.probe(tuple(part[:batch] for part in z), *slices)
 
-        fold = replace(equation, map=folded, probe=probe if equation.probe else None)
+        fold = replace(
+            equation,
+            map=folding(equation.map),
+            live=folding(equation.live) if equation.live else None,
+            probe=probe if equation.probe else None,
+        )
         images = fold.solve(tuple(part.flatten(0, 1) for part in z0), tensors[parts:])
         return tuple(part.unflatten(0, (size, batch)) for part in images), (0,) * parts
 
@@ -209,9 +251,9 @@ class RefuseCaptured(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(isinstance(x, Tensor) and _is_followed(x) for x in tree_leaves((args, kwargs))):
             raise RuntimeError(
-                "under torch.func, the cell captures a tensor that is being differentiated or mapped, which would"
-                " get no gradient: pass it to the layer as context, or make the cell a module that has it as a"
-                " parameter or buffer (torch.func.functional_call)"
+                "under torch.func or forward-mode AD, the cell captures a tensor that is being differentiated or"
+                " mapped, which would get no gradient: pass it to the layer as context, or make the cell a module that"
+                " has it as a parameter or buffer (torch.func.functional_call)"
             )
         return func(*args, **(kwargs or {}))
 
@@ -219,7 +261,10 @@ class RefuseCaptured(TorchFunctionMode):
 def _is_followed(x: Tensor) -> bool:
     if _functorch.is_functorch_wrapped_tensor(x) or x.requires_grad:
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    with forward_ad._set_fwd_grad_enabled(True):  # inside of a Function, tangents are out of sight
+        return forward_ad.unpack_dual(x).tangent is not None
 
 
 def equation_of(
@@ -236,10 +281,13 @@ def equation_of(
     explicit = Explicit(problem.fn, problem.context, problem.module)
     autocast = Autocast.current(layout.device)
 
-    def evaluate(z: Parts, *inputs: Tensor) -> Parts:
+    def live(z: Parts, *inputs: Tensor) -> Parts:
         with autocast.again():
             y = explicit(z if layout.is_tuple else z[0], inputs)
         return as_tuple(layout.check(y, autocast.enabled, detach=False))
+
+    def evaluate(z: Parts, *inputs: Tensor) -> Parts:
+        return live(z, *(x.clone() if i in explicit.learning else x for i, x in enumerate(inputs)))
 
     def probe(z: Parts, *inputs: Tensor) -> None:
         with RefuseCaptured():
@@ -257,9 +305,19 @@ def equation_of(
         watch(settings, solution)
 
     options = dict(problem.options)
-    return Equation(
-        evaluate, len(layout.shapes), options, adjoint, autocast, probe, record_first, record_adjoint
-    ), tuple(explicit.tensors)
+    equation = Equation(
+        evaluate,
+        len(layout.shapes),
+        options,
+        adjoint,
+        autocast,
+        probe,
+        live if explicit.learning else None,
+        frozenset(explicit.learning),
+        record_first,
+        record_adjoint,
+    )
+    return equation, tuple(explicit.tensors)
 
 
 def solve_functional(problem: Problem, adjoint: dict[str, Any], settings: Any) -> tuple[State, Solution]:

@@ -116,7 +116,7 @@ def attach(
         memory: Where the last cotangent is kept for a warm start.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
     """
-    read = Watched(held(module, context))
+    read = Watched(held(module, context), module)
     explicit = Explicit(fn, context, module)
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     at = linearize(fn, image, context)
@@ -124,7 +124,7 @@ def attach(
     sources, hidden = sources_of(at, explicit, first_node)
     if sources or hidden:
         # Of what fn may read, what fn itself does not modify must stay for a second derivative.
-        watched, autocast = Watched([*sources, *read.unchanged()]), Autocast.current(layout.device)
+        watched, autocast = read.with_tensors(sources), Autocast.current(layout.device)
         y = _attach(
             _Problem(settings, layout, explicit, sources, hidden, autocast, shared or {}, watched, solution, memory), at
         )

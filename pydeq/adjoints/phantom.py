@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
@@ -64,8 +65,7 @@ class Phantom(Adjoint):
         if transforms_active():
             if self.form == "neumann":
                 raise RuntimeError('Phantom(form="neumann") does not work under torch.func: use form="unroll"')
-            z, solution = solve_functional(problem, problem.options, self)
-            z = tuple(part.detach() for part in z) if isinstance(z, tuple) else z.detach()
+            z, solution = self._solve_transformed(problem)
         else:
             solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
             if self.form == "neumann":
@@ -78,6 +78,15 @@ class Phantom(Adjoint):
             first = y if first is None else first
             z = y if self.damping == 1.0 else self._blend(z, y, layout)
         return Attached(z, solution, evaluated=first)
+
+    def _solve_transformed(self, problem: Problem) -> tuple[State, Solution]:
+        if not torch._C._are_functorch_transforms_active():
+            # Forward-mode AD: the steps from here on have the tangents, also of what the cell captures.
+            with forward_ad._set_fwd_grad_enabled(False):
+                solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+            return solution.image, solution
+        z, solution = solve_functional(problem, problem.options, self)
+        return tuple(part.detach() for part in z) if isinstance(z, tuple) else z.detach(), solution
 
     def _blend(self, z: State, y: State, layout: Layout) -> State:
         parts = tuple(a + self.damping * (b - a) for a, b in zip(as_tuple(z), as_tuple(y), strict=True))

@@ -84,7 +84,7 @@ class Reversible(Adjoint):
         set_fields(self, damping=damping, checkpoints=check_integer("checkpoints", self.checkpoints, 0))
 
     def solve(self, problem: Problem) -> Attached:
-        read = Watched(held(problem.module, problem.context))
+        read = Watched(held(problem.module, problem.context), problem.module)
         explicit = Explicit(problem.fn, problem.context, problem.module)
         ends, sources = self._iterate(problem, explicit)
         z0 = as_tuple(problem.z0)
@@ -97,7 +97,7 @@ class Reversible(Adjoint):
             torch.is_autocast_enabled(device),
             torch.is_autocast_cache_enabled(),
         )
-        run = _Run(self, ends.layout, explicit, sources, autocast, Watched(read.unchanged()))
+        run = _Run(self, ends.layout, explicit, sources, autocast, read.with_tensors(()))
         output = _Reverse.apply(run, ends, *z0, *sources)
         return Attached(output if ends.layout.is_tuple else output[0], ends.solution)
 
@@ -132,6 +132,8 @@ class Reversible(Adjoint):
             n, last = 0, max_steps // 2
             stride = -(-last // (self.checkpoints + 1))
             kept: dict[int, tuple[Tensor, Tensor]] = {}
+            if explicit is not None and not layout.batch:  # gradients of nothing are zeros, which have to go somewhere
+                sources = _first_evaluation(explicit, start, layout)[1]
             while layout.batch and n < last:
                 if n == 0 and explicit is not None:  # this graph tells what fn is made from
                     f, sources = _first_evaluation(explicit, start, layout)

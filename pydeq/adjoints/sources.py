@@ -83,14 +83,20 @@ def hooks_postponed(sources: Sequence[Tensor]) -> Iterator[None]:
 
 
 class Watched:
-    """Tensors that must not be modified in place until fn is evaluated with them again."""
+    """What must stay as it is until fn is evaluated again: tensors, and whether the parts of a module train.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    Args:
+        tensors: Not to be modified in place.
+        module: Not to be put into another mode.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], module: nn.Module | None = None) -> None:
         # Tensors of inference mode count no versions.
         self._known = [(x, x._version) for x in tensors if not x.is_inference()]
+        self._modes = [] if module is None else [(part, part.training) for part in module.modules()]
 
     def check(self, why: str) -> None:
-        """Raise where one was modified since it is watched.
+        """Raise where something was changed since it is watched.
 
         Args:
             why: Why that matters, for the message.
@@ -103,10 +109,20 @@ class Watched:
                 "a parameter, a buffer or a tensor of the context was modified in place between forward and backward,"
                 f" but {why}: differentiate first, or modify a copy"
             )
+        for part, training in self._modes:
+            if part.training != training:
+                forward, now = ("train", "eval") if training else ("eval", "train")
+                raise RuntimeError(
+                    f"{type(part).__name__} was in {forward} mode in forward and is in {now} mode in backward, but"
+                    f" {why}: differentiate before the mode is changed"
+                )
 
-    def unchanged(self) -> list[Tensor]:
-        """Those that were not."""
-        return [x for x, version in self._known if x._version == version]
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Watched:
+        """Of what is watched, what was not modified so far, and these tensors."""
+        unchanged = [x for x, version in self._known if x._version == version]
+        later = Watched([*tensors, *unchanged])
+        later._modes = self._modes
+        return later
 
 
 def held(module: nn.Module | None, context: Sequence[Any]) -> list[Tensor]:

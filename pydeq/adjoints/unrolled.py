@@ -79,12 +79,14 @@ class Unrolled(Adjoint):
         scalars = z.new_zeros(layout.batch, len(Scalar), dtype=torch.float64)
         counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
         unroll = _RULES[type(solver)](solver, max_steps)
-        read = Watched(held(problem.module, problem.context))
+        read = Watched(held(problem.module, problem.context), problem.module)
         fn = repeated = _Repeated(problem.fn, problem.module)
         if not self.checkpoint:
             fn = share_weights(problem.fn)
         states: list[State] = []
         nfe = 0
+        if not layout.batch:  # gradients of nothing are zeros, which have to go somewhere
+            image = _flatten(layout, layout.check(self._call(fn, problem.z0, problem.context), cast, detach=False))
         while layout.batch and nfe < max_steps:
             f = _flatten(layout, layout.check(self._call(fn, layout.view(z), problem.context), cast, detach=False))
             nfe += 1
@@ -103,7 +105,7 @@ class Unrolled(Adjoint):
             next = torch.where(verdict.retry[:, None], retry, value)
             z = torch.where(verdict.proceed[:, None], unroll.step(z, f, verdict, counters), next)
 
-        repeated.watched = Watched(read.unchanged())
+        repeated.watched = read.with_tensors(())
         output = layout.view(image)
         states += [output] * (len(states_at) - len(states))
         solution = Solution(_detach(layout.view(value)), _detach(output), nfe, scalars, counters, None)
@@ -111,7 +113,8 @@ class Unrolled(Adjoint):
 
     def _call(self, fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Any:
         if self.checkpoint:
-            return checkpoint(fn, z, *context, use_reentrant=False)
+            # An early stop is an exception, which TorchScript in a cell would not let through.
+            return checkpoint(fn, z, *context, use_reentrant=False, early_stop=False)
         return fn(z, *context)
 
 

@@ -1,6 +1,7 @@
 """Gradients where a layer meets what surrounds it: exchanged parameters, captured tensors, checkpoints, nesting."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -516,3 +517,98 @@ def test_a_penalty_under_transforms_says_what_to_use(x):
 
     with pytest.raises(RuntimeError, match=r"pydeq\.jacobian_penalty"):
         torch.func.grad(loss)(x)
+
+
+class Switching(Cell):
+    """Other values in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5, dtype=torch.float64)
+        self.norm.running_mean.fill_(0.3)
+        self.norm.weight.data.fill_(0.3)
+
+    def forward(self, z, x):
+        return torch.tanh(self.norm(self.linear(z)) + x)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "second", "again"),
+    [
+        (exact(), False, False),
+        (exact(), True, True),
+        (pydeq.Phantom(2), True, False),
+        (pydeq.Unrolled(), False, False),
+        (pydeq.Unrolled(checkpoint=True), False, True),
+        (pydeq.Reversible(checkpoints=40), False, True),
+    ],
+    ids=str,
+)
+def test_a_mode_that_changes_before_f_is_evaluated_again_raises(x, adjoint, second, again):
+    deq = layer(Switching(), adjoint).eval()
+    weight = deq.cell.linear.weight
+    z = deq(torch.zeros_like(x), x)
+    (expected,) = torch.autograd.grad(z.pow(3).sum(), weight, retain_graph=True)
+    deq.train()
+    if again:
+        with pytest.raises(RuntimeError, match="was in eval mode in forward and is in train mode in backward"):
+            torch.autograd.grad(z.pow(3).sum(), weight, create_graph=second, retain_graph=True)
+        deq.eval()  # nothing is lost
+    (got,) = torch.autograd.grad(z.pow(3).sum(), weight, create_graph=second)
+    torch.testing.assert_close(got.detach(), expected, **CLOSE)
+
+
+class Scripted(nn.Module):
+    """With a part in TorchScript."""
+
+    def __init__(self):
+        super().__init__()
+        part = nn.Sequential(nn.Linear(5, 5, dtype=torch.float64), nn.Tanh())
+        part[0].weight.data = 0.15 * random(5, 5, seed=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
+            self.part = torch.jit.script(part)
+        self.register_buffer("scale", torch.full((5,), 0.9, dtype=torch.float64))
+
+    def forward(self, z, x):
+        return 0.7 * self.part(z) + self.scale * x
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_torchscript_in_a_cell(x, solver, adjoint):
+    cell = Scripted()
+    deq = pydeq.DEQ(cell, solver=solver, adjoint=adjoint, **TIGHT)
+    parameters = list(cell.parameters())
+    got = gradients(deq(torch.zeros_like(x), x), parameters, second=False)
+    if isinstance(adjoint, pydeq.Phantom | pydeq.Shine):
+        linear = nn.Linear(5, 5, dtype=torch.float64)
+        linear.load_state_dict(cell.part[0].state_dict())
+        eager = pydeq.DEQ(lambda z, x: 0.7 * torch.tanh(linear(z)) + 0.9 * x, solver=solver, adjoint=adjoint, **TIGHT)
+        expected = gradients(eager(torch.zeros_like(x), x), list(linear.parameters()), second=False)
+    else:
+        expected = gradients(iterate(cell, x, steps=100), parameters, second=False)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_torchscript_in_a_cell_under_transforms_and_twice(x):
+    cell = Scripted()
+    deq, (weight, bias) = layer(cell), cell.parameters()
+    expected = gradients(iterate(cell, x, steps=60), [weight], second=True)
+    got = gradients(deq(torch.zeros_like(x), x), [weight], second=True)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    named = {name: p.detach() for name, p in deq.named_parameters()}
+    found = torch.func.grad(lambda p: functional_call(deq, p, (torch.zeros_like(x), x)).pow(3).sum())(named)
+    expected = gradients(iterate(cell, x, steps=60), [weight, bias], second=False)
+    torch.testing.assert_close(tuple(found.values()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("computed", [False, True], ids=["leaf", "computed"])
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_an_empty_batch_gets_gradients_of_zero(solver, adjoint, computed):
+    deq = pydeq.DEQ(Cell(), solver=solver, adjoint=adjoint, **TIGHT)
+    x = torch.zeros(0, 5, dtype=torch.float64, requires_grad=True)
+    z, solution = deq(torch.zeros(0, 5, dtype=torch.float64), 2.0 * x if computed else x, return_solution=True)
+    assert (solution.nfe, z.shape) == (0, (0, 5))
+    z.sum().backward()
+    assert x.grad.shape == (0, 5)
+    assert all(p.grad is not None and not p.grad.any() for p in deq.parameters())

@@ -397,3 +397,218 @@ def test_states_along_the_way_are_refused(problem):
     deq = layer(lambda z, x: 0.5 * z + x, states_at=[2])
     with pytest.raises(RuntimeError, match="states_at"):
         vmap(lambda x: deq(torch.zeros_like(x), x))(x[None])
+
+
+def tangents(solve, *duals):
+    """What forward-mode AD by dual numbers gives, outside of torch.func."""
+    with forward_ad.dual_level():
+        value = solve(*(forward_ad.make_dual(x, tangent) for x, tangent in duals))
+        return forward_ad.unpack_dual(value).tangent
+
+
+class Affine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.linear.weight.data.normal_(std=0.2, generator=generator(3))
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)
+
+
+def phantom(fn, x, steps=2):
+    """The state that is iterated a few times from the solution, without following how the solution moves."""
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        z = torch.zeros_like(x)
+        for _ in range(300):
+            z = fn(z, x)
+    for _ in range(steps):
+        z = fn(z, x)
+    return z
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["weight", "weight and context"])
+@pytest.mark.parametrize("adjoint", [pydeq.Implicit(**TIGHT), pydeq.Phantom(2)], ids=["Implicit", "Phantom"])
+@pytest.mark.parametrize("how", ["attribute", "_parameters", "functional_call"])
+def test_parameters_exchanged_for_dual_numbers(adjoint, moving, how):
+    """As the tutorial of forward-mode AD does it."""
+    weight, x = (0.2 * torch.randn(4, 4, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    along = [torch.randn(4, 4, generator=generator(i), dtype=torch.float64) for i in (5, 6)]
+
+    def exchanged(make):
+        cell = Affine()
+
+        def solve(weight, x):
+            model = make(cell)
+            if how == "functional_call":
+                return functional_call(model, {f"{prefix(model)}linear.weight": weight}, (torch.zeros_like(x), x))
+            if how == "attribute":
+                del cell.linear.weight
+                cell.linear.weight = weight
+            else:
+                cell.linear._parameters["weight"] = weight
+            return model(torch.zeros_like(x), x)
+
+        return solve
+
+    def prefix(model):
+        return "cell."
+
+    def reference(weight, x):
+        cell = Affine()
+
+        def fn(z, x):
+            return torch.tanh(z @ weight.T + cell.linear.bias + x)
+
+        if isinstance(adjoint, pydeq.Phantom):
+            return phantom(fn, x)
+        z = torch.zeros_like(x)
+        for _ in range(100):
+            z = fn(z, x)
+        return z
+
+    duals = [(weight, along[0]), (x, along[1] if moving else torch.zeros_like(x))]
+    torch.manual_seed(0)
+    got = tangents(exchanged(lambda cell: pydeq.DEQ(cell, adjoint=adjoint, **TIGHT)), *duals)
+    torch.manual_seed(0)
+    expected = tangents(reference, *duals)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["captured", "captured and context"])
+def test_a_captured_dual_number_raises_or_counts(moving):
+    weight, x = (0.2 * torch.randn(4, 4, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    along = [torch.randn(4, 4, generator=generator(i), dtype=torch.float64) for i in (5, 6)]
+
+    def solve(adjoint):
+        def through(weight, x):
+            deq = pydeq.DEQ(lambda z, x: cell_fn(z, weight, x), adjoint=adjoint, **TIGHT)
+            return deq(torch.zeros_like(x), x if moving else forward_ad.unpack_dual(x).primal)
+
+        return through
+
+    duals = list(zip((weight, x), along, strict=True))
+    with pytest.raises(RuntimeError, match="forward-mode AD, the cell captures a tensor"):
+        tangents(solve(pydeq.Implicit()), *duals)
+    got = tangents(solve(pydeq.Phantom(2)), *duals)
+    expected = tangents(
+        lambda w, x: phantom(lambda z, x: cell_fn(z, w, x), x if moving else forward_ad.unpack_dual(x).primal), *duals
+    )
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+        self.linear.weight.data.normal_(std=0.2, generator=generator(3))
+        self.norm.weight.data.fill_(0.3)
+        self.norm.running_mean.normal_(generator=generator(4))
+
+    def forward(self, z, x):
+        return torch.tanh(self.norm(self.linear(z)) + x)
+
+
+def tensors_of(module):
+    return (
+        {name: p.detach().clone() for name, p in module.named_parameters()},
+        {name: b.clone() for name, b in module.named_buffers()},
+    )
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd], ids=lambda t: t.__name__)
+def test_batch_norm_under_transforms(transform, training):
+    """Buffers that nobody differentiates are not to be differentiated; in training, passed ones are written to."""
+    cell = Normalized().train(training)
+    deq = layer(cell).train(training)
+    x = torch.randn(5, 4, generator=generator(1), dtype=torch.float64)
+
+    def through(call):
+        def loss(parameters, buffers):
+            return call(parameters, buffers).pow(2).sum()
+
+        return loss
+
+    def implicit(parameters, buffers):
+        return functional_call(deq, (parameters, buffers), (torch.zeros_like(x), x))
+
+    def iterated(parameters, buffers):
+        z = torch.zeros_like(x)
+        for _ in range(60):
+            z = functional_call(cell, (parameters, buffers), (z, x))
+        return z
+
+    parameters, buffers = tensors_of(deq)
+    got = transform(through(implicit))(parameters, buffers)
+    expected = transform(through(iterated))(*tensors_of(cell))
+    torch.testing.assert_close(list(got.values()), list(expected.values()), **CLOSE)
+    assert int(buffers["cell.norm.num_batches_tracked"]) > 1 if training else True
+    assert not int(cell.norm.num_batches_tracked)  # the module's own are left alone
+
+
+def test_batch_norm_of_an_ensemble_under_transforms():
+    cell = Normalized().eval()
+    deq = layer(cell).eval()
+    x = torch.randn(5, 4, generator=generator(1), dtype=torch.float64)
+    parameters, buffers = tensors_of(deq)
+
+    def loss(parameters, buffers):
+        return functional_call(deq, (parameters, buffers), (torch.zeros_like(x), x)).pow(2).sum()
+
+    stacked = [{name: torch.stack([t, t + 1]) for name, t in tensors.items()} for tensors in (parameters, buffers)]
+    got = vmap(grad(loss))(*stacked)
+    for i in range(2):
+        expected = grad(loss)(*({name: t[i] for name, t in tensors.items()} for tensors in stacked))
+        torch.testing.assert_close({name: t[i] for name, t in got.items()}, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_recurrent_cells_under_transforms(kind, dtype):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = kind(4, 4, batch_first=True, dtype=dtype)
+            for p in self.recurrent.parameters():
+                p.data.mul_(0.5)
+
+        def forward(self, z, x):
+            return self.recurrent(z + x)[0]
+
+    tight = 1e-6 if dtype == torch.float32 else 1e-12
+    cell = Recurrent()
+    deq = pydeq.DEQ(cell, adjoint=pydeq.Implicit(rtol=tight), rtol=tight, max_steps=100)
+    x = torch.randn(2, 3, 4, generator=generator(1), dtype=dtype)
+    parameters = {name: p.detach() for name, p in deq.named_parameters()}
+    got = grad(lambda p: functional_call(deq, p, (torch.zeros_like(x), x)).pow(2).sum())(parameters)
+    z = torch.zeros_like(x)
+    for _ in range(60):
+        z = cell(z, x)
+    expected = torch.autograd.grad(z.pow(2).sum(), list(cell.parameters()))
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else CLOSE
+    torch.testing.assert_close(tuple(got.values()), expected, **close)
+
+
+@pytest.mark.parametrize("name", ["value", "grad", "jacfwd", "hessian"])
+def test_vmap_over_an_empty_dimension(problem, name):
+    weight, x, solve = problem
+    of = {
+        "value": solve,
+        "grad": grad(square(solve)),
+        "jacfwd": jacfwd(square(solve)),
+        "hessian": hessian(square(solve)),
+    }
+    same = {"value": unrolled, "grad": grad(square(unrolled)), "jacfwd": jacfwd(square(unrolled))}
+    got = vmap(of[name], (0, None))(weight.new_zeros(0, 4, 4), x)
+    if name != "hessian":
+        assert got.shape == vmap(same[name], (0, None))(weight.new_zeros(0, 4, 4), x).shape
+    assert got.shape[0] == got.numel() == 0
+
+
+def test_vectorized_forward_mode_says_what_to_use(problem):
+    weight, x, solve = problem
+    with pytest.raises(RuntimeError, match=r"in forward mode: use torch\.func\.jacfwd"):
+        torch.autograd.functional.jacobian(lambda x: solve(weight, x), x, strategy="forward-mode", vectorize=True)
