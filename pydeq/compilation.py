@@ -80,6 +80,11 @@ def interpreted(fn: F) -> F:
     return skipped(call)  # pyright: ignore[reportReturnType]
 
 
+def in_compiled_autograd() -> bool:
+    """Whether compiled autograd runs backward: it has taken the graph apart by then."""
+    return getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
+
+
 def is_compiled(fn: Callable[..., Any]) -> bool:
     """Whether this came from torch.compile."""
     return hasattr(fn, "_orig_mod") or hasattr(fn, "_torchdynamo_orig_callable")

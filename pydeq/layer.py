@@ -13,6 +13,7 @@ from torch import nn
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Attached, Problem
 from pydeq.adjoints.functional import transforms_active
+from pydeq.adjoints.start import warn_about_learned_start
 from pydeq.arguments import check_max_steps, check_tolerance
 from pydeq.border import Border
 from pydeq.compilation import Compiler, skipped, uncompiled
@@ -233,6 +234,7 @@ class DEQ(nn.Module):
                 " pydeq.nn.VariationalDropout, or do not compile"
             )
         if torch.is_grad_enabled() or transformed:
+            warn_about_learned_start(z0, self.adjoint)
             attached = self.adjoint.solve(problem)
         else:
             solution = self.adjoint.evaluate(problem)

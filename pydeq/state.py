@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 State: TypeAlias = "Tensor | tuple[Tensor, ...]"
 
@@ -110,7 +111,7 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
         names: Of its parts, for messages; by default z0[0], z0[1] and so on.
 
     Raises:
-        TypeError: If z0 is neither a tensor nor a tuple of tensors.
+        TypeError: If z0 is neither a tensor nor a tuple of tensors, or has no values (meta tensors, torch.export).
         ValueError: If it is an empty tuple, has no batch dimension, batch sizes, dtypes or devices that disagree, or a
             dtype that is not one of ``DTYPES``.
     """
@@ -139,6 +140,12 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
             if first != here:
                 of = names[0] if names else "z0[0]"
                 raise ValueError(f"{name} must have the {what} of {of}, {first}, got {here}")
+        if part.is_meta or isinstance(part, FakeTensor):
+            kind = "a FakeTensor, as under torch.export," if isinstance(part, FakeTensor) else "a meta tensor"
+            raise TypeError(
+                f"{name} must have values, since they decide when a solve ends, got {kind} that has none: export or"
+                " trace the cell"
+            )
     return Layout(
         tuple(part.shape[1:] for part in parts),
         parts[0].shape[0],

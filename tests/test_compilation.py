@@ -310,3 +310,29 @@ def test_a_solve_in_compiled_code(x, frames):
         torch.testing.assert_close(torch.compile(solve, backend=backend)(x), expected, rtol=1e-9, atol=1e-10)
     assert not frames
     assert cells(backend.graphs) == 1
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), EVERY, ids=str)
+def test_compiled_autograd_is_right_or_refused(x, solver, adjoint):
+    from torch._dynamo import compiled_autograd
+
+    model = Model(solver, adjoint=adjoint)
+    expected = gradients(model, x, model)
+    loss = model(x).square().sum()
+    model.zero_grad()
+    refined = isinstance(adjoint, pydeq.Shine) and adjoint.refine_steps
+    if isinstance(adjoint, pydeq.Implicit) or refined or getattr(adjoint, "form", "") == "neumann":
+        with (
+            compiled_autograd._enable(torch.compile(backend="eager")),
+            pytest.raises(RuntimeError, match=r"leave torch\._dynamo\.config"),
+        ):
+            loss.backward()
+        return
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected[1], rtol=1e-9, atol=1e-10)
+
+
+def test_export_says_why_it_cannot(x):
+    with pytest.raises(TypeError, match=r"z0 must have values.*got a FakeTensor, as under torch\.export"):
+        torch.export.export(Model(), (x,))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pydeq
 
@@ -152,3 +153,40 @@ def test_bad_cell_and_bad_keyword_of_a_call(z0, x):
         pydeq.DEQ(3)
     with pytest.raises(TypeError, match="did you mean 'max_steps'"):
         pydeq.DEQ(Cell())(z0, x, max_iter=3)
+
+
+@pytest.mark.parametrize("adjoint", [pydeq.Implicit(), pydeq.Phantom(2), pydeq.Unrolled(), pydeq.Reversible()], ids=str)
+def test_states_without_values_are_refused(adjoint):
+    deq = pydeq.DEQ(torch.nn.Linear(4, 4, device="meta"), adjoint=adjoint)
+    with pytest.raises(TypeError, match=r"z0 must have values.*got a meta tensor"):
+        deq(torch.zeros(2, 4, device="meta"))
+    with FakeTensorMode(), pytest.raises(TypeError, match=r"z0 must have values.*got a FakeTensor"):
+        pydeq.DEQ(torch.nn.Linear(4, 4), adjoint=adjoint)(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("shape", ["leaf", "expanded"])
+def test_a_learned_initial_state_is_warned_about_once(monkeypatch, shape):
+    monkeypatch.setattr("pydeq.adjoints.start._warned", set())
+    start = torch.nn.Parameter(torch.zeros(1, 4))
+    cell = torch.nn.Linear(4, 4)
+    cell.weight.data.mul_(0.3)
+
+    def call(adjoint):
+        return pydeq.DEQ(cell, adjoint=adjoint)(start if shape == "leaf" else start.expand(3, 4))
+
+    with pytest.warns(UserWarning, match=r"Implicit gives z0 no gradient, and DistributedDataParallel waits for one"):
+        call(pydeq.Implicit())
+    call(pydeq.Implicit())
+    for adjoint in (pydeq.Unrolled(), pydeq.Reversible()):
+        assert torch.autograd.grad(call(adjoint).sum(), start)[0].abs().max() > 0
+    with torch.no_grad():
+        call(pydeq.Phantom(2))
+
+
+def test_an_initial_state_that_is_data_is_not_warned_about(monkeypatch):
+    monkeypatch.setattr("pydeq.adjoints.start._warned", set())
+    cell, encoder = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    cell.weight.data.mul_(0.3)
+    x = torch.ones(3, 4, requires_grad=True)
+    for z0 in (x, 2.0 * x, encoder(x)):
+        pydeq.DEQ(cell)(z0).sum().backward()

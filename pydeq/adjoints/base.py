@@ -85,8 +85,8 @@ class Adjoint(ABC):
         transforms: Whether it works under transforms of torch.func.
         distributes: Whether it works with a process_group.
         normed: Whether it works with ``norm="parts"``.
-        iterates: Whether it solves by an iteration of its own, which has no trace, freezes samples that are done, and
-            evaluates the whole batch.
+        iterates: Whether it solves by an iteration of its own, which has no trace, freezes samples that are done,
+            evaluates the whole batch, and gives z0 a gradient.
     """
 
     transforms: ClassVar[bool] = False

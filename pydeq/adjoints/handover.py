@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydeq.compilation import in_compiled_autograd
 from pydeq.linearization import Linearization
 
 
@@ -23,5 +24,15 @@ def hand_over(at: Linearization) -> Tensor:
 
 
 def take_over(courier: Tensor) -> Linearization | None:
-    """The linearization; None where what was saved came back as a copy, as from hooks that move it to the CPU."""
+    """The linearization; None where what was saved came back as a copy, as from hooks that move it to the CPU.
+
+    Raises:
+        RuntimeError: Where its graph is no longer there.
+    """
+    if in_compiled_autograd():
+        raise RuntimeError(
+            "compiled autograd has taken the cell's graph apart, which an adjoint solve goes through: leave"
+            " torch._dynamo.config.compiled_autograd off (torch.compile of the whole step works without it), or use"
+            " pydeq.JacobianFree() or pydeq.Unrolled()"
+        )
     return getattr(courier, "linearization", None)

@@ -105,6 +105,7 @@ def spectral_radius(
     if method not in ("growth", "arnoldi"):
         raise ValueError(f"method must be 'growth' or 'arnoldi', got {method!r}")
     rtol = check_tolerance("rtol", rtol)
+    _refuse_transforms("spectral_radius")
     at = linearize(*canonical(fn, z), context)
     with torch.inference_mode(False), torch.no_grad():
         if method == "growth":
@@ -169,6 +170,7 @@ def jacobian_spectrum(
         if k is None:
             raise ValueError("steps belongs to a given k: without k, the Jacobian is dense")
         steps = check_integer("steps", steps, k)
+    _refuse_transforms("jacobian_spectrum")
     at = linearize(*canonical(fn, z), context)
     with torch.inference_mode(False), torch.no_grad():
         size = at.layout.size
@@ -188,6 +190,14 @@ def jacobian_spectrum(
         wide = torch.promote_types(at.layout.dtype, torch.float32)
         result = Spectrum(values.to(wide.to_complex()), error.to(wide))
     return result if return_error else result.values
+
+
+def _refuse_transforms(name: str) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} has no gradient and its values decide when it ends, so it does not work under torch.func"
+            " transforms: put what vmap goes over into the batch"
+        )
 
 
 def _start(at: Linearization, generator: torch.Generator | None) -> Tensor:

@@ -1,6 +1,7 @@
 """The layer under DistributedDataParallel and FSDP2, and around cells that communicate: gradients of one process."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -250,3 +251,41 @@ def broken_backward(rank):
 
 def test_an_error_in_the_backward_pass_of_one_rank_ends_it_on_all(world):
     world.run(broken_backward)
+
+
+class Learned(nn.Module):
+    """An initial state that is learned."""
+
+    def __init__(self, adjoint):
+        super().__init__()
+        torch.manual_seed(0)
+        self.start = nn.Parameter(torch.zeros(1, DIM))
+        self.deq = pydeq.DEQ(Cell(), adjoint=adjoint)
+        for p in self.deq.parameters():
+            p.data.mul_(0.5)
+
+    def forward(self, x):
+        return self.deq(self.start.expand(len(x), DIM), x).square().mean()
+
+
+def learning_the_start(rank, adjoint, find):
+    model = DistributedDataParallel(Learned(adjoint), find_unused_parameters=find)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.full((2, DIM), 1.0 + rank)).backward()
+    said = any("z0 is a parameter" in str(warning.message) for warning in caught)
+    learned = model.module.start.grad is not None and bool(model.module.start.grad.any())
+    return said, learned, float(model.module.deq.cell.inner.weight.grad.norm()) > 0
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "find", "learns"),
+    [(pydeq.Implicit(), True, False), (pydeq.Unrolled(), False, True), (pydeq.Reversible(), False, True)],
+    ids=["Implicit", "Unrolled", "Reversible"],
+)
+def test_a_learned_initial_state_under_ddp(world, adjoint, find, learns):
+    """What the layer's warning and the docs say to do."""
+    for said, learned, trained in world.run(learning_the_start, adjoint, find):
+        assert (said, learned, trained) == (not learns, learns, True)

@@ -263,3 +263,12 @@ def test_bad_arguments_of_the_spectrum(arguments, message):
 def test_a_dense_spectrum_refuses_large_states():
     with pytest.raises(ValueError, match="states of at most 1024 entries per sample, got 1025"):
         pydeq.jacobian_spectrum(torch.tanh, torch.zeros(1, 1025))
+
+
+@pytest.mark.parametrize("estimate", [pydeq.spectral_radius, pydeq.jacobian_spectrum], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad], ids=["vmap", "grad"])
+def test_transforms_are_refused_with_a_hint(estimate, transform):
+    with pytest.raises(
+        RuntimeError, match=f"{estimate.__name__} has no gradient.*put what vmap goes over into the batch"
+    ):
+        transform(lambda z: estimate(torch.tanh, z).real.sum())(torch.ones(2, 3, 4))
