@@ -23,6 +23,7 @@ from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import keywords_for, unknown_keyword
 from pydeq.nn.scope import Bound, scope_of
 from pydeq.randomness import Replayed, random_modules
+from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import as_tuple, layout_of
@@ -228,10 +229,12 @@ class DEQ(nn.Module):
         if scope is not None:
             fn, eager = Bound(fn, scope), Bound(eager, scope)
         problem = Problem(fn, z0, context, options, module, self._memory)
-        if penalty is not None and self.freeze_rng and compiler.compiles(self.cell) and random_modules(module):
+        # Compiled graphs are not differentiated twice, which a penalty by products with the Jacobian needs.
+        decompile = penalty is not None and compiler.compiles(self.cell) and penalty.differentiates_twice()
+        if decompile and self.freeze_rng and random_modules(module):
             raise RuntimeError(
                 "a compiled cell draws other random numbers than the uncompiled one that a penalty needs: use"
-                " pydeq.nn.VariationalDropout, or do not compile"
+                " pydeq.nn.VariationalDropout or mode='difference', or do not compile"
             )
         if torch.is_grad_enabled() or transformed:
             warn_about_learned_start(z0, self.adjoint)
@@ -249,9 +252,9 @@ class DEQ(nn.Module):
             solution = copy.copy(solution)  # not the one that the graph keeps
             solution.aux = self._aux(border, problem, attached)
         if penalty is not None:
-            # Compiled graphs are not differentiated twice, which the penalty's gradient needs.
-            at = None if compiler.compiles(self.cell) else attached.linearization
-            term = penalty.evaluate(eager, solution.image, context, at)
+            at = None if decompile else attached.linearization
+            map = fn if compiler.compiles(self.cell) and not decompile else eager
+            term = penalty.evaluate(map, solution.image, context, at, self._reduction())
             solution = copy.copy(solution)  # not the one that the graph keeps
             solution.penalty = term
         return Attached(border.outside(attached.output), border.solution(solution))
@@ -314,6 +317,9 @@ class DEQ(nn.Module):
         elif batched_context is not None:
             raise ValueError("batched_context belongs to compact=True")
         return options
+
+    def _reduction(self) -> Reduction:
+        return WHOLE if self.ranks is None else self.ranks.reduction()
 
     def _check_transforms(self, penalty: JacobianPenalty | None) -> None:
         if not self.adjoint.transforms:

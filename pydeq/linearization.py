@@ -25,11 +25,13 @@ class Linearization:
         layout: The shapes of z and y.
         z: The parts of the point, leaves that require grad.
         y: The parts of the image, with a graph wherever they depend on z, on parameters or on context.
+        first_node: The number of the first node that belongs to the evaluation.
     """
 
     layout: Layout
     z: tuple[Tensor, ...]
     y: tuple[Tensor, ...]
+    first_node: int = 0
 
     def vjp(self, v: State, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         """v^T J by parts, None for parts of z that y does not depend on. The graph is kept."""
@@ -195,13 +197,14 @@ def linearize(fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Linea
     inference = torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad(), reusable_graphs():
         if inference or any(part.is_inference() for part in as_tuple(z)):
-            z, context = tree_map_only(Tensor, _recordable, (z, tuple(context)))
+            z, context = tree_map_only(Tensor, recordable, (z, tuple(context)))
         leaves = tuple(part.detach().requires_grad_() for part in as_tuple(z))
+        first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         y = fn(leaves if layout.is_tuple else leaves[0], *context)
         y = as_tuple(layout.check(y, cast, detach=False))
-    return Linearization(layout, leaves, y)
+    return Linearization(layout, leaves, y, first_node)
 
 
-def _recordable(x: Tensor) -> Tensor:
+def recordable(x: Tensor) -> Tensor:
     """Tensors made in inference mode have no place in a graph; copies of them do."""
     return x.clone() if x.is_inference() else x

@@ -52,6 +52,10 @@ class Replayed:
         finally:
             self._set(after)
 
+    def drew(self) -> bool:
+        """Whether the first call, just made, drew random numbers."""
+        return any(not torch.equal(a, b) for a, b in zip(self.states[0], self._get(), strict=True))
+
     def _get(self) -> tuple[Tensor, ...]:
         if self.device.type == "cuda":
             return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from pydeq.jacobian.functional import FunctionalLinearization
-from pydeq.linearization import Linearization
 from pydeq.ops import mean_squared_norm, random_probes
 from pydeq.protocol import Distribution
 from pydeq.state import Layout
 
 DISTRIBUTIONS = {"gaussian": Distribution.GAUSSIAN, "rademacher": Distribution.RADEMACHER}
 
+Mode = Literal["auto", "vjp", "jvp", "difference"]
+
 # Rows of a dense Jacobian: 4 MB a sample in float32.
 EXACT_LIMIT = 1024
+
+
+class Products(Protocol):
+    """Products with J, of vectors [K, B, D]; what may be differentiated has a graph if asked for."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def flat_vjps(self, v: Tensor, create_graph: bool = False) -> Tensor: ...
+
+    def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,10 @@ class Estimator:
 
     probes: int = 1
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
-    mode: Literal["vjp", "jvp"] = "vjp"
+    mode: Mode = "auto"
     method: Literal["hutchinson", "hutch++", "exact"] = "hutchinson"
+    order: Literal[1, 2] | None = None
+    step: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.probes, bool) or not isinstance(self.probes, int):
@@ -41,27 +55,38 @@ class Estimator:
             raise ValueError(f"probes must be at least 1, got {self.probes}")
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be 'gaussian' or 'rademacher', got {self.distribution!r}")
-        if self.mode not in ("vjp", "jvp"):
-            raise ValueError(f"mode must be 'vjp' or 'jvp', got {self.mode!r}")
+        if self.mode not in ("auto", "vjp", "jvp", "difference"):
+            raise ValueError(f"mode must be 'auto', 'vjp', 'jvp' or 'difference', got {self.mode!r}")
         if self.method not in ("hutchinson", "hutch++", "exact"):
             raise ValueError(f"method must be 'hutchinson', 'hutch++' or 'exact', got {self.method!r}")
         if self.method == "hutch++" and self.probes < 3:
             raise ValueError(f"probes must be at least 3 for method='hutch++', got {self.probes}")
+        if self.order not in (None, 1, 2):
+            raise ValueError(f"order must be 1 or 2, got {self.order!r}")
+        if self.step is not None:
+            if isinstance(self.step, bool) or not isinstance(self.step, int | float):
+                raise TypeError(f"step must be a number, got {type(self.step).__name__}")
+            if not 0.0 < self.step < math.inf:
+                raise ValueError(f"step must be positive and finite, got {self.step}")
+        for name in ("order", "step"):
+            if self.mode in ("vjp", "jvp") and getattr(self, name) is not None:
+                raise ValueError(f"{name} is of mode='difference' and 'auto', got mode={self.mode!r}")
 
-    def norm_squared(
-        self, at: Linearization | FunctionalLinearization, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """||J||_F^2 of each sample, [B], from products with J alone; with a graph if gradients are on."""
+    def norm_squared(self, at: Products, from_right: bool, generator: torch.Generator | None = None) -> Tensor:
+        """||J||_F^2 of each sample, [B], from products with J alone; with a graph if gradients are on.
+
+        Args:
+            from_right: Whether to form J eps, and not eps^T J.
+        """
         create_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
             if at.layout.size == 0:
                 compute = torch.promote_types(at.layout.dtype, torch.float32)
                 return torch.zeros(at.layout.batch, dtype=compute, device=at.layout.device)
+            product, other = (at.flat_jvps, at.flat_vjps) if from_right else (at.flat_vjps, at.flat_jvps)
             if self.method == "exact":
-                rows = at.flat_vjps(identity_probes(at.layout), create_graph)
-                return mean_squared_norm(rows) * at.layout.size
-            vjps, jvps = at.flat_vjps, at.flat_jvps
-            product, other = (vjps, jvps) if self.mode == "vjp" else (jvps, vjps)
+                _check_independent(at)
+                return mean_squared_norm(product(identity_probes(at.layout), create_graph)) * at.layout.size
             if self.method == "hutchinson":
                 return mean_squared_norm(product(self.draw(at.layout, generator), create_graph))
             return self._hutch_plus_plus(at.layout, product, other, create_graph, generator)
@@ -93,9 +118,37 @@ class Estimator:
             rest = probes[rank:].to(compute).permute(1, 2, 0)
             for _ in range(2):  # once more, for what rounding left
                 rest = rest - basis @ (basis.mT @ rest)
-            directions = torch.cat([basis, rest], dim=2).permute(2, 0, 1).to(layout.dtype).contiguous()
+            # As long as probes, since differences take steps of their size, and of random signs: where fn couples
+            # samples, what one adds to another's product is to cancel in the mean.
+            signs = random_probes(basis[:, :1, 0], rank, Distribution.RADEMACHER, generator).permute(1, 2, 0)
+            directions = (
+                torch.cat([signs * layout.size**0.5 * basis, rest], dim=2)
+                .permute(2, 0, 1)
+                .to(layout.dtype)
+                .contiguous()
+            )
         rows = product(directions, create_graph)
-        return rank * mean_squared_norm(rows[:rank]) + mean_squared_norm(rows[rank:])
+        return (rank / layout.size) * mean_squared_norm(rows[:rank]) + mean_squared_norm(rows[rank:])
+
+
+def _check_independent(at: Products) -> None:
+    """Raise where samples are coupled: the rows of all samples that one product takes would then mix.
+
+    Raises:
+        ValueError: If the image of one sample depends on the state of another.
+    """
+    layout = at.layout
+    if layout.batch < 2 or torch._C._are_functorch_transforms_active():
+        return
+    like = torch.empty(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
+    v = random_probes(like, 1, Distribution.RADEMACHER, torch.Generator(layout.device).manual_seed(0))
+    v[:, ::2] = 0.0
+    rows = at.flat_vjps(v)[:, ::2]
+    if bool((rows.isfinite() & (rows != 0.0)).any()):
+        raise ValueError(
+            "method='exact' needs an fn that treats samples independently, and here the image of one depends on the"
+            " state of another (batch norm in training mode does that): use method='hutchinson' or 'hutch++'"
+        )
 
 
 def identity_probes(layout: Layout) -> Tensor:

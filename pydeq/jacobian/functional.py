@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeq.jacobian.composed import any_order
 from pydeq.linearization import vectorize
 from pydeq.state import State, as_tuple, layout_of
 
@@ -15,7 +16,8 @@ from pydeq.state import State, as_tuple, layout_of
 class FunctionalLinearization:
     """The products of :class:`pydeq.linearization.Linearization`, each call of which evaluates fn.
 
-    J v is formed in forward mode. Works where autograd's own graph is out of reach: in a function that
+    J v is formed in forward mode. Norms and attention are evaluated in plain operations, for the sake of their higher
+    derivatives (:mod:`pydeq.jacobian.composed`). Works where autograd's own graph is out of reach: in a function that
     ``torch.func.grad`` or ``vmap`` transforms. A graph to what fn captures is there whether it is asked for or not.
 
     Args:
@@ -45,7 +47,16 @@ class FunctionalLinearization:
         return self._map(product, v)
 
     def _image(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        y = self._fn(parts if self.layout.is_tuple else parts[0], *self._context)
+        try:
+            with any_order():
+                y = self._fn(parts if self.layout.is_tuple else parts[0], *self._context)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" not in str(error):
+                raise
+            raise RuntimeError(
+                "mode='jvp', and any mode under torch.func, cannot evaluate an fn that changes buffers, like batch norm"
+                f" in training mode: use mode='vjp' or 'difference' outside of torch.func ({error})"
+            ) from error
         return as_tuple(self.layout.check(y, self._cast, detach=False))
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pydeq.border import canonical
-from pydeq.jacobian.estimator import Estimator
-from pydeq.jacobian.functional import FunctionalLinearization
-from pydeq.linearization import linearize
+from pydeq.jacobian.estimator import Estimator, Mode
+from pydeq.jacobian.modes import estimate
 from pydeq.state import State, layout_of
 
 
@@ -21,8 +20,10 @@ def frobenius_norm_squared(
     *context: Any,
     probes: int = 1,
     distribution: Literal["gaussian", "rademacher"] = "gaussian",
-    mode: Literal["vjp", "jvp"] = "vjp",
+    mode: Mode = "auto",
     method: Literal["hutchinson", "hutch++", "exact"] = "hutchinson",
+    order: Literal[1, 2] | None = None,
+    step: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Estimate ||J||_F^2 of ``fn`` at ``z``, one value per sample.
@@ -58,12 +59,8 @@ def frobenius_norm_squared(
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
     """
-    estimator = Estimator(probes, distribution, mode, method)
     fn, z = canonical(fn, z)
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed or (mode == "jvp" and method == "hutchinson"):
-        return estimator.norm_squared(FunctionalLinearization(fn, z, context), generator)
-    return estimator.norm_squared(linearize(fn, z, context), generator)
+    return estimate(Estimator(probes, distribution, mode, method, order, step), fn, z, context, generator=generator)
 
 
 def jacobian_penalty(
@@ -72,8 +69,10 @@ def jacobian_penalty(
     *context: Any,
     probes: int = 1,
     distribution: Literal["gaussian", "rademacher"] = "gaussian",
-    mode: Literal["vjp", "jvp"] = "vjp",
+    mode: Mode = "auto",
     method: Literal["hutchinson", "hutch++", "exact"] = "hutchinson",
+    order: Literal[1, 2] | None = None,
+    step: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Estimate ||J||_F^2 / d at the fixed point, averaged over the batch: the paper's regularizer.
@@ -92,8 +91,7 @@ def jacobian_penalty(
 
     Source: Bai, Koltun and Kolter, ICML 2021, equation 4.
     """
-    norms = frobenius_norm_squared(
-        fn, z, *context, probes=probes, distribution=distribution, mode=mode, method=method, generator=generator
-    )
-    layout = layout_of(canonical(fn, z)[1])
-    return norms.sum() / max(1, layout.batch * layout.size)
+    fn, z = canonical(fn, z)
+    estimator = Estimator(probes, distribution, mode, method, order, step)
+    norms = estimate(estimator, fn, z, context, generator=generator)
+    return norms.sum() / max(1, layout_of(z).batch * layout_of(z).size)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from pydeq.border import canonical
-from pydeq.jacobian.estimator import Estimator
+from pydeq.jacobian.estimator import Estimator, Mode
+from pydeq.jacobian.modes import estimate
 from pydeq.keywords import suggests_keywords
-from pydeq.linearization import Linearization, linearize
+from pydeq.linearization import Linearization
+from pydeq.reduction import WHOLE, Reduction
 from pydeq.state import State, layout_of
 
 
@@ -54,8 +56,10 @@ class JacobianPenalty:
     stop: int | None = None
     probes: int = 1
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
-    mode: Literal["vjp", "jvp"] = "vjp"
+    mode: Mode = "auto"
     method: Literal["hutchinson", "hutch++", "exact"] = "hutchinson"
+    order: Literal[1, 2] | None = None
+    step: float | None = None
 
     def __post_init__(self) -> None:
         _check_strength("strength", self.strength)
@@ -85,7 +89,7 @@ class JacobianPenalty:
 
     @property
     def _estimator(self) -> Estimator:
-        return Estimator(self.probes, self.distribution, self.mode, self.method)
+        return Estimator(self.probes, self.distribution, self.mode, self.method, self.order, self.step)
 
     def strength_at(self, step: int) -> float:
         """gamma at ``step``; 0 from ``stop`` on, never below 0."""
@@ -112,8 +116,17 @@ class JacobianPenalty:
         """The penalty of ``step``: of constant strength, and as frequent."""
         return replace(self, strength=self.strength_at(step), milestones=(), increment=0.0, every=None, stop=None)
 
+    def differentiates_twice(self) -> bool:
+        """Whether it is sure to need second derivatives of fn, or exact products for watching."""
+        return self.mode in ("vjp", "jvp") or not torch.is_grad_enabled()
+
     def evaluate(
-        self, fn: Callable[..., Any], z: State, context: Sequence[Any] = (), at: Linearization | None = None
+        self,
+        fn: Callable[..., Any],
+        z: State,
+        context: Sequence[Any] = (),
+        at: Linearization | None = None,
+        reduction: Reduction = WHOLE,
     ) -> Tensor:
         """strength * ||J||_F^2 / d at ``z``, the mean over the batch.
 
@@ -122,7 +135,8 @@ class JacobianPenalty:
 
         Args:
             fn, z, context: As in :func:`pydeq.jacobian_penalty`.
-            at: fn already linearized at z; fn is not evaluated then.
+            at: fn already linearized at z.
+            reduction: Completes sums over the entries of a state.
 
         Returns:
             0-d tensor, float64 for float64 states, else float32.
@@ -138,7 +152,7 @@ class JacobianPenalty:
         if self.strength == 0.0 or (training and not self.active(0)):
             dtype = torch.promote_types(layout.dtype, torch.float32)
             return torch.zeros((), dtype=dtype, device=layout.device)
-        norms = self._estimator.norm_squared(linearize(fn, z, context) if at is None else at)
+        norms = estimate(self._estimator, fn, z, context, at, reduction=reduction)
         return (self.strength / max(1, layout.batch * layout.size)) * norms.sum()
 
 

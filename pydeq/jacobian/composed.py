@@ -1,0 +1,111 @@
+"""Norms and attention in plain operations, whose derivatives torch has right to any order and in any mode.
+
+torch's formulas for the derivatives of layer norm and of batch statistics hold what they saved constant once they are
+differentiated twice more, or once more after forward mode, without an error (pytorch#175754, #196699, #196700); fused
+attention has no second derivative at all (pytorch#116350). Inside of :func:`any_order` both are made of operations
+that have neither fault. Values are the same up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import batch_norm, instance_norm, layer_norm
+from torch.overrides import TorchFunctionMode
+
+
+def layer_norm_composed(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm``."""
+    y = _standardized(input, range(input.dim() - len(normalized_shape), input.dim()), eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(input.dtype)
+
+
+def batch_norm_composed(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm``; running statistics are read, and not updated."""
+    if not training:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _scaled(_standardized(input, [0, *range(2, input.dim())], eps), weight, bias).to(input.dtype)
+
+
+def instance_norm_composed(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.instance_norm``; running statistics are read, and not updated."""
+    if not use_input_stats:
+        return instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _scaled(_standardized(input, range(2, input.dim()), eps), weight, bias).to(input.dtype)
+
+
+def _standardized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over these dimensions, at least in float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    centered = x - x.mean(list(dims), keepdim=True)
+    return centered * (centered.square().mean(list(dims), keepdim=True) + eps).rsqrt()
+
+
+def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = (-1, *[1] * (y.dim() - 2))
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def _with_flag(composed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The C++ function's signature has one argument more, whether to use cuDNN."""
+
+    def call(*args: Any, cudnn_enabled: bool = True, **kwargs: Any) -> Tensor:
+        return composed(*args[:8], **kwargs)
+
+    return call
+
+
+_COMPOSED: dict[Any, Callable[..., Tensor]] = {
+    layer_norm: layer_norm_composed,
+    torch.layer_norm: lambda *args, cudnn_enable=True, **kwargs: layer_norm_composed(*args, **kwargs),
+    batch_norm: batch_norm_composed,
+    torch.batch_norm: _with_flag(batch_norm_composed),
+    instance_norm: instance_norm_composed,
+    torch.instance_norm: _with_flag(instance_norm_composed),
+}
+
+
+class _Composed(TorchFunctionMode):
+    """Calls of norms, also those of ``torch.nn``'s modules, made of plain operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _COMPOSED.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def any_order() -> Iterator[None]:
+    """Evaluate fn inside, where it is to be differentiated more than twice, or by forward mode and then again."""
+    with _Composed(), sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -1,0 +1,134 @@
+"""What the graph of an evaluation can give: a second derivative, and a right third one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pydeq.linearization import Linearization
+
+# What is known of graphs that are made of these kinds of nodes: why there is no second derivative, or None.
+_verdicts: dict[frozenset[type], str | None] = {}
+_KEPT = 256
+
+_FROM_STATISTICS = frozenset(
+    f"{name}Backward0" for name in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNormWithUpdate")
+)
+
+
+def nodes_of(y: Sequence[Tensor], first_node: int) -> list[Any]:
+    """The nodes of the graph of y, from the one of number ``first_node`` on."""
+    nodes = [part.grad_fn for part in y if part.grad_fn is not None]
+    seen = set(nodes)
+    found: list[Any] = []
+    while nodes:
+        node: Any = nodes.pop()
+        if node._sequence_nr() < first_node:
+            continue
+        found.append(node)
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        nodes.extend(new)
+    return found
+
+
+def is_compiled_graph(nodes: Sequence[Any]) -> bool:
+    """Whether some of the nodes are what torch.compile made."""
+    return any(node.name() == "CompiledFunctionBackward" for node in nodes)
+
+
+def wrong_third_derivative(nodes: Sequence[Any]) -> str | None:
+    """The operator whose third derivative torch has wrong, without an error; None if there is none.
+
+    Layer norm, and norms by the statistics of a batch or an instance, as which batch norm with ``training=True`` counts
+    (pytorch#175754, #196699, #196700). Group norm and norms by running statistics are right.
+    """
+    for node in nodes:
+        name = node.name()
+        if name == "NativeLayerNormBackward0":
+            return "layer norm"
+        if name in _FROM_STATISTICS and getattr(node, "_saved_training", True):
+            return "batch or instance norm"
+    return None
+
+
+def no_second_derivative(at: Linearization, nodes: Sequence[Any]) -> str | None:
+    """Why the graph of ``at`` cannot be differentiated twice; None where it can.
+
+    The first graph of a kind is differentiated twice to see, without touching the gradients of parameters: operators
+    say so only when it is tried, functions whose backward pass leaves no graph do not say it at all.
+    """
+    if not nodes:
+        return None
+    kind = frozenset(type(node) for node in nodes)
+    if kind not in _verdicts:
+        if len(_verdicts) >= _KEPT:
+            _verdicts.clear()
+        _verdicts[kind] = _try(at, nodes)
+    return _verdicts[kind]
+
+
+def _try(at: Linearization, nodes: Sequence[Any]) -> str | None:
+    functions = [node for node in nodes if hasattr(node, "_forward_cls")]
+    for node in functions:
+        if node._forward_cls.__module__.startswith("torch.distributed.fsdp"):
+            return "FSDP2 frees parameters after each backward pass"
+    once = next((n for n in functions if _is_once_differentiable(n._forward_cls)), None)
+    if once is not None:
+        return f"the backward pass of {once._forward_cls.__name__} is marked with once_differentiable"
+    silent: list[str] = []
+    seeds = tuple(torch.ones_like(part, requires_grad=True) for part in at.y)
+    handles = [node.register_hook(_Recorded(node, silent)) for node in functions]
+    try:
+        with torch.enable_grad():
+            products = [p for p in at.vjp(seeds, create_graph=True) if p is not None and p.requires_grad]
+            if silent or not products:
+                return silent[0] if silent else None
+            total = torch.stack([p.square().sum() for p in products]).sum()
+            torch.autograd.grad(total, [*at.z, *seeds], retain_graph=True, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        at.vjp(tuple(seed.detach() for seed in seeds))  # raises what is not about second derivatives
+        return str(error).split("\n", 1)[0] or type(error).__name__
+    finally:
+        for handle in handles:
+            handle.remove()
+    return silent[0] if silent else None
+
+
+class _Recorded:
+    """A hook that notes a Function whose backward pass, given what is followed, returned what is not."""
+
+    def __init__(self, node: Any, silent: list[str]) -> None:
+        self.name, self.silent = node._forward_cls.__name__, silent
+
+    def __call__(self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+        followed = any(x is not None and x.requires_grad for x in outputs)
+        if followed and any(x is not None and not x.requires_grad for x in inputs):
+            self.silent.append(f"the backward pass of {self.name} leaves no graph")
+
+
+_ONCE = once_differentiable(lambda ctx: None).__code__
+
+
+def _is_once_differentiable(function: Any) -> bool:
+    return getattr(function.backward, "__code__", None) is _ONCE
+
+
+def advice(reason: str) -> str:
+    """What to do about it to have second derivatives."""
+    if "scaled_dot_product" in reason or "attention" in reason:
+        return (
+            "for exact derivatives call the layer, or fn, inside of"
+            " torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), which takes more memory"
+        )
+    if "torch.compile" in reason:
+        return "for exact derivatives of the uncompiled cell use mode='vjp' of a layer's penalty"
+    if "FSDP2" in reason:
+        return "for exact derivatives use pydeq.jacobian_penalty with mode='jvp'"
+    return "for exact derivatives make it of operations that can be differentiated twice"

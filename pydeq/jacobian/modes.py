@@ -1,0 +1,166 @@
+"""From a mode to products with the Jacobian: which are right for fn, and what to say where none are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functions  # pyright: ignore
+
+from pydeq.jacobian.difference import Difference
+from pydeq.jacobian.estimator import Estimator
+from pydeq.jacobian.functional import FunctionalLinearization
+from pydeq.jacobian.graphs import (
+    advice,
+    is_compiled_graph,
+    no_second_derivative,
+    nodes_of,
+    wrong_third_derivative,
+)
+from pydeq.linearization import Linearization, linearize
+from pydeq.reduction import WHOLE, Reduction
+from pydeq.state import State
+
+
+def estimate(
+    estimator: Estimator,
+    fn: Callable[..., Any],
+    z: State,
+    context: Sequence[Any],
+    at: Linearization | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = WHOLE,
+) -> Tensor:
+    """||J||_F^2 of each sample, [B], in the estimator's mode.
+
+    Args:
+        at: fn already linearized at z: it is not evaluated there again, but where forward mode is right only.
+        reduction: Completes sums over the entries of a state.
+    """
+    mode, exact = estimator.mode, estimator.method == "exact"
+    transformed = torch._C._are_functorch_transforms_active()
+    if mode == "difference":
+        compiled = at is not None and is_compiled_graph(nodes_of(at.y, at.first_node))
+        return _differences(estimator, fn, z, context, at, compiled, generator, reduction)
+    if transformed or (mode == "jvp" and estimator.method == "hutchinson" and at is None):
+        return _functional(estimator, fn, z, context, generator)
+    at = linearize(fn, z, context) if at is None else at
+    from_right = mode == "jvp" and not exact
+    if not torch.is_grad_enabled():
+        return estimator.norm_squared(at, from_right, generator)
+    nodes = nodes_of(at.y, at.first_node)
+    reason, norm = no_second_derivative(at, nodes), wrong_third_derivative(nodes)
+    if reason is not None and mode == "auto":
+        _warn_once(reason)
+        return _differences(estimator, fn, z, context, at, is_compiled_graph(nodes), generator, reduction)
+    if reason is not None:
+        norms = estimator.norm_squared(at, from_right, generator)
+        return _functions.DelayedError(
+            f"mode={mode!r} needs second derivatives of fn, which has none ({reason}): use mode='difference', which"
+            f" needs first ones only; or, {advice(reason)}",
+            1,
+        )(norms)
+    if norm is None:
+        return estimator.norm_squared(at, from_right, generator)
+    if from_right:
+        return _functional(estimator, fn, z, context, generator)
+    return estimator.norm_squared(_DifferentiableOnce(at, norm), from_right, generator)
+
+
+def _functional(
+    estimator: Estimator,
+    fn: Callable[..., Any],
+    z: State,
+    context: Sequence[Any],
+    generator: torch.Generator | None,
+) -> Tensor:
+    """By torch.func.
+
+    Raises:
+        RuntimeError: If fn has a norm that torch would differentiate wrongly: called by TorchScript, say.
+    """
+    first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
+    from_right = estimator.mode == "jvp" and estimator.method != "exact"
+    norms = estimator.norm_squared(FunctionalLinearization(fn, z, context), from_right, generator)
+    transformed = torch._C._are_functorch_transforms_active()
+    norm = None if transformed else wrong_third_derivative(nodes_of((norms,), first_node))
+    if norm is not None:
+        raise RuntimeError(
+            f"mode='jvp' needs a derivative of {norm} that torch has wrong (pytorch#175754, #196699, #196700), and fn"
+            " calls it where pydeq cannot put plain operations in its place, like TorchScript: use mode='vjp' or"
+            " 'difference'"
+        )
+    return norms
+
+
+def _differences(
+    estimator: Estimator,
+    fn: Callable[..., Any],
+    z: State,
+    context: Sequence[Any],
+    at: Linearization | None,
+    compiled: bool,
+    generator: torch.Generator | None,
+    reduction: Reduction,
+) -> Tensor:
+    products = Difference(fn, z, context, estimator.order or 1, estimator.step, at, compiled, reduction)
+    return estimator.norm_squared(products, True, generator)
+
+
+class _DifferentiableOnce:
+    """The products of a linearization, with gradients that refuse to be differentiated.
+
+    Args:
+        at: What to take them of.
+        norm: The operator whose third derivative is wrong.
+    """
+
+    def __init__(self, at: Linearization, norm: str) -> None:
+        self.layout, self._at, self._norm = at.layout, at, norm
+
+    def flat_vjps(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        rows = self._at.flat_vjps(v, create_graph)
+        return _Once.apply(self._norm, rows) if rows.requires_grad else rows  # pyright: ignore[reportReturnType]
+
+    def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        return self._at.flat_jvps(v, create_graph)
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose gradient raises where it is differentiated."""
+
+    @staticmethod
+    def forward(norm: str, rows: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.norm = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = gradients
+        if not gradient.requires_grad:
+            return None, gradient
+        return None, _functions.DelayedError(
+            f"a second derivative of this penalty is a third one of {ctx.norm}, which torch has wrong (pytorch#175754,"
+            " #196699, #196700): use mode='difference', or pydeq.jacobian_penalty with mode='jvp'",
+            1,
+        )(gradient)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"the Jacobian penalty is made of differences of fn, since fn cannot be differentiated twice: {reason}."
+            f" mode='difference' does that without this warning; {advice(reason)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )

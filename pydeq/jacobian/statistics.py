@@ -1,0 +1,71 @@
+"""Running statistics of norms, which evaluations made for a penalty are to leave as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class KeptStatistics:
+    """Inside, evaluations of ``fn`` do not change running statistics of batch and instance norms.
+
+    Finds modules that fn is, is a method of, holds, closes over or names; no others.
+
+    Args:
+        fn: What is evaluated.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        norms = [
+            part
+            for module in modules_of(fn)
+            for part in module.modules()
+            if isinstance(part, _NormBase) and part.training and part.track_running_stats
+        ]
+        self.buffers = list({id(x): x for norm in norms for x in norm.buffers(recurse=False)}.values())
+
+    def __enter__(self) -> None:
+        self.values = [x.detach().clone() for x in self.buffers]
+
+    @torch.no_grad()
+    def __exit__(self, *exception: object) -> None:
+        for buffer, value in zip(self.buffers, self.values, strict=True):
+            buffer.data.copy_(value)  # another version would be an error in backward, which does not read them
+
+
+def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that can be seen in a callable, each once."""
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[Any, int]] = [(fn, 0)]
+    while waiting:
+        thing, depth = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found[id(thing)] = thing
+        elif callable(thing) and not isinstance(thing, type) and depth < 6:
+            waiting.extend((part, depth + 1) for part in _held(thing))
+    return list(found.values())
+
+
+def _held(thing: Any) -> Iterator[Any]:
+    if (owner := getattr(thing, "__self__", None)) is not None:
+        yield owner
+    if isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    for cell in getattr(thing, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    code = getattr(thing, "__code__", None)
+    names = getattr(thing, "__globals__", {})
+    yield from (names[name] for name in getattr(code, "co_names", ()) if isinstance(names.get(name), nn.Module))
+    yield from getattr(thing, "__dict__", {}).values()
