@@ -13,6 +13,7 @@ mix of modes. ``vmap`` folds the mapped dimension into the batch: each mapped sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from pydeq.adjoints.base import Problem
 from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.watch import watch
 from pydeq.compilation import interpreted
+from pydeq.composed import any_order
 from pydeq.fixed_point import fixed_point
 from pydeq.precision import Autocast
 from pydeq.protocol import Status
@@ -282,7 +284,9 @@ def equation_of(
     autocast = Autocast.current(layout.device)
 
     def live(z: Parts, *inputs: Tensor) -> Parts:
-        with autocast.again():
+        # Norms and attention have right derivatives of any order in plain operations only.
+        plain = any_order() if torch._C._are_functorch_transforms_active() else nullcontext()
+        with autocast.again(), plain:
             y = explicit(z if layout.is_tuple else z[0], inputs)
         return as_tuple(layout.check(y, autocast.enabled, detach=False))
 

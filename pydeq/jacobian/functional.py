@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.jacobian.composed import any_order
+from pydeq.composed import any_order
 from pydeq.linearization import vectorize
 from pydeq.state import State, as_tuple, layout_of
 
@@ -17,7 +17,7 @@ class FunctionalLinearization:
     """The products of :class:`pydeq.linearization.Linearization`, each call of which evaluates fn.
 
     J v is formed in forward mode. Norms and attention are evaluated in plain operations, for the sake of their higher
-    derivatives (:mod:`pydeq.jacobian.composed`). Works where autograd's own graph is out of reach: in a function that
+    derivatives (:mod:`pydeq.composed`). Works where autograd's own graph is out of reach: in a function that
     ``torch.func.grad`` or ``vmap`` transforms. A graph to what fn captures is there whether it is asked for or not.
 
     Args:
@@ -47,16 +47,8 @@ class FunctionalLinearization:
         return self._map(product, v)
 
     def _image(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        try:
-            with any_order():
-                y = self._fn(parts if self.layout.is_tuple else parts[0], *self._context)
-        except RuntimeError as error:
-            if "mutate a captured Tensor" not in str(error):
-                raise
-            raise RuntimeError(
-                "mode='jvp', and any mode under torch.func, cannot evaluate an fn that changes buffers, like batch norm"
-                f" in training mode: use mode='vjp' or 'difference' outside of torch.func ({error})"
-            ) from error
+        with any_order():
+            y = self._fn(parts if self.layout.is_tuple else parts[0], *self._context)
         return as_tuple(self.layout.check(y, self._cast, detach=False))
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:

@@ -128,7 +128,10 @@ def advice(reason: str) -> str:
             " torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), which takes more memory"
         )
     if "torch.compile" in reason:
-        return "for exact derivatives of the uncompiled cell use mode='vjp' of a layer's penalty"
+        return (
+            "for exact derivatives do not compile what is in the cell; a cell that is compiled as a whole, a layer's"
+            " penalty with mode='vjp' evaluates without the compiler"
+        )
     if "FSDP2" in reason:
         return "for exact derivatives use pydeq.jacobian_penalty with mode='jvp'"
     return "for exact derivatives make it of operations that can be differentiated twice"

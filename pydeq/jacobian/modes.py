@@ -25,6 +25,17 @@ from pydeq.reduction import WHOLE, Reduction
 from pydeq.state import State
 
 
+# What torch's errors say of functions that torch.func does not take, and what that means.
+_UNFIT = {
+    "mutate a captured Tensor": "changes buffers, like batch norm in training mode",
+    "not differentiable with respect to": "changes buffers, like batch norm in training mode",
+    "setup_context": "has an autograd.Function without setup_context",
+    "forward AD": "has an operator without a forward-mode derivative",
+    "forward mode AD": "has an operator without a forward-mode derivative",
+    "jvp": "has an operator without a forward-mode derivative",
+}
+
+
 def estimate(
     estimator: Estimator,
     fn: Callable[..., Any],
@@ -56,8 +67,11 @@ def estimate(
     if reason is not None and mode == "auto":
         _warn_once(reason)
         return _differences(estimator, fn, z, context, at, is_compiled_graph(nodes), generator, reduction)
+    if reason is not None and from_right:
+        return _functional(estimator, fn, z, context, generator)
     if reason is not None:
         norms = estimator.norm_squared(at, from_right, generator)
+        norms = norms if norms.requires_grad else norms.requires_grad_()  # the products may have left no graph
         return _functions.DelayedError(
             f"mode={mode!r} needs second derivatives of fn, which has none ({reason}): use mode='difference', which"
             f" needs first ones only; or, {advice(reason)}",
@@ -80,18 +94,26 @@ def _functional(
     """By torch.func.
 
     Raises:
-        RuntimeError: If fn has a norm that torch would differentiate wrongly: called by TorchScript, say.
+        RuntimeError: If torch.func cannot evaluate fn, or fn has a norm that torch would differentiate wrongly.
     """
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     from_right = estimator.mode == "jvp" and estimator.method != "exact"
-    norms = estimator.norm_squared(FunctionalLinearization(fn, z, context), from_right, generator)
+    instead = "use mode='vjp' or 'difference' outside of torch.func"
+    try:
+        norms = estimator.norm_squared(FunctionalLinearization(fn, z, context), from_right, generator)
+    except RuntimeError as error:
+        reason = next((said for part, said in _UNFIT.items() if part in str(error)), None)
+        if reason is None:
+            raise
+        raise RuntimeError(
+            f"mode='jvp', and any mode under torch.func, cannot evaluate an fn that {reason}: {instead} ({error})"
+        ) from error
     transformed = torch._C._are_functorch_transforms_active()
     norm = None if transformed else wrong_third_derivative(nodes_of((norms,), first_node))
     if norm is not None:
         raise RuntimeError(
             f"mode='jvp' needs a derivative of {norm} that torch has wrong (pytorch#175754, #196699, #196700), and fn"
-            " calls it where pydeq cannot put plain operations in its place, like TorchScript: use mode='vjp' or"
-            " 'difference'"
+            f" calls it where pydeq cannot put plain operations in its place, like TorchScript: {instead}"
         )
     return norms
 

@@ -107,5 +107,5 @@ class _Composed(TorchFunctionMode):
 @contextmanager
 def any_order() -> Iterator[None]:
     """Evaluate fn inside, where it is to be differentiated more than twice, or by forward mode and then again."""
-    with _Composed(), sdpa_kernel(SDPBackend.MATH):
+    with _Composed(), sdpa_kernel(SDPBackend.MATH):  # pyright: ignore[reportOptionalCall]
         yield
