@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import batch_norm, instance_norm, layer_norm
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def layer_norm_composed(
@@ -101,11 +102,57 @@ class _Composed(TorchFunctionMode):
     """Calls of norms, also those of ``torch.nn``'s modules, made of plain operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _COMPOSED.get(func, func)(*args, **(kwargs or {}))
+        call: Callable[..., Any] = _COMPOSED.get(func) or func
+        return call(*args, **(kwargs or {}))
 
 
 @contextmanager
 def any_order() -> Iterator[None]:
     """Evaluate fn inside, where it is to be differentiated more than twice, or by forward mode and then again."""
-    with _Composed(), sdpa_kernel(SDPBackend.MATH):  # pyright: ignore[reportOptionalCall]
+    with _Composed(), sdpa_kernel(SDPBackend.MATH):  # pyright: ignore
         yield
+
+
+_NORMS = {"native_layer_norm": "layer norm"} | dict.fromkeys(
+    (
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_batch_norm_with_update",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    ),
+    "batch or instance norm",
+)
+
+
+class RefuseNorms(TorchDispatchMode):
+    """At its end, raises if an operator ran whose higher derivatives torch has wrong: called by TorchScript, say.
+
+    Raises:
+        RuntimeError: If so.
+    """
+
+    norm: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        norm = _NORMS.get(func._schema.name.removeprefix("aten::"))
+        if norm is not None and (norm == "layer norm" or _argument(func, "training", args, kwargs)):
+            self.norm = norm
+        return func(*args, **kwargs)
+
+    def __exit__(self, kind: Any, error: Any, at: Any) -> None:
+        super().__exit__(kind, error, at)
+        if error is None and self.norm is not None:
+            raise RuntimeError(
+                f"a derivative of {self.norm} is needed that torch has wrong (pytorch#175754, #196699, #196700), and fn"
+                " calls it where pydeq cannot put plain operations in its place, like TorchScript: use mode='vjp' or"
+                " 'difference'"
+            )
+
+
+def _argument(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    names = [argument.name for argument in func._schema.arguments]
+    if name in kwargs or name not in names:
+        return kwargs.get(name, True)
+    return args[names.index(name)]

@@ -147,7 +147,7 @@ def test_a_compiled_cell_in_an_eager_layer(x):
     assert len(backend.graphs) == 2
 
 
-def test_a_penalty_takes_the_uncompiled_cell(x):
+def test_a_penalty_by_products_takes_the_uncompiled_cell(x):
     """What the compiler leaves cannot be differentiated twice."""
     cell, backend = Cell(), Recorder()
     options = {"solver": pydeq.Broyden(), "rtol": 1e-10}
@@ -155,7 +155,7 @@ def test_a_penalty_takes_the_uncompiled_cell(x):
     for each in (cell, torch.compile(cell, backend=backend)):
         deq = pydeq.DEQ(each, **options)
         torch.manual_seed(0)
-        penalty = pydeq.JacobianPenalty(0.5, probes=3)
+        penalty = pydeq.JacobianPenalty(0.5, probes=3, mode="vjp")
         z, solution = deq(torch.zeros_like(x), x, return_solution=True, penalty=penalty)
         loss = z.square().sum() + solution.penalty
         found.append((solution.penalty.detach(), *torch.autograd.grad(loss, list(cell.parameters()))))
@@ -175,8 +175,11 @@ def test_a_penalty_of_a_compiled_cell_that_draws_says_what_to_use(x):
             return torch.tanh(0.1 * self.inner(z) + x)
 
     deq = pydeq.DEQ(torch.compile(Noisy(), backend=Recorder()), freeze_rng=True)
-    with pytest.raises(RuntimeError, match=r"a penalty needs: use pydeq\.nn\.VariationalDropout, or do not compile"):
-        deq(torch.zeros_like(x), x, return_solution=True, penalty=pydeq.JacobianPenalty(1.0))
+    with pytest.raises(RuntimeError, match=r"use pydeq\.nn\.VariationalDropout or mode='difference', or do not"):
+        deq(torch.zeros_like(x), x, return_solution=True, penalty=pydeq.JacobianPenalty(1.0, mode="vjp"))
+    penalty = pydeq.JacobianPenalty(1.0, mode="difference")
+    _, solution = deq(torch.zeros_like(x), x, return_solution=True, penalty=penalty)
+    assert 0.0 < solution.penalty < 0.1  # with another mask in one evaluation it would be some ten
 
 
 def test_the_whole_graph_at_once_is_refused_by_the_compiler(x):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydeq.composed import any_order
+from pydeq.composed import RefuseNorms, any_order
 from pydeq.linearization import vectorize
 from pydeq.state import State, as_tuple, layout_of
 
@@ -42,7 +43,8 @@ class FunctionalLinearization:
         """J v_k for v [K, B, D], as [K, B, D]."""
 
         def product(v: Tensor) -> Tensor:
-            return self._flat(torch.func.jvp(self._image, self._point, as_tuple(self.layout.view(v)))[1])
+            with RefuseNorms() if create_graph else nullcontext():
+                return self._flat(torch.func.jvp(self._image, self._point, as_tuple(self.layout.view(v)))[1])
 
         return self._map(product, v)
 

@@ -24,7 +24,6 @@ from pydeq.linearization import Linearization, linearize
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.state import State
 
-
 # What torch's errors say of functions that torch.func does not take, and what that means.
 _UNFIT = {
     "mutate a captured Tensor": "changes buffers, like batch norm in training mode",
@@ -32,7 +31,6 @@ _UNFIT = {
     "setup_context": "has an autograd.Function without setup_context",
     "forward AD": "has an operator without a forward-mode derivative",
     "forward mode AD": "has an operator without a forward-mode derivative",
-    "jvp": "has an operator without a forward-mode derivative",
 }
 
 
@@ -96,26 +94,17 @@ def _functional(
     Raises:
         RuntimeError: If torch.func cannot evaluate fn, or fn has a norm that torch would differentiate wrongly.
     """
-    first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     from_right = estimator.mode == "jvp" and estimator.method != "exact"
-    instead = "use mode='vjp' or 'difference' outside of torch.func"
     try:
-        norms = estimator.norm_squared(FunctionalLinearization(fn, z, context), from_right, generator)
+        return estimator.norm_squared(FunctionalLinearization(fn, z, context), from_right, generator)
     except RuntimeError as error:
         reason = next((said for part, said in _UNFIT.items() if part in str(error)), None)
         if reason is None:
             raise
         raise RuntimeError(
-            f"mode='jvp', and any mode under torch.func, cannot evaluate an fn that {reason}: {instead} ({error})"
+            f"mode='jvp', and any mode under torch.func, cannot evaluate an fn that {reason}: use mode='vjp' or"
+            f" 'difference' outside of torch.func ({error})"
         ) from error
-    transformed = torch._C._are_functorch_transforms_active()
-    norm = None if transformed else wrong_third_derivative(nodes_of((norms,), first_node))
-    if norm is not None:
-        raise RuntimeError(
-            f"mode='jvp' needs a derivative of {norm} that torch has wrong (pytorch#175754, #196699, #196700), and fn"
-            f" calls it where pydeq cannot put plain operations in its place, like TorchScript: {instead}"
-        )
-    return norms
 
 
 def _differences(

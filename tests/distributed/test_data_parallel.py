@@ -185,6 +185,36 @@ def test_a_penalty_by_jacobian_vector_products_under_fsdp(world):
     world.run(penalize)
 
 
+def penalize_by_differences(rank):
+    """In a layer, by default: the evaluation that attaches the graph, and one more."""
+    x, gradients, reasons = batches()[rank], [], []
+    mesh = init_device_mesh("cpu", (SIZE,))
+    for group in (mesh.get_group(), None):
+        model = Model(group=group)
+        if group:
+            fully_shard(model.deq.cell, mesh=mesh)
+        data = model.encoder(x)
+        penalty = pydeq.JacobianPenalty(1.0, mode="auto" if group else "difference", probes=2)
+        torch.manual_seed(rank)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            z, solution = model.deq(torch.zeros_like(x), data, return_solution=True, penalty=penalty)
+        reasons.append([str(w.message) for w in caught if "differences of fn" in str(w.message)])
+        (z.square().mean() + solution.penalty).backward()
+        gradients.append([p.grad for p in model.deq.cell.parameters()])
+    assert len(reasons[0]) == 1
+    assert "FSDP2 frees parameters after each backward pass" in reasons[0][0]
+    assert not reasons[1]
+    for gradient, alone in zip(*gradients, strict=True):
+        dist.all_reduce(alone)
+        assert float(alone.abs().max()) > 1e-3
+        assert_close(gradient.full_tensor(), alone / SIZE, size=DIM * BATCH * SIZE, condition=1e5)
+
+
+def test_a_layers_penalty_under_fsdp(world):
+    world.run(penalize_by_differences)
+
+
 def second_order(rank):
     """A Hessian-vector product; the ranks' loops of the second backward pass end together, too."""
     x = batches()[rank]
