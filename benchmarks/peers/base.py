@@ -52,13 +52,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """An implicit layer: Anderson forward and backward, exact implicit gradients."""
+    """An implicit layer: Anderson forward and backward, exact implicit gradients.
+
+    Args:
+        penalty: pydeq's mode of the Jacobian penalty; other libraries have one only.
+    """
 
     method: Method
     rtol: float
     max_calls: int
     adjoint_rtol: float
     adjoint_max_calls: int
+    penalty: Literal["vjp", "difference"] = "vjp"
 
 
 class Layer(Protocol):

@@ -16,13 +16,14 @@ class TransformerCell(nn.Module):
         inner: Width of the feed-forward layer.
         deviation: Of the initial weights; ten times it for the projection after attention, so that attention outweighs
             what goes around it. The cell then contracts, as regularized training leaves it; else it hardly does.
+        fused: Use torch's fused attention, which has no second derivative.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019, section 4.
     """
 
-    def __init__(self, width: int, heads: int, inner: int, deviation: float = 0.02) -> None:
+    def __init__(self, width: int, heads: int, inner: int, deviation: float = 0.02, fused: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.fused = heads, fused
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.first = nn.Linear(width, inner)
@@ -34,9 +35,11 @@ class TransformerCell(nn.Module):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         batch, length, width = z.shape
         q, k, v = (self.qkv(z) + x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # In plain products: the fused operation has no second derivative, which a penalty needs.
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        hidden = torch.ones(length, length, dtype=torch.bool, device=z.device).triu(1)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        y = self.norms[0](z + self.out((weights @ v).transpose(1, 2).reshape(batch, length, width)))
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # in plain products, which can be differentiated twice
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            hidden = torch.ones(length, length, dtype=torch.bool, device=z.device).triu(1)
+            mixed = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        y = self.norms[0](z + self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
         return self.norms[1](y + self.second(functional.relu(self.first(y))))

@@ -57,6 +57,11 @@ SECTIONS: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {
         " exact value.",
         (),
     ),
+    "differences": (
+        "Penalties by differences",
+        "How far the gradient of a penalty by differences is from the exact one, and what trainings with it reach.",
+        (),
+    ),
     "adjoints": (
         "Adjoints",
         "Products with the Jacobian that backward solvers need on trained cells, and what approximate gradients save"

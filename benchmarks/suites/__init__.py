@@ -7,6 +7,7 @@ from collections.abc import Callable
 from benchmarks.suites import (
     adjoints,
     compat,
+    differences,
     digits,
     importing,
     jacobian,
@@ -29,6 +30,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
     "compat": compat.run,
     "training": training.run,
     "jacobian": jacobian.run,
+    "differences": differences.run,
     "adjoints": adjoints.run,
     "models": models.run,
 }

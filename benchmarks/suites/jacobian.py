@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 import warnings
@@ -18,14 +19,17 @@ from torch.utils.flop_counter import flop_registry
 import pydeq
 from benchmarks.problems.dense import DenseCell
 from benchmarks.problems.trained import trained
+from benchmarks.problems.transformer import TransformerCell
 from benchmarks.results import number, times
 from benchmarks.suites import training
 from benchmarks.suites.base import BASELINE, Context
 from benchmarks.suites.memory import quiet
 from benchmarks.timing import Spread, alternate, ratios, spread, threads
+from pydeq.linearization import linearize
 
 PROBES = 8
-LIMIT = 0.6  # of torchdeq's time
+LIMIT = 0.6  # of torchdeq's time, by differences
+HALF = 0.5  # of the time by vjp, likewise
 PRODUCTS = (3, 9, 30)  # probes of the estimates
 SAMPLES = 8
 
@@ -50,9 +54,10 @@ ESTIMATES = (
 
 
 def run(context: Context) -> None:
-    context.bar.start(len(training.CASES) + len(ESTIMATES) * 4)
+    context.bar.start(2 * len(training.CASES) + len(ESTIMATES) * 4)
     with threads(1):
         _time(context)
+        _in_a_layer(context)
         _errors(context)
 
 
@@ -83,7 +88,7 @@ def _time(context: Context) -> None:
                     ratio = ratios(values, measured[other])
                     results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}_over_{other}", ratio, "1")
                     over = times(ratio.median)
-                    if side == BASELINE and other == "torchdeq":
+                    if side == f"{BASELINE}_difference" and other == "torchdeq" and case.key != "dense":
                         shares.append(ratio.median)
             work, inside = _work(sides[side])
             results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}.operations", work, "1e9")
@@ -93,8 +98,8 @@ def _time(context: Context) -> None:
         context.bar.advance()
     results.target(
         "jacobian.probes",
-        f"A penalty with {PROBES} probes and its gradients: share of the time of torchdeq's loop, worst of"
-        f" {len(training.CASES)} cells",
+        f"A penalty with {PROBES} probes by differences and its gradients: share of the time of torchdeq's loop, worst"
+        " of the cells in which f dominates",
         "<=",
         LIMIT,
         max(shares) if shares else None,
@@ -107,7 +112,97 @@ def _time(context: Context) -> None:
         rows,
         f"One evaluation of the cell, {PROBES} products, and backward through them. Medians of turns. Gflop: of matrix"
         " products and convolutions, and the least time seen inside of these operators."
-        " Each probe takes a product with J, one back through it and one for the weights; JVPs do not go back to z.",
+        " Each probe takes a product with J, one back through it and one for the weights; JVPs do not go back to z."
+        " Differences take an evaluation each, and one more; the transformer's attention is then the fused one.",
+    )
+
+
+def _fused(cell: nn.Module) -> nn.Module:
+    """The same map; attention as only differences can have it."""
+    if not isinstance(cell, TransformerCell):
+        return cell
+    fused = copy.copy(cell)  # the same parameters
+    fused.fused = True
+    return fused
+
+
+def _in_a_layer(context: Context) -> None:
+    """One probe where f(z) and its graph are there, as in a layer: what a penalty adds to that and its backward."""
+    results, rows, shares, alone = context.results, [], [], []
+    for case in training.CASES:
+        context.bar.show(f"one probe in a layer, {case.key}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            cell, z, x = case.make()
+            z = torch.randn_like(z)
+
+        def timed(fn: nn.Module, options: dict[str, Any] | None, z: Tensor = z, x: Tensor = x) -> Callable[[], float]:
+            def measure() -> float:
+                fn.zero_grad()
+                start = time.perf_counter()
+                at = linearize(fn, z, (x,))
+                loss = at.y[0].mean()
+                if options is not None:
+                    loss = loss + pydeq.JacobianPenalty(1.0, **options).evaluate(fn, z, (x,), at)
+                loss.backward()
+                return time.perf_counter() - start
+
+            return measure
+
+        def by_vjp(cell: nn.Module = cell, z: Tensor = z, x: Tensor = x) -> float:
+            cell.zero_grad()
+            start = time.perf_counter()
+            pydeq.jacobian_penalty(cell, z, x, mode="vjp").backward()
+            return time.perf_counter() - start
+
+        fused = _fused(cell)
+        sides = {
+            "plain": timed(cell, None),
+            "vjp": timed(cell, {"mode": "vjp"}),
+            "plain_fused": timed(fused, None),
+            "difference": timed(fused, {"mode": "difference"}),
+            "central": timed(fused, {"mode": "difference", "order": 2}),
+            "alone": by_vjp,
+        }
+        measured = alternate(sides, 3 * context.profile.jacobian_repeats)
+        seconds = {side: statistics.median(values) for side, values in measured.items()}
+        added = {
+            "vjp": seconds["vjp"] - seconds["plain"],
+            "difference": seconds["difference"] - seconds["plain_fused"],
+            "central": seconds["central"] - seconds["plain_fused"],
+        }
+        for side, value in added.items():
+            results.figure(f"jacobian.{case.key}.layer.{side}.added", value * 1e3, "ms")
+        results.figure(f"jacobian.{case.key}.alone.vjp", spread(measured["alone"]).scaled(1e3), "ms")
+        ratio, of_alone = added["difference"] / added["vjp"], added["difference"] / seconds["alone"]
+        results.figure(f"jacobian.{case.key}.layer.difference_over_vjp", ratio, "1")
+        results.figure(f"jacobian.{case.key}.layer.difference_over_alone", of_alone, "1")
+        if case.key != "dense":
+            shares.append(ratio)
+            alone.append(of_alone)
+        times_ms = (number(value * 1e3) for value in (seconds["plain"], *added.values(), seconds["alone"]))
+        rows.append((case.title, *times_ms, times(ratio), times(of_alone)))
+        context.bar.advance()
+    for name, statement, values in (
+        ("difference", "what one by vjp adds", shares),
+        ("difference_alone", "the time of one by vjp alone", alone),
+    ):
+        results.target(
+            f"jacobian.{name}",
+            f"What a penalty by differences adds to a layer's step: share of {statement}, worst of the cells in which f"
+            " dominates",
+            "<=",
+            HALF,
+            max(values) if values else None,
+            "x",
+        )
+    results.table(
+        "jacobian",
+        "The penalty with one Gaussian probe and its gradients in a layer, one thread, float32, in ms",
+        ("cell", "f and backward", "vjp adds", "difference adds", "central adds", "vjp alone", "share", "of alone"),
+        rows,
+        "Added to one evaluation of f with its backward pass, which the loss needs in any case. Alone: evaluation,"
+        " product, and backward through both. Medians of turns. With differences, attention is the fused one.",
     )
 
 
@@ -155,9 +250,10 @@ def _sides(context: Context, cell: nn.Module, z: Tensor, x: Tensor) -> Iterator[
 
         return measure
 
-    for mode in ("vjp", "jvp"):
+    for mode in ("vjp", "jvp", "difference"):
         name = BASELINE if mode == "vjp" else f"{BASELINE}_{mode}"
-        yield name, timed(lambda mode=mode: pydeq.jacobian_penalty(cell, z, x, probes=PROBES, mode=mode))
+        fn = _fused(cell) if mode == "difference" else cell
+        yield name, timed(lambda mode=mode, fn=fn: pydeq.jacobian_penalty(fn, z, x, probes=PROBES, mode=mode))
     if "torchdeq" in context.peers:
         from torchdeq.loss import jac_reg
 

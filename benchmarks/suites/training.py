@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from benchmarks.timing import WatchedCell, alternate, ratios, spread, threads
 SETTINGS = LayerSettings(Method("anderson", memory=6), rtol=1e-3, max_calls=30, adjoint_rtol=1e-4, adjoint_max_calls=30)
 STRENGTH = 0.5
 KINDS = ("plain", "penalty")
+BY_DIFFERENCE = f"{BASELINE}_difference"  # the penalty's mode; the other one is vjp
+PRICE = 1.4  # of a step with penalty over one without
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def run(context: Context) -> None:
     bar.start(len(CASES) * len(KINDS))
     rows: list[tuple[str, ...]] = []
     lowest: list[float] = []
+    prices: list[float] = []
     with threads(1):
         for case in CASES:
             with torch.random.fork_rng(devices=[]):
@@ -80,6 +83,12 @@ def run(context: Context) -> None:
                 ratio = _measure(context, case, kind, cell, z0, x, rows)
                 worst += [] if ratio is None else [ratio]
                 bar.advance()
+            plain = results.value(f"training.{case.key}.plain.{BASELINE}.step")
+            for side in (BASELINE, BY_DIFFERENCE):
+                penalized = results.value(f"training.{case.key}.penalty.{side}.step")
+                if plain is not None and penalized is not None:
+                    prices.append(penalized / plain)
+                    results.figure(f"training.{case.key}.penalty.{side}.price", penalized / plain, "1")
             lowest += worst
             results.target(
                 f"training.{case.key}",
@@ -95,6 +104,14 @@ def run(context: Context) -> None:
         ">=",
         1.0,
         min(lowest) if lowest else None,
+        "x",
+    )
+    results.target(
+        "training.penalty_price",
+        "A training step with penalty, by vjp or by differences: its time over that of one without, in the worst case",
+        "<=",
+        PRICE,
+        max(prices) if prices else None,
         "x",
     )
     results.table(
@@ -114,7 +131,10 @@ def _measure(
 ) -> float | None:
     """The figures of one case; torchdeq's time over pydeq's."""
     results, name = context.results, f"training.{case.key}.{kind}"
-    steps = {side: _step(peer, cell, cell, z0, x, kind) for side, peer in context.peers.items()}
+    sides = {side: (peer, SETTINGS) for side, peer in context.peers.items()}
+    if kind == "penalty":
+        sides[BY_DIFFERENCE] = context.peers[BASELINE], replace(SETTINGS, penalty="difference")
+    steps = {side: _step(peer, settings, cell, cell, z0, x, kind) for side, (peer, settings) in sides.items()}
 
     def timed(step: Callable[[], object]) -> Callable[[], float]:
         def measure() -> float:
@@ -126,9 +146,9 @@ def _measure(
 
     measured = alternate({side: timed(step) for side, step in steps.items()}, context.profile.training_repeats)
     evaluation, product = _cost(cell, z0, x)
-    for side, peer in context.peers.items():
+    for side, (peer, settings) in sides.items():
         counted = WatchedCell(cell)
-        _step(peer, cell, counted, z0, x, kind)()
+        _step(peer, settings, cell, counted, z0, x, kind)()
         peak = peak_bytes(peer, steps[side]) / 2**20
         seconds = spread(measured[side])
         inside = (counted.calls * evaluation + counted.products * product) / seconds.median
@@ -142,17 +162,24 @@ def _measure(
             results.figure(f"{name}.step.{side}_over_{BASELINE}", ratio, "1")
             over = times(ratio.median)
         label = "with penalty" if kind == "penalty" else "without penalty"
+        shown = f"{BASELINE}, by difference" if side == BY_DIFFERENCE else side
         share = f"{100 * inside:.0f}%" if kind == "plain" else ""
-        row = (case.title, label, side, number(seconds.median * 1e3), over)
+        row = (case.title, label, shown, number(seconds.median * 1e3), over)
         rows.append((*row, str(counted.calls), str(counted.products), number(peak), share))
     return results.value(f"{name}.step.torchdeq_over_{BASELINE}")
 
 
 def _step(
-    peer: Peer, cell: nn.Module, called: Callable[[Tensor, Tensor], Tensor], z0: Tensor, x: Tensor, kind: str
+    peer: Peer,
+    settings: LayerSettings,
+    cell: nn.Module,
+    called: Callable[[Tensor, Tensor], Tensor],
+    z0: Tensor,
+    x: Tensor,
+    kind: str,
 ) -> Callable[[], None]:
     """A training step of one library, which calls ``called`` for the cell; gradients as it leaves them."""
-    layer: Layer = peer.layer(called, SETTINGS)
+    layer: Layer = peer.layer(called, settings)
     # Norms would hide a loss of z's length from the cell.
     weights = torch.randn(z0.shape, generator=torch.Generator().manual_seed(1))
 

@@ -246,7 +246,11 @@ def test_training_reports_what_it_counts(context, monkeypatch):
             assert value(f"training.tiny.{kind}.{name}.memory") > 0
     evaluations = [value(f"training.tiny.{kind}.pydeq.evaluations") for kind in training.KINDS]
     assert evaluations[0] == evaluations[1]  # the penalty takes none of its own
-    assert {target.name for target in context.results.targets} == {"training.tiny", "training.never_slower"}
+    assert {target.name for target in context.results.targets} == {
+        "training.tiny",
+        "training.never_slower",
+        "training.penalty_price",
+    }
 
 
 def test_estimates_come_closer_with_more_products(context, monkeypatch):
