@@ -175,7 +175,8 @@ class DEQ(nn.Module):
                 ``Unrolled`` and ``Reversible`` take none of them.
             penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is then a term for the loss. It
                 takes the evaluation that attaches the graph; another one is made with gradients off, and where the
-                adjoint evaluates the cell elsewhere (``Phantom(form="unroll")``).
+                adjoint evaluates the cell elsewhere (``Phantom(form="unroll")``). Penalties by differences make more,
+                also of a compiled cell, which penalties by products evaluate without the compiler.
 
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
