@@ -48,7 +48,7 @@ class _Layer:
             rtol=settings.adjoint_rtol,
             max_steps=settings.adjoint_max_calls,
         )
-        self.cell, self.mode = cell, settings.penalty
+        self.cell, self.settings = cell, settings
         self.deq = pydeq.DEQ(
             cell,
             solver=_solver(settings.method, settings.max_calls),
@@ -61,10 +61,11 @@ class _Layer:
         return self.deq(z0, x, max_steps=max_calls)
 
     def penalty(self, z: Tensor, x: Tensor) -> Tensor:
-        return pydeq.jacobian_penalty(self.cell, z.detach(), x, mode=self.mode)
+        return pydeq.jacobian_penalty(self.cell, z.detach(), x, mode=self.settings.penalty)
 
     def solve_penalized(self, z0: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, solution = self.deq(z0, x, return_solution=True, penalty=pydeq.JacobianPenalty(1.0, mode=self.mode))
+        penalty = pydeq.JacobianPenalty(1.0, mode=self.settings.penalty)
+        z, solution = self.deq(z0, x, return_solution=True, penalty=penalty)
         return z, solution.penalty
 
 

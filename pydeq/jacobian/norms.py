@@ -43,19 +43,19 @@ def frobenius_norm_squared(
         context: Passed on to fn.
         probes: Products with J per sample, at least 1. Hutchinson's relative error falls as 1/sqrt(probes).
         distribution: "gaussian", variance 2 ||J J^T||_F^2, or "rademacher", 2 (||J J^T||_F^2 - sum (J J^T)_ii^2).
-        mode: "auto", "vjp" where fn can be differentiated twice, else, with a warning that says why, "difference". "vjp"
-            forms eps^T J, "jvp" forms J eps, for "hutchinson" in forward mode; both have gradients that are second
+        mode: "auto" is "vjp" where fn can be differentiated twice, else, with a warning that says why, "difference".
+            "vjp" forms eps^T J, "jvp" forms J eps, for "hutchinson" in forward mode; their gradients are second
             derivatives of fn. "difference" forms J eps from evaluations of fn, and needs first derivatives only.
         method: "hutchinson", or "hutch++" (Meyer, Musco, Musco and Woodruff 2021), for Jacobians with few dominant
             directions: a third of the probes, which must be at least 3, finds an orthonormal basis of them by products
             of the other mode (and one more product, since they form J eps by differentiating eps^T J), a third takes
             their part of the norm exactly, a third estimates the rest. "exact" takes all D rows of J, for states of at
-            most 1024 entries, which must not depend on other samples; probes and distribution are then not used, and "jvp"
-            is "vjp".
+            most 1024 entries, which must not depend on other samples; probes and distribution are then not used, and
+            "jvp" is "vjp".
         order: Of "difference": 1, (f(z + s eps) - f(z)) / s, the default, or 2, (f(z + s eps) - f(z - s eps)) / (2 s).
-        step: s in units of the root mean square of the states, by default 0.1. On smooth cells gradients are then within
-            11% of the exact ones for each draw, and 3% in the mean, by order 2 within 2% and 1%, where one exact draw
-            itself scatters by 90%. With ReLU they are those of a penalty smoothed over the step, with a scatter up to
+        step: s in units of the root mean square of the states, by default 0.1. On smooth cells gradients are then
+            within 11% of the exact ones for each draw, and 3% in the mean, by order 2 within 2% and 1%, where one exact
+            draw itself scatters by 90%. With ReLU they are those of a penalty smoothed over the step, with a scatter up to
             three times as large; steps of 0.1 to 0.3 suit it. docs/penalty.md has the measurements.
         generator: Where the seed of the probes comes from; by default torch's own. See :mod:`pydeq.ops.random_probes`.
 
@@ -91,7 +91,8 @@ def jacobian_penalty(
     a mean over every entry of the batch. A layer's ``penalty=`` gives the same without another evaluation of fn.
 
     Args:
-        fn, z, context, probes, distribution, mode, method, order, step, generator: As in :func:`frobenius_norm_squared`.
+        fn, z, context, probes, distribution, mode, method, order, step, generator: As in
+            :func:`frobenius_norm_squared`.
 
     Returns:
         0-d tensor, differentiable with respect to parameters and context.
