@@ -565,13 +565,19 @@ class Softsign(Function):
         return gradients[0] / (1 + x.abs()).square()
 
 
-class OnceSoftsign(Softsign):
+class OnceSoftsign(Function):
     """The same, as most kernels are bound: differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x / (1 + x.abs())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return Softsign.backward(ctx, *gradients)
+        (x,) = ctx.saved_tensors
+        return gradients[0] / (1 + x.abs()).square()
 
 
 @case("a custom autograd.Function")
@@ -614,7 +620,7 @@ def autograd_energy():
     def cell(m, z, x):
         graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            at = z if z.requires_grad else z.detach().requires_grad_()
+            at = z if z.requires_grad else z.detach().clone().requires_grad_()
             value = F.softplus(m.linear(at)).sum() + 0.5 * (at - x).square().sum()
             (gradient,) = torch.autograd.grad(value, at, create_graph=graph)
         return z - 0.3 * gradient

@@ -1,0 +1,77 @@
+"""What torch itself cannot do with a cell, column by column of the matrix; docs/cells.md says the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limit(NamedTuple):
+    """What a column of the matrix meets with some cell.
+
+    Args:
+        error: Type of the exception, which plain torch raises as well.
+        message: Its text, a regular expression.
+        note: For the table.
+    """
+
+    error: type[Exception]
+    message: str
+    note: str
+
+
+FUSED = Limit(
+    RuntimeError,
+    "derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is not implemented",
+    "pytorch#116350",
+)
+ONCE = Limit(RuntimeError, "marked with @once_differentiable", "as declared")
+NO_CAST = "torch's operator takes no mixed types: cast in the cell"
+_SETUP = Limit(RuntimeError, "it must override the setup_context staticmethod", "needs setup_context and vmap")
+_MIXED = Limit(RuntimeError, "index_add_.*must have the same scalar type", NO_CAST)
+
+ONCE_DIFFERENTIABLE = "a custom autograd.Function that is once_differentiable"
+
+# By column, by name of the case.
+LIMITS: dict[str, dict[str, Limit]] = {
+    "second derivatives": {
+        "nn.MultiheadAttention": FUSED,
+        "nn.TransformerEncoderLayer": FUSED,
+        "nn.TransformerDecoderLayer with a memory": FUSED,
+        "F.scaled_dot_product_attention, causal": FUSED,
+        "F.scaled_dot_product_attention with a padding mask": FUSED,
+        "attention with fewer heads for keys (GQA)": FUSED,
+        "a looped transformer's block: sandwiched RMSNorm, SwiGLU, input by an adapter": FUSED,
+        ONCE_DIFFERENTIABLE: ONCE,
+    },
+    "bf16 autocast": {
+        "messages along edges by index_add, a graph as one sample": _MIXED,
+        "nodes and edges, a dict": _MIXED,
+        "graph attention by scatter, a graph as one sample": Limit(RuntimeError, "Expected self.dtype to be", NO_CAST),
+        "a sparse matrix, the nodes of one graph as the batch": Limit(
+            RuntimeError, "expected scalar type Float but found BFloat16", NO_CAST
+        ),
+    },
+    "torch.func": {
+        "torch.utils.checkpoint inside": Limit(
+            RuntimeError, "don't yet support saved tensor hooks", "torch.func takes no checkpoints"
+        ),
+        "a custom autograd.Function": _SETUP,
+        ONCE_DIFFERENTIABLE: _SETUP,
+        "the gradient of an energy, by torch.autograd.grad": Limit(
+            RuntimeError, r"requires_grad_\(\)|not have been used in the graph", "use torch.func.grad in the cell"
+        ),
+    },
+}
+
+# What is not right yet, by column: neither promised in docs/cells.md nor tested.
+OPEN: dict[str, tuple[str, ...]] = {
+    "gradients": ("a part in TorchScript",),
+    "second derivatives": ("a part in TorchScript",),
+    "bf16 autocast": ("a part in TorchScript",),
+    "torch.compile": ("a part in TorchScript",),
+    "torch.func": (
+        "a part in TorchScript",
+        "convolutions with BatchNorm in training mode",
+        "convolutions with BatchNorm in evaluation mode",
+    ),
+}

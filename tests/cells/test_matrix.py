@@ -1,0 +1,250 @@
+"""What a DEQ does with each cell of the world: one column of tests for each thing that people do with a layer.
+
+What torch itself cannot do is in ``limits``, and is tested to raise what torch raises.
+"""
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cells import CELLS, Case
+from limits import FUSED, LIMITS, OPEN
+from table import table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+import pydeq
+from pydeq.ops import random_probes
+from pydeq.protocol import Distribution
+
+FINE = {"rtol": 1e-11, "max_steps": 200}
+
+
+def each(column):
+    """Every cell that is promised to work in a column, or to raise what torch raises."""
+    return pytest.mark.parametrize("case", [case for case in CELLS if case.name not in OPEN.get(column, ())], ids=str)
+
+
+def layer(case: Case, cell, **options):
+    adjoint = pydeq.Implicit(pydeq.Broyden(), rtol=1e-10, max_steps=200)
+    return pydeq.DEQ(cell, has_aux=case.has_aux, **{"adjoint": adjoint} | FINE | options)
+
+
+def parts(state):
+    """The tensors of a state, joined to [B, D]."""
+    return torch.cat([part.flatten(1) for part in tree_leaves(state)], dim=1)
+
+
+def evaluate(case: Case, cell, z, context):
+    y = cell(z, *context)
+    return y[0] if case.has_aux else y
+
+
+def unrolled(case: Case, cell, z, context, digits=1e-11):
+    """Plain iteration until nothing changes."""
+    for _ in range(300):
+        before, z = z, evaluate(case, cell, z, context)
+        if (parts(z) - parts(before)).abs().max() < digits:
+            break
+    return z
+
+
+def sources(cell, context):
+    """What gradients are taken of: x, and the parameters."""
+    x = context[-1].requires_grad_()
+    return [x, *(cell.parameters() if isinstance(cell, torch.nn.Module) else ())]
+
+
+def loss(z):
+    flat = parts(z)
+    return (flat * torch.linspace(-1.0, 1.0, flat.shape[1], dtype=flat.dtype)).sum() + 0.1 * flat.pow(3).sum()
+
+
+def assert_same_type(z, z0):
+    assert type(z) is type(z0)
+    assert [part.shape for part in tree_leaves(z)] == [part.shape for part in tree_leaves(z0)]
+
+
+def assert_all_close(found, expected, rtol, atol):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def is_limited(column, case, does, plainly):
+    """Whether torch cannot do this: then a DEQ and plain torch raise the same."""
+    limit = LIMITS.get(column, {}).get(case.name)
+    if limit is not None:
+        for call in (does, plainly):
+            with pytest.raises(limit.error, match=limit.message):
+                call()
+    return limit is not None
+
+
+@each("inference")
+def test_inference(case):
+    cell, z0, context = case.build()
+    with torch.inference_mode():
+        z, solution = layer(case, cell)(z0, *context, return_solution=True)
+        assert solution.converged.all()
+        assert_same_type(z, z0)
+        assert_all_close([parts(z)], [parts(unrolled(case, cell, z0, context))], 1e-7, 1e-8)
+
+
+@each("gradients")
+def test_gradients(case):
+    """Implicit's are those of plain iterations."""
+    cell, z0, context = case.build()
+    inputs = sources(cell, context)
+    z = layer(case, cell)(z0, *context)
+    assert_same_type(z, z0)
+    found = torch.autograd.grad(loss(z), inputs)
+    expected = torch.autograd.grad(loss(unrolled(case, cell, z0, context)), inputs)
+    assert_all_close(found, expected, 1e-6, 1e-7)
+
+
+def second(z, inputs):
+    (g,) = torch.autograd.grad(loss(z), inputs[0], create_graph=True)
+    g.square().sum().backward()
+    found = [x.grad for x in inputs]
+    for x in inputs:
+        x.grad = None
+    return found
+
+
+@each("second derivatives")
+def test_second_derivatives(case):
+    cell, z0, context = case.build()
+    inputs = sources(cell, context)
+
+    def does():
+        return second(layer(case, cell)(z0, *context), inputs)
+
+    def plainly():
+        return second(unrolled(case, cell, z0, context), inputs)
+
+    if is_limited("second derivatives", case, does, plainly):
+        if LIMITS["second derivatives"][case.name] is not FUSED:
+            return
+        with sdpa_kernel(SDPBackend.MATH):
+            found, expected = does(), plainly()
+    else:
+        found, expected = does(), plainly()
+    assert_all_close(found, expected, 1e-5, 1e-6)
+
+
+@each("bf16 autocast")
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm
+@pytest.mark.filterwarnings("ignore:the backward solve of:pydeq.ConvergenceWarning")  # of the inner layer, to 1e-12
+def test_autocast(case):
+    cell, z0, context = case.build(torch.float32)
+    deq = pydeq.DEQ(cell, has_aux=case.has_aux)
+    inputs = sources(cell, context)
+
+    def cast(of):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = of()
+        return z, torch.autograd.grad(loss(z), inputs)
+
+    def does():
+        return cast(lambda: deq(z0, *context))
+
+    if is_limited("bf16 autocast", case, does, lambda: cast(lambda: evaluate(case, cell, z0, context))):
+        return
+    with torch.no_grad():
+        exact = parts(deq(z0, *context))
+    z, gradients = does()
+    assert_same_type(z, z0)
+    assert parts(z).dtype == torch.float32
+    assert (parts(z) - exact).norm() <= 0.1 * exact.norm()
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@each("torch.compile")
+def test_compiled(case):
+    cell, z0, context = case.build()
+    inputs = sources(cell, context)
+    expected = layer(case, cell)(z0, *context)
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, about what it looks at
+        z = layer(case, torch.compile(cell, backend="eager"))(z0, *context)
+        found = torch.autograd.grad(loss(z), inputs)
+    assert_same_type(z, z0)
+    assert_all_close([parts(z)], [parts(expected)], 1e-8, 1e-9)
+    assert_all_close(found, torch.autograd.grad(loss(expected), inputs), 1e-6, 1e-7)
+
+
+@each("copies")
+def test_copies(case):
+    cell, z0, context = case.build()
+    deq = layer(case, cell)
+    with torch.no_grad():
+        z = deq(z0, *context)
+        assert torch.equal(parts(copy.deepcopy(deq)(z0, *context)), parts(z))
+        if not case.closure:
+            fresh = layer(case, case.build(seed=1)[0])
+            fresh.load_state_dict(deq.state_dict())
+            assert torch.equal(parts(fresh(z0, *context)), parts(z))
+
+
+@each("torch.func")
+def test_torch_func(case):
+    cell, z0, context = case.build()
+    (x,) = sources(cell, context)[:1]
+    deq = layer(case, cell)
+
+    def does():
+        return torch.func.grad(lambda x: loss(deq(z0, *context[:-1], x)))(x.detach())
+
+    def plainly():
+        return torch.func.grad(lambda x: loss(evaluate(case, cell, z0, (*context[:-1], x))))(x.detach())
+
+    if not is_limited("torch.func", case, does, plainly):
+        (expected,) = torch.autograd.grad(loss(deq(z0, *context)), x)
+        assert_all_close([does()], [expected], 1e-6, 1e-7)
+
+
+def dense(case, cell, z, context):
+    """The Jacobian of each sample, [B, D, D]; the batch is one sample where samples depend on each other."""
+    leaves = [part.detach().requires_grad_() for part in tree_leaves(z)]
+    numbers = iter(leaves)
+    y = parts(evaluate(case, cell, tree_map(lambda _: next(numbers), z), context))
+    rows = [parts(torch.autograd.grad(y[:, i].sum(), leaves, retain_graph=True)) for i in range(y.shape[1])]
+    return torch.stack(rows, dim=1)
+
+
+@each("penalty")
+@pytest.mark.filterwarnings("ignore:products with the Jacobian are formed one by one:RuntimeWarning")
+def test_penalty(case):
+    """Exactly, and by products with the probes that are drawn."""
+    cell, z0, context = case.build()
+    penalty = pydeq.JacobianPenalty(1.0, method="exact")
+    with torch.no_grad():
+        z, solution = layer(case, cell)(z0, *context, return_solution=True, penalty=penalty)
+    if case.couples:
+        assert solution.penalty > 0
+        return
+    J = dense(case, cell, z, context)
+    exact = J.square().sum((1, 2)).mean() / J.shape[1]
+    assert_all_close([solution.penalty], [exact], 1e-7, 1e-9)
+
+    def fn(z, *context):
+        return evaluate(case, cell, z, context)
+
+    like = torch.empty(J.shape[:2], dtype=torch.float64)
+    probes = random_probes(like, 3, Distribution.GAUSSIAN, torch.Generator().manual_seed(1))
+    found = pydeq.frobenius_norm_squared(fn, z, *context, probes=3, generator=torch.Generator().manual_seed(1))
+    assert_all_close([found], [torch.einsum("kbi,bij->kbj", probes, J).square().sum(2).mean(0)], 1e-7, 1e-9)
+
+
+def test_the_docs_have_the_table():
+    """Written by ``python tests/cells/table.py``."""
+    assert table() in (Path(__file__).parents[2] / "docs" / "cells.md").read_text()
+
+
+def test_limits_and_cells_have_the_same_names():
+    names = {case.name for case in CELLS}
+    assert names.issuperset(name for column in LIMITS.values() for name in column)
+    assert names.issuperset(name for column in OPEN.values() for name in column)
