@@ -55,8 +55,8 @@ def frobenius_norm_squared(
         order: Of "difference": 1, (f(z + s eps) - f(z)) / s, the default, or 2, (f(z + s eps) - f(z - s eps)) / (2 s).
         step: s in units of the root mean square of the states, by default 0.1. On smooth cells gradients are then
             within 11% of the exact ones for each draw, and 3% in the mean, by order 2 within 2% and 1%, where one exact
-            draw itself scatters by 90%. With ReLU they are those of a penalty smoothed over the step, with a scatter up to
-            three times as large; steps of 0.1 to 0.3 suit it. docs/penalty.md has the measurements.
+            draw itself scatters by 90%. With ReLU they are those of a penalty smoothed over the step, with a scatter
+            up to three times as large; steps of 0.1 to 0.3 suit it. docs/penalty.md has the measurements.
         generator: Where the seed of the probes comes from; by default torch's own. See :mod:`pydeq.ops.random_probes`.
 
     Returns:

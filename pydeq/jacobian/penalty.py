@@ -41,7 +41,8 @@ class JacobianPenalty:
         stop: The first step without a penalty.
         probes, distribution, mode, method, order, step: As in :func:`pydeq.frobenius_norm_squared`. In a layer "vjp"
             does not evaluate fn again; nor does "jvp", which differentiates the vector-Jacobian product, but where fn
-            has a norm with which that is wrong. "difference" of order 1 evaluates fn once more per probe, order 2 twice.
+            has a norm with which that is wrong. "difference" of order 1 evaluates fn once more per probe, of order 2
+            twice.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
