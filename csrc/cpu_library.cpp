@@ -41,12 +41,14 @@ PYDEQ_EXPORT int pydeq_instruction_set() { return static_cast<int>(pydeq::active
 PYDEQ_EXPORT void pydeq_select_instruction_set(int index) { pydeq::select_isa(static_cast<pydeq::Isa>(index)); }
 
 // Samples that run after `steps` steps, once that is reported; else a number of protocol::ANSWER_*. `query` is a
-// pydeq::StreamQuery. Returns after `patience` at the latest, so that a caller can look for an interrupt.
-PYDEQ_EXPORT int64_t pydeq_await_report(const int64_t* progress, int64_t steps, void* query, void* stream, int device) {
+// pydeq::StreamQuery; `idle` says that the device has nothing to do after these steps. Returns after `patience` at the
+// latest, so that a caller can look for an interrupt.
+PYDEQ_EXPORT int64_t pydeq_await_report(const int64_t* progress, int64_t steps, void* query, void* stream, int device,
+                                        bool idle) {
   using pydeq::Report;
   constexpr std::chrono::milliseconds patience(20);
   const Report report =
-      pydeq::await_report(progress, steps, reinterpret_cast<pydeq::StreamQuery>(query), stream, device, patience);
+      pydeq::await_report(progress, steps, reinterpret_cast<pydeq::StreamQuery>(query), stream, device, patience, idle);
   switch (report.kind) {
     case Report::reported:
       return report.value;

@@ -15,7 +15,7 @@ from pydeq.jacobian import (
 )
 from pydeq.layer import DEQ
 from pydeq.protocol import Status
-from pydeq.solution import ConvergenceError, ConvergenceWarning, Solution
+from pydeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution
 from pydeq.solvers import GMRES, Anderson, Broyden, Picard
 from pydeq.supervision import fixed_point_correction
 
@@ -28,6 +28,7 @@ __all__ = [
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
+    "CouplingWarning",
     "Implicit",
     "JacobianFree",
     "JacobianPenalty",

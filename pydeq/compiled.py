@@ -313,18 +313,19 @@ def cuda_driver() -> tuple[int, int] | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
-def await_report(address: int, steps: int, stream: int, device: int) -> int:
+def await_report(address: int, steps: int, stream: int, device: int, idle: bool) -> int:
     """Wait until ``steps`` steps have reported at ``address``; return how many samples run.
 
     Args:
         stream, device: What the steps were launched on; asked for errors now and then, and never waited for.
+        idle: Whether the device has nothing to do after these steps: then the wait takes no naps.
 
     Raises:
         RuntimeError: If the stream has an error, or has done all its work without that report.
     """
     assert _library is not None and _cuda_library is not None, "only where CUDA kernels run"  # noqa: PT018
     return check_report(
-        _library.await_report(address, steps, _cuda_library.query_stream, stream, device),
+        _library.await_report(address, steps, _cuda_library.query_stream, stream, device, idle),
         steps,
         _cuda_library.describe_error,
     )

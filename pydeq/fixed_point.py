@@ -65,6 +65,11 @@ def fixed_point(
     is also below 0.9 of the first one; see :class:`pydeq.Status` for the other ends. Not converging is a status, not
     an error.
 
+    Samples are done one by one, and left alone from then on. Where fn makes them depend on each other, the last image
+    shows which ones have been moved: then all iterate on until they meet the tolerance at one and the same evaluation,
+    and a :class:`pydeq.CouplingWarning` says once that one coupled system is one sample, z[None]. A solve that has used
+    up its evaluations, or is captured into a CUDA graph, ends such samples as MAX_STEPS.
+
     Args:
         fn: The map, fn(z, *context, **keywords) -> like z. The z it is given is valid during the call only, and is not
             to be modified; what it returns may be a view or a reused buffer.
@@ -79,15 +84,17 @@ def fixed_point(
         rtol: Relative tolerance; by default 1e-3, and 1e-2 for half states or under half autocast.
         atol: Absolute tolerance, in units of ||fn(z) - z||.
         max_steps: Evaluations of each sample at most, at least 1. With 1, ``image`` is fn(z0). On a GPU the solve runs
-            ahead of the device, and may call fn once more than any sample needs, though never more often than this;
-            while a CUDA graph is captured it calls fn exactly so often.
+            ahead of the device while samples are far from their tolerance, and now and then calls fn once more than any
+            sample needs, though never more often than this; while a CUDA graph is captured it calls fn exactly so
+            often.
         trace: Keep the relative residuals of every evaluation.
         throw: Raise if a sample did not converge.
-        freeze: Leave samples alone once they are done. False iterates on until the worst one is.
+        freeze: Leave samples alone once they are done. False iterates on until all meet the tolerance at one and the
+            same evaluation.
         stall: Stop samples that rounding keeps from the tolerance.
         compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and
-            take what it needs per sample through ``context``. On a GPU this waits for the device in every step, as
-            ``freeze=False`` does.
+            take what it needs per sample through ``context``: samples that depend on each other are not noticed. On a
+            GPU this waits for the device in every step, as ``freeze=False`` does.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
         process_group: The ranks that call fn equally often, so that an fn that communicates finds them all: a rank
             that is done calls it on its frozen states until all are. All must call with the same ``max_steps``; a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from pydeq.distributed import ALONE, Agreement
 from pydeq.evaluation import Evaluator
-from pydeq.progress import open_reports
-from pydeq.protocol import Counter, Scalar
-from pydeq.solution import Solution, relative
+from pydeq.progress import Reports, open_reports
+from pydeq.protocol import Counter, Scalar, Status
+from pydeq.solution import CouplingWarning, Solution, relative
 from pydeq.solvers.base import Solver, Workspace
 from pydeq.state import State
 from pydeq.termination import Rules
@@ -41,23 +42,32 @@ def iterate(
     states: list[State] = []
     with agreement:
         workspace = solver.start(flat, rules, max_steps)
-        # Samples that are done are iterated on without freezing: then a step too many would show.
-        lag = 1 if rules.freeze and not evaluator.counts_running else 0
-        with open_reports(layout.device, layout.batch, workspace.progress, lag) as reports:
+        # Samples that are done are iterated on without freezing: then a step too many would show. Compaction has no
+        # images of them to look back at.
+        frozen = rules.freeze and not evaluator.counts_running
+        with open_reports(layout.device, layout.batch, workspace.progress, lag=int(frozen)) as reports:
+            f: Tensor | None = None
             for k in range(max_steps):
                 running = reports.running(k)
                 if agreement.running(running) == 0:
-                    break
+                    if f is None or not frozen:
+                        break
+                    running = _look_back(workspace, reports, agreement, f, k)
+                    if running == 0:
+                        break
+                    frozen = False
+                f = None  # before fn allocates the next one
                 f = evaluator.evaluate(workspace, k, running)
                 agreement.evaluated()
                 workspace.progress = reports.place(k)
                 workspace.step(f, k)
                 if k + 1 in states_at:
                     states.append(layout.view(_best_image(workspace, f)))
-                del f  # before fn allocates the next one
                 if trace:
                     rows.append(_trace_row(workspace, k))
             else:
+                if frozen and f is not None:
+                    _look_back_at_the_end(workspace, reports, agreement, f, max_steps)
                 agreement.running(0)  # of a failure in another rank's last evaluation
     traced = None
     if trace:
@@ -68,6 +78,64 @@ def iterate(
     solution = Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
     solution.states = states
     return solution, workspace
+
+
+def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, k: int) -> int:
+    """Judge once more, by the last of ``k`` evaluations, the samples that were done before it.
+
+    CONVERGED is to hold for all samples at one and the same evaluation. The image of a sample that was left alone is
+    the one it had, unless it depends on other samples, which have moved since. If one is not done there, all iterate
+    on, without freezing.
+
+    Returns:
+        How many samples run again, here or on another rank.
+    """
+    here = len(f) > 0 and (agreement is not ALONE or reports.staggered())
+    woken = 0
+    if here:
+        workspace.progress = reports.place(k)
+        workspace.look_back(f, k, last=False)
+        woken = reports.woken(k)
+    running = agreement.running(woken)
+    if running:
+        workspace.unfreeze(k)
+        reports.resume(k)
+        warn_of_coupling(woken, len(f))
+    return running
+
+
+def _look_back_at_the_end(
+    workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, max_steps: int
+) -> None:
+    """The same after the last evaluation, where samples that are not done end as MAX_STEPS; waits for nothing."""
+    if not len(f) or not (agreement is not ALONE or reports.staggered(exhausted=True)):
+        return
+    workspace.progress = reports.place(max_steps)
+    workspace.look_back(f, max_steps, last=True)
+    if f.device.type == "cpu":
+        status, evaluations = workspace.counters.numpy()[:, [Counter.STATUS, Counter.EVALUATIONS]].T
+        woken = (status == Status.MAX_STEPS) & (evaluations < max_steps)
+        if woken.any():
+            warn_of_coupling(int(woken.sum()), len(f))
+
+
+_warned_of_coupling = False
+
+
+def warn_of_coupling(woken: int, batch: int) -> None:
+    """Say, once, that samples depend on each other."""
+    global _warned_of_coupling
+    if _warned_of_coupling:
+        return
+    _warned_of_coupling = True
+    warnings.warn(
+        f"the samples of a batch depend on each other: {woken} of {batch} had met the tolerance and were moved away"
+        " from it by others, so that all of them iterate until they meet it at one and the same evaluation. One coupled"
+        " system, like the nodes of a graph or the entries of a vector, is one sample: solve for z[None], with"
+        " fn(z[0])[None]. This is said once",
+        CouplingWarning,
+        stacklevel=2,
+    )
 
 
 def _best_image(workspace: Workspace, f: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ class CpuLibrary:
         """Why there are no CUDA kernels."""
         self._active = _function(library, "pydeq_instruction_set", c_int)
         self._select = _function(library, "pydeq_select_instruction_set", None, c_int)
-        self._await = _function(library, "pydeq_await_report", c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
+        self._await = _function(
+            library, "pydeq_await_report", c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_bool
+        )
         self.has_reported = _function(library, "pydeq_has_reported", c_bool, c_void_p, c_int64)
         self.advise_huge_pages = _function(library, "pydeq_advise_huge_pages", None, c_void_p, c_size_t)
 
@@ -76,17 +78,18 @@ class CpuLibrary:
             )
         self._select(self.instruction_sets.index(name))
 
-    def await_report(self, progress: int, steps: int, query: int | None, stream: int, device: int) -> int:
+    def await_report(self, progress: int, steps: int, query: int | None, stream: int, device: int, idle: bool) -> int:
         """Wait until ``steps`` steps have reported at the address ``progress``.
 
         Args:
             query: The address of a C function of ``stream`` and ``device`` that says how the stream is.
+            idle: Whether the device has nothing to do after these steps: then the wait takes no naps.
 
         Returns:
             How many samples run; or a number of ``pydeq.protocol.Answer`` where they will never report.
         """
         # The wait returns now and then, and Python handles signals before the next one.
-        while (answer := self._await(progress, steps, query, stream, device)) == _PENDING:
+        while (answer := self._await(progress, steps, query, stream, device, idle)) == _PENDING:
             pass
         return answer
 

@@ -1,10 +1,12 @@
 """How a solver loop learns what its steps did, without waiting for the device.
 
-A step writes a report, (steps done, samples running), to host memory when it ends: ``progress``, int64
-[len(Progress)]. On the CPU, and where a reference runs, it is there once the step returns. A CUDA kernel writes it
-later, into pinned memory, while the host goes on: before step k + 1 is launched, the loop waits for the report of step
-k - 1, so that one step is always under way. A solve then calls fn at most once too often, and always as often on the
-same input.
+A step writes a report, (steps done, samples running, samples far from their tolerance), to host memory when it ends:
+``progress``, int64 [len(Progress)]. On the CPU, and where a reference runs, it is there once the step returns. A CUDA
+kernel writes it later, into pinned memory, while the host goes on: before fn is called for step k + 1, the loop waits
+for the report of step k - 1, so that one step is always under way. Where no sample was far from its tolerance by then,
+step k may well be the last: the loop waits for its report, too, since a call of fn costs more than the device's idling
+between the report and the next launch. So it does for the first step, which is the last one of a solve that starts
+solved. A solve then calls fn at most once too often, rarely so, and always as often on the same input.
 
 Two reports of a solve can be on their way at once, so it has two places, taken in turns: a place is written again only
 after it was read. Places come from a pool and go back to it once the last step of their solve has reported: a solve
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pydeq import compiled
-from pydeq.protocol import Progress
+from pydeq.protocol import RUNNING, Counter, Progress
 
 # Reports under way at once, and the bytes of a solve's: a cache line, so that solves do not slow each other.
 _TURNS, _BYTES = 2, 64
@@ -42,6 +44,23 @@ class Reports(ABC):
     @abstractmethod
     def running(self, k: int) -> int:
         """Samples that ran after the newest step known of before step ``k``, of those that ran at the start."""
+
+    def staggered(self, exhausted: bool = False) -> bool:
+        """Whether samples were done before the last step, and others were not.
+
+        Args:
+            exhausted: Whether the solve ended with its last step, which may not have reported: then rather yes than no.
+        """
+        return self._staggered
+
+    _staggered = False
+
+    @abstractmethod
+    def woken(self, k: int) -> int:
+        """Samples that run after step ``k`` has looked back."""
+
+    def resume(self, k: int) -> None:  # noqa: B027  # most have nothing to do
+        """The solve goes on with step ``k``, without steps under way, although a step of that number has reported."""
 
     def close(self) -> None:  # noqa: B027  # most have nothing to do
         """No step follows."""
@@ -68,7 +87,14 @@ class HostReports(Reports):
         return self._place
 
     def running(self, k: int) -> int:
-        return int(self._values[Progress.RUNNING]) if k else self._batch
+        if k == 0:
+            return self._batch
+        running = int(self._values[Progress.RUNNING])
+        self._staggered |= 0 < running < self._batch
+        return running
+
+    def woken(self, k: int) -> int:
+        return int(self._values[Progress.RUNNING])
 
 
 class CapturedReports(Reports):
@@ -86,12 +112,21 @@ class CapturedReports(Reports):
     def running(self, k: int) -> int:
         return self._batch
 
+    def staggered(self, exhausted: bool = False) -> bool:
+        return self._batch > 1
+
+    def woken(self, k: int) -> int:
+        raise AssertionError("a captured solve takes all its steps")
+
 
 class Stream(Protocol):
     """A device's queue of work, which can be asked how it is."""
 
-    def await_report(self, address: int, steps: int) -> int:
+    def await_report(self, address: int, steps: int, idle: bool) -> int:
         """Wait until ``steps`` steps have reported at ``address``; how many samples run.
+
+        Args:
+            idle: Whether the device has nothing to do after these steps.
 
         Raises:
             RuntimeError: If they never will.
@@ -113,6 +148,7 @@ class StreamReports(Reports):
         self._batch, self._pool, self._stream, self._lag = batch, pool, stream, lag
         self._slot = pool.take()
         self._launched = 0
+        self._first = 0  # the first step whose report counts
 
     def place(self, k: int) -> Tensor:
         # Before the launch: one that fails halfway may report or may not, and its slot is not used again if not.
@@ -120,10 +156,31 @@ class StreamReports(Reports):
         return self._slot.places[k % _TURNS]
 
     def running(self, k: int) -> int:
-        known = k - self._lag  # steps that must have reported
-        if known < 1:
+        if k == self._first:
             return self._batch
-        return self._stream.await_report(self._slot.addresses[(known - 1) % _TURNS], known)
+        if self._lag and k > 1:
+            running, far = self._await(k - 1, idle=False)
+            if running == 0 or far > 0:
+                return running
+        return self._await(k, idle=True)[0]
+
+    def _await(self, steps: int, idle: bool) -> tuple[int, int]:
+        """Samples that run, and that are far from their tolerance, after ``steps`` steps."""
+        turn = (steps - 1) % _TURNS
+        running = self._stream.await_report(self._slot.addresses[turn], steps, idle)
+        self._staggered |= 0 < running < self._batch
+        return running, int(self._slot.values[turn, Progress.FAR])
+
+    def staggered(self, exhausted: bool = False) -> bool:
+        return self._staggered or (exhausted and self._batch > 1)
+
+    def woken(self, k: int) -> int:
+        return self._await(k + 1, idle=True)[0]
+
+    def resume(self, k: int) -> None:
+        # All steps have reported: nothing is written there until the next one.
+        self._slot.clear()
+        self._lag, self._first, self._launched = 0, k, 0
 
     def close(self) -> None:
         self._pool.give_back(self._slot, self._launched)
@@ -137,11 +194,13 @@ class Slot:
         step = 8 * size
         self.addresses = [address + turn * step for turn in range(_TURNS)]
         memory = (ctypes.c_int64 * (_TURNS * size)).from_address(address)
-        self._entries = torch.frombuffer(memory, dtype=torch.int64)
-        self.places = tuple(self._entries.view(_TURNS, size).unbind())
+        with torch.inference_mode(False):  # steps of every mode write there
+            entries = torch.frombuffer(memory, dtype=torch.int64).view(_TURNS, size)
+            self.places = tuple(entries.unbind())
+        self.values = entries.numpy()
 
     def clear(self) -> None:
-        self._entries.zero_()
+        self.values.fill(0)
 
 
 class Pool:
@@ -190,8 +249,18 @@ class CudaStream:
         self._stream = torch.cuda.current_stream().cuda_stream
         self._device = torch.cuda.current_device()
 
-    def await_report(self, address: int, steps: int) -> int:
-        return compiled.await_report(address, steps, self._stream, self._device)
+    def await_report(self, address: int, steps: int, idle: bool) -> int:
+        return compiled.await_report(address, steps, self._stream, self._device, idle)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` goes into a CUDA graph: nothing may be asked of the device then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def any_running(counters: Tensor) -> bool:
+    """Whether a sample runs, [B, len(Counter)]; waits for the device. While a graph is captured, one may."""
+    return capturing(counters.device) or bool((counters[:, Counter.STATUS] == RUNNING).any())
 
 
 _pool: Pool | None = None
@@ -214,7 +283,7 @@ def open_reports(device: torch.device, batch: int, place: Tensor, lag: int) -> R
         return HostReports(batch, place)
     _check_device(torch.cuda.current_device() if device.index is None else device.index)
     with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return CapturedReports(batch, _shared_sink())
         return StreamReports(batch, _shared_pool(), CudaStream(), lag)
 

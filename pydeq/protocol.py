@@ -22,7 +22,7 @@ class Status(IntEnum):
     DIVERGED = 4
     """The residual grew far beyond the first one."""
     NONFINITE = 5
-    """``fn`` returned NaN or Inf, also after a plain step from the best iterate."""
+    """``fn`` returned NaN or Inf, also after plain and shorter steps from the newest finite iterates."""
 
 
 RUNNING: Final = 0
@@ -39,7 +39,8 @@ class Counter(IntEnum):
     FRESH = 3
     """1 while the best iterate is the one evaluated last, which then is not yet copied to ``best``."""
     TRIED = 4
-    """1 once a plain step from the best iterate was taken."""
+    """Steps taken since the best iterate that could be repeated after a step into non-finite values: 1 for a plain step
+    from it, then 1 for each way back."""
     COUNT = 5
     """Columns (Anderson), steps (Broyden) or basis vectors (GMRES) in the sample's history."""
     HEAD = 6
@@ -50,6 +51,8 @@ class Counter(IntEnum):
     """On a GPU, while a step runs: blocks that are done with their part of the sample; else 0."""
     SAMPLES_DONE = 9
     """On a GPU, while a step runs, in row 0: samples that are decided; else 0."""
+    FAR = 10
+    """1 while the sample runs and its next evaluation is not expected to be its last."""
 
 
 class Scalar(IntEnum):
@@ -87,6 +90,8 @@ class Progress(IntEnum):
     """Steps done so far."""
     RUNNING = 1
     """Samples still running."""
+    FAR = 2
+    """Samples among them whose next evaluation is not expected to be their last."""
 
 
 class Answer(IntEnum):
@@ -106,10 +111,17 @@ GROWTH: Final = 1.25
 """... where the iterate has grown by more than this, that drop must not be one that rounding explains."""
 DIVERGENCE: Final = 1e6
 """A residual beyond this multiple of the first one is DIVERGED."""
+SUM_ROUNDING: Final = 1e-6
+"""Relative difference of two norms of the same vector whose sums were formed in another order, at most."""
+RECOVERIES: Final = 4
+"""Ways back from non-finite values that are tried after a plain step from the best iterate, before NONFINITE."""
 STALL_WINDOW: Final = 10
 """Evaluations without a new best before a sample can be STALLED."""
 STALL_EPSILONS: Final = 64
 """... which also needs a relative residual within this many machine epsilons."""
+FAR: Final = 10.0
+"""A residual is far from its tolerance where even a reduction by the fourth power of the last one would leave it beyond
+this multiple: reductions grow from step to step, and faster the fewer entries a state has."""
 COEFFICIENT_LIMIT: Final = 1e4
 """Anderson drops its oldest column while the 1-norm of the mixing coefficients is beyond this."""
 DENOMINATOR_LIMIT: Final = 0.1

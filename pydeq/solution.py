@@ -18,8 +18,11 @@ ADVICE = {
     Status.MAX_STEPS: "increase max_steps, loosen rtol, or make fn more contractive (pydeq.jacobian_penalty)",
     Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
     Status.DIVERGED: "lower the solver's damping, start closer, or make fn more contractive (pydeq.jacobian_penalty)",
-    Status.NONFINITE: "fn returned NaN or Inf: look at its inputs and parameters, or start closer",
+    Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: look at its inputs and parameters, start closer,"
+    " or iterate with pydeq.Picard(damping=0.5)",
 }
+# A solution whose image has fallen to this share of fn(z0) is on its way to 0.
+_VANISHED = 1e-6
 
 
 class Solution:
@@ -32,7 +35,8 @@ class Solution:
     ``image_residual``.
 
     Attributes:
-        value: Per sample the iterate z with the smallest residual seen, or the one that met the tolerance; like z0.
+        value: Per sample the iterate z with the smallest residual seen, or the one that met the tolerance; like z0. All
+            that are CONVERGED meet it at one and the same evaluation, also where samples depend on each other.
         image: fn(value), kept from the solve; like z0.
         nfe: How often fn was called; on a GPU at most once more than the slowest sample took.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
@@ -133,7 +137,17 @@ class Solution:
     def advice(self) -> str:
         """What to change about the samples that did not converge; empty if all did."""
         counts = _count_statuses(self.status)
-        return "; ".join(f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts)
+        advice = [f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts]
+        short = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
+        scalars = self._scalars
+        if vanished := int((short & (scalars[:, Scalar.BEST_NORM] < _VANISHED * scalars[:, Scalar.FIRST_NORM])).sum()):
+            advice.append(f"{vanished} with a solution of 0, of which no residual is a small part: set atol")
+        if moved := int(((self.status == Status.MAX_STEPS) & (self.sample_nfe < self.sample_nfe.max())).sum()):
+            advice.append(
+                f"{moved} had met the tolerance before other samples moved them: one coupled system, like the nodes of"
+                " a graph, is one sample, z[None]"
+            )
+        return "; ".join(advice)
 
     def __repr__(self) -> str:
         batch = len(self.status)
@@ -150,6 +164,10 @@ class Solution:
 
 class ConvergenceWarning(UserWarning):
     """A solve that nobody looks at did not converge."""
+
+
+class CouplingWarning(UserWarning):
+    """Samples of a batch, which are solved for on their own, depend on each other."""
 
 
 class ConvergenceError(RuntimeError):

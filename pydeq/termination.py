@@ -17,10 +17,13 @@ from torch import Tensor
 from pydeq.protocol import (
     CONTRACTION,
     DIVERGENCE,
+    FAR,
     GROWTH,
+    RECOVERIES,
     RUNNING,
     STALL_EPSILONS,
     STALL_WINDOW,
+    SUM_ROUNDING,
     Counter,
     Progress,
     Scalar,
@@ -59,11 +62,13 @@ def default_rtol(dtype: torch.dtype) -> float:
 class Verdict:
     """What a step does with each sample; all bool [B]."""
 
-    active: Tensor  # evaluated for its own sake at this step
+    active: Tensor  # judged at this step
     improved: Tensor  # this iterate is the best so far
     displaced: Tensor  # not improved, and the best iterate is the previous one: save it now
     proceed: Tensor  # take the solver's step
-    retry: Tensor  # forget the history, take a plain step from the best iterate
+    retry: Tensor  # forget the history, and try another iterate: by default the previous one once more
+    from_best: Tensor  # retry: a plain step from the best iterate
+    halfway: Tensor  # retry: half the step from the previous iterate to this one
     stopped: Tensor  # done now; its rows hold its value from here on
     materialize: Tensor  # the best iterate is this one and must be saved now
 
@@ -80,6 +85,7 @@ def judge(
     stall: bool,
     last: bool,
     reduction: Reduction = WHOLE,
+    look_back: int = 0,
 ) -> Verdict:
     """Measure g = f - z, update ``scalars`` and ``counters`` in place, and decide.
 
@@ -88,19 +94,24 @@ def judge(
         rtol, atol, eps, freeze, stall: See :class:`Rules`.
         last: Whether no evaluation follows.
         reduction: Completes the norms.
+        look_back: Evaluations so far where a step looks back: it judges the samples that were done before the last one,
+            and no others. Else 0.
     """
+    compute = torch.promote_types(z.dtype, torch.float32)
+    residual, image = norms([f.to(compute) - z.to(compute), f], reduction)
+    if look_back:
+        return _judge_again(residual, image, scalars, counters, rtol, atol, eps, last, look_back)
     status, best = counters[:, Counter.STATUS], scalars[:, Scalar.BEST]
-    active = status == RUNNING
+    active = running = status == RUNNING
+    had_converged, had_stalled = status == Status.CONVERGED, status == Status.STALLED
     if not freeze:
-        active = active | (status == Status.CONVERGED) | (status == Status.STALLED)
-    running = status == RUNNING
+        active = running | had_converged | had_stalled
     counters[:, Counter.EVALUATIONS] += active.int()
     begins = active & (counters[:, Counter.EVALUATIONS] == 1)
 
-    compute = torch.promote_types(z.dtype, torch.float32)
-    residual, image = norms([f.to(compute) - z.to(compute), f], reduction)
     finite = residual.isfinite() & image.isfinite()
     residual = torch.where(finite, residual, math.inf)
+    previous = scalars[:, Scalar.RESIDUAL].clone()
     for column, value in ((Scalar.RESIDUAL, residual), (Scalar.NORM, image)):
         scalars[:, column] = torch.where(active, value, scalars[:, column])
     scalars[:, Scalar.FIRST] = torch.where(begins, residual, scalars[:, Scalar.FIRST])
@@ -110,20 +121,24 @@ def judge(
     # z + c has no fixed point, but far out z + c rounds to z: there a small residual says nothing.
     absorbed = (0.5 * eps * image > (1.0 - CONTRACTION) * first) & (image > GROWTH * first_norm)
     contracted = (residual < CONTRACTION * first) & ~absorbed
-    meets = active & finite & (residual <= atol + rtol * image) & (begins | contracted)
-    # A sample that has converged gives up its iterate only for one that also meets the tolerance.
-    improved = begins | (active & finite & ((running & meets) | ((residual < best) & (running | meets))))
+    tolerance = atol + rtol * image
+    meets = active & finite & (residual <= tolerance) & (begins | contracted | had_converged)
+    # Without freezing, a sample has converged while it meets the tolerance: others may move it.
+    reopened = active & had_converged & ~meets
+    first = scalars[:, Scalar.FIRST] = torch.where(reopened & finite & (residual > first), residual, first)
+
+    improved = begins | (active & finite & (meets | reopened | (running & (residual < best))))
     fresh = counters[:, Counter.FRESH] == 1
     displaced = active & ~improved & fresh
     scalars[:, Scalar.BEST] = torch.where(improved, residual, best)
     scalars[:, Scalar.BEST_NORM] = torch.where(improved, image, scalars[:, Scalar.BEST_NORM])
     since = torch.where(improved, 0, counters[:, Counter.SINCE_BEST] + 1)
     counters[:, Counter.SINCE_BEST] = torch.where(active, since, counters[:, Counter.SINCE_BEST])
-    tried = counters[:, Counter.TRIED] == 1
+    tried = counters[:, Counter.TRIED].clone()
 
     explained = scalars[:, Scalar.BEST] <= STALL_EPSILONS * eps * scalars[:, Scalar.BEST_NORM]
     stalled = (counters[:, Counter.SINCE_BEST] >= STALL_WINDOW) & explained & stall
-    lost = active & ~finite & (begins | tried)
+    lost = active & ~finite & (begins | (tried > RECOVERIES))
     verdict = torch.where(lost, int(Status.NONFINITE), RUNNING)
     for rule, name in (
         (meets, Status.CONVERGED),
@@ -132,16 +147,78 @@ def judge(
         (torch.full_like(meets, last), Status.MAX_STEPS),
     ):
         verdict = torch.where((verdict == RUNNING) & rule, int(name), verdict)
-    counters[:, Counter.STATUS] = torch.where(running, verdict, status).int()
+    judged = active & (~had_stalled | meets)
+    status = counters[:, Counter.STATUS] = torch.where(judged, verdict, status).int()
 
-    done = counters[:, Counter.STATUS] != RUNNING
-    ended = done if freeze else (status >= Status.DIVERGED) | lost | (running & (verdict == Status.DIVERGED))
+    done = status != RUNNING
+    ended = done if freeze else (status >= Status.DIVERGED) | lost
     stopped = active & (ended | last)
     retry = active & ~finite & ~stopped
-    counters[:, Counter.TRIED] = torch.where(active, (retry | (tried & ~improved)).int(), counters[:, Counter.TRIED])
+    # A step from a history of one evaluation was a plain one.
+    from_best, halfway = retry & (tried == 0), retry & (tried > 0) & (counters[:, Counter.COUNT] <= 1)
+    counters[:, Counter.TRIED] = torch.where(retry, tried + 1, torch.where(improved, 0, tried))
     materialize = improved & (done | last)
     counters[:, Counter.FRESH] = torch.where(active, (improved & ~materialize).int(), counters[:, Counter.FRESH])
-    return Verdict(active, improved, displaced, active & ~retry & ~stopped, retry, stopped, materialize)
+    # What would end soon without meeting the tolerance is not far from its end, either.
+    stalls = (counters[:, Counter.SINCE_BEST] + 1 >= STALL_WINDOW) & explained & stall
+    squared = torch.where(residual < previous, residual / previous, 1.0).square()
+    far = (residual * (squared * squared) > FAR * tolerance) & ~done & ~begins & finite & ~stalls
+    counters[:, Counter.FAR] = torch.where(active, far.int(), counters[:, Counter.FAR])
+    proceed = active & ~retry & ~stopped
+    return Verdict(active, improved, displaced, proceed, retry, from_best, halfway, stopped, materialize)
+
+
+def _judge_again(
+    residual: Tensor,
+    image: Tensor,
+    scalars: Tensor,
+    counters: Tensor,
+    rtol: float,
+    atol: float,
+    eps: float,
+    last: bool,
+    look_back: int,
+) -> Verdict:
+    """Of samples that were done before this evaluation of their values.
+
+    ``residual`` and ``image``, the norms of g and f, are those that a sample has, unless its image depends on other
+    samples.
+    """
+    status = counters[:, Counter.STATUS].clone()
+    active = (status == Status.CONVERGED) | (status == Status.STALLED)
+    if not last:  # what seemed to diverge while other samples moved gets another chance
+        active = active | (status == Status.DIVERGED)
+    active &= counters[:, Counter.EVALUATIONS] < look_back
+    change, noise = (residual - scalars[:, Scalar.BEST]).abs(), STALL_EPSILONS * eps * image
+    same = change <= SUM_ROUNDING * residual
+    same &= (image - scalars[:, Scalar.BEST_NORM]).abs() <= SUM_ROUNDING * image
+    changed = active & ~same
+    finite = residual.isfinite() & image.isfinite()
+    moved = changed & finite & ~((status == Status.DIVERGED) & (change <= noise))
+    for column, value in (
+        (Scalar.RESIDUAL, residual),
+        (Scalar.BEST, residual),
+        (Scalar.NORM, image),
+        (Scalar.BEST_NORM, image),
+    ):
+        scalars[:, column] = torch.where(moved, value, scalars[:, column])
+    meets = moved & (residual <= atol + rtol * image)
+    woken = moved & ~meets & ~((status == Status.STALLED) & (residual <= noise))
+    for rule, name in (
+        (changed & ~finite, Status.NONFINITE),
+        (meets, Status.CONVERGED),
+        (woken, Status.MAX_STEPS if last else RUNNING),
+    ):
+        status = torch.where(rule, int(name), status)
+    counters[:, Counter.STATUS] = status
+    retry = woken & (not last)
+    counters[:, Counter.TRIED] = torch.where(woken, retry.int(), counters[:, Counter.TRIED])
+    for column in (Counter.SINCE_BEST, Counter.COUNT, Counter.RESTARTED):
+        counters[:, column] = torch.where(woken, 0, counters[:, column])
+    first = scalars[:, Scalar.FIRST]
+    scalars[:, Scalar.FIRST] = torch.where(woken & (residual > first), residual, first)
+    never = torch.zeros_like(active)
+    return Verdict(active, moved, never, never, retry, retry, never, never, moved)
 
 
 def settle(
@@ -150,7 +227,8 @@ def settle(
     """Save best iterates that would be lost, place stopped samples, and start retries.
 
     Args:
-        next: On entry the previous iterates, on exit the next ones for stopped and retried samples.
+        next: On entry the previous iterates, on exit the next ones for stopped and retried samples. After a retry ``z``
+            holds what it starts from, a finite iterate, as it does after any other step.
         previous_image: f at the previous iterates, [B, D], read for displaced samples. None where the solver does not
             keep it: then every improvement saves its image at once.
     """
@@ -164,12 +242,16 @@ def settle(
     compute = torch.promote_types(z.dtype, torch.float32)
     wide_value, wide_image = value.to(compute), image.to(compute)
     plain = image if damping == 1.0 else (wide_value + damping * (wide_image - wide_value)).to(z.dtype)
-    stopped = verdict.stopped[:, None]
-    z.copy_(torch.where(stopped, value, z))
-    next.copy_(torch.where(stopped, value, torch.where(verdict.retry[:, None], plain, next)))
+    wide_previous = next.to(compute)
+    half = (wide_previous + 0.5 * (z.to(compute) - wide_previous)).to(z.dtype)
+    stopped, from_best, halfway = (rows[:, None] for rows in (verdict.stopped, verdict.from_best, verdict.halfway))
+    previous = next.clone()
+    next.copy_(torch.where(stopped, value, torch.where(from_best, plain, torch.where(halfway, half, next))))
+    z.copy_(torch.where(stopped | from_best, value, torch.where(halfway, previous, z)))
 
 
 def report(progress: Tensor, counters: Tensor, step: int) -> None:
-    """Write (steps done, samples running) to ``progress``."""
+    """Write (steps done, samples running, samples far from their tolerance) to ``progress``."""
     progress[Progress.STEP] = step + 1
     progress[Progress.RUNNING] = (counters[:, Counter.STATUS] == RUNNING).sum().to(progress.device)
+    progress[Progress.FAR] = counters[:, Counter.FAR].sum().to(progress.device)

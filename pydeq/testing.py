@@ -56,12 +56,12 @@ def linear_map(rho: float, dim: int, *, batch: int = 4, dtype: torch.dtype = tor
     Returns:
         A problem that starts from zero and knows its solution.
     """
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
-    exact = (basis * torch.linspace(rho, -rho, dim, dtype=torch.float64)) @ basis.T
+    generator = torch.Generator("cpu").manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu"))[0]
+    exact = (basis * torch.linspace(rho, -rho, dim, dtype=torch.float64, device="cpu")) @ basis.T
     A = exact.to(dtype)
-    x = torch.randn(batch, dim, generator=generator, dtype=torch.float64).to(dtype)
-    solution = torch.linalg.solve(torch.eye(dim, dtype=torch.float64) - A.double(), x.double().T).T
+    x = torch.randn(batch, dim, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+    solution = torch.linalg.solve(torch.eye(dim, dtype=torch.float64, device="cpu") - A.double(), x.double().T).T
     return Problem(lambda z, x: z @ A.T + x, torch.zeros_like(x), (x,), solution.to(dtype))
 
 
@@ -78,9 +78,9 @@ def tanh_map(rho: float, dim: int, *, batch: int = 4, dtype: torch.dtype = torch
     Returns:
         A problem that starts from zero.
     """
-    generator = torch.Generator().manual_seed(seed)
-    W = (rho / dim**0.5 * torch.randn(dim, dim, generator=generator, dtype=torch.float64)).to(dtype)
-    x = torch.randn(batch, dim, generator=generator, dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    W = (rho / dim**0.5 * torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")).to(dtype)
+    x = torch.randn(batch, dim, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
     return Problem(lambda z, x: torch.tanh(z @ W.T + x), torch.zeros_like(x), (x,))
 
 
@@ -108,9 +108,9 @@ def softsign_map(
         A problem that starts from zero.
     """
     rates = [rho] * batch if isinstance(rho, int | float) else list(rho)
-    generator = torch.Generator().manual_seed(seed)
-    x = (0.5 * torch.randn(len(rates), dim, generator=generator, dtype=torch.float64)).to(dtype)
-    quarter = (torch.tensor(rates, dtype=torch.float64) / 4.0).to(dtype)[:, None]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = (0.5 * torch.randn(len(rates), dim, generator=generator, dtype=torch.float64, device="cpu")).to(dtype)
+    quarter = (torch.tensor(rates, dtype=torch.float64, device="cpu") / 4.0).to(dtype)[:, None]
 
     def softsign(z: Tensor, x: Tensor, quarter: Tensor) -> Tensor:
         y = quarter * (3.0 * z.roll(1, 1) - z.roll(-1, 1)) + x

@@ -1,7 +1,8 @@
 // Waiting for a step's report: the host's side of the progress protocol. Neither torch nor CUDA, so that a test can be
 // the device.
 //
-// A step's last block writes how many samples run, then how many steps are done (protocol::PROGRESS_*), to host memory.
+// A step's last block writes how many samples run and how many are far from their tolerance, then how many steps are
+// done (protocol::PROGRESS_*), to host memory.
 // The host polls that memory. Whether the device still works is asked every 100 us only, and never waited for: a fault
 // is seen soon, and nothing is synchronized.
 #pragma once
@@ -34,9 +35,10 @@ inline bool has_reported(const int64_t* progress, int64_t steps) {
   return acquire(progress + protocol::PROGRESS_STEP) >= steps;
 }
 
-// Polls `progress` [PROGRESS_SIZE] until `steps` steps are done, at most until `patience` is over.
+// Polls `progress` [PROGRESS_SIZE] until `steps` steps are done, at most until `patience` is over. `idle` says that the
+// device has nothing to do after that step.
 inline Report await_report(const int64_t* progress, int64_t steps, StreamQuery query, void* stream, int device,
-                           std::chrono::nanoseconds patience) {
+                           std::chrono::nanoseconds patience, bool idle) {
   using Clock = std::chrono::steady_clock;
   using std::chrono::microseconds;
   constexpr microseconds query_interval(100), spinning(300), nap(20);
@@ -61,8 +63,8 @@ inline Report await_report(const int64_t* progress, int64_t steps, StreamQuery q
       asked = Clock::now();
       if (asked - begin >= patience) return {Report::pending, 0};
     }
-    // A long wait is for fn, which the device has more of: being late by a nap then costs nothing.
-    if (now - begin >= spinning) std::this_thread::sleep_for(nap);
+    // A long wait is for fn. Where the device has more of it, being late by a nap costs nothing.
+    if (!idle && now - begin >= spinning) std::this_thread::sleep_for(nap);
   }
 }
 

@@ -71,7 +71,8 @@ inline ScalarType compute_dtype(ScalarType dtype) {
 // The arguments that all steps share; checked. All are on z's device but progress, which is the host's.
 inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best,
                           const Tensor& scalars, const Tensor& counters, const Tensor& progress, int64_t step,
-                          double rtol, double atol, double eps, bool freeze, bool stall, bool last) {
+                          double rtol, double atol, double eps, bool freeze, bool stall, bool last,
+                          int64_t look_back = 0) {
   STD_TORCH_CHECK(z.dim() == 2, "z must be of shape (batch, state), got ", describe(z));
   const int64_t batch = z.size(0), state = z.size(1);
   const ScalarType dtype = z.scalar_type();
@@ -94,7 +95,7 @@ inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, 
           static_cast<int32_t*>(counters.data_ptr()),
           static_cast<int64_t*>(progress.data_ptr()),
           step,
-          {rtol, atol, eps, freeze, stall, last},
+          {rtol, atol, eps, freeze, stall, last, look_back},
           torch_parallel()};
 }
 

@@ -183,7 +183,7 @@ template <class Step>
 void launch_step(const Launch& launch, const Tensor& like, typename Step::Args args) {
   StepArgs& common = args.step;
   if (common.batch == 0) {
-    common.progress[protocol::PROGRESS_RUNNING] = 0;
+    common.progress[protocol::PROGRESS_RUNNING] = common.progress[protocol::PROGRESS_FAR] = 0;
     common.progress[protocol::PROGRESS_STEP] = common.step + 1;
     return;
   }

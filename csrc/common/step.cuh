@@ -61,7 +61,7 @@ struct DeviceRows {
 
 // Saves the best iterate where it would be lost, places stopped samples, starts retries. previous_image is null where
 // the solver does not keep it: then the caller, who has f at hand, saves the image of every improvement that it is not
-// materialized here (see saves_image).
+// materialized here (see saves_image). After a retry z holds what it starts from.
 template <int W, class T>
 PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const T* previous_image, double damping,
                          const Tile<W>& tile) {
@@ -78,7 +78,8 @@ PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const
   if (verdict.stopped) {
     if (!verdict.materialize) copy_share(row.z, row.value, tile);
     copy_share(row.next, row.value, tile);
-  } else if (verdict.retry) {
+  } else if (verdict.from_best) {
+    copy_share(row.z, row.value, tile);
     if (damping == 1.0) {
       copy_share(row.next, row.image, tile);
     } else {
@@ -88,6 +89,13 @@ PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const
       PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) value[i] += A(damping) * (image[i] - value[i]);
       store_wide(row.next, tile, value);
     }
+  } else if (verdict.halfway) {
+    A from[kShare], to[kShare];
+    load_wide(row.next, tile, from);
+    load_wide(row.z, tile, to);
+    PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) to[i] = from[i] + A(0.5) * (to[i] - from[i]);
+    store_wide(row.z, tile, from);
+    store_wide(row.next, tile, to);
   }
 }
 
@@ -231,14 +239,17 @@ PYDEQ_DEVICE void report(const StepArgs& args) {
     }
   }
   if (!warp_any(last)) return;
-  warp_sync();  // what lane 0 has seen, all see
-  int32_t running[1] = {0};
+  warp_sync();                  // what lane 0 has seen, all see
+  int32_t samples[2] = {0, 0};  // running, far
   for (int64_t b = lane_index(); b < args.batch; b += kWarp) {
-    running[0] += args.counters[b * COUNTER_SIZE + COUNTER_STATUS] == RUNNING;
+    const int32_t* counters = args.counters + b * COUNTER_SIZE;
+    samples[0] += counters[COUNTER_STATUS] == RUNNING;
+    samples[1] += counters[COUNTER_FAR];
   }
-  warp_sum(running);
+  warp_sum(samples);
   if (lane_index() == 0) {
-    store_system(args.progress + PROGRESS_RUNNING, running[0]);
+    store_system(args.progress + PROGRESS_RUNNING, samples[0]);
+    store_system(args.progress + PROGRESS_FAR, samples[1]);
     fence_system();
     store_system(args.progress + PROGRESS_STEP, args.step + 1);
   }
@@ -305,7 +316,7 @@ step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
   const int slots = shape.tiles > 1 ? shape.slots() : 1;
   double* const of_tile = (shape.tiles > 1 ? block.partial : block.totals) + team.index;
   for (int64_t b = block_index() / shape.cluster; b < common.batch; b += grid_blocks() / shape.cluster) {
-    if (!is_active(common.counters + b * protocol::COUNTER_SIZE, common.rules.freeze)) {
+    if (!is_active(common.counters + b * protocol::COUNTER_SIZE, common.rules)) {
       if (rank == 0 && warp_index() == 0) report(common);
       continue;
     }
@@ -371,7 +382,7 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
     const int64_t b = item / shape.tiles, t = item % shape.tiles;
     int32_t* counters = common.counters + b * protocol::COUNTER_SIZE;
     Plan& plan = reinterpret_cast<Plan*>(scratch + shape.plans_at)[b];
-    if (!is_active(counters, common.rules.freeze)) {
+    if (!is_active(counters, common.rules)) {
       if (t == 0 && warp_index() == 0) {
         if (lane_index() == 0) plan.active = false;
         report(common);

@@ -109,6 +109,7 @@ inline bool norms(const Rows<T>& row, int64_t state, double rr, double ff, doubl
 
 // Saves the best iterate where it would be lost, places stopped samples, starts retries; [begin, begin + n) of a
 // sample. previous_image is null where the solver does not keep it: every improvement then saves its image at once.
+// After a retry z holds what it starts from, a finite iterate, as it does after any other step.
 template <class T>
 inline void settle(const Rows<T>& row, const Verdict& verdict, const T* previous_image, double damping, int64_t begin,
                    int64_t n) {
@@ -127,7 +128,8 @@ inline void settle(const Rows<T>& row, const Verdict& verdict, const T* previous
   if (verdict.stopped) {
     if (!verdict.materialize) copy(z, value, n);
     copy(next, value, n);
-  } else if (verdict.retry) {
+  } else if (verdict.from_best) {
+    copy(z, value, n);
     if (damping == 1.0) {
       copy(next, image, n);
     } else {
@@ -137,6 +139,13 @@ inline void settle(const Rows<T>& row, const Verdict& verdict, const T* previous
         part.store(next + i, v + A(damping) * (part.template load<A>(image + i) - v));
       });
     }
+  } else if (verdict.halfway) {
+    using A = Compute<T>;
+    for_blocks(n, [&](int64_t i, auto part) {
+      const Lanes<A> from = part.template load<A>(next + i), to = part.template load<A>(z + i);
+      part.store(z + i, from);
+      part.store(next + i, from + A(0.5) * (to - from));
+    });
   }
 }
 
@@ -234,7 +243,7 @@ inline void run_step(Step& step, const StepArgs& args) {
   run.samples = static_cast<int64_t*>(std::malloc(args.batch * sizeof(int64_t) + 1));
   int64_t active = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
-    if (is_active(args.counters + b * protocol::COUNTER_SIZE, args.rules.freeze)) run.samples[active++] = b;
+    if (is_active(args.counters + b * protocol::COUNTER_SIZE, args.rules)) run.samples[active++] = b;
   }
   run.plans = static_cast<Plan*>(std::malloc(active * sizeof(Plan) + 1));
   run.plan_coefficients = static_cast<double*>(std::malloc(active * run.coefficients * sizeof(double) + 1));
@@ -262,12 +271,15 @@ inline void run_step(Step& step, const StepArgs& args) {
     std::free(run.partial);
   }
 
-  int64_t running = 0;
+  int64_t running = 0, far = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
-    running += args.counters[b * protocol::COUNTER_SIZE + protocol::COUNTER_STATUS] == protocol::RUNNING;
+    const int32_t* counters = args.counters + b * protocol::COUNTER_SIZE;
+    running += counters[protocol::COUNTER_STATUS] == protocol::RUNNING;
+    far += counters[protocol::COUNTER_FAR];
   }
   args.progress[protocol::PROGRESS_STEP] = args.step + 1;
   args.progress[protocol::PROGRESS_RUNNING] = running;
+  args.progress[protocol::PROGRESS_FAR] = far;
   std::free(run.plan_coefficients);
   std::free(run.plans);
   std::free(run.samples);

@@ -193,6 +193,7 @@ struct GmresStep {
       plan.inverse_remainder = 1.0 / add.remainder;
       plan.beta = beta;
       row.counters[COUNTER_COUNT] = closes ? 0 : count + 1;
+      if (closes) row.counters[COUNTER_FAR] = 0;  // the solution is evaluated next
     }
     if (closes) {
       PYDEQ_ROLL_LOOP for (int64_t i = lane; i < n; i += kWarp) point[i] = add.x[i];

@@ -182,7 +182,7 @@ struct GmresStep {
     if (closes) {
       plan.kind = Kind::close;
       for (int64_t i = 0; i < n; ++i) point[i] = add.x[i];
-      row.counters[COUNTER_COUNT] = 0;
+      row.counters[COUNTER_COUNT] = row.counters[COUNTER_FAR] = 0;  // the solution is evaluated next
       return true;
     }
     plan.kind = Kind::extend;

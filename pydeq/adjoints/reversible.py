@@ -32,6 +32,7 @@ from pydeq.compilation import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import linearize
+from pydeq.progress import any_running, capturing
 from pydeq.protocol import RUNNING, Counter, Scalar, Status
 from pydeq.solution import Solution
 from pydeq.state import Layout, State, as_tuple, layout_of
@@ -159,7 +160,7 @@ class Reversible(Adjoint):
                 states += [layout.view(image)] * sum(count in states_at for count in (2 * n, 2 * n + 1))
                 if n == 1 and 1 in states_at:  # there is nothing to return before the first pair
                     states.append(layout.view(image))
-                if not bool((counters[:, Counter.STATUS] == RUNNING).any()):
+                if not any_running(counters):
                     break
                 if explicit is not None and n % stride == 0 and n < last:
                     kept[n] = y, z
@@ -316,7 +317,7 @@ class _Reverse(torch.autograd.Function):
                 lost = torch.maximum(lost, _relative_error(y, kept[n - 1][0], on))
                 y, z = (torch.where(on, there, here) for there, here in zip(kept[n - 1], (y, z), strict=True))
 
-        if float(lost) > _LOST:
+        if not capturing(lost.device) and float(lost) > _LOST:
             warnings.warn(
                 f"the reversible iteration was undone to states that are off by {float(lost):.1g}, which gradients of"
                 " early iterations suffer from: raise checkpoints, lower the damping or max_steps, or loosen rtol",

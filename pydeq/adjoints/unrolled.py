@@ -24,7 +24,8 @@ from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.nn.scope import share_weights
 from pydeq.ops.anderson_step import mixing_coefficients
-from pydeq.protocol import RUNNING, Counter, Scalar
+from pydeq.progress import any_running
+from pydeq.protocol import Counter, Scalar
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Picard, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
@@ -99,7 +100,7 @@ class Unrolled(Adjoint):
             value, image = torch.where(improved, z, value), torch.where(improved, f, image)
             if nfe in states_at:
                 states.append(layout.view(image))
-            if nfe == max_steps or not bool((counters[:, Counter.STATUS] == RUNNING).any()):
+            if nfe == max_steps or not any_running(counters):
                 break
             retry = value + unroll.damping * (image - value)
             next = torch.where(verdict.retry[:, None], retry, value)
@@ -213,7 +214,7 @@ class _UnrollAnderson(_Unroll):
         scale = torch.where(inside & (squared > 0), squared, 1.0).rsqrt()
         pairs = inside[:, :, None] & inside[:, None, :]
         system = torch.where(pairs, gram * scale[:, :, None] * scale[:, None, :], 0.0)
-        outside = torch.where(inside & (squared > 0), 0.0, 1.0)
+        outside = 1.0 - (inside & (squared > 0)).to(system.dtype)
         system = system + torch.diag_embed(self.solver.ridge * system.diagonal(dim1=1, dim2=2) + outside)
         # ... and so does one factor for all of the right side, here the newest residual's norm.
         right = torch.where(inside, scale / scale[:, :1], 0.0)

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeq.progress import capturing
 from pydeq.protocol import Status
 from pydeq.solution import ConvergenceWarning, Solution
 
 _warned: set[Any] = set()
-# On CUDA: (settings, advice, flag in pinned memory, when it is there). Looked at later, so that nothing waits.
-_pending: list[tuple[Any, Tensor, torch.cuda.Event]] = []
+# On CUDA: (settings, flag in pinned memory). The device writes the flag over _UNWRITTEN some time later, and the next
+# backward looks at it: nothing waits, and CUDA is asked nothing, which would end the capture of a graph in any thread.
+_pending: list[tuple[Any, Tensor]] = []
+_UNWRITTEN = -1
 
 
 def watch(settings: Any, solution: Solution) -> None:
@@ -24,21 +27,22 @@ def watch(settings: Any, solution: Solution) -> None:
     _look_at_pending()
     if settings in _warned or not len(solution.converged):
         return
+    device = solution.converged.device
+    if capturing(device) or any(known == settings for known, _ in _pending):
+        return
     lost = ~(solution.converged | (solution.status == Status.NONFINITE)).all()
-    if lost.device.type != "cuda":
-        if lost:
-            _warn(settings)
-    elif not torch.cuda.is_current_stream_capturing() and not any(known == settings for known, *_ in _pending):
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(lost, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        _pending.append((settings, flag, event))
+    if device.type == "cuda":
+        flag = torch.full((), _UNWRITTEN, dtype=torch.int8, device="cpu", pin_memory=True)
+        flag.copy_(lost.to(torch.int8), non_blocking=True)
+        _pending.append((settings, flag))
+    elif lost:
+        _warn(settings)
 
 
 def _look_at_pending() -> None:
     for entry in list(_pending):
-        settings, flag, event = entry
-        if event.query():
+        settings, flag = entry
+        if int(flag) != _UNWRITTEN:
             _pending.remove(entry)
             if flag and settings not in _warned:
                 _warn(settings)

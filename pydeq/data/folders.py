@@ -47,7 +47,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self.folder = _split_folder(Path(root).expanduser(), split)
         self.size, self.train_augmentation, self.seed = size, train_augmentation, seed
         # Shared with the workers of a DataLoader, which keep their copy of the rest from epoch to epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes = tuple(folder.name for folder in folders)
         self.files: list[tuple[str, int]] = []
@@ -87,13 +87,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         generator = None
         if self.train_augmentation:
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, int(self._epoch), index % len(self)))
+            generator = torch.Generator("cpu").manual_seed(sample_seed(self.seed, int(self._epoch), index % len(self)))
             box = _random_box(image.width, image.height, generator)
         else:
             box = _central_box(image.width, image.height)
         resized = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        if generator is not None and torch.rand((), generator=generator) < 0.5:
+        if generator is not None and torch.rand((), generator=generator, device="cpu") < 0.5:
             pixels = pixels.flip(2)
         return pixels.contiguous(), label
 
@@ -139,7 +139,7 @@ def _central_box(width: int, height: int) -> tuple[float, float, float, float]:
 def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[float, float, float, float]:
     """Of a random area and aspect ratio; after ten that do not fit, the largest central one with a ratio in range."""
     for _ in range(_TRIES):
-        area, ratio, x, y = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        area, ratio, x, y = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu").tolist()
         pixels = width * height * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
         # Uniform in its logarithm: as often wide as high.
         shape = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** ratio

@@ -208,6 +208,6 @@ def _edges(pairs: np.ndarray, nodes: int, name: str) -> Tensor:
 
 
 def _mask(nodes: int, chosen: np.ndarray) -> Tensor:
-    mask = torch.zeros(nodes, dtype=torch.bool)
+    mask = torch.zeros(nodes, dtype=torch.bool, device="cpu")
     mask[torch.from_numpy(chosen)] = True
     return mask

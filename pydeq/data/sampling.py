@@ -52,7 +52,7 @@ class Batches(Sequence[Tensor]):
             raise ValueError(f"batch must be at least world, {self.world}, a sample for each rank, got {self.batch}")
         if self.start > self.total:
             raise ValueError(f"start must be at most {self.total}, the batches of an epoch, got {self.start}")
-        order = permutation(self.n, self.seed, self.epoch) if self.shuffle else torch.arange(self.n)
+        order = permutation(self.n, self.seed, self.epoch) if self.shuffle else torch.arange(self.n, device="cpu")
         object.__setattr__(self, "order", order)
 
     @property

@@ -50,7 +50,7 @@ def statistics(data: str | Images) -> Statistics:
     if not count:
         raise ValueError(f"data must have images, got shape {tuple(data.images.shape)}")
     # How often each of 256 values occurs says it all, in whole numbers.
-    values = torch.arange(256, dtype=torch.float64)
+    values = torch.arange(256, dtype=torch.float64, device="cpu")
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in data.images.unbind(dim=1)]
     means = [float(n.double() @ values) / count for n in counts]
     deviations = [

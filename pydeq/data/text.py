@@ -236,7 +236,11 @@ def _by_frequency(
 
 
 def _tensor(tokens: array[int]) -> Tensor:
-    return torch.from_numpy(np.frombuffer(tokens, np.int32).astype(np.int64)) if tokens else torch.empty(0).long()
+    return (
+        torch.from_numpy(np.frombuffer(tokens, np.int32).astype(np.int64))
+        if tokens
+        else torch.empty(0, dtype=torch.int64, device="cpu")
+    )
 
 
 def _read(

@@ -121,7 +121,8 @@ def anderson_step_reference(
         counters[rows, Counter.COUNT] = used.int()
         counters[rows, Counter.HEAD] = ((slot + 1) % slots).int()
         # Mixing one column is a plain step, and from a new best it is the one a retry would take.
-        counters[rows, Counter.TRIED] |= ((used == 1) & verdict.improved[rows]).int()
+        plain = (used == 1) & verdict.improved[rows]
+        counters[rows, Counter.TRIED] = torch.where(plain, 1, counters[rows, Counter.TRIED])
     report(progress, counters, step)
 
 

@@ -37,7 +37,7 @@ from pydeq.termination import judge, report, settle
 
 def denominator_damping(d: Tensor) -> Tensor:
     """theta such that |1 - theta + theta d| >= 0.1; [B] -> [B]."""
-    sign = torch.where(d < 0, -1.0, 1.0).to(d.dtype)
+    sign = torch.where(d < 0, -1.0, torch.ones_like(d))
     return torch.where(d.abs() >= DENOMINATOR_LIMIT, 1.0, (1.0 - DENOMINATOR_LIMIT * sign) / (1.0 - d))
 
 
@@ -179,7 +179,7 @@ def broyden_step_reference(
             iterate[rows] = moved
         next[rows] = moved.to(z.dtype)
         # From a new best a plain step is the one a retry would take.
-        counters[rows, Counter.TRIED] |= (plain & verdict.improved[rows]).int()
+        counters[rows[plain & verdict.improved[rows]], Counter.TRIED] = 1
     report(progress, counters, step)
 
 

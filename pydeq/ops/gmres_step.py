@@ -175,7 +175,7 @@ def gmres_step_reference(
         start[rows] = position[rows]
         counters[rows, Counter.COUNT] = sound.int()
         # From a new best a plain step is the one a retry would take.
-        counters[rows, Counter.TRIED] |= verdict.improved[rows].int()
+        counters[rows[verdict.improved[rows]], Counter.TRIED] = 1
         move(rows, f[rows])
         rows, size = rows[sound], size[sound]
         basis[0][rows] = (g[sound] / size[:, None]).to(compute)
@@ -218,6 +218,7 @@ def gmres_step_reference(
         point = torch.nn.functional.pad(new.x, (0, 1)) + new.gain[:, None] * d
         closed, grows = sound & closes, sound & ~closes
         counters[rows[closed], Counter.COUNT] = 0
+        counters[rows[closed], Counter.FAR] = 0  # the solution is evaluated next
         to = start[rows].double() + beta[:, None] * (V * new.x[:, :, None]).sum(1)
         move(rows[closed], to[closed])
 

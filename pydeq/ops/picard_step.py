@@ -27,9 +27,10 @@ def picard_step_reference(
     stall: bool,
     last: bool,
     damping: float,
+    look_back: int,
     reduction: Reduction = WHOLE,
 ) -> None:
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
+    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction, look_back)
     # Without damping z is the image of the previous iterate.
     settle(z, f, next, best, verdict, z if damping == 1.0 else None, damping)
     proceed = verdict.proceed[:, None]
@@ -40,14 +41,15 @@ def picard_step_reference(
         wide = z.to(compute)
         next.copy_(torch.where(proceed, wide + damping * (f.to(compute) - wide), next))
     # Every step is a plain one: from a new best it is the one a retry would take.
-    counters[:, Counter.TRIED] |= (verdict.proceed & verdict.improved).int()
+    plain = verdict.proceed & verdict.improved
+    counters[:, Counter.TRIED] = torch.where(plain, 1, counters[:, Counter.TRIED])
     report(progress, counters, step)
 
 
 _picard_step = define(
     "picard_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) scalars, Tensor(e!) counters,"
     " Tensor(f!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last,"
-    " float damping) -> ()",
+    " float damping, int look_back) -> ()",
     picard_step_reference,
     returns_nothing,
 )
@@ -69,6 +71,7 @@ def picard_step(
     stall: bool,
     last: bool,
     damping: float,
+    look_back: int = 0,
     reduction: Reduction = WHOLE,
 ) -> None:
     """Measure f(z), decide for each sample whether it is done, and write the next iterates.
@@ -85,6 +88,9 @@ def picard_step(
         rtol, atol, eps, freeze, stall: See :class:`pydeq.termination.Rules`.
         last: Whether this evaluation is the last; running samples end as MAX_STEPS.
         damping: In (0, 1]; 1 is plain iteration.
+        look_back: Evaluations so far, where this is to look only at samples that were done before the last of them, of
+            any solver. One whose image at its value no longer meets what it was done for depends on other samples: it
+            runs again, by a plain step from its value, or ends as MAX_STEPS where ``last``. Else 0.
         reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
 
     Raises:
@@ -92,4 +98,4 @@ def picard_step(
     """
     refuse_gradients("picard_step", z, f)
     op = _picard_step if reduction is WHOLE else reducing(picard_step_reference, reduction)
-    op(z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last, damping)
+    op(z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last, damping, look_back)

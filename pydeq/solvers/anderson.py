@@ -58,7 +58,7 @@ class _AndersonWorkspace(Workspace):
         memory = min(solver.memory, max_steps)
         slots = max(memory, 2)  # the image of the previous iterate must outlive the next evaluation
         super().__init__(flat, rules, max_steps, (batch, slots, slots))
-        self.solver, self.memory = solver, memory
+        self.solver, self.memory, self.damping = solver, memory, solver.damping
         (self.gram,) = self.zeroed
         self.residuals = self.scratch.empty(batch, slots, size)
         self.values = self.scratch.empty(batch, slots, size)

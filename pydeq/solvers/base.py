@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from pydeq.arguments import check_number
 from pydeq.compiled import cuda_loaded
-from pydeq.protocol import CUDA_VECTORS, Counter, Progress, Scalar
+from pydeq.ops import picard_step
+from pydeq.protocol import CUDA_VECTORS, RUNNING, Counter, Progress, Scalar, Status
 from pydeq.reduction import WHOLE
 from pydeq.solvers.buffers import Scratch, empty, zeros
 from pydeq.termination import Rules
@@ -43,12 +45,38 @@ class Workspace(ABC):
         )
         self.progress = torch.empty(len(Progress), dtype=torch.int64, device="cpu")  # read after a step wrote it
         self.scratch = Scratch(flat)  # the history, which a solve that ends well releases
+        self.iterate = flat.new_empty(
+            0
+        )  # of half states, the iterates before they were rounded, where a solver has them
         self.rules = rules
         self.max_steps = max_steps
+        self.damping = 1.0  # of a plain step
 
     @abstractmethod
     def step(self, f: Tensor, k: int) -> None:
         """Take step ``k`` with the images ``f`` [B, D] of ``z[k % 2]``."""
+
+    def look_back(self, f: Tensor, k: int, last: bool) -> None:
+        """Judge samples that were done before the last of ``k`` evaluations by their images ``f`` [B, D] there.
+
+        Those that are done no more run again, from plain steps, or are MAX_STEPS where ``last``.
+        """
+        rules = self.rules
+        picard_step(
+            self.z[(k - 1) % 2], f, self.z[k % 2], self.best, self.scalars, self.counters, self.progress,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.damping, k, rules.reduction,
+        )  # fmt: skip
+
+    def unfreeze(self, k: int) -> None:
+        """Iterate on with all samples after ``k`` evaluations, each from its value, but those that are lost."""
+        self.rules = dataclasses.replace(self.rules, freeze=False)
+        status = self.counters[:, Counter.STATUS]
+        stalled = status == Status.STALLED
+        counted = (status == RUNNING) | (status == Status.CONVERGED) | stalled
+        self.counters[:, Counter.EVALUATIONS].masked_fill_(counted, k)
+        self.counters[:, Counter.COUNT].masked_fill_(stalled, 0)  # the value is not where its history ends
+        if self.iterate.numel():
+            self.iterate.copy_(self.z[k % 2])
 
 
 class Solver(ABC):

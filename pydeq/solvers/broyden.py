@@ -11,6 +11,7 @@ from torch import Tensor
 from pydeq.arguments import check_integer, set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
+from pydeq.progress import capturing
 from pydeq.protocol import Counter
 from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty, zeros
@@ -62,7 +63,8 @@ class BroydenWorkspace(Workspace):
         self.gram, self.thetas = self.zeroed
         self.memory = solver.memory
         self.wide = torch.promote_types(flat.dtype, torch.float32)
-        self.iterate = flat.to(self.wide) if self.wide != flat.dtype else flat.new_empty(0)
+        if self.wide != flat.dtype:
+            self.iterate = flat.to(self.wide)
         self.restart = flat.new_empty(0, dtype=self.wide)
         self.steps: list[Tensor] = []
         self.evaluations = 0  # that a step was taken with, on a GPU perhaps not yet
@@ -90,7 +92,13 @@ class BroydenWorkspace(Workspace):
             RuntimeError: If a sample's memory was full: a restart overwrites steps that factors are made of.
         """
         counters = self.counters
-        if self.memory + 2 < self.max_steps and bool(counters[:, Counter.RESTARTED].any()):
+        restarts = self.memory + 2 < self.max_steps
+        if restarts and capturing(counters.device):
+            raise RuntimeError(
+                "while a CUDA graph is captured, Broyden's memory must be at least max_steps - 2, so that no sample"
+                f" loses its inverse Jacobian: raise it from {self.memory} to {self.max_steps - 2}, or lower max_steps"
+            )
+        if restarts and bool(counters[:, Counter.RESTARTED].any()):
             restarted = int(counters[:, Counter.RESTARTED].sum())
             raise RuntimeError(
                 f"the inverse Jacobian of {restarted} of {len(counters)} samples is lost: Broyden's memory of"

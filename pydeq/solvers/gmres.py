@@ -60,7 +60,8 @@ class _GMRESWorkspace(Workspace):
         super().__init__(flat, rules, max_steps)
         self.restart = solver.restart
         self.wide = torch.promote_types(flat.dtype, torch.float32)
-        self.iterate = flat.to(self.wide) if self.wide != flat.dtype else flat.new_empty(0)
+        if self.wide != flat.dtype:
+            self.iterate = flat.to(self.wide)
         self.begin = empty(flat, *flat.shape, dtype=self.wide)
         self.basis: list[Tensor] = []
         # The last evaluation takes no step, and the one before it adds no vector that is used.

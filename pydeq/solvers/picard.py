@@ -44,12 +44,12 @@ class _PicardWorkspace(Workspace):
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Picard) -> None:
         super().__init__(flat, rules, max_steps)
-        self.solver = solver
+        self.solver, self.damping = solver, solver.damping
 
     def step(self, f: Tensor, k: int) -> None:
         rules, parity = self.rules, k % 2
         picard_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
             k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
-            self.solver.damping, rules.reduction,
+            self.solver.damping, reduction=rules.reduction,
         )  # fmt: skip

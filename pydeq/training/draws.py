@@ -31,4 +31,4 @@ def seed_of(seed: int, purpose: Purpose, index: int = 0) -> int:
 
 def generator_of(seed: int, purpose: Purpose, index: int = 0) -> torch.Generator:
     """A generator of the CPU with that seed."""
-    return torch.Generator().manual_seed(seed_of(seed, purpose, index))
+    return torch.Generator("cpu").manual_seed(seed_of(seed, purpose, index))

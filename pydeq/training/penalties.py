@@ -58,4 +58,4 @@ def cap(config: TrainingConfig, step: int) -> int:
     if low == high:
         return config.max_steps + low
     generator = generator_of(config.seed, Purpose.CAP, step)
-    return config.max_steps + int(torch.randint(low, high + 1, (), generator=generator))
+    return config.max_steps + int(torch.randint(low, high + 1, (), generator=generator, device="cpu"))

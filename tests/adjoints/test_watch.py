@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import pydeq
+from pydeq.adjoints import watch as module
+from pydeq.adjoints.watch import watch
 
 
 def slow(adjoint):
@@ -51,3 +53,35 @@ def test_under_transforms_too():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.func.grad(loss)(x)
+
+
+def test_a_look_at_what_a_device_found_asks_cuda_nothing(monkeypatch):
+    """Asking an event whether it is done ends the capture of a graph, in whichever thread it is."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("CUDA was asked")
+
+    for name in ("Event", "current_stream", "synchronize", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(module, "_warned", set())
+    flag = torch.full((), module._UNWRITTEN, dtype=torch.int8)
+    monkeypatch.setattr(module, "_pending", [("these settings", flag)])
+    solution = pydeq.fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3))
+    watch("others", solution)
+    assert len(module._pending) == 1  # the device has not written it yet
+    flag.fill_(1)  # as the device does, some time later
+    with pytest.warns(pydeq.ConvergenceWarning, match="these settings"):
+        watch("others", solution)
+    assert not module._pending
+    module._pending.append(("these settings", torch.zeros((), dtype=torch.int8)))
+    watch("others", solution)
+    assert not module._pending
+
+
+def test_nothing_is_launched_while_a_graph_is_captured(monkeypatch):
+    """A captured backward looks neither at its own solve nor at the ones before."""
+    monkeypatch.setattr(module, "capturing", lambda device: True)
+    monkeypatch.setattr(module, "_warned", set())
+    solution = pydeq.fixed_point(lambda z: 2.0 * z + 1.0, torch.zeros(2, 3), solver=pydeq.Picard(), max_steps=3)
+    assert not solution.converged.any()
+    watch("captured", solution)  # a warning is an error here

@@ -713,3 +713,22 @@ def test_register_without_the_original_says_what_to_do(new, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchdeq.solver", None)
     with pytest.raises(ModuleNotFoundError, match="pip install torchdeq"):
         new.register()
+
+
+@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
+@pytest.mark.parametrize("name", ["anderson", "broyden", "fixed_point_iter"])
+def test_a_solve_of_coupled_samples_ends_where_all_meet_the_tolerance(name, stop_mode):
+    """Sample 1 starts at its fixed point and is moved by sample 0; the solution is (2, 1)."""
+    calls = []
+
+    def f(z):
+        calls.append((z.clone(), torch.stack([0.5 * z[0] + 1.0, torch.relu(z[0] - 1.0)])))
+        return calls[-1][1]
+
+    solver = torchdeq.solver.get_solver(name)
+    z, _, info = solver(f, torch.zeros(2, 1), tol=1e-5, max_iter=60, stop_mode=stop_mode)
+    torch.testing.assert_close(z, torch.tensor([[2.0], [1.0]]), rtol=0, atol=1e-4)
+    assert (info[f"{stop_mode}_lowest"] < 1e-5).all()
+    at, image = calls[-1]  # what is returned and reported is of the last step, of all samples
+    assert torch.equal(z, at) or torch.equal(z, image)
+    torch.testing.assert_close(info["abs_lowest"], (image - at).abs()[:, 0], rtol=1e-6, atol=1e-12)

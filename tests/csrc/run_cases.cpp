@@ -56,7 +56,7 @@ StepArgs Case::step_args() const {
           static_cast<int64_t*>(pointer("progress")),
           integer("step"),
           {number("rtol"), number("atol"), number("eps"), integer("freeze") != 0, integer("stall") != 0,
-           integer("last") != 0},
+           integer("last") != 0, integers.count("look_back") ? integer("look_back") : 0},
           {nullptr, 1}};
 }
 

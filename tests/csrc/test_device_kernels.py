@@ -21,7 +21,7 @@ from pydeq.ops.gmres_step import gmres_step_reference
 from pydeq.ops.picard_step import picard_step_reference
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import squared_norm_reference
-from pydeq.protocol import RUNNING, Counter, CudaPath, Distribution, Status
+from pydeq.protocol import RUNNING, Counter, CudaPath, Distribution, Progress, Status
 
 MODULES = {
     "picard_step": test_picard_step,
@@ -87,6 +87,14 @@ def test_equals_its_reference(name):
     for dtype in DTYPES:
         tests += cases(name, dtype=dtype, dim=300, max_steps=9)
         tests += cases(name, dtype=dtype, dim=70, max_steps=9, **options.get(name, {"memory": 2}))
+    check(tests)
+
+
+def test_looks_back():
+    tests = []
+    for dtype in DTYPES:
+        for sample in test_picard_step.looking_back(dtype, damping=0.6, last=dtype == torch.float64, dim=300):
+            tests.append(Case("picard_step", dict(zip(test_picard_step.NAMES, sample, strict=True))))
     check(tests)
 
 
@@ -230,7 +238,7 @@ def test_samples_that_are_done_cost_no_memory_traffic(name, path):
     last.arguments["counters"][:, Counter.STATUS] = Status.CONVERGED
     (result,) = emulate([last])
     assert (result.loaded, result.stored) == (0, 0)
-    assert result.arguments["progress"].tolist() == [3, 0]
+    assert result.arguments["progress"][: Progress.FAR].tolist() == [3, 0]
 
 
 @pytest.mark.parametrize("path", traffic.PATHS)

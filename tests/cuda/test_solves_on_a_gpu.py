@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -326,6 +327,68 @@ def test_a_solve_on_another_than_the_current_device(solver):
 
 
 # Failures
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), ADJOINTS, ids=repr)
+def test_a_training_step_is_captured_into_a_graph(solver, adjoint):
+    """Forward and backward, after an eager warm-up whose solves have left something to look at."""
+    torch.manual_seed(0)
+    weight = (0.05 * torch.randn(64, 64)).cuda().requires_grad_()
+    x = torch.randn(5, 64).cuda()
+    deq = pydeq.DEQ(lambda z, x: torch.tanh(z @ weight + x), solver=solver, adjoint=adjoint, max_steps=8)
+    # What warns of backward solves has something pending while the graph is captured.
+    hasty = pydeq.DEQ(lambda z, x: torch.tanh(z @ weight + x), adjoint=pydeq.Implicit(max_steps=2, rtol=1e-12))
+
+    def step():
+        z = deq(torch.zeros_like(x), x)
+        weight.grad = None
+        z.square().sum().backward()
+        return z, weight.grad
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        hasty(torch.zeros_like(x), x).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, gradient = step()
+    for seed in range(3):
+        x.copy_(torch.randn(5, 64, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.cuda.synchronize()
+        found = captured.clone(), gradient.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pydeq.ConvergenceWarning)  # of the hasty one
+            expected = step()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::pydeq.CouplingWarning")
+def test_rows_that_depend_on_each_other(solver, forbid_synchronizing):
+    """They wake as on the CPU; a captured solve, which does not go on, tells which have moved."""
+
+    def fn(z):
+        return torch.stack([0.5 * z[0] + 1.0, torch.relu(z[0] - 1.0)])
+
+    z0 = torch.zeros(2, 3, device="cuda")
+    torch.cuda.set_sync_debug_mode("default")
+    for max_steps in (2, 3, 50):
+        expected = pydeq.fixed_point(fn, z0.cpu(), solver=solver, max_steps=max_steps)
+        torch.cuda.set_sync_debug_mode("error")
+        actual = pydeq.fixed_point(fn, z0, solver=solver, max_steps=max_steps)
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(actual.status.cpu(), expected.status)
+        torch.testing.assert_close(actual.value.cpu(), expected.value, rtol=1e-4, atol=1e-5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = pydeq.fixed_point(fn, z0, solver=pydeq.Picard(), max_steps=12)
+        status = captured.status
+    graph.replay()
+    assert status.tolist() == [Status.CONVERGED, Status.MAX_STEPS]
+    torch.testing.assert_close(captured.residual, (captured.image - captured.value).norm(dim=1))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -1,11 +1,15 @@
 """The operation behind pydeq.Picard."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from check_op import DTYPES, SCALES, SIZES, check_frozen, check_op, mixed_map, record, scalar_tolerance, scaled
 
-from pydeq import Picard
+from pydeq import Picard, Status
 from pydeq.ops.picard_step import picard_step_reference
+from pydeq.protocol import RUNNING, Counter, Scalar
+from pydeq.reduction import norm
 
 OP = torch.ops.pydeq.picard_step.default
 NAMES = [argument.name for argument in OP._schema.arguments]
@@ -50,3 +54,98 @@ def test_scales(dtype, scale):
 @pytest.mark.parametrize("freeze", [True, False])
 def test_stopped_samples_are_left_alone(freeze):
     assert check_frozen(OP, steps(max_steps=16, freeze=freeze)) >= 10
+
+
+# What a sample was done as, how far its image has moved since in units of its tolerance, and what it then is.
+LOOKED_AT = (
+    (Status.CONVERGED, 0.0, Status.CONVERGED),
+    (Status.CONVERGED, 0.5, Status.CONVERGED),
+    (Status.CONVERGED, 3.0, RUNNING),
+    (Status.CONVERGED, torch.nan, Status.NONFINITE),
+    (Status.STALLED, 0.0, Status.STALLED),
+    (Status.STALLED, 30.0, RUNNING),
+    (Status.DIVERGED, 0.0, Status.DIVERGED),
+    (Status.DIVERGED, 30.0, RUNNING),
+    (Status.NONFINITE, 30.0, Status.NONFINITE),
+    (Status.MAX_STEPS, 30.0, Status.MAX_STEPS),
+)
+
+
+def looking_back(dtype: torch.dtype, damping: float = 1.0, last: bool = False, dim: int = 33) -> list[Sequence]:
+    """Arguments of a step that looks back after 7 evaluations: samples done at the third, then at the last."""
+    before, moved, _ = zip(*LOOKED_AT, strict=True)
+    batch, eps, rtol = len(before), torch.finfo(dtype).eps, 0.1
+    value = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    unit = value.double() / norm(value)[:, None]
+    image = (value.double() + 0.5 * rtol * unit * norm(value)[:, None]).to(dtype)
+    f = (image.double() + torch.tensor(moved, dtype=torch.float64)[:, None] * rtol * unit * norm(value)[:, None]).to(
+        dtype
+    )
+    compute = torch.promote_types(dtype, torch.float32)
+    scalars = torch.zeros(batch, len(Scalar), dtype=torch.float64)
+    scalars[:, Scalar.BEST] = norm(image.to(compute) - value.to(compute))
+    scalars[:, Scalar.BEST_NORM] = norm(image)
+    scalars[:, Scalar.FIRST] = 1e-3
+    counters = torch.zeros(batch, len(Counter), dtype=torch.int32)
+    counters[:, Counter.STATUS] = torch.tensor([int(status) for status in before])
+    counters[:, Counter.COUNT] = 3
+    samples = []
+    for evaluations in (3, 7):
+        counters = counters.clone()
+        counters[:, Counter.EVALUATIONS] = evaluations
+        best, progress = torch.stack([value, image]), torch.zeros(3, dtype=torch.int64)
+        samples.append(
+            (
+                value,
+                f,
+                value.clone(),
+                best,
+                scalars,
+                counters,
+                progress,
+                7,
+                rtol,
+                0.0,
+                eps,
+                True,
+                True,
+                last,
+                damping,
+                7,
+            )
+        )
+    return samples
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+@pytest.mark.parametrize("last", [False, True])
+def test_looks_back(dtype, damping, last):
+    samples = looking_back(dtype, damping, last)
+    check_op(OP, picard_step_reference, samples, allowance, opcheck=[0])
+    z, f, next, best, scalars, counters, progress, *more = (
+        entry.clone() if isinstance(entry, torch.Tensor) else entry for entry in samples[0]
+    )
+    value, image = best.clone()
+    OP(z, f, next, best, scalars, counters, progress, *more)
+    for b, (before, _, after) in enumerate(LOOKED_AT):
+        if last and after == RUNNING:
+            after = before if before == Status.DIVERGED else Status.MAX_STEPS
+        assert counters[b, Counter.STATUS] == after
+        if before != after and after != Status.NONFINITE:  # all that is reported is of this evaluation
+            assert torch.equal(best[1, b], f[b])
+            assert float(scalars[b, Scalar.BEST]) == pytest.approx(
+                float(norm(f[b] - value[b, None].double())), rel=1e-5
+            )
+            if not last:
+                plain = value[b].double() + damping * (f[b].double() - value[b].double())
+                torch.testing.assert_close(next[b].double(), plain, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        elif before == after and before not in (Status.CONVERGED,):
+            assert torch.equal(best[1, b], image[b])
+        assert torch.equal(z[b], value[b])
+    assert progress.tolist() == [8, 0 if last else sum(after == RUNNING for _, _, after in LOOKED_AT), 0]
+    untouched = tuple(entry.clone() if isinstance(entry, torch.Tensor) else entry for entry in samples[1])
+    OP(*untouched)
+    for after, before in zip(untouched, samples[1], strict=True):
+        if isinstance(after, torch.Tensor) and after.dtype != torch.int64:
+            assert torch.equal(after, before) or after.isnan().any()

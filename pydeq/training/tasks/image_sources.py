@@ -73,7 +73,9 @@ class MemoryImages(ImageSource):
         if settings.holdout:
             if settings.holdout >= len(train.labels):
                 raise ValueError(f"data.holdout must be below the {len(train.labels)} samples, got {settings.holdout}")
-            order = torch.randperm(len(train.labels), generator=generator_of(config.seed, Purpose.HOLDOUT))
+            order = torch.randperm(
+                len(train.labels), generator=generator_of(config.seed, Purpose.HOLDOUT), device="cpu"
+            )
             held, rest = order[: settings.holdout].sort()[0], order[settings.holdout :].sort()[0]
             validation = Samples(train.images[held], train.labels[held])
             train = Samples(train.images[rest], train.labels[rest])
@@ -176,13 +178,16 @@ class FolderImages(ImageSource):
             yield Samples(images, labels)
         size = self.config.data.size
         for _ in range(len(order) - len(full)):  # ranks without samples take part
-            yield Samples(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+            yield Samples(
+                torch.empty(0, 3, size, size, dtype=torch.uint8, device="cpu"),
+                torch.empty(0, dtype=torch.int64, device="cpu"),
+            )
 
     def _loader(self, images: data.ImageFolder, order: list[Tensor]) -> DataLoader[Any]:
         # A generator of its own: training's random numbers must not depend on how files are read.
         return DataLoader(
             images, batch_sampler=[indices.tolist() for indices in order], num_workers=self.config.data.workers,
-            generator=torch.Generator(), pin_memory=self.distribution.device.type == "cuda",
+            generator=torch.Generator("cpu"), pin_memory=self.distribution.device.type == "cuda",
         )  # fmt: skip
 
     def fingerprint(self) -> str:

@@ -1,8 +1,9 @@
 """The loop of the solvers: when they stop, which state they return, what they report.
 
 Two loops over the same processes. ``run`` keeps torchdeq's conventions and none of its faults: it looks at every
-evaluation, a sample that met the tolerance stays done, states asked for are always returned, and NaN stays in its
-sample. ``run_legacy`` decides in everything as torchdeq does.
+evaluation, states asked for are always returned, and NaN stays in its sample. Like torchdeq it ends where all samples
+meet the tolerance in one step, and then returns that step: samples may depend on each other. ``run_legacy`` decides in
+everything as torchdeq does.
 """
 
 from __future__ import annotations
@@ -105,16 +106,20 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
     advance = process.advance
 
     def current() -> Tensor:
-        if final:
+        if final or met:
             return of(process).clone().view(shape)
         if keeper is not None:
             return keeper.state.clone().view(shape)
         assert isinstance(process, Stepped)
         return process.best(convention.state).view(shape)
 
+    def value(row: np.ndarray) -> np.ndarray:
+        """The residuals that the tolerance is for, [B]."""
+        return _relative(row[:, RESIDUAL], row[:, NORM]) if relative else row[:, RESIDUAL]
+
     # The tolerance is compared with one sample's residual, that of the worst one when all were looked at last: until
     # it is met there, there is no need to look at the others.
-    worst = 0
+    worst, met = slice(0, 1), False
     for k in range(evaluations):
         row = advance()
         rows.append(row)
@@ -125,14 +130,16 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
             wanted.pop(0)
         if final:
             continue
-        if row.item(worst, BEST) < tol:
-            worst = int(row[:, BEST].argmax())
-            if row.item(worst, BEST) < tol:
+        if value(row[worst]).item() < tol:
+            newest = value(row)
+            at = int(newest.argmax())
+            worst, met = slice(at, at + 1), bool(newest[at] < tol)
+            if met:
                 break
         if k + 1 == evaluations:
             break
         hopeless = process.hopeless
-        if hopeless is not None and bool(((row[:, BEST] < tol) | hopeless).all()):
+        if hopeless is not None and bool(((value(row) < tol) | hopeless).all()):
             break
         if convention.stalls and k > STALL_WINDOW and _stalled(rows[-STALL_WINDOW:], relative, tol):
             break
@@ -143,8 +150,8 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
 
     traces = np.empty((2, len(process.flat), convention.first + convention.columns))
     seen = _traces(rows, traces[:, :, 1 : 1 + len(rows)])
-    if final:
-        lowest, step = seen[:, :, -1], np.full(len(process.flat), len(rows) - 1)
+    if final or met:
+        lowest, step = seen[:, :, -1].copy(), np.full(len(process.flat), len(rows) - 1)
         given_up = process.hopeless
         if given_up is not None:  # the last state of these is their best one
             lowest = np.where(given_up, seen.min(axis=2), lowest)
