@@ -217,3 +217,22 @@ def test_gradients_of_coupled_rows(cell, adjoint_solver):
     if solution.backward.converged.all():
         for one, other in zip(found, gradients, strict=True):
             assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+@pytest.mark.parametrize("solver", [pydeq.Picard(), pydeq.Anderson()], ids=lambda solver: type(solver).__name__)
+def test_unrolled_iterations_wake_too(solver):
+    fn, z0, inputs = graph_cell()
+    inputs = tuple(entry.clone().requires_grad_() for entry in inputs)
+    z, gradients = exact(fn, z0, *inputs)
+    deq = pydeq.DEQ(fn, solver=solver, adjoint=pydeq.Unrolled(), rtol=1e-9, max_steps=300)
+    output, solution = deq(z0, *inputs, return_solution=True)
+    assert solution.converged.all()
+    torch.testing.assert_close(output.detach(), z, rtol=1e-6, atol=1e-7)
+    if isinstance(solver, pydeq.Picard):  # Anderson's system is nearly singular at such a tolerance
+        for one, other in zip(torch.autograd.grad(output.pow(3).sum(), inputs), gradients, strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm()
+    relayed, solution = pydeq.DEQ(relay, solver=solver, adjoint=pydeq.Unrolled())(
+        torch.zeros(2, 1), return_solution=True
+    )
+    assert solution.converged.all()
+    torch.testing.assert_close(relayed, torch.tensor([[2.0], [1.0]]), rtol=0, atol=4e-3)

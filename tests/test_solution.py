@@ -121,6 +121,22 @@ def test_repr_of_a_solution_without_trouble(solver):
     assert solution.advice() == ""
 
 
+def test_repr_names_atol_where_the_solution_is_zero(solver):
+    """0.5 z from 1: no residual is a small part of an image that vanishes."""
+    solution = pydeq.fixed_point(lambda z: 0.5 * z, torch.ones(2, 3), solver=pydeq.Picard())
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 2
+    assert "2 with a solution of 0" in repr(solution)
+    assert "set atol" in repr(solution)
+    solved = pydeq.fixed_point(lambda z: 0.5 * z, torch.ones(2, 3), solver=solver, atol=1e-4)
+    assert solved.converged.all()
+    assert "atol" not in repr(solved)
+
+
+def test_repr_of_a_lost_solution_names_damping_and_picard():
+    solution = pydeq.fixed_point(lambda z: z.log(), torch.full((1, 2), -1.0))
+    assert "pydeq.Picard(damping=0.5)" in repr(solution)
+
+
 def test_repr_of_a_stalled_solution():
     problem = linear_map(0.9, 30)
     solution = problem.solve(rtol=1e-9, max_steps=300)

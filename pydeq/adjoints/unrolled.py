@@ -21,11 +21,12 @@ from pydeq.adjoints.sources import Watched, held
 from pydeq.arguments import check_max_steps
 from pydeq.compilation import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
+from pydeq.iteration import warn_of_coupling
 from pydeq.keywords import suggests_keywords
 from pydeq.nn.scope import share_weights
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.progress import any_running
-from pydeq.protocol import Counter, Scalar
+from pydeq.protocol import Counter, Scalar, Status
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Picard, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
@@ -76,7 +77,8 @@ class Unrolled(Adjoint):
         states_at = check_states_at(options.get("states_at", ()))
         cast = torch.is_autocast_enabled(layout.device.type)
 
-        z = value = image = _flatten(layout, problem.z0)
+        z = value = image = anchor = _flatten(layout, problem.z0)
+        freeze = rules.freeze
         scalars = z.new_zeros(layout.batch, len(Scalar), dtype=torch.float64)
         counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
         unroll = _RULES[type(solver)](solver, max_steps)
@@ -94,17 +96,37 @@ class Unrolled(Adjoint):
             with torch.no_grad():
                 verdict = judge(
                     z.detach(), f.detach(), scalars, counters,
-                    rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, nfe == max_steps,
+                    rules.rtol, rules.atol, rules.eps, freeze, rules.stall, nfe == max_steps,
                 )  # fmt: skip
             improved = verdict.improved[:, None]
             value, image = torch.where(improved, z, value), torch.where(improved, f, image)
             if nfe in states_at:
                 states.append(layout.view(image))
             if nfe == max_steps or not any_running(counters):
-                break
-            retry = value + unroll.damping * (image - value)
-            next = torch.where(verdict.retry[:, None], retry, value)
-            z = torch.where(verdict.proceed[:, None], unroll.step(z, f, verdict, counters), next)
+                if not freeze:
+                    break
+                with torch.no_grad():  # samples that were done before may have been moved since by others
+                    verdict = judge(
+                        z.detach(), f.detach(), scalars, counters,
+                        rules.rtol, rules.atol, rules.eps, freeze, rules.stall, nfe == max_steps, look_back=nfe,
+                    )  # fmt: skip
+                image = torch.where(verdict.improved[:, None], f, image)
+                if nfe == max_steps or not any_running(counters):
+                    break
+                freeze = False
+                warn_of_coupling(int(verdict.retry.sum()), layout.batch)
+                counters[counters[:, Counter.STATUS] <= Status.STALLED, Counter.EVALUATIONS] = nfe
+                counters[:, Counter.COUNT] = 0
+            # As in pydeq.termination.settle.
+            from_best, halfway, proceed = (
+                rows[:, None] for rows in (verdict.from_best, verdict.halfway, verdict.proceed)
+            )
+            next = torch.where(verdict.retry[:, None], anchor, value)
+            next = torch.where(from_best, value + unroll.damping * (image - value), next)
+            next = torch.where(halfway, anchor + 0.5 * (z - anchor), next)
+            next = torch.where(proceed, unroll.step(z, f, verdict, counters), next)
+            anchor = torch.where(proceed, z, torch.where(from_best, value, anchor))
+            z = next
 
         repeated.watched = read.with_tensors(())
         output = layout.view(image)
