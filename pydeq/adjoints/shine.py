@@ -158,9 +158,7 @@ class _Shine(torch.autograd.Function):
         courier, *tensors = ctx.saved_tensors
         refuse_vectorized(cotangents, problem.settings)
         layout = problem.layout
-        at = Linearization(layout, tuple(tensors[:parts]), tuple(tensors[parts : 2 * parts]))
-        if problem.settings.refine_steps:
-            at = take_over(courier) or at
+        at = take_over(courier) or Linearization(layout, tuple(tensors[:parts]), tuple(tensors[parts : 2 * parts]))
         v = layout.flatten(cotangents if layout.is_tuple else cotangents[0])
         u = layout.view(problem.solve(at, InverseJacobian.from_tensors(tensors[2 * parts :]), v))
         return (None,) * (3 + parts) + as_tuple(u)
