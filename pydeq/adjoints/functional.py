@@ -248,21 +248,10 @@ def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) ->
 
 
 class RefuseCaptured(TorchFunctionMode):
-    """Raises where a computation on plain tensors meets one that a transform or autograd follows from outside.
-
-    What the computation itself begins to follow, like the gradient of an energy, is its own.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.level = _functorch.maybe_current_level() or 0
-        self.first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
-        self.own: list[Tensor] = []  # leaves made inside
+    """Raises where a computation on plain tensors meets one that a transform or autograd follows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.requires_grad_ and not _is_followed(args[0], self.level):
-            self.own.append(args[0])
-        elif any(isinstance(x, Tensor) and self._refuses(x) for x in tree_leaves((args, kwargs))):
+        if any(isinstance(x, Tensor) and _is_followed(x) for x in tree_leaves((args, kwargs))):
             raise RuntimeError(
                 "under torch.func or forward-mode AD, the cell captures a tensor that is being differentiated or"
                 " mapped, which would get no gradient: pass it to the layer as context, or make the cell a module that"
@@ -270,18 +259,8 @@ class RefuseCaptured(TorchFunctionMode):
             )
         return func(*args, **(kwargs or {}))
 
-    def _refuses(self, x: Tensor) -> bool:
-        if any(x is leaf for leaf in self.own):
-            return False
-        if x.grad_fn is not None and x.grad_fn._sequence_nr() >= self.first_node:  # pyright: ignore
-            return False
-        return _is_followed(x, self.level)
 
-
-def _is_followed(x: Tensor, level: int) -> bool:
-    """Whether a transform at ``level`` or further out, or autograd, follows x."""
-    while _functorch.is_functorch_wrapped_tensor(x) and _functorch.maybe_get_level(x) > level:
-        x = _functorch.get_unwrapped(x)
+def _is_followed(x: Tensor) -> bool:
     if _functorch.is_functorch_wrapped_tensor(x) or x.requires_grad:
         return True
     if forward_ad._current_level < 0:
