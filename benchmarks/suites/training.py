@@ -83,12 +83,9 @@ def run(context: Context) -> None:
                 ratio = _measure(context, case, kind, cell, z0, x, rows)
                 worst += [] if ratio is None else [ratio]
                 bar.advance()
-            plain = results.value(f"training.{case.key}.plain.{BASELINE}.step")
             for side in (BASELINE, BY_DIFFERENCE):
-                penalized = results.value(f"training.{case.key}.penalty.{side}.step")
-                if plain is not None and penalized is not None:
-                    prices.append(penalized / plain)
-                    results.figure(f"training.{case.key}.penalty.{side}.price", penalized / plain, "1")
+                price = results.value(f"training.{case.key}.penalty.{side}.price")
+                prices += [] if price is None else [price]
             lowest += worst
             results.target(
                 f"training.{case.key}",
@@ -144,7 +141,13 @@ def _measure(
 
         return measure
 
-    measured = alternate({side: timed(step) for side, step in steps.items()}, context.profile.training_repeats)
+    turns = {side: timed(step) for side, step in steps.items()}
+    if kind == "penalty":  # what it costs, in turns with a step without
+        turns["plain"] = timed(_step(context.peers[BASELINE], SETTINGS, cell, cell, z0, x, "plain"))
+    measured = alternate(turns, context.profile.training_repeats)
+    if kind == "penalty":
+        for side in (BASELINE, BY_DIFFERENCE):
+            results.figure(f"{name}.{side}.price", ratios(measured[side], measured["plain"]), "1")
     evaluation, product = _cost(cell, z0, x)
     for side, (peer, settings) in sides.items():
         counted = WatchedCell(cell)
