@@ -310,6 +310,7 @@ def test_a_layer_with_dropout(freeze):
         assert deq.cell.calls == solution.nfe + 2
 
 
+@pytest.mark.filterwarnings("ignore:the samples of a batch depend on each other")  # by batch norm
 @pytest.mark.parametrize("order", [1, 2])
 def test_running_statistics_change_as_by_one_evaluation(order):
     torch.manual_seed(0)
