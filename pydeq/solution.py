@@ -138,6 +138,8 @@ class Solution:
         """What to change about the samples that did not converge; empty if all did."""
         counts = _count_statuses(self.status)
         advice = [f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts]
+        if not advice:
+            return ""
         short = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
         scalars = self._scalars
         if vanished := int((short & (scalars[:, Scalar.BEST_NORM] < _VANISHED * scalars[:, Scalar.FIRST_NORM])).sum()):

@@ -15,6 +15,7 @@ from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import requires
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -431,6 +432,11 @@ class Library:
     """A CPU library as _load_cuda sees it."""
 
     cuda_version, cuda_archs, cuda_reason = "13.0", "9.0+PTX", ""
+    path: ClassVar[int | None] = None
+
+    @classmethod
+    def select_path(cls, path: int) -> None:
+        cls.path = path
 
 
 @pytest.fixture
@@ -479,6 +485,7 @@ def test_a_driver_of_the_same_major_version_or_later_will_do(cuda_torch, driver)
     load_cuda(required=True)
     assert opened == [(PACKAGE / CUDA, compiled._interface())]
     assert compiled._cuda_library is Library
+    assert Library.path == compiled._cuda_path
     assert compiled._cuda_reason == ""
 
 

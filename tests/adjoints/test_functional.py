@@ -518,6 +518,7 @@ def tensors_of(module):
     )
 
 
+@pytest.mark.filterwarnings("ignore::pydeq.CouplingWarning")  # of batch statistics, said once
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("transform", [grad, jacrev, jacfwd], ids=lambda t: t.__name__)
 def test_batch_norm_under_transforms(transform, training):
