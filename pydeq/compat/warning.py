@@ -1,24 +1,40 @@
-"""What the replacements say once: a function that modifies its argument, backward solves that do not converge."""
+"""What the replacements say once: modified arguments, samples that depend on each other, inexact backward solves."""
 
 from __future__ import annotations
 
-import functools
 import warnings
 
-from pydeq.solution import ConvergenceWarning
+from pydeq.solution import ConvergenceWarning, CouplingWarning
+
+_said: set[str] = set()
 
 
-@functools.cache
 def warn_of_modification() -> None:
     """Say that f modifies its argument."""
-    warnings.warn(
+    _say_once(
+        "modification",
         "func modifies its argument in place: from now on it is given a copy at each call, which costs time. To save"
         " it, use out-of-place operations in func, for example relu(z) instead of relu(z, inplace=True)",
-        stacklevel=2,
+        UserWarning,
     )
 
 
-_warned: set[str] = set()
+def warn_of_coupling(left: int, batch: int) -> None:
+    """Say that samples moved away from a solution they had found.
+
+    Args:
+        left: How many.
+        batch: Of how many.
+    """
+    _say_once(
+        "coupling",
+        f"{left} of {batch} samples met the tolerance and then moved far away from it, as samples do that depend on"
+        " each other. The solve did not converge, and what is returned is the best state of each sample: for such"
+        " samples its residual is larger than reported. Make one coupled system, such as the nodes of a graph, one"
+        " sample: solve for z[None], deq(lambda z: f(z[0])[None], z0[None]), and take [0] of the result. This is said"
+        " once",
+        CouplingWarning,
+    )
 
 
 def warn_of_backward(solver: str, state: str, remedy: str) -> None:
@@ -29,12 +45,16 @@ def warn_of_backward(solver: str, state: str, remedy: str) -> None:
         state: How far it got.
         remedy: What to change of its options.
     """
-    if solver in _warned:
-        return
-    _warned.add(solver)
-    warnings.warn(
+    _say_once(
+        f"backward by {solver}",
         f"the backward solve by {solver} left {state}, so their gradients are inexact: {remedy}, or make the function"
         " more contractive (a penalty on its Jacobian, a norm on its weights); this is said once",
         ConvergenceWarning,
-        stacklevel=2,
     )
+
+
+def _say_once(key: str, text: str, category: type[Warning]) -> None:
+    if key in _said:
+        return
+    _said.add(key)
+    warnings.warn(text, category, stacklevel=3)

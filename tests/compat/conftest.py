@@ -13,8 +13,7 @@ from pydeq.compat import warning
 @pytest.fixture(autouse=True)
 def nothing_was_said():
     """What is said once is said in each test."""
-    warning.warn_of_modification.cache_clear()
-    warning._warned.clear()
+    warning._said.clear()
 
 
 def import_original():

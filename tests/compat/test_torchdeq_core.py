@@ -508,7 +508,7 @@ def test_a_backward_solve_that_does_not_converge_warns_once(new, tanh, b_solver,
     with pytest.warns(ConvergenceWarning, match=r"backward solve by .* left \d of 3 samples.*b_max_iter"):
         deq(f, f.z0)[0][-1].sum().backward()
     deq(f, f.z0)[0][-1].sum().backward()  # warnings are errors
-    pydeq.compat.warning._warned.clear()
+    pydeq.compat.warning._said.clear()
     new.get_deq(b_stop_mode=b_stop_mode, b_max_iter=200, **options)(f, f.z0)[0][-1].sum().backward()
 
 

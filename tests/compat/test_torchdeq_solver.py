@@ -1,5 +1,6 @@
 """The solvers' contract, on replacement and original; then what the replacement does better; then legacy mode."""
 
+import functools
 import inspect
 import itertools
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pydeq
 import pydeq.compat
 import pydeq.compat.torchdeq as torchdeq
 from pydeq.compat.processes import broyden_process
@@ -715,8 +717,8 @@ def test_register_without_the_original_says_what_to_do(new, monkeypatch):
         new.register()
 
 
-@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
-@pytest.mark.parametrize("name", ["anderson", "broyden", "fixed_point_iter"])
+@each_mode
+@each_solver
 def test_a_solve_of_coupled_samples_ends_where_all_meet_the_tolerance(name, stop_mode):
     """Sample 1 starts at its fixed point and is moved by sample 0; the solution is (2, 1)."""
     calls = []
@@ -732,3 +734,36 @@ def test_a_solve_of_coupled_samples_ends_where_all_meet_the_tolerance(name, stop
     at, image = calls[-1]  # what is returned and reported is of the last step, of all samples
     assert torch.equal(z, at) or torch.equal(z, image)
     torch.testing.assert_close(info["abs_lowest"], (image - at).abs()[:, 0], rtol=1e-6, atol=1e-12)
+
+
+@each_mode
+@each_solver
+def test_a_solve_that_mixes_states_of_coupled_samples_says_so_once(name, stop_mode):
+    """Sample 1 starts at its fixed point, is moved by sample 0, and comes back as it was at the start."""
+    slopes, x0 = torch.linspace(0.1, 0.9, 8), torch.zeros(2, 8)
+
+    def coupled(z):
+        return torch.stack([slopes * z[0] + 1.0, torch.relu(z[0] - 1.0)])
+
+    def independent(z):
+        return torch.stack([slopes * z[0] + 1.0, torch.relu(z[1] - 1.0)])
+
+    solve = functools.partial(torchdeq.solver.get_solver(name), tol=1e-5, max_iter=3, stop_mode=stop_mode)
+    solve(independent, x0)  # says nothing
+    with pytest.warns(pydeq.CouplingWarning, match=r"1 of 2 samples .* z0\[None\]") as said:
+        z, _, info = solve(coupled, x0)
+    assert len(said) == 1
+    solve(coupled, x0)  # says nothing: warnings are errors here
+    assert info["abs_lowest"][1] == 0
+    assert (coupled(z) - z)[1].norm() > 0.1  # what is reported of sample 1 is not of this state
+
+
+def test_one_coupled_system_as_one_sample_reports_its_residual():
+    def f(z):
+        return torch.stack([0.9 * z[0] + 1.0, torch.relu(z[0] - 1.0)])
+
+    deq = torchdeq.get_deq(f_solver="broyden", f_tol=1e-5, f_max_iter=3)
+    deq.eval()
+    z, info = deq(lambda z: f(z[0])[None], torch.zeros(2, 1)[None])
+    residual = (f(z[-1][0]) - z[-1][0]).norm()
+    torch.testing.assert_close(info["abs_lowest"], residual[None], rtol=1e-5, atol=0)

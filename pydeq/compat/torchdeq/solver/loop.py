@@ -19,12 +19,17 @@ from torch import Tensor
 from pydeq.compat.processes import Process, Stepped, column, flatten
 from pydeq.compat.rules import STALL_RATIO, STALL_TOLERANCES, STALL_WINDOW, UNKNOWN
 from pydeq.compat.torchdeq.solver.stat import SolverStat
+from pydeq.compat.warning import warn_of_coupling
 from pydeq.protocol import Scalar
 
 Result = tuple[Tensor, list[Tensor], SolverStat]
 
 # Columns of what a process measures; BEST is the smallest residual of the mode that the solve stops by.
 RESIDUAL, NORM, BEST = int(Scalar.RESIDUAL), int(Scalar.NORM), int(Scalar.BEST)
+
+# Independent samples that met the tolerance rise above it now and then: by 100 times in 1 of 75,000 samples on random
+# maps that did not converge. In units of eps, a relative residual up to _ROUNDING may be rounding.
+_LEFT, _ROUNDING = 100.0, 32.0
 
 
 @dataclass
@@ -158,6 +163,7 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
             step = np.where(given_up, seen[0].argmin(axis=1), step)
     else:
         lowest, step = seen.min(axis=2), seen[int(relative)].argmin(axis=1)
+        _watch_coupling(lowest[int(relative)], value(rows[-1]), seen[1, :, -1], tol, process.dtype)
     traces = traces[:, :, convention.first :]
     return state, states, _stat(traces, max(0, len(rows) - convention.first), lowest, step + offset, x0)
 
@@ -243,6 +249,24 @@ def _traces(rows: list[np.ndarray], out: np.ndarray | None = None) -> np.ndarray
 
 def _relative(residual: np.ndarray, norm: np.ndarray) -> np.ndarray:
     return residual / (np.fmin(norm, 1e300) + 1e-9)  # norms that are not finite come with infinite residuals
+
+
+def _watch_coupling(
+    lowest: np.ndarray, newest: np.ndarray, relative: np.ndarray, tol: float, dtype: torch.dtype
+) -> None:
+    """Warn of samples that met the tolerance and moved far away from it.
+
+    Args:
+        lowest, newest: Of the residual that the tolerance is for, [B].
+        relative: The newest relative residuals, [B].
+        tol: Tolerance.
+        dtype: Of the states.
+    """
+    left = (lowest < tol) & (newest > _LEFT * tol) & np.isfinite(newest)
+    if left.any():
+        left &= relative > _ROUNDING * torch.finfo(dtype).eps
+    if left.any():
+        warn_of_coupling(int(left.sum()), len(left))
 
 
 def _stalled(rows: list[np.ndarray], relative: bool, tol: float) -> bool:
