@@ -30,7 +30,7 @@ from pydeq.termination import Rules
 _DECREASE, _SHORTEST = 1e-4, 1e-2
 _RUNNING_COLUMN, _RESIDUAL, _BEST = int(Progress.RUNNING), int(Scalar.RESIDUAL), int(Scalar.BEST)
 _LARGEST = sys.float_info.max
-# The default lam of both, 1e-4, stands for pydeq's default ridge, 1e-6 of the diagonal.
+# The default lam of both, 1e-4, is taken for pydeq's default ridge, 1e-6 of the diagonal.
 _RIDGE_PER_LAM = 1e-2
 
 
@@ -66,7 +66,7 @@ class Process(ABC):
         """Evaluate f once more and measure; a new array, float64 [B, len(Scalar)].
 
         Its columns RESIDUAL and NORM hold ||f(z) - z|| and ||f(z)||, inf residuals where f is not finite. BEST is the
-        smallest residual so far, of :class:`Stepped` alone. The others have no meaning here.
+        smallest residual so far, only of :class:`Stepped`. The other columns have no meaning here.
         """
 
     @property
@@ -263,7 +263,7 @@ class AbsoluteRidgeAnderson(_Plain):
         [ 0     1^T        ] [ mu ]   [ 1 ]
         [ 1   G G^T + lam I ] [ a  ] = [ 0 ],    x' = tau sum a_j f(x_j) + (1 - tau) sum a_j x_j
 
-    A system that cannot be solved takes a plain step, in that sample alone.
+    A system that cannot be solved takes a plain step, only in that sample.
 
     Args:
         func, x0: As in :class:`Process`.

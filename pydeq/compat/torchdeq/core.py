@@ -136,7 +136,7 @@ class DEQBase(nn.Module):
             backward_writer: Called with the statistics of each backward solve.
 
         Returns:
-            The states: in training with gradients, in evaluation mode the solution alone. Of a tuple, lists. And the
+            The states: in training with gradients, in evaluation mode only the solution. Of a tuple, lists. And the
             statistics of the last solve.
         """
         raise NotImplementedError
@@ -380,6 +380,6 @@ _OPTIONS = (
 
 
 def reset_deq(model: nn.Module) -> None:
-    """Compute the model's normed weights anew and forget its dropout masks: once before each training step."""
+    """Compute the normed weights again and forget the dropout masks: once before each training step."""
     reset_norm(model)
     reset_dropout(model)

@@ -150,7 +150,7 @@ class PhantomGradient:
     Args:
         steps: How many.
         tau: Damping.
-        sup_gap: If above 0, every so many steps a state is returned.
+        sup_gap: If above 0, a state is returned after each multiple of it.
         sup_loc: Else the states after these steps, and the last one.
     """
 

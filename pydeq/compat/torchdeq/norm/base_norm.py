@@ -20,7 +20,7 @@ def register_norm(norm_type: str, norm_class: Any) -> None:
 
     Its class has ``_target_modules``, a dict from module types to (names, dims), and a class method
     ``apply(module, deq_args=..., **norm_kwargs)``; what that returns is called with the module to compute the weight
-    anew, and has ``remove(module)``.
+    again, and has ``remove(module)``.
     """
     _norm_class[norm_type] = norm_class
 
@@ -43,7 +43,7 @@ def apply_norm(
     Args:
         model: Changed in place.
         norm_type: "weight_norm", "spectral_norm", "none" or a registered one.
-        prefix_filter_out: Modules whose name begins with one of these are left alone.
+        prefix_filter_out: Modules whose name begins with one of these are not normed.
         filter_out: So are those whose name contains one of these.
         args: Options: ``norm_type``, ``norm_no_scale``, ``norm_target_norm``, ``norm_clip``, ``norm_clip_value``,
             ``sn_n_power_iters``; left as they are.
@@ -72,7 +72,7 @@ def apply_norm(
 
 
 def reset_norm(model: nn.Module) -> None:
-    """Compute the normed weights of ``model`` anew, with a graph: once before each training step."""
+    """Compute the normed weights of ``model`` again, with a graph: once before each training step."""
     for module in model.modules():
         if hasattr(module, "_deq_norm"):
             module._deq_norm(module)  # pyright: ignore

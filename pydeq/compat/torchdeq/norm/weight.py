@@ -64,7 +64,7 @@ class WeightRule(ABC):
         return weight * factor
 
     def __call__(self, module: nn.Module) -> None:
-        """Compute the weights of ``module`` anew."""
+        """Compute the weights of ``module`` again."""
         for name, dim in zip(self.names, self.dims, strict=True):
             hold(module, name, self.weight(module, name, dim, module.training))
 

@@ -33,7 +33,7 @@ def anderson_solver(
         func: The map, on tensors like x0.
         x0: Where to start, (B, ...); every element of a 0-d or 1-d tensor is a sample.
         max_iter: Calls of func at most.
-        tol: Stop once every sample's residual was below.
+        tol: Stop at a step where every sample's residual is below.
         stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)||.
         indexing: Numbers of calls after which the best state so far is wanted.
         m: Columns mixed.
