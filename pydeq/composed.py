@@ -109,8 +109,13 @@ class _Composed(TorchFunctionMode):
 @contextmanager
 def any_order() -> Iterator[None]:
     """Evaluate fn inside, where it is to be differentiated more than twice, or by forward mode and then again."""
-    with _Composed(), sdpa_kernel(SDPBackend.MATH):  # pyright: ignore
+    with composed_norms(), sdpa_kernel(SDPBackend.MATH):  # pyright: ignore
         yield
+
+
+def composed_norms() -> TorchFunctionMode:
+    """As :func:`any_order`, for norms only: fused attention stays, and raises where it cannot be differentiated."""
+    return _Composed()
 
 
 _NORMS = {"native_layer_norm": "layer norm"} | dict.fromkeys(

@@ -28,7 +28,9 @@ from pydeq.adjoints.sources import Watched, borders_of, edge_of, held, hooks_pos
 from pydeq.adjoints.watch import watch
 from pydeq.arguments import check_max_steps, check_tolerance, set_fields
 from pydeq.compilation import interpreted
+from pydeq.composed import composed_norms
 from pydeq.fixed_point import fixed_point
+from pydeq.jacobian.graphs import nodes_of, wrong_third_derivative
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import Linearization, linearize
 from pydeq.precision import Autocast
@@ -53,7 +55,8 @@ class Implicit(Adjoint):
             the same samples again, in the same order. Costs one product more where it does not help.
 
     A backward solve that leaves samples unconverged warns once. Samples whose adjoint is NONFINITE get NaN gradients,
-    so that a gradient scaler sees the overflow. Derivatives of any order are exact, and under torch.func in any mode.
+    so that a gradient scaler sees the overflow. Derivatives of any order are exact, and under torch.func in any mode;
+    norms whose third derivatives torch has wrong are made of plain operations for them (docs/penalty.md).
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -152,6 +155,7 @@ class _Problem:
         watched: What must not have changed where f is evaluated again.
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Where the last cotangent is kept for a warm start.
+        norm: A norm in f whose third derivative torch has wrong, in a problem that is of second order itself.
     """
 
     settings: Implicit
@@ -164,6 +168,7 @@ class _Problem:
     watched: Watched
     solution: Solution | None = None
     memory: dict[str, Any] | None = None
+    norm: str | None = None
 
     def solve(self, at: Linearization, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The solution u of u = J^T u + v; without a graph."""
@@ -201,6 +206,12 @@ class _Problem:
                 " from others, which puts part of its graph out of reach; pass that tensor to the layer as context, or"
                 " differentiate by torch.func (grad, hessian, jvp), with all that requires grad as context or parameter"
             )
+        if self.norm is not None:
+            raise RuntimeError(
+                f"a third derivative of {self.norm} is needed, which torch has wrong (pytorch#175754, #196699,"
+                " #196700), and the cell calls it where pydeq cannot put plain operations in its place, like"
+                " TorchScript: call it outside of TorchScript, or write it in plain operations"
+            )
         self.watched.check("f is to be evaluated again for a second derivative")
         gate, tensors = _Gate(), self.explicit.tensors
         z = tuple(_Substitute.apply(gate, part) for part in out)
@@ -215,7 +226,8 @@ class _Problem:
                 "this gradient cannot be differentiated (create_graph): the cell captures a computed tensor that it is"
                 " also given as context: let it use the one that it is given"
             )
-        u = self._attached_adjoint(at, self.solve(at, v), v, inputs)
+        norm = wrong_third_derivative(nodes_of(at.y, first_node))
+        u = self._attached_adjoint(at, self.solve(at, v), v, inputs, norm)
         outputs = [part for part in at.y if part.requires_grad]
         seeds = [part for part, of in zip(u, at.y, strict=True) if of.requires_grad]
         captured = {id(x) for x in leaves}  # also where it is known: a list of parameters, say
@@ -230,13 +242,18 @@ class _Problem:
         return [gradients[id(x)] for x in self.sources]
 
     def _evaluate(self, z: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The parts of f, as in forward."""
-        with self.autocast.again():
+        """The parts of f, as in forward; norms in plain operations, whose further derivatives are right."""
+        with self.autocast.again(), composed_norms():
             y = self.explicit(z if self.layout.is_tuple else z[0], tensors)
             return as_tuple(self.layout.check(y, self.autocast.enabled, detach=False))
 
     def _attached_adjoint(
-        self, at: Linearization, u: tuple[Tensor, ...], v: tuple[Tensor, ...], inputs: Sequence[Tensor]
+        self,
+        at: Linearization,
+        u: tuple[Tensor, ...],
+        v: tuple[Tensor, ...],
+        inputs: Sequence[Tensor],
+        norm: str | None,
     ) -> tuple[Tensor, ...]:
         """The adjoint's solution u with the gradients of a fixed point of u, v, z, inputs -> J^T u + v.
 
@@ -254,7 +271,13 @@ class _Problem:
         known = {id(x) for x in self.explicit.tensors}
         followed.update({id(x): x for x in self.sources if id(x) not in known})
         problem = replace(
-            self, explicit=explicit, sources=tuple(followed.values()), hidden=False, solution=None, memory=None
+            self,
+            explicit=explicit,
+            sources=tuple(followed.values()),
+            hidden=False,
+            solution=None,
+            memory=None,
+            norm=norm,
         )
         with self.autocast.again():
             return _attach(problem, linearize(self._adjoint(at), u if self.layout.is_tuple else u[0], v))

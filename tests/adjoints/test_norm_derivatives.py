@@ -67,17 +67,60 @@ def test_any_order_and_mode_is_that_of_plain_operations(norm, modes):
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("norm", ["layer", "instance"])
-def test_second_derivatives_without_transforms(norm):
-    """Autograd's own: formulas of norms are right to second order."""
-    generator = torch.Generator().manual_seed(1)
-    x, v = torch.randn(2, 3, DIM, generator=generator, dtype=torch.float64)
-    found = []
-    for plain in (True, False):
-        cell = Cell(norm, plain)
-        options = {"rtol": 1e-12, "max_steps": 60}
-        deq = pydeq.DEQ(cell, adjoint=pydeq.Implicit(**options), **options)
-        z = deq(torch.zeros_like(x), x)
-        (gradient,) = torch.autograd.grad((z * v).sum() + z.pow(3).sum(), cell.weight, create_graph=True)
-        found.append(torch.autograd.grad(gradient.sin().sum(), cell.weight)[0])
-    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+class AnyNorm(nn.Module):
+    """norm(tanh(z W + x)) / 20."""
+
+    def __init__(self, norm):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(DIM, DIM, generator=generator, dtype=torch.float64) / DIM**0.5)
+        self.norm = norm.double()
+
+    def forward(self, z, x):
+        return 0.05 * self.norm(torch.tanh(z @ self.weight + x))
+
+
+class Instance(nn.Module):
+    def forward(self, y):
+        return functional.instance_norm(y[None])[0]
+
+
+class Slope:
+    """Derivatives by create_graph of a number that the solution gives, along one direction of the input each."""
+
+    def __init__(self, norm):
+        generator = torch.Generator().manual_seed(1)
+        self.x, self.v, *self.along = torch.randn(6, 3, DIM, generator=generator, dtype=torch.float64)
+        options = {"rtol": 1e-13, "max_steps": 60}
+        self.deq = pydeq.DEQ(AnyNorm(norm), adjoint=pydeq.Implicit(**options), **options)
+
+    def __call__(self, order, t=0.0):
+        x = (self.x + t * self.along[order]).requires_grad_()
+        z = self.deq(torch.zeros_like(x), x)
+        found = (z * self.v).sum() + z.pow(3).sum()
+        for v in self.along[:order]:
+            found = (torch.autograd.grad(found, x, create_graph=True)[0] * v).sum()
+        return found.detach()
+
+
+# A batch norm is of coupled samples.
+@pytest.mark.filterwarnings("ignore::pydeq.CouplingWarning")
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(
+    "norm",
+    [lambda: nn.LayerNorm(DIM), Instance, lambda: nn.BatchNorm1d(DIM, eps=0.1)],
+    ids=["layer", "instance", "batch"],
+)
+def test_derivatives_without_transforms_are_slopes(norm, order):
+    """Each order's derivative is the slope of the one before, by central differences of fourth order."""
+    slope, h = Slope(norm()), 1e-3
+    below = [slope(order - 1, t * h) for t in (-2, -1, 1, 2)]
+    expected = (8 * (below[2] - below[1]) - (below[3] - below[0])) / (12 * h)
+    torch.testing.assert_close(slope(order), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_third_derivative_of_a_norm_in_torchscript_raises():
+    slope = Slope(torch.jit.script(nn.LayerNorm(DIM)))
+    assert slope(1).isfinite()
+    with pytest.raises(RuntimeError, match=r"third derivative of layer norm .* TorchScript"):
+        slope(3)
