@@ -173,7 +173,7 @@ class FixedPoint(torch.autograd.Function):
         z, inputs = saved[: equation.parts], saved[equation.parts :]
         parts = equation.parts
         if transforms_active():
-            # The saved output lacks the tangents of outer levels of forward mode: solve anew, from the solution.
+            # The saved output lacks the tangents of outer levels of forward mode: solve again, from the solution.
             z = replace(equation, live=None, record=lambda solution: None).solve(z, inputs)
         given = dict(enumerate(tangents[1 + parts :]))
         smooth = [i for i, tangent in given.items() if tangent is not None]
@@ -236,7 +236,7 @@ def _jvp(of: Callable[..., Parts], x: Parts, along: Parts) -> Parts:
 
 
 def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) -> Callable[..., Parts]:
-    """``map`` as a function of the inputs at ``indices`` alone."""
+    """``map`` as a function of the inputs at ``indices`` only."""
 
     def of(*moving: Tensor) -> Parts:
         every = list(inputs)

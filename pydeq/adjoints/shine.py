@@ -99,7 +99,7 @@ class Shine(Adjoint):
 
 @dataclass(frozen=True)
 class _Backward:
-    """What backward needs beside tensors."""
+    """What backward needs besides tensors."""
 
     settings: Shine
     layout: Layout

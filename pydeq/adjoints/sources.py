@@ -134,6 +134,6 @@ def held(module: nn.Module | None, context: Sequence[Any]) -> list[Tensor]:
     for part in module.modules() if module is not None else ():
         if not isinstance(part, Scoped):
             for holder in (part._parameters, part._buffers):
-                # TorchScript's containers have items alone.
+                # TorchScript's containers have items only.
                 found.update({id(x): x for _, x in holder.items() if x is not None})
     return list(found.values())
