@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pydeq.arguments import check_integer, check_number, set_fields
 from pydeq.ops import mean_squared_norm, random_probes
 from pydeq.protocol import Distribution
 from pydeq.state import Layout
@@ -49,10 +50,7 @@ class Estimator:
     step: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.probes, bool) or not isinstance(self.probes, int):
-            raise TypeError(f"probes must be an int, got {type(self.probes).__name__}")
-        if self.probes < 1:
-            raise ValueError(f"probes must be at least 1, got {self.probes}")
+        set_fields(self, probes=check_integer("probes", self.probes, 1))
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be 'gaussian' or 'rademacher', got {self.distribution!r}")
         if self.mode not in ("auto", "vjp", "jvp", "difference"):
@@ -61,13 +59,15 @@ class Estimator:
             raise ValueError(f"method must be 'hutchinson', 'hutch++' or 'exact', got {self.method!r}")
         if self.method == "hutch++" and self.probes < 3:
             raise ValueError(f"probes must be at least 3 for method='hutch++', got {self.probes}")
-        if self.order not in (None, 1, 2):
-            raise ValueError(f"order must be 1 or 2, got {self.order!r}")
+        if self.order is not None:
+            set_fields(self, order=check_integer("order", self.order))
+            if self.order not in (1, 2):
+                raise ValueError(f"order must be 1 or 2, got {self.order}")
         if self.step is not None:
-            if isinstance(self.step, bool) or not isinstance(self.step, int | float):
-                raise TypeError(f"step must be a number, got {type(self.step).__name__}")
-            if not 0.0 < self.step < math.inf:
-                raise ValueError(f"step must be positive and finite, got {self.step}")
+            step = check_number("step", self.step)
+            if not 0.0 < step < math.inf:
+                raise ValueError(f"step must be positive and finite, got {step}")
+            set_fields(self, step=step)
         for name in ("order", "step"):
             if self.mode in ("vjp", "jvp") and getattr(self, name) is not None:
                 raise ValueError(f"{name} is of mode='difference' and 'auto', got mode={self.mode!r}")

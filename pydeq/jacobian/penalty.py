@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pydeq.arguments import check_integer, check_number, set_fields
 from pydeq.border import canonical
 from pydeq.jacobian.estimator import Estimator, Mode
 from pydeq.jacobian.modes import estimate
@@ -64,30 +65,32 @@ class JacobianPenalty:
     step: float | None = None
 
     def __post_init__(self) -> None:
-        _check_strength("strength", self.strength)
-        if not _is_number(self.frequency):
-            raise TypeError(f"frequency must be a number, got {type(self.frequency).__name__}")
-        if not 0.0 < self.frequency <= 1.0:
-            raise ValueError(f"frequency must be in (0, 1], got {self.frequency}")
-        milestones = []
+        frequency = check_number("frequency", self.frequency)
+        if not 0.0 < frequency <= 1.0:
+            raise ValueError(f"frequency must be in (0, 1], got {frequency}")
+        milestones: list[tuple[int, float]] = []
         for i, pair in enumerate(self.milestones):
             if not isinstance(pair, Sequence) or len(pair) != 2:
                 raise TypeError(f"milestones[{i}] must be a pair (step, strength), got {pair!r}")
-            _check_step(f"the step of milestones[{i}]", pair[0], milestones[-1][0] + 1 if milestones else 0)
-            _check_strength(f"the strength of milestones[{i}]", pair[1])
-            milestones.append((pair[0], pair[1]))
-        object.__setattr__(self, "milestones", tuple(milestones))
-        if not _is_number(self.increment):
-            raise TypeError(f"increment must be a number, got {type(self.increment).__name__}")
-        if not math.isfinite(self.increment):
-            raise ValueError(f"increment must be finite, got {self.increment}")
-        if (self.every is None) != (self.increment == 0.0):
-            raise ValueError(f"increment and every belong together, got {self.increment} and {self.every}")
-        if self.every is not None:
-            _check_step("every", self.every, 1)
-        if self.stop is not None:
-            _check_step("stop", self.stop, 0)
-        self._estimator  # noqa: B018  # checks the rest
+            least = milestones[-1][0] + 1 if milestones else 0
+            step = check_integer(f"the step of milestones[{i}]", pair[0], least)
+            milestones.append((step, _check_strength(f"the strength of milestones[{i}]", pair[1])))
+        increment = check_number("increment", self.increment)
+        if not math.isfinite(increment):
+            raise ValueError(f"increment must be finite, got {increment}")
+        if (self.every is None) != (increment == 0.0):
+            raise ValueError(f"increment and every belong together, got {increment} and {self.every}")
+        set_fields(
+            self,
+            strength=_check_strength("strength", self.strength),
+            frequency=frequency,
+            milestones=tuple(milestones),
+            increment=increment,
+            every=None if self.every is None else check_integer("every", self.every, 1),
+            stop=None if self.stop is None else check_integer("stop", self.stop, 0),
+        )
+        checked = self._estimator
+        set_fields(self, probes=checked.probes, order=checked.order, step=checked.step)
 
     @property
     def _estimator(self) -> Estimator:
@@ -95,7 +98,7 @@ class JacobianPenalty:
 
     def strength_at(self, step: int) -> float:
         """gamma at ``step``; 0 from ``stop`` on, never below 0."""
-        _check_step("step", step, 0)
+        step = check_integer("step", step, 0)
         if self.stop is not None and step >= self.stop:
             return 0.0
         since, strength = max(((m, s) for m, s in self.milestones if m <= step), default=(0, self.strength))
@@ -158,19 +161,8 @@ class JacobianPenalty:
         return (self.strength / max(1, layout.batch * layout.size)) * norms.sum()
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def _check_strength(name: str, strength: Any) -> None:
-    if not _is_number(strength):
-        raise TypeError(f"{name} must be a number, got {type(strength).__name__}")
+def _check_strength(name: str, strength: Any) -> float:
+    strength = check_number(name, strength)
     if not (math.isfinite(strength) and strength >= 0.0):
         raise ValueError(f"{name} must be finite and not negative, got {strength}")
-
-
-def _check_step(name: str, step: Any, least: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"{name} must be an int, got {type(step).__name__}")
-    if step < least:
-        raise ValueError(f"{name} must be at least {least}, got {step}")
+    return strength

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,6 +43,23 @@ def test_strength_is_that_of_the_latest_milestone_and_rises_from_there():
     assert penalty.strength_at(32) == penalty.strength_at(10**6) == 0.0
     falling = JacobianPenalty(1.0, increment=-0.4, every=1)
     assert [falling.strength_at(step) for step in range(4)] == pytest.approx([1.0, 0.6, 0.2, 0.0])
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = {"frequency": 0.5, "probes": 2, "order": 2, "step": 0.25, "stop": 9, "increment": 0.5, "every": 2}
+    scalars = {name: (np.float32 if isinstance(x, float) else np.int64)(x) for name, x in options.items()}
+    penalty = JacobianPenalty(np.float32(0.5), milestones=[(np.int64(3), np.float64(1.0))], **scalars)
+    assert penalty == JacobianPenalty(0.5, milestones=[(3, 1.0)], **options)
+    assert repr(penalty) == repr(JacobianPenalty(0.5, milestones=[(3, 1.0)], **options))
+    assert penalty.strength_at(np.int64(5)) == 1.5
+    cell, (z, x), generator = Cell(), problem(), torch.Generator()
+    found, expected = (
+        pydeq.jacobian_penalty(
+            cell, z, x, probes=n, order=k, step=h, mode="difference", generator=generator.manual_seed(0)
+        )
+        for n, k, h in ((np.int32(2), np.int64(2), np.float64(0.5)), (2, 2, 0.5))
+    )
+    assert torch.equal(found, expected)
 
 
 def test_recipes_of_the_paper():
