@@ -128,6 +128,8 @@ _NORMS = {"native_layer_norm": "layer norm"} | dict.fromkeys(
     ),
     "batch or instance norm",
 )
+# Its forward-mode derivative takes the factors of the matrix for constants.
+_NORMS["_linalg_solve_ex"] = "torch.linalg.solve"
 
 
 class RefuseNorms(TorchDispatchMode):
@@ -149,6 +151,11 @@ class RefuseNorms(TorchDispatchMode):
     def __exit__(self, kind: Any, error: Any, at: Any) -> None:
         super().__exit__(kind, error, at)
         if error is None and self.norm is not None:
+            if self.norm == "torch.linalg.solve":
+                raise RuntimeError(
+                    "a gradient of torch.linalg.solve's forward-mode derivative is needed, which torch has wrong: use"
+                    " mode='vjp' or 'difference'"
+                )
             raise RuntimeError(
                 f"a derivative of {self.norm} is needed that torch has wrong (pytorch#175754, #196699, #196700), and fn"
                 " calls it where pydeq cannot put plain operations in its place, like TorchScript: use mode='vjp' or"

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pydeq.composed import RefuseNorms, any_order
+from pydeq.jacobian.graphs import is_once_differentiable
 from pydeq.linearization import vectorize
 from pydeq.state import State, as_tuple, layout_of
 
@@ -36,7 +38,8 @@ class FunctionalLinearization:
 
     def flat_vjps(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """v_k^T J for v [K, B, D], as [K, B, D]."""
-        pull = torch.func.vjp(self._image, *self._point)[1]
+        with _RefuseOnce() if create_graph else nullcontext():
+            pull = torch.func.vjp(self._image, *self._point)[1]
         return self._map(lambda v: self._flat(pull(as_tuple(self.layout.view(v)))), v)
 
     def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:
@@ -61,3 +64,20 @@ class FunctionalLinearization:
     def _map(product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         # Masks that fn draws are those of one evaluation.
         return vectorize(lambda v: torch.func.vmap(product, randomness="same")(v), product, v)
+
+
+class _RefuseOnce(TorchFunctionMode):
+    """Refuses functions that are once_differentiable: torch.func drops what is second order in them without an error.
+
+    Raises:
+        RuntimeError: If one is called under a transform.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) == "custom_function_call" and is_once_differentiable(args[0]):
+            raise RuntimeError(
+                f"the gradient of a penalty by products eps^T J is a second derivative of fn, and the backward pass of"
+                f" {args[0].__name__} is marked with once_differentiable: use mode='difference', which needs first"
+                " derivatives only"
+            )
+        return func(*args, **(kwargs or {}))

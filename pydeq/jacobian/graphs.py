@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from pydeq.linearization import Linearization
 
-# What is known of graphs that are made of these kinds of nodes: why there is no second derivative, or None.
-_verdicts: dict[frozenset[type], str | None] = {}
+# What is known of graphs that are made of these kinds of nodes: why there is no second derivative, or None. Nodes of
+# C++ functions that torch knows nothing of share one type, and differ by name.
+_verdicts: dict[frozenset[tuple[type, str]], str | None] = {}
 _KEPT = 256
 
 _FROM_STATISTICS = frozenset(
@@ -34,6 +35,24 @@ def nodes_of(y: Sequence[Tensor], first_node: int) -> list[Any]:
         seen |= new
         nodes.extend(new)
     return found
+
+
+def nodes_to(z: Sequence[Tensor], nodes: Sequence[Any]) -> list[Any]:
+    """Those of the nodes that lie on a path to one of the leaves z.
+
+    Products with the Jacobian go through them, and only they are differentiated once more by its gradients.
+    """
+    above: dict[Any, list[Any]] = {}
+    for node in nodes:
+        for below, _ in node.next_functions:
+            above.setdefault(below, []).append(node)
+    found = {node for node in nodes if any(getattr(node, "variable", None) is part for part in z)}
+    waiting = list(found)
+    while waiting:
+        new = {node for node in above.get(waiting.pop(), ()) if node not in found}
+        found |= new
+        waiting.extend(new)
+    return [node for node in nodes if node in found]
 
 
 def is_compiled_graph(nodes: Sequence[Any]) -> bool:
@@ -59,25 +78,29 @@ def wrong_third_derivative(nodes: Sequence[Any]) -> str | None:
 def no_second_derivative(at: Linearization, nodes: Sequence[Any]) -> str | None:
     """Why the graph of ``at`` cannot be differentiated twice; None where it can.
 
-    The first graph of a kind is differentiated twice to see, without touching the gradients of parameters: operators
+    Nodes of evaluations of what does not depend on z, like context, are differentiated once only, and do not count. The
+    first graph of a kind is differentiated twice to see, without touching the gradients of parameters: operators
     say so only when it is tried, functions whose backward pass leaves no graph do not say it at all.
     """
+    if any(getattr(n, "_forward_cls", int).__module__.startswith("torch.distributed.fsdp") for n in nodes):
+        return "FSDP2 frees parameters after each backward pass"
+    nodes = nodes_to(at.z, nodes)
     if not nodes:
         return None
-    kind = frozenset(type(node) for node in nodes)
-    if kind not in _verdicts:
+    kind = frozenset((type(node), node.name()) for node in nodes)
+    try:
+        return _verdicts[kind]
+    except KeyError:
+        verdict = _try(at, nodes)
         if len(_verdicts) >= _KEPT:
             _verdicts.clear()
-        _verdicts[kind] = _try(at, nodes)
-    return _verdicts[kind]
+        _verdicts[kind] = verdict
+        return verdict
 
 
 def _try(at: Linearization, nodes: Sequence[Any]) -> str | None:
     functions = [node for node in nodes if hasattr(node, "_forward_cls")]
-    for node in functions:
-        if node._forward_cls.__module__.startswith("torch.distributed.fsdp"):
-            return "FSDP2 frees parameters after each backward pass"
-    once = next((n for n in functions if _is_once_differentiable(n._forward_cls)), None)
+    once = next((n for n in functions if is_once_differentiable(n._forward_cls)), None)
     if once is not None:
         return f"the backward pass of {once._forward_cls.__name__} is marked with once_differentiable"
     silent: list[str] = []
@@ -116,8 +139,14 @@ class _Recorded:
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
 
-def _is_once_differentiable(function: Any) -> bool:
-    return getattr(function.backward, "__code__", None) is _ONCE
+def is_once_differentiable(function: Any) -> bool:
+    """Whether the backward pass of an autograd.Function is marked so."""
+    backward = function.backward
+    while backward is not None:
+        if getattr(backward, "__code__", None) is _ONCE:
+            return True
+        backward = getattr(backward, "__wrapped__", None)  # torch.amp.custom_bwd, say
+    return False
 
 
 def advice(reason: str) -> str:

@@ -18,6 +18,7 @@ from pydeq.jacobian.graphs import (
     is_compiled_graph,
     no_second_derivative,
     nodes_of,
+    nodes_to,
     wrong_third_derivative,
 )
 from pydeq.linearization import Linearization, linearize
@@ -28,6 +29,7 @@ from pydeq.state import State
 _UNFIT = {
     "mutate a captured Tensor": "changes buffers, like batch norm in training mode",
     "not differentiable with respect to": "changes buffers, like batch norm in training mode",
+    "Tensor.requires_grad_()": "calls torch.autograd.grad or Tensor.requires_grad_ itself",
     "setup_context": "has an autograd.Function without setup_context",
     "forward AD": "has an operator without a forward-mode derivative",
     "forward mode AD": "has an operator without a forward-mode derivative",
@@ -61,20 +63,19 @@ def estimate(
     if not torch.is_grad_enabled():
         return estimator.norm_squared(at, from_right, generator)
     nodes = nodes_of(at.y, at.first_node)
-    reason, norm = no_second_derivative(at, nodes), wrong_third_derivative(nodes)
+    reason, norm = no_second_derivative(at, nodes), wrong_third_derivative(nodes_to(at.z, nodes))
     if reason is not None and mode == "auto":
         _warn_once(reason)
         return _differences(estimator, fn, z, context, at, is_compiled_graph(nodes), generator, reduction)
     if reason is not None and from_right:
         return _functional(estimator, fn, z, context, generator)
     if reason is not None:
-        norms = estimator.norm_squared(at, from_right, generator)
-        norms = norms if norms.requires_grad else norms.requires_grad_()  # the products may have left no graph
-        return _functions.DelayedError(
+        message = (
             f"mode={mode!r} needs second derivatives of fn, which has none ({reason}): use mode='difference', which"
-            f" needs first ones only; or, {advice(reason)}",
-            1,
-        )(norms)
+            f" needs first ones only; or, {advice(reason)}"
+        )
+        norms = estimator.norm_squared(at, from_right, generator)
+        return _Refused.apply(message, norms, *at.y)  # pyright: ignore[reportReturnType]
     if norm is None:
         return estimator.norm_squared(at, from_right, generator)
     if from_right:
@@ -138,6 +139,26 @@ class _DifferentiableOnce:
 
     def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:
         return self._at.flat_jvps(v, create_graph)
+
+
+class _Refused(torch.autograd.Function):
+    """The norms, whose gradient raises.
+
+    They depend on the images as well: where products left no graph, ``torch.autograd.grad`` would else find no path
+    from the penalty to a parameter, and leave the penalty out of its gradient without a word.
+    """
+
+    @staticmethod
+    def forward(message: str, norms: Tensor, *images: Tensor) -> Tensor:
+        return norms.view_as(norms)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(ctx.message)
 
 
 class _Once(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Running statistics of norms, which evaluations made for a penalty are to leave as they are."""
+"""Running statistics and power iterations, which evaluations made for a penalty are to leave as they are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 class KeptStatistics:
     """Inside, evaluations of ``fn`` do not change running statistics of batch and instance norms.
 
+    Nor do spectral norms, torch's and pydeq's, take steps of their power method: weights stay those of the evaluation
+    before.
+
     Finds modules that fn is, is a method of, holds, closes over or names; no others.
 
     Args:
@@ -21,21 +24,27 @@ class KeptStatistics:
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        norms = [
-            part
-            for module in modules_of(fn)
-            for part in module.modules()
-            if isinstance(part, _NormBase) and part.training and part.track_running_stats
-        ]
+        parts = {part for module in modules_of(fn) for part in module.modules() if part.training}
+        norms = [part for part in parts if isinstance(part, _NormBase) and part.track_running_stats]
+        self.iterating = [part for part in parts if _iterates(part)]
         self.buffers = list({id(x): x for norm in norms for x in norm.buffers(recurse=False)}.values())
 
     def __enter__(self) -> None:
         self.values = [x.detach().clone() for x in self.buffers]
+        for part in self.iterating:
+            part.training = False
 
     @torch.no_grad()
     def __exit__(self, *exception: object) -> None:
         for buffer, value in zip(self.buffers, self.values, strict=True):
             buffer.data.copy_(value)  # another version would be an error in backward, which does not read them
+        for part in self.iterating:
+            part.training = True
+
+
+def _iterates(module: nn.Module) -> bool:
+    """Whether a training call of this module, and of no module in it, takes a step of a power method."""
+    return any(hasattr(x, "n_power_iterations") for x in (module, *module._forward_pre_hooks.values()))
 
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:

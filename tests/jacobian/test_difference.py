@@ -1,6 +1,8 @@
 """mode='difference', and mode='auto' on cells that have no second derivative."""
 
+import concurrent.futures
 import copy
+import functools
 import warnings
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
 
 import pydeq
 from pydeq import JacobianPenalty
@@ -441,3 +444,133 @@ def test_training_on_fused_attention_shrinks_the_jacobian():
         optimizer.step()
         penalties.append(solution.penalty.item())
     assert penalties[-1] < 0.3 * penalties[0]
+
+
+class Halved(torch.autograd.Function):
+    """tanh(x) / 2, for torch.func as well."""
+
+    @staticmethod
+    def forward(x):
+        return x.tanh() / 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return Halved.apply(x), in_dims[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (0.5 - 2 * y.square())
+
+
+class HalvedCast(Halved):
+    """Wrapped once more, as by torch.amp.custom_bwd."""
+
+    backward = staticmethod(functools.wraps(Halved.backward)(lambda ctx, g: Halved.backward(ctx, g)))
+
+
+class Cut(Halved):
+    """Its backward pass leaves no graph, and does not say so."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        with torch.no_grad():
+            return g * (0.5 - 2 * y.square())
+
+
+def weighed(function):
+    """A penalty of a weight, and the weight."""
+    z, x = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def penalty(weight, **options):
+        generator = torch.Generator().manual_seed(2)
+        return pydeq.jacobian_penalty(lambda z, x: function(z @ weight + x), z, x, generator=generator, **options)
+
+    return penalty, weight
+
+
+@pytest.mark.parametrize("function", [Halved, HalvedCast, Cut])
+def test_a_penalty_without_a_graph_is_never_left_out_of_a_gradient(function):
+    """What torch.autograd.grad finds no path for, it leaves out without a word."""
+    penalty, weight = weighed(function.apply)
+    for of in (lambda loss: loss.backward(), lambda loss: torch.autograd.grad(loss, weight, allow_unused=True)):
+        loss = weight.square().sum() + penalty(weight, mode="vjp")
+        with pytest.raises(RuntimeError, match=r"mode='vjp' needs second derivatives.*use mode='difference'"):
+            of(loss)
+    (found,) = torch.autograd.grad(penalty(weight, mode="difference", **FINE), weight)
+    plain = weighed(lambda x: x.tanh() / 2)[0]
+    (expected,) = torch.autograd.grad(plain(weight, mode="jvp"), weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    with pytest.warns(RuntimeWarning, match="made of differences of fn"):
+        (found,) = torch.autograd.grad(penalty(weight), weight)
+    assert found.norm() > 0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", ["vjp", "auto"])
+@pytest.mark.parametrize("function", [Halved, HalvedCast])
+def test_torch_func_refuses_what_it_would_differentiate_wrongly(function, mode):
+    penalty, weight = weighed(function.apply)
+    with pytest.raises(RuntimeError, match="marked with once_differentiable: use mode='difference'"):
+        torch.func.grad(lambda weight: penalty(weight, mode=mode))(weight.detach())
+    with torch.no_grad():
+        torch.func.vmap(lambda weight: penalty(weight, mode=mode), randomness="same")(weight.detach()[None])
+    found = torch.func.grad(lambda weight: penalty(weight, mode="difference"))(weight.detach())
+    torch.testing.assert_close(found, torch.autograd.grad(penalty(weight, mode="difference"), weight)[0])
+
+
+@pytest.mark.parametrize("mode", ["vjp", "auto"])
+def test_what_does_not_depend_on_the_state_needs_first_derivatives_only(mode):
+    """Here an encoder of x, inside of the cell."""
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, expected = (
+        torch.autograd.grad(
+            pydeq.jacobian_penalty(
+                lambda z, x, of=of: torch.tanh(z + of(x)), z, x, mode=mode, generator=torch.Generator().manual_seed(2)
+            ),
+            x,
+        )
+        for of in (Halved.apply, lambda x: x.tanh() / 2)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_threads_share_what_is_known_of_graphs(monkeypatch):
+    """Each forgets it all the time."""
+    monkeypatch.setattr(graphs, "_KEPT", 1)
+    z = torch.randn(2, 3)
+    cells = [lambda z: torch.tanh(z) / 2, lambda z: torch.sin(z) / 2, lambda z: torch.sigmoid(z)]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda k: pydeq.jacobian_penalty(cells[k % 3], z), range(300)))
+
+
+def cell_with(spectral_norm):
+    torch.manual_seed(0)
+    linear = spectral_norm(nn.Linear(WIDTH, WIDTH))
+    return nn.Sequential(linear, nn.Tanh()).double().train()
+
+
+SPECTRAL = [parametrizations.spectral_norm, nn.utils.spectral_norm, pydeq.nn.spectral_norm]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("spectral_norm", SPECTRAL)
+def test_all_evaluations_see_one_step_of_the_power_method(spectral_norm, order):
+    """Else the difference is one of two weights as well, which a small step makes large."""
+    z = torch.randn(3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    cell, moved = cell_with(spectral_norm), cell_with(spectral_norm)
+    moved(z)
+    buffers = [x.clone() for x in moved.buffers()]
+    draw, options = torch.Generator(), {"mode": "difference", "order": order, "step": 1e-6}
+    expected = pydeq.jacobian_penalty(moved.eval(), z, **options, generator=draw.manual_seed(2))
+    found = pydeq.jacobian_penalty(cell, z, **options, generator=draw.manual_seed(2))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+    assert all(torch.equal(x, value) for x, value in zip(cell.buffers(), buffers, strict=True))
+    assert all(part.training for part in cell.modules())
