@@ -68,3 +68,17 @@ OPEN: dict[str, tuple[str, ...]] = {
         "the gradient of an energy, by torch.autograd.grad",
     ),
 }
+
+# What the penalty cannot do in a mode, by mode: what its error says.
+REFUSED: dict[str, dict[str, str]] = {
+    "jvp": {
+        "a gated linear unit, torch.einsum and an outer product": "derivative for aten::glu_jvp is not implemented",
+        "convolutions with BatchNorm in training mode": "changes buffers, .* use mode='vjp' or 'difference'",
+        "a sparse matrix, the nodes of one graph as the batch": "without a forward-mode derivative: use mode='vjp' or",
+        "torch.utils.checkpoint inside": "different number of tensors was saved",
+        "a custom autograd.Function": "without setup_context: use mode='vjp' or 'difference'",
+        ONCE_DIFFERENTIABLE: "without setup_context: use mode='vjp' or 'difference'",
+        "the gradient of an energy, by torch.autograd.grad": "calls torch.autograd.grad .*use mode='vjp' or",
+        "an implicit layer inside: a linear system": "torch.linalg.solve's forward-mode .*: use mode='vjp' or",
+    }
+}

@@ -5,17 +5,20 @@ What torch itself cannot do is in ``limits``, and is tested to raise what torch 
 
 import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from cells import CELLS, Case
-from limits import FUSED, LIMITS, OPEN
+from limits import FUSED, LIMITS, ONCE_DIFFERENTIABLE, OPEN, REFUSED
 from table import table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pydeq
+from pydeq.composed import any_order
+from pydeq.jacobian import modes
 from pydeq.ops import random_probes
 from pydeq.protocol import Distribution
 
@@ -219,8 +222,7 @@ def dense(case, cell, z, context):
 
 @each("penalty")
 @pytest.mark.filterwarnings("ignore:products with the Jacobian are formed one by one:RuntimeWarning")
-def test_penalty(case):
-    """Exactly, and by products with the probes that are drawn."""
+def test_the_exact_penalty(case):
     cell, z0, context = case.build()
     penalty = pydeq.JacobianPenalty(1.0, method="exact")
 
@@ -237,16 +239,69 @@ def test_penalty(case):
     exact = J.square().sum((1, 2)).mean() / J.shape[1]
     assert_all_close([solution.penalty], [exact], 1e-7, 1e-9)
 
+
+def products(case, cell, z, context, v, from_right, **graph):
+    """J v, or v^T J, for v [B, D], by plain autograd; J v is the derivative of u^T J v by u.
+
+    J v by a difference where the cell lets nobody differentiate twice.
+    """
+    if from_right and case.name == ONCE_DIFFERENTIABLE:
+        h = 1e-3
+        return (evaluate(case, cell, z + h * v, context) - evaluate(case, cell, z - h * v, context)) / (2 * h)
+    leaves = [part.detach().requires_grad_() for part in tree_leaves(z)]
+    numbers = iter(leaves)
+    y = parts(evaluate(case, cell, tree_map(lambda _: next(numbers), z), context))
+    u = (torch.zeros_like(v) if from_right else v).requires_grad_()
+    g = torch.autograd.grad(y, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(parts(g), u, v, **graph)[0] if from_right else parts(g)
+
+
+def penalized(case, cell, z, context, inputs, mode):
+    """The penalty, its gradients, and whether a warning said that it is made of differences."""
+
     def fn(z, *context):
         return evaluate(case, cell, z, context)
 
-    like = torch.empty(J.shape[:2], dtype=torch.float64)
-    probes = random_probes(like, 3, Distribution.GAUSSIAN, torch.Generator().manual_seed(1))
-    with torch.no_grad():  # values only: gradients need a second derivative
-        found = pydeq.frobenius_norm_squared(
-            fn, z, *context, probes=3, mode="vjp", generator=torch.Generator().manual_seed(1)
+    options = {"order": 2, "step": 1e-4} if mode == "difference" else {}
+    torch.manual_seed(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        penalty = pydeq.jacobian_penalty(
+            fn, z, *context, mode=mode, generator=torch.Generator().manual_seed(1), **options
         )
-    assert_all_close([found], [torch.einsum("kbi,bij->kbj", probes, J).square().sum(2).mean(0)], 1e-7, 1e-9)
+    gradients = torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True)
+    return penalty.detach(), gradients, any("is made of differences of fn" in str(w.message) for w in caught)
+
+
+@each("penalty")
+@pytest.mark.parametrize("mode", ["vjp", "jvp", "difference", "auto"])
+def test_the_penalty_and_its_gradients(case, mode, monkeypatch):
+    """By the same probes, in plain autograd; or the error that says what to use."""
+    monkeypatch.setattr(modes, "_warned", set())
+    cell, z, context = case.build()
+    z = tree_map(lambda part: part + 0.1 * torch.randn_like(part), z)
+    inputs = sources(cell, context)
+    like = torch.empty_like(parts(z))
+    (v,) = random_probes(like, 1, Distribution.GAUSSIAN, torch.Generator().manual_seed(1))
+    limit = REFUSED.get(mode, {}).get(case.name)
+    if mode == "vjp" and not case.twice:
+        limit = "mode='vjp' needs second derivatives of fn, which has none .*use mode='difference'"
+    if limit is not None:
+        with pytest.raises(RuntimeError, match=limit):
+            penalized(case, cell, z, context, inputs, mode)
+        return
+    found, gradients, differences = penalized(case, cell, z, context, inputs, mode)
+    assert differences == (mode == "auto" and not case.twice)
+    if differences:  # of a step that a user would take
+        found, gradients, _ = penalized(case, cell, z, context, inputs, "difference")
+    from_right = mode in ("jvp", "difference") or differences
+    with warnings.catch_warnings(), any_order() if from_right or not case.twice else nullcontext():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        expected = products(case, cell, z, context, v, from_right, create_graph=from_right).square().mean()
+        wanted = torch.autograd.grad(expected, inputs, allow_unused=True, materialize_grads=True)
+    assert_all_close([found], [expected.detach()], 1e-5, 1e-7)
+    assert_all_close(gradients, wanted, 1e-4, 1e-5)
 
 
 def test_the_docs_have_the_table():
