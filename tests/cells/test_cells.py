@@ -7,6 +7,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import pydeq
 
+pytestmark = pytest.mark.filterwarnings("ignore:the samples of a batch depend on each other")
+
 each = pytest.mark.parametrize("case", CELLS, ids=str)
 
 
