@@ -45,9 +45,8 @@ class Workspace(ABC):
         )
         self.progress = torch.empty(len(Progress), dtype=torch.int64, device="cpu")  # read after a step wrote it
         self.scratch = Scratch(flat)  # the history, which a solve that ends well releases
-        self.iterate = flat.new_empty(
-            0
-        )  # of half states, the iterates before they were rounded, where a solver has them
+        # Of half states, the iterates before they were rounded, where a solver has them.
+        self.iterate = flat.new_empty(0)
         self.rules = rules
         self.max_steps = max_steps
         self.damping = 1.0  # of a plain step
