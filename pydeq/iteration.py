@@ -40,25 +40,28 @@ def iterate(
     layout = evaluator.layout
     rows: list[Tensor] = []
     states: list[State] = []
+    evaluations = 0
     with agreement:
         workspace = solver.start(flat, rules, max_steps)
         # Samples that are done are iterated on without freezing: then a step too many would show. Compaction has no
         # images of them to look back at.
         frozen = rules.freeze and not evaluator.counts_running
+        looked = agreement is ALONE and not frozen  # ranks look back together, whether or not each leaves samples alone
         with open_reports(layout.device, layout.batch, workspace.progress, lag=int(frozen)) as reports:
             f: Tensor | None = None
             for k in range(max_steps):
                 running = reports.running(k)
                 if agreement.running(running) == 0:
-                    if f is None or not frozen:
+                    if f is None or looked:
                         break
-                    running = _look_back(workspace, reports, agreement, f, k)
+                    running, looked = _look_back(workspace, reports, agreement, f, k, frozen), True
                     if running == 0:
                         break
                     frozen = False
                 f = None  # before fn allocates the next one
                 f = evaluator.evaluate(workspace, k, running)
                 agreement.evaluated()
+                evaluations = k + 1
                 workspace.progress = reports.place(k)
                 workspace.step(f, k)
                 if k + 1 in states_at:
@@ -74,30 +77,32 @@ def iterate(
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)
         traced = traced.to(torch.promote_types(layout.dtype, torch.float32))
     value, image = layout.view(workspace.best[0]), layout.view(workspace.best[1])
-    states += [image] * (len(states_at) - len(states))  # of a solve that was done before
+    # Of a solve that was done by then, whose last evaluation may have shown that an image has moved.
+    states[sum(count < evaluations for count in states_at) :] = []
+    states += [image] * (len(states_at) - len(states))
     solution = Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
     solution.states = states
     return solution, workspace
 
 
-def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, k: int) -> int:
+def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, k: int, frozen: bool) -> int:
     """Judge once more, by the last of ``k`` evaluations, the samples that were done before it.
 
     CONVERGED is to hold for all samples at one and the same evaluation. The image of a sample that was left alone is
-    the one it had, unless it depends on other samples, which have moved since. If one is not done there, all iterate
-    on, without freezing.
+    the one it had, unless it depends on other samples, which have moved since. If one is not done there, all that were
+    ``frozen`` iterate on, without freezing.
 
     Returns:
         How many samples run again, here or on another rank.
     """
-    here = len(f) > 0 and (agreement is not ALONE or reports.staggered())
+    here = frozen and len(f) > 0 and (agreement is not ALONE or reports.staggered())
     woken = 0
     if here:
         workspace.progress = reports.place(k)
         workspace.look_back(f, k, last=False)
         woken = reports.woken(k)
     running = agreement.running(woken)
-    if running:
+    if running and frozen:
         workspace.unfreeze(k)
         reports.resume(k)
         warn_of_coupling(woken, len(f))

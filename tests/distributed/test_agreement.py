@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -192,3 +193,36 @@ def test_bad_arguments(arguments, error, message):
         pydeq.fixed_point(lambda z: 0.5 * z, torch.ones(2, 3), **arguments)
     with pytest.raises(error, match=message):
         pydeq.DEQ(torch.nn.Identity(), **arguments)
+
+
+def relay_between(z):
+    """Rank 1 starts at its fixed point, and is moved by rank 0; the solution is 2 there and 1 here."""
+    rows = [torch.empty_like(z) for _ in range(SIZE)]
+    dist.all_gather(rows, z)
+    return 0.5 * z + 1.0 if dist.get_rank() == 0 else torch.relu(rows[0] - 1.0)
+
+
+def solve_coupled(rank, solver, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pydeq.CouplingWarning)
+        counter = CallCounter(relay_between)
+        z0 = torch.zeros(1, 1, dtype=torch.float64)
+        solution = pydeq.fixed_point(
+            counter, z0, solver=solver, rtol=1e-6, process_group=dist.group.WORLD, **options[rank]
+        )
+    assert solution.nfe == counter.calls
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, torch.full_like(z0, 2.0 - rank), rtol=0, atol=1e-4)
+    assert torch.equal(relay_between(solution.value), solution.image)
+    return solution.nfe
+
+
+@pytest.mark.parametrize(
+    "options",
+    [({}, {}), ({"freeze": False}, {}), ({}, {"freeze": False}), ({"freeze": False},) * 2],
+    ids=["frozen", "first is not", "second is not", "none is"],
+)
+def test_samples_that_are_moved_by_another_rank(world, solver, options):
+    """They are awake again, also where only one of the ranks leaves samples alone."""
+    first, second = world.run(solve_coupled, solver, options)
+    assert first == second

@@ -1,5 +1,7 @@
 """sharded=True: each rank has its own entries of every sample, and the solve is that of the whole states."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -243,3 +245,24 @@ def refuse(rank):
 
 def test_solvers_and_adjoints_must_know_how(world):
     world.run(refuse)
+
+
+def solve_relay(rank, solver):
+    """Samples that depend on each other wake on all ranks alike."""
+
+    def relay(z):
+        return torch.stack([0.5 * z[0] + 1.0, torch.relu(z[0] - 1.0)])
+
+    z0 = torch.zeros(2, DIM, dtype=torch.float64)
+    options = {"solver": solver, "rtol": 1e-6, "trace": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pydeq.CouplingWarning)
+        whole = pydeq.fixed_point(relay, z0, **options)
+        parts = pydeq.fixed_point(relay, shard(z0, (6, 7)), process_group=dist.group.WORLD, sharded=True, **options)
+    assert whole.converged.all()
+    close(whole, parts, (6, 7), 1e6)
+    assert torch.equal(relay(parts.value), parts.image)
+
+
+def test_samples_that_depend_on_each_other(world, solver):
+    world.run(solve_relay, solver)
