@@ -132,6 +132,21 @@ def test_independent_samples_keep_their_bits_and_counts(solver, rhos, seed):
         assert_identical(problem.rows([b]).solve(**ran), together, [b])
 
 
+def test_states_at_the_end_are_the_image():
+    """Also where the last evaluation showed that the image of a sample that was done has moved."""
+    moved = 0
+    for seed in range(20):
+        fn = coupled_map(3, 4, 0.7, seed, spread=2.0)
+        z0 = torch.zeros(3, 4, dtype=torch.float64)
+        for max_steps in range(2, 12):
+            solution = pydeq.fixed_point(
+                fn, z0, solver=pydeq.Picard(), rtol=1e-2, max_steps=max_steps, states_at=[1, max_steps]
+            )
+            moved += int((solution.sample_nfe < solution.nfe).sum())
+            assert torch.equal(solution.states[1], solution.image)
+    assert moved
+
+
 def test_it_is_said_once(monkeypatch):
     monkeypatch.setattr(iteration, "_warned_of_coupling", False)
     with pytest.warns(pydeq.CouplingWarning, match=r"1 of 2 .* solve for z\[None\]"):
@@ -236,3 +251,50 @@ def test_unrolled_iterations_wake_too(solver):
     )
     assert solution.converged.all()
     torch.testing.assert_close(relayed, torch.tensor([[2.0], [1.0]]), rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("max_steps", [6, 10, 16, 24, 300])
+@pytest.mark.parametrize("cell", [graph_cell, vector_cell, batch_norm_cell])
+def test_reversible_iterations_wake_too(cell, max_steps):
+    """CONVERGED holds at the end, for all where there are steps enough."""
+    fn, z0, inputs = cell()
+    deq = pydeq.DEQ(fn, adjoint=pydeq.Reversible(), rtol=1e-3, max_steps=max_steps)
+    solution = deq(z0, *inputs, return_solution=True)[1]
+    rows = solution.converged
+    assert rows.all() or max_steps < 300
+    value, image = solution.value.view(len(z0), -1), fn(solution.value, *inputs).view(len(z0), -1)
+    assert torch.equal(image[rows], solution.image.view(len(z0), -1)[rows])
+    residual = (image - value).norm(dim=1)
+    assert (residual <= 1e-3 * image.norm(dim=1))[rows].all()
+    torch.testing.assert_close(solution.residual[rows], residual[rows], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("cell", [vector_cell, batch_norm_cell])
+def test_reversible_gradients_of_coupled_rows(cell):
+    """Those of the solution, and where it has not converged those of what was computed."""
+    fn, z0, inputs = cell()
+    inputs = tuple(entry.clone().requires_grad_() for entry in inputs)
+    gradients = exact(fn, z0, *inputs)[1]
+    deq = pydeq.DEQ(fn, adjoint=pydeq.Reversible(checkpoints=20), rtol=1e-10, max_steps=300)
+    output, solution = deq(z0, *inputs, return_solution=True)
+    assert solution.converged.all()
+    for one, other in zip(torch.autograd.grad(output.pow(3).sum(), inputs), gradients, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+def test_reversible_gradients_reach_samples_through_those_that_moved():
+    """Row 1 is solved at first, stays where it is, and is moved by row 0, whose input has all the gradient."""
+
+    def fn(z, x):
+        return torch.stack([0.5 * z[0] + x[0], torch.relu(z[0] - 1.0)])
+
+    for max_steps in (4, 6, 8, 100):
+        x = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+        z0 = torch.zeros(2, 1, dtype=torch.float64)
+        deq = pydeq.DEQ(fn, adjoint=pydeq.Reversible(), rtol=1e-4, max_steps=max_steps)
+        output, solution = deq(z0, x, return_solution=True)
+        assert bool(solution.converged.all()) == (max_steps == 100)
+        (found,) = torch.autograd.grad(output[1].sum(), x)
+        step = 1e-6
+        ahead, behind = (deq(z0, torch.full_like(x, 1.0 + h))[1].sum() for h in (step, -step))
+        torch.testing.assert_close(float(found), float(ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)

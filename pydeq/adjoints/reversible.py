@@ -30,13 +30,15 @@ from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.arguments import check_integer, check_max_steps, check_number, set_fields
 from pydeq.compilation import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
+from pydeq.iteration import warn_of_coupling
 from pydeq.keywords import suggests_keywords
 from pydeq.linearization import linearize
 from pydeq.progress import any_running, capturing
-from pydeq.protocol import RUNNING, Counter, Scalar, Status
+from pydeq.protocol import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
+from pydeq.reduction import norms
 from pydeq.solution import Solution
 from pydeq.state import Layout, State, as_tuple, layout_of
-from pydeq.termination import judge
+from pydeq.termination import Rules, judge
 
 # A relative error of undone states beyond which iterations were differentiated in another place.
 _LOST = 1e-2
@@ -125,12 +127,14 @@ class Reversible(Adjoint):
         with torch.no_grad():
             start = layout.flatten(problem.z0)
             y = z = start.double()
+            rounded = f = start
             scalars = z.new_zeros(layout.batch, len(Scalar))
             counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
             value, image = start, start  # the best y and f(y)
             best_y, best_z = y, z  # there, after the whole iteration
             best_n = counters.new_zeros(layout.batch)  # its number, from 1
-            n, last = 0, max_steps // 2
+            stopped_n = best_n  # the last iteration of each sample, but for those from ``awake`` on
+            n, last, awake = 0, max_steps // 2, None
             stride = -(-last // (self.checkpoints + 1))
             kept: dict[int, tuple[Tensor, Tensor]] = {}
             if explicit is not None and not layout.batch:  # gradients of nothing are zeros, which have to go somewhere
@@ -141,14 +145,20 @@ class Reversible(Adjoint):
                 else:
                     f = evaluate(z)
                 n += 1
-                active = (counters[:, Counter.STATUS] == RUNNING)[:, None]
+                status = counters[:, Counter.STATUS]
+                goes = status == RUNNING
+                if awake is None:
+                    stopped_n = torch.where(goes, n, stopped_n)
+                else:
+                    goes = _kept(status)
+                active = goes[:, None]
                 y = torch.where(active, (1.0 - b) * y + b * f, y)
                 rounded = y.to(layout.dtype)
                 f = evaluate(y)
                 z = torch.where(active, (1.0 - b) * z + b * f, z)
                 verdict = judge(
                     rounded, f, scalars, counters,
-                    rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, n == last,
+                    rules.rtol, rules.atol, rules.eps, rules.freeze and awake is None, rules.stall, n == last,
                 )  # fmt: skip
                 counters[:, Counter.EVALUATIONS] += verdict.active.int()  # judge counts one of the two
                 # A plain step from the best iterate could not be undone.
@@ -160,16 +170,89 @@ class Reversible(Adjoint):
                 states += [layout.view(image)] * sum(count in states_at for count in (2 * n, 2 * n + 1))
                 if n == 1 and 1 in states_at:  # there is nothing to return before the first pair
                     states.append(layout.view(image))
+                # Frozen, the y and z of a sample differ: what depends on it would alternate between two ends.
+                if awake is None and layout.batch > 1 and (n == last or not capturing(layout.device)):
+                    moved, woken = _look_back(rounded, f, scalars, counters, rules, 2 * n, n == last)
+                    if not capturing(layout.device) and bool(moved.any()):
+                        awake = n
+                        if bool(woken.any()):
+                            warn_of_coupling(int(woken.sum()), layout.batch)
                 if not any_running(counters):
                     break
+                if awake == n:
+                    counters[_kept(counters[:, Counter.STATUS]), Counter.EVALUATIONS] = 2 * n
                 if explicit is not None and n % stride == 0 and n < last:
                     kept[n] = y, z
+            again = torch.zeros_like(best_n, dtype=torch.bool)
+            if awake is None:
+                awake, stopped_n = n, best_n
+                coupled = False
+            else:  # what moved others cannot be left out: all end with the last iteration
+                coupled, again = True, _kept(counters[:, Counter.STATUS])
+                value, image = torch.where(again[:, None], rounded, value), torch.where(again[:, None], f, image)
+                best_y, best_z = torch.where(again[:, None], y, best_y), torch.where(again[:, None], z, best_z)
+                stopped_n, best_n = torch.where(again, stopped_n, best_n), torch.where(again, n, best_n)
+                residual, norm = norms([f.double() - rounded.double(), f])
+                for column, of in ((Scalar.BEST, residual), (Scalar.BEST_NORM, norm)):
+                    scalars[:, column] = torch.where(again, of, scalars[:, column])
             if n:  # what is not finite from the first on stays at z0, like in other solves
                 value = torch.where(scalars[:, Scalar.BEST, None].isfinite(), value, start)
             states += [layout.view(image)] * (len(states_at) - len(states))
             solution = Solution(layout.view(value), layout.view(image), 2 * n, scalars, counters, None)
             solution.states = states
-        return _Ends(layout, solution, start, best_y, best_z, best_n, n, kept), sources
+        taken = _Taken(best_n, stopped_n, again, awake, coupled)
+        return _Ends(layout, solution, start, best_y, best_z, taken, n, kept), sources
+
+
+def _kept(status: Tensor) -> Tensor:
+    """Which samples run on, or could: those that are not lost."""
+    return status <= Status.STALLED
+
+
+def _look_back(
+    y: Tensor, f: Tensor, scalars: Tensor, counters: Tensor, rules: Rules, evaluations: int, last: bool
+) -> tuple[Tensor, Tensor]:
+    """Judge the samples that had converged before the last evaluation once more; others have left their best y.
+
+    Returns:
+        Which of them have another image now, and which of these do not meet the tolerance; bool [B] each.
+    """
+    others = (counters[:, Counter.STATUS] != Status.CONVERGED)[:, None]
+    before = scalars.clone(), counters.clone()
+    verdict = judge(
+        y, f, scalars, counters,
+        rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, look_back=evaluations,
+    )  # fmt: skip
+    for now, then in zip((scalars, counters), before, strict=True):
+        now.copy_(torch.where(others, then, now))
+    moved = verdict.improved & ~others[:, 0]
+    woken = moved & (counters[:, Counter.STATUS] != Status.CONVERGED)
+    change = (scalars[:, Scalar.BEST] - before[0][:, Scalar.BEST]).abs()
+    return woken | (moved & (change > STALL_EPSILONS * rules.eps * scalars[:, Scalar.BEST_NORM])), woken
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Which iterations led to the outputs.
+
+    Args:
+        best: The number of the iteration whose f(y) is a sample's output, from 1; int32 [B].
+        stopped: A sample took part up to this one, int32 [B],
+        again: and, bool [B],
+        awake: in those after this one.
+        coupled: Whether samples are known to depend on each other.
+    """
+
+    best: Tensor
+    stopped: Tensor
+    again: Tensor
+    awake: int
+    coupled: bool
+
+    def on(self, n: int) -> Tensor:
+        """Which samples took part in iteration ``n``, [B, 1]."""
+        on = self.stopped >= n
+        return (on | self.again if n > self.awake else on)[:, None]
 
 
 @dataclass(frozen=True)
@@ -179,7 +262,7 @@ class _Ends:
     Args:
         start: z0, [B, D].
         y, z: After the best iteration, float64 [B, D].
-        best: Its number of each sample, from 1, int32 [B].
+        taken: Which iterations these were.
         iterations: Of the sample with the most.
         kept: The two states after some iterations.
     """
@@ -189,7 +272,7 @@ class _Ends:
     start: Tensor
     y: Tensor
     z: Tensor
-    best: Tensor
+    taken: _Taken
     iterations: int
     kept: dict[int, tuple[Tensor, Tensor]]
 
@@ -276,19 +359,20 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.run, ends, *tensors = inputs
-        ctx.iterations, ctx.kept = ends.iterations, list(ends.kept)
+        ctx.iterations, ctx.kept, ctx.taken = ends.iterations, list(ends.kept), ends.taken
         # The sources are saved for the check that nobody has changed them since.
         kept = [state for pair in ends.kept.values() for state in pair]
-        ctx.save_for_backward(ends.start, ends.y, ends.z, ends.best, *kept, *tensors[len(ends.layout.shapes) :])
+        ctx.save_for_backward(ends.start, ends.y, ends.z, *kept, *tensors[len(ends.layout.shapes) :])
 
     @staticmethod
     @interpreted
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
+        taken: _Taken = ctx.taken
         refuse_vectorized(cotangents, run.settings)
         layout, b = run.layout, run.settings.damping
-        start, y, z, best, *saved = ctx.saved_tensors
+        start, y, z, *saved = ctx.saved_tensors
         run.watched.check("Reversible evaluates f again")
         kept = {n: (saved[2 * i], saved[2 * i + 1]) for i, n in enumerate(ctx.kept)}
         kept[0] = start.double(), start.double()
@@ -297,19 +381,20 @@ class _Reverse(torch.autograd.Function):
         lost = v.new_zeros(())
         of_y, of_z = torch.zeros_like(v), torch.zeros_like(v)  # the cotangents of the two states
         for n in range(ctx.iterations, 0, -1):
-            on, ends = (best >= n)[:, None], (best == n)[:, None]
+            on, ends = taken.on(n), (taken.best == n)[:, None]
+            reached = on | taken.coupled  # samples that stay where they are still move those that depend on them
 
             # z = (1 - b) z_before + b f(y), and the output is f(y) of the last iteration
             seed = torch.where(on, b * of_z, 0.0) + torch.where(ends, v, 0.0)
             f, pulled = run.pull(y, seed, sums)
-            of_y = torch.where(on, of_y + pulled, of_y)
+            of_y = torch.where(reached, of_y + pulled, of_y)
             of_z = torch.where(on, (1.0 - b) * of_z, of_z)
             z = torch.where(on, (z - b * f) / (1.0 - b), z)
 
             # y = (1 - b) y_before + b f(z_before)
             seed = torch.where(on, b * of_y, 0.0)
             f, pulled = run.pull(z, seed, sums)
-            of_z = torch.where(on, of_z + pulled, of_z)
+            of_z = torch.where(reached, of_z + pulled, of_z)
             of_y = torch.where(on, (1.0 - b) * of_y, of_y)
             y = torch.where(on, (y - b * f) / (1.0 - b), y)
 
