@@ -81,15 +81,11 @@ def cases() -> list[Case]:
 @contextmanager
 def forced(path: str) -> Iterator[None]:
     """Steps take this path: "block", "cluster" or "split"."""
-    select = getattr(compiled, "select_cuda_path", None)
-    if select is None:  # the number of entries decides
-        yield
-        return
-    select(path)
+    compiled.select_cuda_path(path)
     try:
         yield
     finally:
-        select("auto")
+        compiled.select_cuda_path("auto")
 
 
 def to_device(problem: Problem) -> Problem:
