@@ -32,6 +32,11 @@ export PYTHONUNBUFFERED=1 PYDEQ_REQUIRE_KERNELS=1
 prepare() {
   local carried=() file bytes
   PYDEQ_WITH_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} "$python" setup.py --quiet build_ext --inplace || return
+  # A build without nvcc is not an error, and leaves an older library where it is.
+  "$python" -c 'import sys, pydeq; sys.exit(pydeq.kernels().cuda_built is None)' || {
+    echo "the build has no CUDA kernels: put nvcc on PATH, or name it by CUDACXX" >&2
+    return 1
+  }
   mkdir -p "$wheels"
   # torch and numpy, which it needs, are on every machine with a GPU for pydeq.
   "$python" -m pip download --quiet --no-deps --dest "$wheels" "$(grep -h '^torchdeq==' requirements/*.txt)" || return

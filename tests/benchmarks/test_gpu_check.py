@@ -227,6 +227,15 @@ def test_prepares_what_is_carried(tools):
     assert done.stdout.splitlines()[-1].startswith("carry: ")
 
 
+def test_refuses_to_carry_libraries_without_cuda_kernels(tools):
+    (tools / "python").write_text("#!/usr/bin/env bash\n[[ $2 != *cuda_built* ]]\n")
+    arguments = command(tools, CARRY=str(tools.parent / "carry"))
+    done = subprocess.run([*arguments["args"], "--prepare"], env=arguments["env"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the build has no CUDA kernels: put nvcc on PATH, or name it by CUDACXX\n"
+    assert "carry: " not in done.stdout
+
+
 def test_refuses_what_it_does_not_know(tools):
     arguments = command(tools)
     done = subprocess.run([*arguments["args"], "--build"], env=arguments["env"], capture_output=True, text=True)
