@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -113,3 +113,23 @@ def reusable_graphs() -> AbstractContextManager[Any]:
     from torch._functorch import config
 
     return config.patch(donated_buffer=False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def allow_reuse(outputs: Iterable[torch.Tensor]) -> None:
+    """Let the compiled parts of a graph, made under :func:`reusable_graphs`, run backward more than once.
+
+    torch leaves the list of their donated buffers at None where it compiles backward early, as it does for a changing
+    batch size, and then takes None for buffers that were donated.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return
+    todo, seen = [x.grad_fn for x in outputs], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+        if getattr(metadata, "bw_donated_idxs", ()) is None:
+            metadata.bw_donated_idxs = []  # pyright: ignore[reportOptionalMemberAccess]
+        todo.extend(following for following, _ in node.next_functions)

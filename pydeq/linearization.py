@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pydeq.compilation import reusable_graphs
+from pydeq.compilation import allow_reuse, reusable_graphs
 from pydeq.state import Layout, State, as_tuple, layout_of
 
 
@@ -202,6 +202,7 @@ def linearize(fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Linea
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         y = fn(leaves if layout.is_tuple else leaves[0], *context)
         y = as_tuple(layout.check(y, cast, detach=False))
+    allow_reuse(y)
     return Linearization(layout, leaves, y, first_node)
 
 

@@ -338,3 +338,17 @@ def test_compiled_autograd_is_right_or_refused(x, solver, adjoint):
 def test_export_says_why_it_cannot(x):
     with pytest.raises(TypeError, match=r"z0 must have values.*got a FakeTensor, as under torch\.export"):
         torch.export.export(Model(), (x,))
+
+
+def test_a_compiled_step_takes_batches_of_another_size(x):
+    deq = pydeq.DEQ(Cell(), rtol=1e-10, adjoint=pydeq.Implicit(rtol=1e-10))
+
+    def step(x):
+        return deq(torch.zeros_like(x), x)
+
+    compiled = torch.compile(step)
+    for batch in (x, x[:3], x[:2]):
+        expected, wanted = gradients(deq, batch, step)
+        output, found = gradients(deq, batch, compiled)
+        torch.testing.assert_close(output, expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
