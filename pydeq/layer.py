@@ -123,8 +123,9 @@ class DEQ(nn.Module):
         self._memory: dict[str, Any] = {}  # an adjoint's, from call to call
         if not freeze_rng and (names := random_modules(_module_of(cell))):
             warnings.warn(
-                f"the cell draws random numbers in training mode ({', '.join(names)}): each evaluation gets others, so"
-                " it has no fixed point; DEQ(..., freeze_rng=True) gives all of one call the same",
+                f"the cell draws random numbers in training mode ({', '.join(names)}): each evaluation draws"
+                " different ones, so there is no fixed point. DEQ(..., freeze_rng=True) draws the same in all"
+                " evaluations of a call",
                 stacklevel=2,
             )
         self.ranks = check_ranks(process_group, sharded)

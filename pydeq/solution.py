@@ -17,7 +17,8 @@ from pydeq.state import State, as_tuple
 ADVICE = {
     Status.MAX_STEPS: "increase max_steps, loosen rtol, or make fn more contractive (pydeq.jacobian_penalty)",
     Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
-    Status.DIVERGED: "lower the solver's damping, start closer, or make fn more contractive (pydeq.jacobian_penalty)",
+    Status.DIVERGED: "take a smaller damping (pydeq.Anderson(damping=0.5)), start closer, or make fn more contractive"
+    " (pydeq.jacobian_penalty)",
     Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: look at its inputs and parameters, start closer,"
     " or iterate with pydeq.Picard(damping=0.5)",
 }
@@ -136,6 +137,8 @@ class Solution:
 
     def advice(self) -> str:
         """What to change about the samples that did not converge; empty if all did."""
+        if not len(self.status):
+            return ""
         counts = _count_statuses(self.status)
         advice = [f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts]
         if not advice:

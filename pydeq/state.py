@@ -88,7 +88,8 @@ class Layout:
 
     def _check_part(self, part: Any, shape: torch.Size, index: str, cast: bool, detach: bool) -> Tensor:
         if not isinstance(part, Tensor):
-            raise TypeError(f"fn must return a tensor like z0{index}, got {type(part).__name__}")
+            hint = ": for pairs (state, aux) pass has_aux=True" if isinstance(part, tuple) and len(part) == 2 else ""
+            raise TypeError(f"fn must return a tensor like z0{index}, got {type(part).__name__}{hint}")
         if part.shape != (self.batch, *shape):
             raise ValueError(
                 f"fn must return the shape of z0{index}, expected {(self.batch, *shape)}, got {tuple(part.shape)}"
@@ -131,7 +132,9 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
             raise ValueError(f"{name} must have a batch dimension, got a 0-d tensor: (B,) is B scalar states")
         if part.dtype not in DTYPES:
             expected = ", ".join(str(dtype) for dtype in DTYPES)
-            raise ValueError(f"{name} must be of dtype {expected}, got {part.dtype}")
+            raise ValueError(
+                f"{name} must be of dtype {expected} or complex, got {part.dtype}: convert it, as by .float()"
+            )
         for what, first, here in (
             ("batch size", parts[0].shape[0], part.shape[0]),
             ("dtype", parts[0].dtype, part.dtype),

@@ -270,7 +270,7 @@ def test_a_cell_without_a_pair_is_refused():
     z0, x, _ = problem()
     with pytest.raises(TypeError, match=r"fn must return a pair \(state, aux\) with has_aux=True, got Tensor"):
         pydeq.fixed_point(Attention(), z0, x, has_aux=True)
-    with pytest.raises(TypeError, match="fn must return a tensor like z0, got tuple"):
+    with pytest.raises(TypeError, match=r"fn must return a tensor like z0, got tuple: for pairs .* pass has_aux=True"):
         pydeq.fixed_point(Attention(aux=True), z0, x)
 
 

@@ -238,3 +238,9 @@ def test_the_residual_of_the_image_is_not_known_without_an_evaluation_there():
         assert pydeq.DEQ(fn)(z0, x, return_solution=True)[1].image_residual is None
     of = torch.func.grad(lambda x: pydeq.DEQ(fn)(z0, x).sum())
     assert of(x).isfinite().all()
+
+
+def test_a_solution_of_an_empty_batch_is_printed():
+    solution = pydeq.fixed_point(torch.cos, torch.zeros(0, 3))
+    assert solution.advice() == ""
+    assert repr(solution) == f"Solution(0 of 0 samples converged, nfe={solution.nfe})"

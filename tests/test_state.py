@@ -173,7 +173,7 @@ def test_z0_is_not_written_to(solver):
             ValueError,
             "z0[1] must have the device of z0[0], cpu, got meta",
         ),
-        (torch.ones(2, dtype=torch.int64), ValueError, "z0 must be of dtype torch.float64, torch.float32, "),
+        (torch.ones(2, dtype=torch.int64), ValueError, "or complex, got torch.int64: convert it, as by .float()"),
         (torch.ones(2, dtype=torch.bool), ValueError, "got torch.bool"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
