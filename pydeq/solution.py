@@ -137,8 +137,6 @@ class Solution:
 
     def advice(self) -> str:
         """What to change about the samples that did not converge; empty if all did."""
-        if not len(self.status):
-            return ""
         counts = _count_statuses(self.status)
         advice = [f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts]
         if not advice:

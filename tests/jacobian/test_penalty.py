@@ -248,11 +248,3 @@ def test_training_with_it_shrinks_the_jacobian():
         optimizer.step()
         penalties.append(pydeq.jacobian_penalty(deq.cell, solution.image, x, method="exact").item())
     assert penalties[-1] < 0.5 * penalties[0]
-
-
-def test_numbers_of_numpy_are_numbers():
-    penalty = pydeq.JacobianPenalty(np.float32(0.5), increment=np.float64(0.25), every=np.int64(2), probes=np.int64(3))
-    assert penalty == pydeq.JacobianPenalty(0.5, increment=0.25, every=2, probes=3)
-    assert penalty.at(np.int64(4)).strength == 1.0
-    with pytest.raises(TypeError, match="strength must be a number, got bool"):
-        pydeq.JacobianPenalty(True)
