@@ -78,23 +78,15 @@ PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const
   if (verdict.stopped) {
     if (!verdict.materialize) copy_share(row.z, row.value, tile);
     copy_share(row.next, row.value, tile);
-  } else if (verdict.from_best) {
-    copy_share(row.z, row.value, tile);
-    if (damping == 1.0) {
-      copy_share(row.next, row.image, tile);
-    } else {
-      A value[kShare], image[kShare];
-      load_wide(row.value, tile, value);
-      load_wide(row.image, tile, image);
-      PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) value[i] += A(damping) * (image[i] - value[i]);
-      store_wide(row.next, tile, value);
-    }
-  } else if (verdict.halfway) {
+  } else if (verdict.from_best || verdict.halfway) {
     A from[kShare], to[kShare];
-    load_wide(row.next, tile, from);
-    load_wide(row.z, tile, to);
-    PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) to[i] = from[i] + A(0.5) * (to[i] - from[i]);
+    load_wide(verdict.from_best ? row.value : row.next, tile, from);
+    load_wide(verdict.from_best ? row.image : row.z, tile, to);
     store_wide(row.z, tile, from);
+    const double part = verdict.from_best ? damping : 0.5;
+    if (part != 1.0) {
+      PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) to[i] = from[i] + A(part) * (to[i] - from[i]);
+    }
     store_wide(row.next, tile, to);
   }
 }
@@ -241,7 +233,9 @@ PYDEQ_DEVICE void report(const StepArgs& args) {
   if (!warp_any(last)) return;
   warp_sync();                  // what lane 0 has seen, all see
   int32_t samples[2] = {0, 0};  // running, far
-  for (int64_t b = lane_index(); b < args.batch; b += kWarp) {
+  for (int64_t first = 0; first < args.batch; first += kWarp) {
+    const int64_t b = first + lane_index();
+    if (b >= args.batch) continue;
     const int32_t* counters = args.counters + b * COUNTER_SIZE;
     samples[0] += counters[COUNTER_STATUS] == RUNNING;
     samples[1] += counters[COUNTER_FAR];
@@ -349,17 +343,18 @@ step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
       }
       block_sync();
     }
+    const Step after(args, b);  // of the plan, as in two launches: nothing is kept in registers for it
     for (int r = 0; r < shape.rounds; ++r) {
       const typename Step::Tile tile(team, (r * teams + team.index) * shape.cluster + rank, common.state, r);
       if (shape.products > 0) block.sums.clear();
-      step.apply(tile, *block.plan, coefficients, block.sums, block.stage, true);
+      after.apply(tile, *block.plan, coefficients, block.sums, block.stage, true);
       if (shape.products > 0) block.sums.finish(team, of_tile + r * teams, slots, shape.products);
     }
     if (shape.products > 0) {
       if (!alone) cluster_sync();
       if (rank == 0) {
         if (shape.tiles > 1) add_tiles_of_peers(block.partial, block.totals, shape.products, shape);
-        if (warp_index() == 0) step.close(*block.plan, block.totals);
+        if (warp_index() == 0) after.close(*block.plan, block.totals);
       }
     }
     // The next sample takes the shared memory, and a block that returns takes its own with it.
@@ -399,12 +394,11 @@ step_reduce_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Ste
     if (!arrives_last(counters + protocol::COUNTER_TILES_DONE, shape.tiles, block.flag)) continue;
 
     add_tiles(partial, block.totals, shape.sums, shape.tiles);
-    double* kept = reinterpret_cast<double*>(scratch + shape.coefficients_at);
-    kept += b * (block.coefficients ? shape.kept : shape.coefficients);
-    decide(step, common, b, shape, block, block.coefficients ? block.coefficients : kept);
+    double* const kept = reinterpret_cast<double*>(scratch + shape.coefficients_at);
+    decide(step, common, b, shape, block, block.coefficients ? block.coefficients : kept + b * shape.coefficients);
     if (warp_index() == 0) report(common);
     if (block.coefficients) {
-      PYDEQ_ROLL_LOOP for (int j = thread_index(); j < shape.kept; j += block_threads()) kept[j] =
+      PYDEQ_ROLL_LOOP for (int j = thread_index(); j < shape.kept; j += block_threads()) kept[b * shape.kept + j] =
           block.coefficients[j];
     }
     if (thread_index() == 0) {
