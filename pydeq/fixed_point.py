@@ -102,8 +102,9 @@ def fixed_point(
             own on others, they end with that one's timeout. ``throw`` looks at the samples of this rank alone.
         sharded: Each rank of ``process_group`` has its own entries of the same samples: norms and inner products are
             those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
-        states_at: Numbers of evaluations, increasing: ``states`` gets what a solve of so many ``max_steps`` has for
-            its image, be it shorter than that or not; of :class:`pydeq.GMRES` the best image so far.
+        states_at: Numbers of evaluations, increasing. For each number n, ``states`` gets the image that a solve with
+            ``max_steps=n`` returns; of :class:`pydeq.GMRES`, and where samples depend on each other, the best image
+            so far.
         has_aux: fn returns a pair (state, aux), and ``solution.aux`` is the aux that came with ``solution.image``. The
             last evaluation of a solve has it where all samples converged; else fn is called once more, uncounted.
         norm: "all" measures residuals in the Euclidean norm of all entries. "parts" is for states of several parts: a

@@ -65,9 +65,9 @@ class DEQ(nn.Module):
             ``nn.Dropout``, has a fixed point. Without it such a cell is warned about.
         process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`.
             They call the layer equally often and differentiate it equally often: on all of them or on none.
-        states_at: Numbers of evaluations, increasing. The solution's ``states`` are then what calls with so many
-            ``max_steps`` return, each with the gradient of one evaluation (the adjoint's own where the solve was over
-            by then), and last the output: one more state than entries here. See
+        states_at: Numbers of evaluations, increasing. For each number n, the solution's ``states`` have the output of a
+            call with ``max_steps=n``, with the gradient of one evaluation, or the adjoint's own where the solve took
+            no more than n. The last state is the output: one more state than entries here. See
             :func:`pydeq.fixed_point_correction`.
         has_aux: The cell returns a pair (state, aux), like attention maps with the state. ``solution.aux`` is the aux
             at the fixed point, for calls with ``return_solution=True``. With gradients on the cell is evaluated once

@@ -278,9 +278,12 @@ def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: 
 
 
 def _judge(course: _Course, met: Tensor, unmet: Tensor) -> None:
-    """Statuses by the tolerance of the parts, which that of the scaled state is a little finer than."""
+    """Statuses by the tolerance of the parts, which that of the scaled state is a little finer than.
+
+    Only of values of the last evaluation: where samples depend on each other, an earlier one says nothing of them now.
+    """
     status = course.counters[:, Counter.STATUS]
-    ended = (status == Status.MAX_STEPS) | (status == Status.STALLED)
+    ended = (status == Status.MAX_STEPS) & (course.counters[:, Counter.SINCE_BEST] == 0)
     scalars = course.scalars
     contracted = scalars[:, Scalar.BEST] < CONTRACTION * scalars[:, Scalar.FIRST]
     begins = course.counters[:, Counter.EVALUATIONS] == 1

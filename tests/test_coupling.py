@@ -108,6 +108,37 @@ def test_converged_holds_for_all_rows_at_one_evaluation(
     assert_close(solution.residual[rows], residual[rows].to(solution.residual.dtype), size=dim, condition=1e2)
 
 
+@given(
+    batch=st.integers(2, 5),
+    rho=st.floats(0.05, 0.95),
+    scale=st.floats(-6.0, 0.0),
+    max_steps=st.sampled_from([3, 5, 8, 12, 30, 100]),
+    seed=st.integers(0, 1000),
+)
+def test_converged_holds_for_all_parts_at_one_evaluation(solver, batch, rho, scale, max_steps, seed):
+    """norm="parts": of two parts, the second 10**scale times as large, and moved by the first one of every row."""
+    first = coupled_map(batch, 3, rho, seed, spread=4.0)
+    second = coupled_map(batch, 3, rho, seed + 1)
+
+    def fn(z):
+        return first(z[0]), 10.0**scale * torch.tanh(second(z[1] / 10.0**scale) + 0.5 * z[0] - 0.3 * z[0].mean())
+
+    seen = []
+
+    def recorded(z):
+        seen.append((tuple(part.clone() for part in z), fn(z)))
+        return seen[-1][1]
+
+    iteration._warned_of_coupling = True
+    z0 = (torch.zeros(batch, 3, dtype=torch.float64),) * 2
+    solution = pydeq.fixed_point(recorded, z0, solver=solver, rtol=1e-4, max_steps=max_steps, norm="parts")
+    assert solution.nfe == len(seen) <= max_steps
+    rows = solution.converged
+    for value, z, f in zip(solution.value, *seen[-1], strict=True):
+        torch.testing.assert_close(value[rows], z[rows], rtol=1e-12, atol=0)
+        assert ((f - z).norm(dim=1) <= 1e-4 * f.norm(dim=1) * (1 + 1e-5))[rows].all()
+
+
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6])
 def test_picard_solves_what_is_coupled(rtol):
     """Every row of a contraction converges, and to the solution of the whole."""
