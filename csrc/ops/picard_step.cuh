@@ -19,7 +19,8 @@ struct PicardStep {
   static constexpr int kTileThreads = 256;
   using Type = T;
   using A = Compute<T>;
-  static constexpr int kResident = sizeof(A) == 8 ? kMaxThreads : kResidentThreads;
+  // float has twice the words of a half in registers: of 128 registers, one would spill.
+  static constexpr int kResident = sizeof(T) == 2 ? kResidentThreads : kMaxThreads;
   using Args = PicardStepArgs;
   using Tile = pydeq::Tile<kPack>;
   using Stage = pydeq::Stage<kPack, T>;
