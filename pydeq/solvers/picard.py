@@ -51,5 +51,5 @@ class _PicardWorkspace(Workspace):
         picard_step(
             self.z[parity], f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
             k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
-            self.solver.damping, reduction=rules.reduction,
+            self.solver.damping, 0, rules.reduction,
         )  # fmt: skip
