@@ -1,4 +1,4 @@
-# make test    make bench    make lint    make wheel    make clean
+# make test    make bench    make experiments    make lint    make wheel    make clean
 # Everything runs in an environment of its own, VENV, made with PYTHON on the first call.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pyd
 	$(wildcard pydeq/ops/*.py)
 formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test bench lint format wheel clean
+.PHONY: test bench experiments lint format wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test.installed $(VENV)/pydeq.installed
@@ -18,6 +18,9 @@ test: $(VENV)/test.installed $(VENV)/pydeq.installed
 
 bench: $(VENV)/bench.installed $(VENV)/pydeq.installed
 	PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m benchmarks --profile $(BENCH_PROFILE)
+
+# The environment of python -m experiments.
+experiments: $(VENV)/experiments.installed $(VENV)/pydeq.installed
 
 lint: $(VENV)/lint.installed $(VENV)/bench.installed
 	$(bin)/ruff check .

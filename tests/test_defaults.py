@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import pydeq
+from experiments import data
+from experiments.training.synthetic import synthetic_graph, synthetic_images, synthetic_text
 from pydeq.compat import torchdeq
 from pydeq.compat.deq import anderson, broyden
 from pydeq.testing import linear_map, softsign_map, tanh_map
-from pydeq.training.synthetic import synthetic_graph, synthetic_images, synthetic_text
 
 SOLVERS = (pydeq.Picard(damping=0.9), pydeq.Anderson(), pydeq.Anderson(damping=0.8), pydeq.Broyden(), pydeq.GMRES())
 ADJOINTS = (
@@ -95,10 +96,10 @@ def drop_in() -> list[Tensor]:
     return found
 
 
-def data() -> list[Tensor]:
+def loaded() -> list[Tensor]:
     graph = synthetic_graph()
     found = [synthetic_images("train").images, *synthetic_text().values(), graph.edges]
-    found += [*pydeq.data.batches(10, 3, 0, 0), *pydeq.data.batches(10, 3, 0, 0, shuffle=False)]
+    found += [*data.batches(10, 3, 0, 0), *data.batches(10, 3, 0, 0, shuffle=False)]
     for make in (linear_map, tanh_map, softsign_map):
         problem = make(0.5, 5)
         found += [problem.z0, *problem.context]
@@ -113,7 +114,7 @@ def under(request):
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("make", [solves, layers, jacobians, drop_in, data], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [solves, layers, jacobians, drop_in, loaded], ids=lambda make: make.__name__)
 def test_defaults_change_nothing(make: Callable[[], list[Tensor]], under):
     torch.manual_seed(0)
     expected = make()

@@ -1,6 +1,6 @@
 """Measured numbers in README and docs, written from results that are kept, so that none is copied by hand:
 
-python -m benchmarks.report.documents README.md docs/reproduce.md
+python -m benchmarks.report.documents README.md docs/experiments/paper.md
 
 What stands between ``<!-- measured: RESULTS -->`` and ``<!-- end -->`` is written anew from RESULTS, a summary of the
 suite or the results of an experiment, whose path starts where the document is.

@@ -1,11 +1,11 @@
-"""The results of ``python -m pydeq reproduce`` as a section of a document."""
+"""The results of ``python -m experiments reproduce`` as a section of a document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydeq.experiments.report import Claim, Entry, Row, Table
+from experiments.paper.report import Claim, Entry, Row, Table
 
 
 def section(facts: Mapping[str, Any], link: str) -> Iterator[str]:
@@ -26,9 +26,9 @@ def section(facts: Mapping[str, Any], link: str) -> Iterator[str]:
     seconds = sum(training["seconds"] for training in facts["trainings"])
     yield from (
         "",
-        f"`python -m pydeq reproduce {facts['experiment']} --profile {facts['profile']}`: {len(facts['trainings'])}"
-        f" trainings of {seconds / 60:.0f} minutes in all, each on one core of {environment['device_name']}, which"
-        f" others shared; {environment['date'][:10]}; [every number]({link}).",
+        f"`python -m experiments reproduce {facts['experiment']} --profile {facts['profile']}`:"
+        f" {len(facts['trainings'])} trainings of {seconds / 60:.0f} minutes in all, each on one core of"
+        f" {environment['device_name']}, which others shared; {environment['date'][:10]}; [every number]({link}).",
         "",
     )
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report.documents import main, rewrite
-from pydeq.experiments.report import Entry, Report, Row, Table, claim, report_mapping
+from experiments.paper.report import Entry, Report, Row, Table, claim, report_mapping
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/reproduce.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/experiments/paper.md"])
 def test_documents_say_what_was_measured(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert rewrite(ROOT / name) == text, f"run python -m benchmarks.report.documents {name}"

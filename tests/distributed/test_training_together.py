@@ -7,9 +7,9 @@ import pytest
 import torch
 from world import SIZE
 
-from pydeq import training
+from experiments import training
+from experiments.training.checkpoint import read
 from pydeq.testing import assert_close
-from pydeq.training.checkpoint import read
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from small_trainings import small

@@ -1,0 +1,66 @@
+"""The command line: ``python -m experiments <command>``, from the root of a checkout."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from experiments.data.command import add_arguments as add_data_arguments
+from experiments.paper.command import add_arguments as add_reproduce_arguments
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """List the data sets, get them or check them."""
+    from experiments.data.command import run
+
+    return run(arguments)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train a model from a configuration."""
+    from experiments.training.command import run
+
+    return run(arguments)
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    """Reproduce tables and figures of the paper."""
+    from experiments.paper.command import run
+
+    return run(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
+    top = argparse.ArgumentParser(prog="python -m experiments", description="Training and experiments on pydeq.")
+    commands = top.add_subparsers(title="commands", dest="command", required=True)
+    command = commands.add_parser("data", help="say which data sets are here and how to get the others; get them")
+    add_data_arguments(command)
+    command.set_defaults(run=data)
+    command = commands.add_parser("train", help="train a model from a configuration")
+    command.add_argument("config", metavar="CONFIG", help="a name that comes with the package, or a .yaml file")
+    command.add_argument(
+        "--out", metavar="DIR", help="folder for checkpoints, tables and plots; runs/CONFIG by default"
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    command.add_argument(
+        "--set", action="append", default=[], dest="values", metavar="KEY=VALUE",
+        help="another value for a field, like optimizer.lr=0.01; may be repeated",
+    )  # fmt: skip
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="how long to train, in epochs")
+    length.add_argument("--steps", type=int, help="how long to train, in steps")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
+    command.set_defaults(run=train)
+    command = commands.add_parser(
+        "reproduce", help="reproduce tables and figures of the paper on Jacobian regularization"
+    )
+    add_reproduce_arguments(command)
+    command.set_defaults(run=reproduce)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    arguments = parser().parse_args(argv)
+    return arguments.run(arguments)

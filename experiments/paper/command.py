@@ -1,0 +1,142 @@
+"""``python -m experiments reproduce``: the paper's experiments from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from experiments.paper.experiment import Trainings
+    from experiments.paper.grid import Grid
+    from experiments.paper.measurement import Training
+    from experiments.paper.recipes import Profile
+
+NAMES = ("table1", "table2", "table3", "figure7", "figure8")
+PROFILE_NAMES = ("cpu", "paper", "smoke")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    command.add_argument("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=(
+        f"{', '.join(NAMES)}, or all: the tables and figures of the paper"
+    ))  # fmt: skip
+    command.add_argument("--profile", choices=PROFILE_NAMES, default="cpu", help=(
+        "cpu: CIFAR-10 and Shakespeare at sizes that two cores train, the default; paper: the published configurations,"
+        " which take days on a GPU; smoke: seconds, to see that it works"
+    ))  # fmt: skip
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder for trainings and results, which experiments"
+                         " of a profile share; runs/reproduce-PROFILE by default")  # fmt: skip
+    command.add_argument("--seeds", type=int, metavar="N", help="seeds of the main rows; cpu: 2, else 1, by default")
+    command.add_argument("--resume", action="store_true", help="go on with trainings that were interrupted")
+    command.add_argument("--jobs", type=int, metavar="N", help=(
+        "trainings at a time, each a process with one thread; by default as many as cores, at most 2, and on a GPU 1"
+    ))  # fmt: skip
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    command.add_argument("--imagenet", metavar="DIR", help="folder of ImageNet, for table2 of the paper profile")
+    command.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run experiments.
+
+    Returns:
+        The exit status: 0; 1 where something could not be trained; 2 for arguments that make no sense; 130 where it was
+        interrupted. Claims that are not shown are results, no errors.
+    """
+    from experiments.data import AlteredDataError, MissingDataError
+    from experiments.paper import EXPERIMENTS, Grid, GridError, profile
+    from experiments.paper.environment import cores
+
+    for name in ("seeds", "jobs"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            return _failed(f"--{name} must be at least 1, got {getattr(arguments, name)}", 2)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return _failed("--device must be cpu or auto: torch has no CUDA here, got cuda", 2)
+    device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
+    try:
+        chosen = profile(arguments.profile, device, arguments.imagenet)
+    except ModuleNotFoundError as error:
+        return _failed(str(error))
+    seeds = arguments.seeds or chosen.seeds
+    out = arguments.out or Path("runs", f"reproduce-{chosen.name}")
+    jobs = arguments.jobs or (1 if device == "cuda" else min(2, cores()))
+    names = NAMES if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
+    wanted = {name: EXPERIMENTS[name].trainings(chosen, seeds) for name in names}
+    grid = Grid(out, jobs, threads=1, resume=arguments.resume)
+    try:
+        if arguments.plan:
+            return _plan(wanted, grid)
+        if chosen.needs_gpu and device != "cuda":
+            return _failed(
+                "the paper profile trains the published models, which takes days on a GPU, and torch finds none here:"
+                " use --profile cpu, or see the trainings with --plan"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            _reproduce(name, wanted[name], chosen, grid, device, seeds)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
+        return 130
+    except (AlteredDataError, MissingDataError, FileExistsError, GridError, OSError, ValueError) as error:
+        return _failed(str(error))
+    return 0
+
+
+def _reproduce(name: str, trainings: Trainings, chosen: Profile, grid: Grid, device: str, seeds: int) -> None:
+    """One experiment, from its trainings to its files."""
+    from experiments.paper import EXPERIMENTS
+    from experiments.paper.environment import environment
+    from experiments.paper.report import report_mapping
+    from experiments.training.files import write_whole
+
+    experiment = EXPERIMENTS[name]
+    title = f"{name}, {chosen.name} profile: {experiment.title}"
+    print(title, flush=True)
+    measured = grid.measure(_flat(trainings))
+    found = {label: [measured[each.key] for each in group] for label, group in trainings.items()}
+    report = experiment.report(chosen, found)
+    print(f"\n{report}\n")
+    facts = {"experiment": name, "title": experiment.title, "profile": chosen.name, "seeds": seeds}
+    mapping = report_mapping(report, facts | {"environment": environment(device)}, found)
+    path = grid.out / f"reproduce-{chosen.name}-{name}.json"
+    write_whole(path, json.dumps(mapping, indent=1, allow_nan=False) + "\n")
+    print(f"wrote {path}")
+    try:
+        from experiments.paper.figures import draw
+
+        draw(report, title, path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}\n", flush=True)
+    except ModuleNotFoundError:
+        print("no plot without matplotlib: pip install matplotlib\n", flush=True)
+
+
+def _plan(wanted: Mapping[str, Trainings], grid: Grid) -> int:
+    """List the trainings of experiments."""
+    every = {each.key: (label, each) for trainings in wanted.values() for label, each in _flat(trainings).items()}
+    found = grid.find(dict(every.values()))
+    for name, trainings in wanted.items():
+        print(name)
+        for label, each in _flat(trainings).items():
+            config = each.config
+            length = f"{config.steps} steps" if config.steps is not None else f"{config.epochs} epochs"
+            state = "measured" if each.key in found else "begun" if grid.folder(each).is_dir() else "to do"
+            print(f"  {each.key}  {label}: {type(config.model).__name__.removesuffix('Config')} on {config.data.name},"
+                  f" {length}, cap {config.max_steps}; {state}")  # fmt: skip
+    print(f"{len(every)} different trainings, {len(found)} of them measured in {grid.out}")
+    return 0
+
+
+def _flat(trainings: Trainings) -> dict[str, Training]:
+    """Each training with a label of its own."""
+    return {f"{label}, seed {each.config.seed}": each for label, group in trainings.items() for each in group}
+
+
+def _failed(text: str, status: int = 1) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return status

@@ -1,0 +1,109 @@
+"""What an experiment is: trainings, and what to say of their measurements."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from experiments.paper.measurement import Measurement, Training
+from experiments.paper.recipes import Profile
+from experiments.paper.report import Curve, Entry, Report, Unit
+
+Trainings = Mapping[str, Sequence[Training]]
+"""By labels, one training for each seed."""
+
+Measurements = Mapping[str, Sequence[Measurement]]
+"""The same, measured."""
+
+
+class Experiment(ABC):
+    """One table or figure of the paper."""
+
+    name: ClassVar[str]
+    """What the command calls it."""
+
+    title: ClassVar[str]
+    """What it is about."""
+
+    @abstractmethod
+    def trainings(self, profile: Profile, seeds: int) -> Trainings:
+        """What must be trained.
+
+        Args:
+            profile: At which size.
+            seeds: Of the main rows.
+        """
+
+    @abstractmethod
+    def report(self, profile: Profile, found: Measurements) -> Report:
+        """What was found.
+
+        Args:
+            profile: That of the trainings.
+            found: Measurements of all trainings.
+        """
+
+
+def seeded(training: Training, seeds: int) -> list[Training]:
+    """The training with each of so many seeds."""
+    return [training.with_seed(seed) for seed in range(seeds)]
+
+
+def metric(group: Sequence[Measurement], stop: int | None, paper: float | str | None = None) -> Entry:
+    """The test metric at a hard stop, or at the model's own cap."""
+    unit: Unit = "percent" if group and group[0].metric == "accuracy" else "perplexity"
+    return Entry(tuple(each.at(stop) for each in group), unit, paper)
+
+
+def evaluations(group: Sequence[Measurement], stop: int | None, paper: float | str | None = None) -> Entry:
+    """Evaluations of f at a hard stop, or up to the model's own cap."""
+    if stop is not None:
+        return Entry((float(stop),), "number", paper)
+    return Entry(tuple(None if each.test is None else each.test.nfe for each in group), "number", paper)
+
+
+def residual(group: Sequence[Measurement], stop: int | None) -> Entry:
+    """The relative residual on test data."""
+    values = (
+        None if each.test is None else each.test.residual if stop is None else each.test.stop_residuals[stop]
+        for each in group
+    )  # fmt: skip
+    return Entry(tuple(values), "residual")
+
+
+def radius(group: Sequence[Measurement]) -> Entry:
+    """The mean spectral radius at the end of training."""
+    return Entry(tuple(None if each.test is None else each.test.radius for each in group), "number")
+
+
+def seconds(group: Sequence[Measurement]) -> Entry:
+    """Of training."""
+    return Entry(tuple(each.seconds for each in group), "number")
+
+
+def to_reach(group: Sequence[Measurement], stops: Sequence[int], target: float) -> float:
+    """The fewest evaluations, of the hard stops and the full solve, at which the mean accuracy is at least ``target``.
+
+    Returns:
+        Infinity where no number of them suffices; NaN where something was not measured.
+    """
+    full, most = metric(group, None).number, evaluations(group, None).number
+    if math.isnan(target + full + most):
+        return math.nan
+    reached = [float(stop) for stop in stops if metric(group, stop).number >= target]
+    return min([*reached, most if full >= target else math.inf])
+
+
+def over_training(label: str, group: Sequence[Measurement], column: str, style: str, color: int) -> Curve:
+    """A column of the evaluations on validation data, mean over the seeds, against the steps."""
+    curves = [each.curve(column) for each in group]
+    longest = max((curve[0] for curve in curves), key=len)
+    values = [Entry(tuple(curve[1][i] for curve in curves if i < len(curve[1]))).mean for i in range(len(longest))]
+    return Curve(label, longest, values, style, color)
+
+
+def over_stops(label: str, group: Sequence[Measurement], stops: Sequence[int], style: str, color: int) -> Curve:
+    """The test metric against the hard stop, mean over the seeds."""
+    return Curve(label, [float(stop) for stop in stops], [metric(group, stop).mean for stop in stops], style, color)

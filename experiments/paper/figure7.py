@@ -1,0 +1,82 @@
+"""Figure 7: the mean spectral radius in the course of trainings, penalized and not, at two caps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from experiments.paper.experiment import Experiment, Measurements, Trainings, over_training, residual
+from experiments.paper.measurement import Measurement
+from experiments.paper.published import FIGURE7
+from experiments.paper.recipes import PENALIZED_GENEROUS, PENALIZED_SMALL, PLAIN_GENEROUS, PLAIN_SMALL, Profile
+from experiments.paper.report import Entry, Panel, Report, Row, Table, claim
+
+
+class Figure7(Experiment):
+    """Where the Jacobian goes if nothing keeps it."""
+
+    name: ClassVar[str] = "figure7"
+    title: ClassVar[str] = "the spectral radius in the course of training"
+
+    def trainings(self, profile: Profile, seeds: int) -> Trainings:
+        return {label: [training] for label, training in profile.figure7.items()}
+
+    def report(self, profile: Profile, found: Measurements) -> Report:
+        quarters = {label: _quarters(group) for label, group in found.items()}
+        rows = tuple(
+            Row(label, (
+                *(Entry((value,), "number") for value in quarters[label]), residual(group, None),
+                Entry((), paper=FIGURE7.get(label)),
+            ))
+            for label, group in found.items()
+        )  # fmt: skip
+        columns = (
+            "training", "first quarter", "last quarter", "largest mean", "relative residual", "(the paper's words)",
+        )  # fmt: skip
+        table = Table("Mean spectral radius on validation data", columns, rows)
+        small, generous, bounded = (quarters[label] for label in (PLAIN_SMALL, PLAIN_GENEROUS, PENALIZED_SMALL))
+        claims = [
+            claim(
+                "figure7.bounded",
+                "with the penalty the mean spectral radius stays below 1 in the last quarter of the training",
+                {"last quarter": bounded[1], "largest": bounded[2]}, bounded[1] < 1.0,
+            ),
+            claim(
+                "figure7.growing",
+                "without it, at the small cap, it grows from the first quarter to the last",
+                {"first quarter": small[0], "last quarter": small[1]}, small[0] < small[1],
+            ),
+            claim(
+                "figure7.beyond",
+                "and ends beyond 1",
+                {"last quarter": small[1]}, small[1] > 1.0,
+            ),
+            claim(
+                "figure7.generous",
+                "a generous cap keeps it smaller than the small cap does",
+                {"generous": generous[1], "small": small[1]}, generous[1] < small[1],
+            ),
+        ]  # fmt: skip
+        styles = {
+            PLAIN_SMALL: ("-", 0),
+            PLAIN_GENEROUS: ("--", 0),
+            PENALIZED_SMALL: ("-", 1),
+            PENALIZED_GENEROUS: ("--", 1),
+        }
+        curves = [over_training(label, group, "radius", *styles[label]) for label, group in found.items()]
+        largest = [over_training(label, group, "radius_max", *styles[label]) for label, group in found.items()]
+        panels = [
+            Panel("Mean spectral radius", "step", "on validation data", tuple(curves)),
+            Panel("Largest spectral radius", "step", "on validation data", tuple(largest)),
+        ]
+        return Report([table], claims, panels)
+
+
+def _quarters(group: Sequence[Measurement]) -> tuple[float, float, float]:
+    """The mean radius in the first and in the last quarter of the evaluations, and the largest mean."""
+    radii = [value for each in group[:1] for value in each.curve("radius")[1] if value is not None]
+    if not radii:
+        return math.nan, math.nan, math.nan
+    count = max(1, len(radii) // 4)
+    return sum(radii[:count]) / count, sum(radii[-count:]) / count, max(radii)

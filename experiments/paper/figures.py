@@ -1,0 +1,44 @@
+"""The picture of a report."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from experiments.paper.report import Report
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""That color-blind readers can tell apart (Okabe and Ito 2008)."""
+
+
+def draw(report: Report, title: str, path: Path) -> None:
+    """Draw the panels of a report side by side, as a PNG.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4 * len(report.panels), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    places: Any = figure.subplots(1, len(report.panels), squeeze=False)[0]
+    for place, panel in zip(places, report.panels, strict=True):
+        positive = False
+        for curve in panel.curves:
+            points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None]
+            if points:
+                color = COLORS[curve.group % len(COLORS)]
+                place.plot(*zip(*points, strict=True), curve.style, label=curve.label, color=color, markersize=3)
+                positive = positive or any(y > 0.0 for _, y in points)
+        if panel.log and positive:
+            place.set_yscale("log")
+        place.set_title(panel.title, fontsize="medium")
+        place.set_xlabel(panel.x)
+        place.set_ylabel(panel.y)
+        place.grid(alpha=0.3)
+        if place.lines:
+            place.legend(fontsize="small")
+    figure.suptitle("\n".join(textwrap.wrap(title, 56 * len(report.panels))))
+    figure.savefig(path, dpi=90, metadata={"Software": None})

@@ -1,0 +1,145 @@
+"""Many trainings, each measured once: side by side in processes, kept in a folder by hashes of their configurations.
+
+OUT/trainings/<key>/     a folder of experiments.training with measurement.json, once that training is measured
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import time
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.paper.measurement import Measurement, Training, load
+from experiments.paper.progress import Lines, progress
+from experiments.paper.worker import Message, measure, work
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
+POLL_SECONDS = 0.2
+
+
+class GridError(RuntimeError):
+    """Some trainings could not be measured; those that could are kept."""
+
+
+class Grid:
+    """Measures trainings.
+
+    Args:
+        out: The folder; made where it is not there.
+        jobs: Trainings at a time, each in a process of its own; with 1, in this process.
+        threads: Of torch, for each of them.
+        resume: Whether trainings that were interrupted go on; without, they are an error.
+    """
+
+    def __init__(self, out: Path, jobs: int = 1, threads: int = 1, resume: bool = False) -> None:
+        self.out, self.jobs, self.threads, self.resume = out, jobs, threads, resume
+
+    def folder(self, training: Training) -> Path:
+        """Of a training."""
+        return self.out / "trainings" / training.key
+
+    def find(self, trainings: Mapping[str, Training]) -> dict[str, Measurement]:
+        """What is measured already, by the trainings' keys.
+
+        Args:
+            trainings: By their labels.
+
+        Raises:
+            ValueError: If a measurement is damaged.
+        """
+        found = {}
+        for training in trainings.values():
+            measurement = load(self.folder(training), training)
+            if measurement is not None:
+                found[training.key] = measurement
+        return found
+
+    def measure(self, trainings: Mapping[str, Training]) -> dict[str, Measurement]:
+        """The measurements of all trainings, by their keys; what is not there yet is trained.
+
+        Args:
+            trainings: By their labels.
+
+        Raises:
+            FileExistsError: If one was interrupted, and ``resume`` is false.
+            GridError: If some failed; the others are measured nevertheless.
+            ValueError: If a measurement is damaged.
+        """
+        labels = {training.key: label for label, training in reversed(list(trainings.items()))}
+        found = self.find(trainings)
+        waiting = {each.key: each for each in trainings.values() if each.key not in found}
+        begun = [labels[key] for key, each in waiting.items() if (self.folder(each) / "checkpoints").is_dir()]
+        if begun and not self.resume:
+            raise FileExistsError(
+                f"{self.out} has trainings that were interrupted: {'; '.join(begun)}: resume them (--resume), or choose"
+                " another folder"
+            )
+        failures: dict[str, str] = {}
+        if waiting:
+            with progress(labels, len(found)) as display:
+                run = self._in_processes if self.jobs > 1 else self._here
+                failures = run(list(waiting.values()), display)
+        found |= self.find({labels[key]: each for key, each in waiting.items()})
+        if failures:
+            texts = "; ".join(f"{labels[key]}: {text}" for key, text in failures.items())
+            raise GridError(f"{len(failures)} of {len(labels)} trainings failed: {texts}")
+        return found
+
+    def _here(self, trainings: list[Training], display: Lines) -> dict[str, str]:
+        failures = {}
+        for training in trainings:
+            try:
+                measure(training, self.folder(training), self.threads, display.receive)
+            except Exception as error:  # a report must name it, and the others go on
+                failures[training.key] = f"{type(error).__name__}: {error}"
+                display.receive(Message(training.key, "failed", (failures[training.key],)))
+        return failures
+
+    def _in_processes(self, trainings: list[Training], display: Lines) -> dict[str, str]:
+        context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
+        messages: Queue[Message] = context.Queue()
+        waiting, running, failures = list(trainings), dict[str, BaseProcess](), dict[str, str]()
+
+        def receive() -> None:
+            try:
+                message = messages.get(timeout=POLL_SECONDS)
+                while True:
+                    if message.kind == "failed":
+                        failures[message.key] = message.content[0]
+                    display.receive(message)
+                    message = messages.get_nowait()
+            except queue.Empty:
+                pass
+
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.jobs:
+                    training = waiting.pop(0)
+                    arguments = (training, self.folder(training), self.threads, messages)
+                    process = context.Process(target=work, args=arguments, daemon=True)
+                    process.start()
+                    running[training.key] = process
+                ended = [key for key, process in running.items() if process.exitcode is not None]
+                receive()  # after looking who ended, so that their last words are heard
+                for key in ended:
+                    status = running.pop(key).exitcode
+                    if status and key not in failures:
+                        failures[key] = f"its process ended with exit status {status}"
+                        display.receive(Message(key, "failed", (failures[key],)))
+        finally:
+            for process in running.values():
+                process.terminate()
+            deadline = time.monotonic() + 10.0
+            for process in running.values():
+                process.join(max(0.0, deadline - time.monotonic()))
+                if process.exitcode is None:
+                    process.kill()
+            messages.close()
+            messages.cancel_join_thread()
+        return failures

@@ -1,0 +1,124 @@
+"""A training of an experiment's grid, by what it is known, and what was measured of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.training import Evaluation, EvaluationRow, History, TrainingConfig
+from experiments.training.files import write_whole
+
+FORMAT = 1
+FILE = "measurement.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train, and at which hard stops to test it.
+
+    Args:
+        config: Of the training.
+        stops: Numbers of evaluations of f at which the trained model is stopped, on test data.
+        test_batch: Samples, or rows of text, at a time in that test.
+    """
+
+    config: TrainingConfig
+    stops: tuple[int, ...]
+    test_batch: int
+
+    @property
+    def key(self) -> str:
+        """A hash of all of it: trainings of one key are one training."""
+        content = {"format": FORMAT, "config": self.config.mapping(), "stops": self.stops, "batch": self.test_batch}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_seed(self, seed: int) -> Training:
+        """The same with another seed."""
+        return replace(self, config=replace(self.config, seed=seed))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a training came to.
+
+    Args:
+        key: Of the :class:`Training`.
+        config: Its configuration, as a file has it.
+        status: "finished" or "diverged".
+        metric: "accuracy" or "perplexity".
+        steps: How many were done.
+        parameters: Trainable entries of the model.
+        seconds: Of training, evaluations on the way included.
+        test_seconds: Of the test at all stops.
+        evaluations: The rows on validation data.
+        test: On test data, with the hard stops; None where the training diverged.
+        environment: Where it ran, see :mod:`experiments.paper.environment`.
+    """
+
+    key: str
+    config: dict[str, Any]
+    status: str
+    metric: str
+    steps: int
+    parameters: int
+    seconds: float
+    test_seconds: float
+    evaluations: list[EvaluationRow]
+    test: Evaluation | None
+    environment: dict[str, Any]
+
+    def at(self, stop: int | None) -> float | None:
+        """The test metric, accuracies in percent, at a hard stop or, for None, at the model's own cap."""
+        if self.test is None:
+            return None
+        value = self.test.metric if stop is None else self.test.stops[stop]
+        return 100.0 * value if self.metric == "accuracy" else value
+
+    def curve(self, name: str) -> tuple[list[float], list[Any]]:
+        """The steps of the evaluations and a number of each."""
+        return [float(row.step) for row in self.evaluations], [row.flat()[name] for row in self.evaluations]
+
+    def save(self, folder: Path) -> None:
+        """Write it into a training's folder, whole or not at all."""
+        content = {"format": FORMAT} | asdict(self)
+        write_whole(folder / FILE, json.dumps(content, indent=1) + "\n")
+
+    def brief(self) -> dict[str, Any]:
+        """All of it, the evaluations as columns."""
+        rows = [row.flat() for row in self.evaluations]
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        seen = {name: column for name, column in columns.items() if any(value is not None for value in column)}
+        return asdict(self) | {"evaluations": {name: _rounded(column) for name, column in seen.items()}}
+
+
+def load(folder: Path, training: Training) -> Measurement | None:
+    """The measurement in a training's folder; None if there is none.
+
+    Raises:
+        ValueError: If it is damaged, or another training's.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            return None  # an older version's: to be measured again
+        history = History.of({"steps": [], "evaluations": content["evaluations"]})
+        test = content["test"]
+        if test is not None:
+            stops = {name: {int(k): v for k, v in test[name].items()} for name in ("stops", "stop_residuals")}
+            test = Evaluation(**(test | stops))
+        found = Measurement(**(content | {"evaluations": history.evaluations, "test": test}))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it to measure again") from error
+    if found.key != training.key:
+        raise ValueError(f"{path} is of the training {found.key}, not {training.key}; remove it")
+    return found
+
+
+def _rounded(column: list[Any]) -> list[Any]:
+    return [float(f"{value:.6g}") if isinstance(value, float) else value for value in column]

@@ -1,0 +1,237 @@
+"""What an experiment found: tables with the paper's numbers beside the measured ones, claims, and their JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from experiments.paper.measurement import Measurement
+
+SCHEMA = 1
+
+Unit = Literal["percent", "perplexity", "number", "residual"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A number of a table.
+
+    Args:
+        values: As measured, one for each seed; None where that training diverged.
+        unit: How it is shown. Percentages are in percent already.
+        paper: What the paper has, a number or words.
+    """
+
+    values: tuple[float | None, ...]
+    unit: Unit = "percent"
+    paper: float | str | None = None
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds; None if there are none, or one diverged."""
+        if not self.values or any(value is None for value in self.values):
+            return None
+        return sum(value for value in self.values if value is not None) / len(self.values)
+
+    @property
+    def number(self) -> float:
+        """The mean, NaN if there is none: no comparison holds of it."""
+        return math.nan if self.mean is None else self.mean
+
+    def __str__(self) -> str:
+        numbers = [value for value in self.values if value is not None]
+        if not self.values:
+            own = "-"
+        elif self.mean is None:
+            diverged = len(self.values) - len(numbers)
+            own = "diverged" if not numbers else f"{diverged} of {len(self.values)} diverged"
+        else:
+            own = show(self.mean, self.unit)
+            if len(numbers) > 1:
+                own += f" ± {show((max(numbers) - min(numbers)) / 2, self.unit)}"
+        if self.paper is None:
+            return own
+        return f"{own} ({self.paper if isinstance(self.paper, str) else show(self.paper, self.unit)})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Args:
+        label: What was trained.
+        entries: One for each column.
+    """
+
+    label: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        title: What the numbers are.
+        columns: Headings; the first one is of the labels.
+        rows: In order.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row.entries) != len(self.columns) - 1:
+                raise ValueError(f"row {row.label!r} must have {len(self.columns) - 1} entries, got {len(row.entries)}")
+
+    def cells(self) -> list[list[str]]:
+        """Headings and rows as text."""
+        return [list(self.columns), *([row.label, *map(str, row.entries)] for row in self.rows)]
+
+    def __str__(self) -> str:
+        cells = self.cells()
+        widths = [max(len(line[i]) for line in cells) for i in range(len(self.columns))]
+        lines = ["  ".join([line[0].ljust(widths[0]), *(map(str.rjust, line[1:], widths[1:]))]) for line in cells]
+        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+    def markdown(self) -> str:
+        """As documentation has it."""
+        first, *rest = ("| " + " | ".join(line) + " |" for line in self.cells())
+        return "\n".join([first, "|" + "---|" * len(self.columns), *rest])
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, and whether these trainings show it.
+
+    Args:
+        name: Dotted and unique.
+        statement: In words, with the limit.
+        measured: The numbers that decide; None where there is none.
+        shown: None where they were not measured, as where a training diverged.
+    """
+
+    name: str
+    statement: str
+    measured: Mapping[str, float | None]
+    shown: bool | None
+
+    def __str__(self) -> str:
+        verdict = {True: "shown", False: "not shown", None: "not measured"}[self.shown]
+        numbers = ", ".join(f"{name} {brief(value)}" for name, value in self.measured.items())
+        return f"{verdict.upper()}: {self.statement}: {numbers}"
+
+
+def claim(name: str, statement: str, measured: Mapping[str, float], shown: bool) -> Claim:
+    """A claim that is decided where none of its numbers is NaN."""
+    there = {key: None if math.isnan(value) else value for key, value in measured.items()}
+    return Claim(name, statement, there, None if None in there.values() else shown)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a plot.
+
+    Args:
+        label: What it shows.
+        x, y: Its points; None where there is none.
+        style: Of matplotlib.
+        group: Lines of a group have a color.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    style: str = "o-"
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of the experiment's picture.
+
+    Args:
+        title, x, y: Of the panel and its axes.
+        curves: What it shows.
+        log: Whether the y axis is logarithmic.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: tuple[Curve, ...]
+    log: bool = False
+
+
+@dataclass
+class Report:
+    """What an experiment found.
+
+    Args:
+        tables, claims, panels: As above.
+        notes: What a reader must know.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [str(table) for table in self.tables]
+        if self.notes:
+            parts.append("\n".join(self.notes))
+        if self.claims:
+            parts.append("\n".join(map(str, self.claims)))
+        return "\n\n".join(parts)
+
+
+def report_mapping(
+    report: Report, facts: Mapping[str, Any], trained: Mapping[str, Sequence[Measurement]]
+) -> dict[str, Any]:
+    """A report as JSON has it; what is not finite becomes null.
+
+    Args:
+        report: What was found.
+        facts: Of the run: experiment, profile, machine.
+        trained: All trainings that stand behind it, by their labels.
+    """
+    return _finite({
+        "schema": SCHEMA,
+        **facts,
+        "claims": [asdict(each) for each in report.claims],
+        "tables": [asdict(table) | {"rows": [_row(row) for row in table.rows]} for table in report.tables],
+        "notes": report.notes,
+        "trainings": [
+            {"label": label} | measurement.brief() for label, group in trained.items() for measurement in group
+        ],
+    })  # fmt: skip
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {"label": row.label, "entries": [asdict(entry) | {"mean": entry.mean} for entry in row.entries]}
+
+
+def show(value: float, unit: Unit) -> str:
+    """A number as tables have it."""
+    if not math.isfinite(value):
+        return str(value)
+    return {"percent": f"{value:.1f}", "perplexity": f"{value:.2f}", "number": f"{value:.2f}",
+            "residual": f"{value:.1e}"}[unit]  # fmt: skip
+
+
+def brief(value: float | None) -> str:
+    """A number in a sentence."""
+    return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {str(key): _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content

@@ -1,0 +1,116 @@
+"""Table 2: image classifiers, with and without the penalty, full and hard-stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from experiments.paper.experiment import (
+    Experiment,
+    Measurements,
+    Trainings,
+    evaluations,
+    metric,
+    over_stops,
+    radius,
+    residual,
+    seeded,
+    to_reach,
+)
+from experiments.paper.measurement import Measurement
+from experiments.paper.published import TABLE2, TABLE2_NFE
+from experiments.paper.recipes import PENALIZED, PLAIN, Profile
+from experiments.paper.report import Claim, Panel, Report, Row, Table, claim
+
+WIDE_MARGIN = 2.0
+"""Points of accuracy; the paper's margin is 4.0."""
+
+NEAR = 0.7
+"""Points of accuracy; the paper's distance is 0.5."""
+
+SPEEDUP = 2.5
+
+
+class Table2(Experiment):
+    """Accuracies of multiscale, or small convolutional, equilibrium models."""
+
+    name: ClassVar[str] = "table2"
+    title: ClassVar[str] = "image classifiers, with and without the penalty"
+
+    def trainings(self, profile: Profile, seeds: int) -> Trainings:
+        images = profile.images
+        trainings = {
+            PLAIN: seeded(images.training(cap="generous", strength=0.0), seeds),
+            PENALIZED: seeded(images.training(), seeds),
+        }
+        for name, (plain, penalized) in (profile.imagenet or {}).items():
+            trainings |= {f"{name}, {PLAIN}": [plain], f"{name}, {PENALIZED}": [penalized]}
+        return trainings
+
+    def report(self, profile: Profile, found: Measurements) -> Report:
+        images = profile.images
+        plain, penalized = found[PLAIN], found[PENALIZED]
+        published, counts = TABLE2["CIFAR-10"], TABLE2_NFE["CIFAR-10"]
+
+        def row(label: str, group: Sequence[Measurement], stop: int | None, which: str) -> Row:
+            return Row(label, (
+                evaluations(group, stop, counts.get(which)), metric(group, stop, published.get(which)),
+                residual(group, stop), radius(group),
+            ))  # fmt: skip
+
+        stop = images.stop
+        rows = [
+            row(PLAIN, plain, None, "full"),
+            row(f"{PLAIN}, stopped at {stop}", plain, stop, "stopped"),
+            row(f"{PENALIZED}, at its own cap", penalized, None, ""),
+            row(f"{PENALIZED}, stopped at {stop}", penalized, stop, "penalized"),
+        ]
+        columns = ("model", "evaluations (paper)", "accuracy, % (paper)", "relative residual", "spectral radius")
+        tables = [Table("Test accuracy (in parentheses the paper's, of MDEQ-large on CIFAR-10)", columns, tuple(rows))]
+        notes = []
+        if profile.name == "paper" and profile.imagenet is None:
+            notes.append("ImageNet: not trained; --imagenet says where it is.")
+        for name in profile.imagenet or {}:
+            published, counts = TABLE2[name], TABLE2_NFE[name]
+            pair = [
+                row(kind, found[f"{name}, {kind}"], None, which)
+                for kind, which in ((PLAIN, "full"), (PENALIZED, "penalized"))
+            ]
+            tables.append(Table(f"{name}: test accuracy (in parentheses the paper's)", columns, tuple(pair)))
+        panel = Panel("Test accuracy at a hard stop", "evaluations of f allowed", "%", (
+            over_stops(PLAIN, plain, images.stops, "o-", 0), over_stops(PENALIZED, penalized, images.stops, "o-", 1),
+        ))  # fmt: skip
+        return Report(tables, self._claims(profile, found), [panel], notes)
+
+    def _claims(self, profile: Profile, found: Measurements) -> list[Claim]:
+        images, plain, penalized = profile.images, found[PLAIN], found[PENALIZED]
+        stop, stops = images.stop, images.stops
+        full, stopped, own = metric(plain, None).number, metric(plain, stop).number, metric(penalized, stop).number
+        spent = evaluations(plain, None).number
+        needed, reached = (to_reach(group, stops, full - NEAR) for group in (plain, penalized))
+        return [
+            claim(
+                "table2.margin",
+                f"at a hard stop of {stop} the penalized model is at least {WIDE_MARGIN} points better than the"
+                " unpenalized one",
+                {"penalized": own, "unpenalized": stopped, "margin": own - stopped}, own - stopped >= WIDE_MARGIN,
+            ),
+            claim(
+                "table2.near",
+                f"there it is within {NEAR} points of the unpenalized one at its full number of evaluations",
+                {"penalized": own, "unpenalized, full": full, "difference": own - full}, own >= full - NEAR,
+            ),
+            claim(
+                "table2.evaluations",
+                f"it comes within these {NEAR} points at {SPEEDUP} times fewer evaluations than the unpenalized one's"
+                " full number",
+                {"penalized": reached, "unpenalized": spent, "ratio": spent / reached},
+                spent >= SPEEDUP * reached,
+            ),
+            claim(
+                "table2.evaluations_both",
+                f"and at {SPEEDUP} times fewer than the unpenalized one itself needs to come so near",
+                {"penalized": reached, "unpenalized": needed, "ratio": needed / reached},
+                needed >= SPEEDUP * reached,
+            ),
+        ]  # fmt: skip

@@ -1,0 +1,50 @@
+"""Training of the reference models, from a typed configuration to the trained parameters.
+
+    from experiments import training
+
+    result = training.train("conv_digits", out="runs/conv_digits")
+
+``python -m experiments train`` is its command.
+"""
+
+from __future__ import annotations
+
+from experiments.training.checkpoint import CheckpointError
+from experiments.training.configuration import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PretrainingConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    load_training_config,
+    training_config_from_mapping,
+    training_config_names,
+)
+from experiments.training.history import Evaluation, EvaluationRow, History, Result, StepRow
+from experiments.training.observers import Observer
+from experiments.training.run import train
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "DataConfig",
+    "Evaluation",
+    "EvaluationConfig",
+    "EvaluationRow",
+    "History",
+    "LoggingConfig",
+    "Observer",
+    "OptimizerConfig",
+    "PretrainingConfig",
+    "Result",
+    "ScheduleConfig",
+    "StepRow",
+    "TrainingConfig",
+    "load_training_config",
+    "train",
+    "training_config_from_mapping",
+    "training_config_names",
+]

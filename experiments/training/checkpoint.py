@@ -1,0 +1,270 @@
+"""Checkpoints: a folder with tensors and a folder's worth of facts about them, made visible by one rename.
+
+    checkpoints/00000120/tensors.safetensors
+    checkpoints/00000120/state.json             {"checksum": of the rest, "tensors": {"bytes", "sha256"}, "state": ...}
+
+Nothing is unpickled. A process may be killed, or a disk may fill up, at any moment: what is visible is whole. What was
+damaged later, a checksum tells, and the checkpoint before it serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from experiments.training.files import flush_file, flush_folder
+
+FORMAT = 1
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint, or another file of a training, could not be written or read."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written."""
+
+
+@dataclass
+class Checkpoint:
+    """What was saved.
+
+    Args:
+        path: Its folder.
+        tensors: By name.
+        state: As JSON has it.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    Args:
+        folder: Made when the first one is written.
+        keep: How many stay, the newest.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Those that are there, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if path.name.isdecimal()), key=_step_of, reverse=True)
+
+    def last(self) -> str:
+        """What there is to go on from, for errors."""
+        kept = self.paths()
+        return f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
+
+    def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Save a checkpoint, and let go of the oldest ones.
+
+        Args:
+            step: Its number.
+            tensors: On the CPU, contiguous, none of which shares memory with another.
+            state: What JSON can hold; numbers may be infinite or NaN.
+
+        Raises:
+            CheckpointError: If it cannot be written; naming the last good one.
+        """
+        errors = (OSError, _library_error())
+        final, beside = self.folder / f"{step:08d}", self.folder / f".writing-{step:08d}"
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                flush_folder(self.folder.parent)
+            self._sweep()
+            beside.mkdir()
+            _save(tensors, beside / TENSORS)
+            flush_file(beside / TENSORS)
+            facts = {"bytes": (beside / TENSORS).stat().st_size, "sha256": _digest(beside / TENSORS)}
+            content = {"format": FORMAT, "tensors": facts, "state": _finite(state)}
+            with (beside / STATE).open("w", encoding="utf-8") as file:
+                file.write(json.dumps({"checksum": _checksum(content)} | content, allow_nan=False))
+                file.flush()
+                os.fsync(file.fileno())
+            flush_folder(beside)
+            if final.exists():  # one that was damaged, or of a training that was cut back
+                os.replace(final, self.folder / f".removing-{step:08d}")
+            os.replace(beside, final)
+            flush_folder(self.folder)
+        except errors as error:
+            with contextlib.suppress(OSError):
+                self._sweep()
+            raise CheckpointError(f"the checkpoint {final} could not be written: {error}; {self.last()}") from error
+        for path in self.paths()[self.keep :]:
+            # Out of sight first: half a checkpoint must not look like one.
+            with contextlib.suppress(OSError):
+                os.replace(path, self.folder / f".removing-{path.name}")
+        with contextlib.suppress(OSError):
+            self._sweep()
+        return final
+
+    def newest(self, notice: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is whole, None if there are none at all.
+
+        Args:
+            notice: Told of those that are damaged, which are renamed, out of the way.
+
+        Raises:
+            CheckpointError: If there are some, and all of them are damaged; or if one may not be read, or is of another
+                version, which is left where it is.
+        """
+        paths, reasons = self.paths(), []
+        for path in paths:
+            try:
+                found = read(path)
+            except DamagedError as error:
+                reasons.append(str(error))
+                notice(f"{error}; falling back to the one before")
+                aside = path.with_name(f"damaged-{path.name}")
+                with contextlib.suppress(OSError):
+                    if aside.exists():
+                        shutil.rmtree(aside)
+                    os.replace(path, aside)
+            else:
+                return found
+        if reasons:
+            raise CheckpointError("no checkpoint is whole: " + "; ".join(reasons))
+        return None
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half-written or half-removed."""
+        for pattern in (".writing-*", ".removing-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writes to a file in a training's folder.
+
+    Raises:
+        CheckpointError: Where the disk refuses; naming the file and the last good checkpoint.
+    """
+    try:
+        yield
+    except OSError as error:
+        last = Checkpoints(path.parent / "checkpoints").last()
+        raise CheckpointError(f"{path} could not be written: {error}; {last}") from error
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        DamagedError: If it is not whole; naming what is wrong.
+        CheckpointError: If it may not be read, or is of another version.
+    """
+    errors = (OSError, ValueError, KeyError, TypeError, AttributeError, _library_error())
+    try:
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        checksum = content.pop("checksum")
+        if checksum != _checksum(content):
+            raise ValueError(f"{STATE} does not have its checksum")
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint {path} is of another version: its format is {content['format']}, and this one reads"
+                f" {FORMAT}"
+            )
+        facts, size = content["tensors"], (path / TENSORS).stat().st_size
+        if size != facts["bytes"]:
+            raise ValueError(f"{TENSORS} has {size} bytes of {facts['bytes']}")
+        if _digest(path / TENSORS) != facts["sha256"]:
+            raise ValueError(f"{TENSORS} does not have its checksum")
+        return Checkpoint(path, _library().load_file(path / TENSORS), _number(content["state"]))
+    except PermissionError as error:
+        raise CheckpointError(f"the checkpoint {path} may not be read: {error}") from error
+    except errors as error:
+        raise DamagedError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one file of tensors, that is the old one or the new one at any moment.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        _save(tensors, beside)
+        flush_file(beside)
+        os.replace(beside, path)
+        flush_folder(path.parent)
+    except (OSError, _library_error()) as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors into a new file that those may read whom the umask lets; the library makes it the owner's alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    _library().save_file(tensors, path)
+    path.chmod(mode)
+
+
+def _library() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("checkpoints need safetensors: pip install safetensors", name=error.name) from error
+    return safetensors.torch
+
+
+def _library_error() -> type[Exception]:
+    _library()
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """With numbers that JSON has no words for as mappings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _number(value: Any) -> Any:
+    """The inverse of :func:`_finite`."""
+    if isinstance(value, dict):
+        return float(value["float"]) if value.keys() == {"float"} else {key: _number(v) for key, v in value.items()}
+    return [_number(each) for each in value] if isinstance(value, list) else value

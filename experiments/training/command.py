@@ -1,0 +1,45 @@
+"""``python -m experiments train``: a training from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.training.checkpoint import CheckpointError
+from experiments.training.configuration import load_training_config, parse_values
+from experiments.training.files import FolderInUseError
+from experiments.training.progress import progress
+from experiments.training.run import train
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train as the arguments say; 0 if it finished, 1 if it diverged or could not go on, 130 if it was interrupted."""
+    try:
+        config = load_training_config(arguments.config, _values(arguments))
+    except (TypeError, ValueError, OSError, ModuleNotFoundError) as error:
+        return _failed(error)
+    out = Path("runs", Path(arguments.config).stem) if arguments.out is None else Path(arguments.out)
+    try:
+        result = train(config, out=out, resume=arguments.resume, observers=[progress()])
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
+        return 130
+    except (CheckpointError, FolderInUseError, ModuleNotFoundError, OSError, ValueError) as error:
+        return _failed(error)
+    return 0 if result.status == "finished" else 1
+
+
+def _values(arguments: argparse.Namespace) -> dict[str, Any]:
+    values = parse_values(arguments.values)
+    for name in ("epochs", "steps", "device"):
+        given = getattr(arguments, name)
+        if given is not None:
+            values[name] = given
+    return values
+
+
+def _failed(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1

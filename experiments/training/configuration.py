@@ -1,0 +1,435 @@
+"""What a training is: typed configurations, and the YAML files that fill them.
+
+A file gives the fields of :class:`TrainingConfig`; the model is the name of a model's configuration, or the
+configuration itself, or a name with other values for some fields::
+
+    model: {config: mdeq_cifar_tiny, dropout: 0.3}
+    data: {name: cifar10}
+    epochs: 50
+    optimizer: {name: adam, lr: 0.001}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydeq.keywords import suggests_keywords
+from pydeq.models import MODELS, config_from_mapping
+from pydeq.models.configuration import (
+    Config,
+    build_config,
+    check_above_zero,
+    check_at_least,
+    config_names,
+    config_path,
+    read_yaml,
+)
+from pydeq.models.equilibrium import PenaltyConfig
+
+FOLDER = Path(__file__).parent / "configs"
+"""Where the configurations that come with the package are."""
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """What is learned from.
+
+    Args:
+        name: Of a data set of :mod:`experiments.data` or of :mod:`experiments.training.synthetic`; imagenet or
+            image_folder for folders of images; the path of a text.
+        root: Folder of the data, see :mod:`experiments.data`.
+        augmentation: Of training images: none, a crop of the padded image, a flip, or both; of folders of images,
+            none or random_resized.
+        padding: Pixels on each side before the crop.
+        size: Of images from folders.
+        workers: Processes that read images from folders.
+        train_samples, test_samples: Use the first so many alone; all by default.
+        holdout: So many training samples, drawn by the seed, are for validation instead.
+        length: Of a segment of text, in tokens.
+        test_memory: Tokens remembered in evaluation; as in training by default.
+        level, vocabulary_size, lowercase: See :func:`experiments.data.load_text`.
+        row_normalized: Whether a node's features are scaled to the sum 1.
+    """
+
+    name: str
+    root: str | None = None
+    augmentation: Literal["none", "crop", "flip", "crop_flip", "random_resized"] = "none"
+    padding: int = 4
+    size: int = 224
+    workers: int = 0
+    train_samples: int | None = None
+    test_samples: int | None = None
+    holdout: int = 0
+    length: int = 64
+    test_memory: int | None = None
+    level: Literal["word", "char"] = "word"
+    vocabulary_size: int | None = None
+    lowercase: bool = False
+    row_normalized: bool = False
+
+    def check(self) -> None:
+        check_at_least(self, 1, "size", "train_samples", "test_samples", "length", "vocabulary_size")
+        check_at_least(self, 0, "padding", "holdout", "test_memory", "workers")
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class OptimizerConfig(Config):
+    """How parameters move.
+
+    Args:
+        name: Of the optimizer; sgd has Nesterov momentum unless ``nesterov`` is false.
+        lr: Peak learning rate, above 0.
+        weight_decay: At least 0; decoupled for adamw, a part of the gradient for the others.
+        decay_vectors: Whether biases and norms' parameters, of one dimension or none, decay, too.
+        betas, eps: Of adam and adamw.
+        momentum, nesterov: Of sgd.
+        clip: Largest norm of the gradient; None for any.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    decay_vectors: bool = True
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = True
+    clip: float | None = None
+
+    def check(self) -> None:
+        check_above_zero(self, "lr", "eps", "clip")
+        check_at_least(self, 0, "weight_decay", "momentum")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        if self.momentum >= 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class ScheduleConfig(Config):
+    """How the learning rate changes; see :func:`experiments.training.schedules.learning_rate`.
+
+    Args:
+        name: cosine falls to ``floor`` over all steps.
+        warmup: Steps of a linear rise from 0.
+        floor: The last learning rate, at least 0.
+    """
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 0
+    floor: float = 0.0
+
+    def check(self) -> None:
+        check_at_least(self, 0, "warmup", "floor")
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class PretrainingConfig(Config):
+    """Shallow pre-training: the first steps unroll a few applications of the cell.
+
+    Args:
+        steps: At least 0.
+        layers: Applications, at least 1.
+    """
+
+    steps: int = 0
+    layers: int = 2
+
+    def check(self) -> None:
+        check_at_least(self, 0, "steps")
+        check_at_least(self, 1, "layers")
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class EvaluationConfig(Config):
+    """What is measured on validation data, and how often.
+
+    Args:
+        every_epochs, every_steps: When; exactly one of them. The last step is always followed by an evaluation.
+        stops: Numbers of evaluations of f: the metric is also measured with the solve hard-stopped there.
+        batch: Samples, or rows of text, at a time; that of training by default.
+        samples: Look at the first so many alone; all by default. Of text, tokens.
+        radius_samples: How many samples' spectral radii are estimated; 0 for none.
+        radius_steps: Vector-Jacobian products of an estimate at most.
+        radius_method: See :func:`pydeq.spectral_radius`.
+    """
+
+    every_epochs: int | None = None
+    every_steps: int | None = None
+    stops: tuple[int, ...] = ()
+    batch: int | None = None
+    samples: int | None = None
+    radius_samples: int = 32
+    radius_steps: int = 50
+    radius_method: Literal["growth", "arnoldi"] = "growth"
+
+    def check(self) -> None:
+        check_at_least(self, 1, "every_epochs", "every_steps", "batch", "samples")
+        check_at_least(self, 0, "radius_samples")
+        check_at_least(self, 2, "radius_steps")
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError("every_epochs and every_steps exclude each other")
+        if any(stop < 1 for stop in self.stops) or len(set(self.stops)) < len(self.stops):
+            raise ValueError(f"stops must be different numbers of at least 1, got {list(self.stops)}")
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class CheckpointConfig(Config):
+    """When the training is saved.
+
+    Args:
+        every_steps: How often; with each evaluation by default. The last step is always saved.
+        keep: How many checkpoints stay, the newest, at least 1; two or more to fall back on.
+    """
+
+    every_steps: int | None = None
+    keep: int = 2
+
+    def check(self) -> None:
+        check_at_least(self, 1, "every_steps", "keep")
+
+
+@suggests_keywords
+@dataclass(frozen=True)
+class LoggingConfig(Config):
+    """What is told, and how often.
+
+    Args:
+        every_steps: A row of means over so many steps.
+        tensorboard: Whether to write TensorBoard logs, too.
+        plot: Whether to draw a plot after each evaluation and at the end.
+    """
+
+    every_steps: int = 50
+    tensorboard: bool = False
+    plot: bool = True
+
+    def check(self) -> None:
+        check_at_least(self, 1, "every_steps")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """A training.
+
+    Args:
+        model: A model's configuration; a name or a mapping, as in files, will do.
+        data: What is learned from.
+        epochs, steps: How long; exactly one of them. A step is one update of the parameters.
+        batch: Samples, or rows of text, of a step: of all ranks and all accumulated parts together.
+        accumulation: Parts that each rank goes through one after the other in a step.
+        optimizer, schedule: How parameters move.
+        pretraining: The first, shallow steps.
+        jitter: [lo, hi]: each step's cap on evaluations is the model's max_steps plus a whole number drawn from there.
+        penalty: Of the Jacobian; the model's own by default. A strength of 0 is none.
+        evaluation, checkpoint, logging: What is measured, saved and told.
+        seed: Of all that is drawn.
+        amp: Mixed precision: none, bf16, or fp16 with a scaled loss.
+        strategy: How processes share the work: ddp, fsdp2, or none for one process.
+        device: cpu, cuda, or auto for cuda where it is.
+    """
+
+    model: Config
+    data: DataConfig
+    epochs: int | None = None
+    steps: int | None = None
+    batch: int = 64
+    accumulation: int = 1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    jitter: tuple[int, ...] = (0, 0)
+    penalty: PenaltyConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 0
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    strategy: Literal["none", "ddp", "fsdp2"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, str | Path | Mapping):
+            object.__setattr__(self, "model", config_from_mapping(_model_mapping(self.model, None)))
+        super().__post_init__()
+
+    def check(self) -> None:
+        if not any(type(self.model) is kind for kind, _ in MODELS.values()):
+            raise TypeError(f"model must be the configuration of a model, got {type(self.model).__name__}")
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"there must be either epochs or steps, got {self.epochs} and {self.steps}")
+        check_at_least(self, 0, "epochs", "steps", "seed")
+        check_at_least(self, 1, "batch", "accumulation")
+        if len(self.jitter) != 2 or self.jitter[0] > self.jitter[1]:
+            raise ValueError(f"jitter must be a pair [lo, hi] with lo <= hi, got {list(self.jitter)}")
+        if self.max_steps + self.jitter[0] < 1:
+            raise ValueError(
+                f"jitter must leave at least 1 evaluation of the model's max_steps {self.max_steps}, got"
+                f" {list(self.jitter)}"
+            )
+        if self.batch % self.accumulation:
+            raise ValueError(f"batch must be a multiple of accumulation, {self.accumulation}, got {self.batch}")
+        if self.amp == "fp16" and self.strategy == "fsdp2":
+            raise ValueError("amp must be none or bf16 with fsdp2: the scaled loss of fp16 needs whole gradients")
+
+    @property
+    def max_steps(self) -> int:
+        """The cap on the model's forward evaluations in training."""
+        return self.model.solver.max_steps  # pyright: ignore[reportAttributeAccessIssue]
+
+    def jacobian_penalty(self) -> PenaltyConfig | None:
+        """The penalty of this training: its own, or that of its model's configuration."""
+        return self.penalty if self.penalty is not None else getattr(self.model, "penalty", None)
+
+    def mapping(self) -> dict[str, Any]:
+        """The configuration as a file would have it: mappings, lists and scalars."""
+        mapping = _plain(self)
+        (kind,) = (name for name, (config, _) in MODELS.items() if type(self.model) is config)
+        mapping["model"] = {"model": kind} | mapping["model"]
+        return mapping
+
+    def with_values(self, values: Mapping[str, Any]) -> TrainingConfig:
+        """This configuration with other values.
+
+            config.with_values({"model.solver.max_steps": 8, "penalty.strength": 0.5})
+
+        Args:
+            values: By the dotted path of a field. ``epochs`` replaces ``steps``, and the other way round; fields of
+                ``penalty`` replace those of the model's, where the training has none of its own.
+
+        Raises:
+            TypeError, ValueError: If there is no such field, or a value does not fit.
+        """
+        return training_config_from_mapping(_with_values(self.mapping(), values))
+
+
+def training_config_from_mapping(mapping: Mapping[str, Any], folder: Path | None = None) -> TrainingConfig:
+    """The configuration in a mapping of its fields.
+
+    Args:
+        mapping: As a file has it.
+        folder: Where files that it names are; the working folder by default.
+
+    Raises:
+        TypeError: If a key is unknown (with the nearest name), missing, or of another type.
+        ValueError: If a value is out of range.
+    """
+    mapping = dict(mapping)
+    if "model" in mapping and not isinstance(mapping["model"], Config):
+        mapping["model"] = config_from_mapping(_model_mapping(mapping["model"], folder))
+    return build_config(TrainingConfig, mapping)
+
+
+def load_training_config(name: str | Path, values: Mapping[str, Any] | None = None) -> TrainingConfig:
+    """Read a configuration.
+
+    Args:
+        name: One of :func:`training_config_names`, or the path of a .yaml file.
+        values: Other values for some fields, as of :meth:`TrainingConfig.with_values`.
+
+    Raises:
+        ModuleNotFoundError: Without PyYAML.
+        TypeError, ValueError: If the file is not a configuration, naming it and what is wrong.
+    """
+    path = config_path(name, FOLDER)
+    try:
+        mapping = read_yaml(path)
+        if "model" in mapping:
+            mapping["model"] = _model_mapping(mapping["model"], path.parent)
+        return training_config_from_mapping(_with_values(mapping, values or {}))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def training_config_names() -> list[str]:
+    """The names of the training configurations that come with the package."""
+    return config_names(FOLDER)
+
+
+def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
+    """Values from texts ``key=value``, where a value is what YAML, or a number like 1e-3, says.
+
+    Raises:
+        ValueError: If a text has no ``=`` or no key, or a value is no YAML.
+    """
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"a value must be set as key=value, got {assignment!r}")
+        try:
+            values[key] = json.loads(text)  # YAML 1.1 takes 1e-3 for text
+        except ValueError:
+            import yaml
+
+            try:
+                values[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"the value of {key} is not valid YAML: {text!r}") from error
+    return values
+
+
+def _model_mapping(model: Any, folder: Path | None) -> dict[str, Any]:
+    """A model's full mapping: ``config`` names a configuration, and the other keys replace its values."""
+    if isinstance(model, str | Path):
+        model = {"config": str(model)}
+    if not isinstance(model, Mapping):
+        raise TypeError(f"model must be the name of a configuration or a mapping, got {model!r}")
+    mapping = dict(model)
+    if "config" in mapping:
+        name = mapping.pop("config")
+        if not isinstance(name, str):
+            raise TypeError(f"model.config must be the name of a configuration, got {name!r}")
+        path = folder / name if folder is not None and name.endswith((".yaml", ".yml", ".json")) else name
+        mapping = _merged(read_yaml(config_path(path)), mapping)
+    return mapping
+
+
+def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``values`` in place of its own; mappings are merged."""
+    result = dict(base)
+    for key, value in values.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _with_values(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``mapping`` with other values at dotted paths."""
+    result = _merged(mapping, {})
+    for path, value in values.items():
+        *parents, last = path.split(".")
+        if parents[:1] == ["penalty"] and result.get("penalty") is None and isinstance(result.get("model"), Mapping):
+            # The model's is the one in force: its other fields stay as they are.
+            result["penalty"] = result["model"].get("penalty")
+        place = result
+        for i, name in enumerate(parents):
+            inner = place.get(name)
+            if inner is None:
+                inner = {}
+            elif not isinstance(inner, Mapping):
+                raise ValueError(f"{path} names no field: {'.'.join(parents[: i + 1])} has no fields")
+            place[name] = dict(inner)
+            place = place[name]
+        place[last] = value
+        if path in ("epochs", "steps") and value is not None:
+            result["steps" if path == "epochs" else "epochs"] = None
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value

@@ -1,0 +1,151 @@
+"""The processes that train together: who they are, what they exchange, and how a model is spread over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from experiments.training.batch_norm import share_batch_norm
+
+
+class Distribution:
+    """One process, or one of several.
+
+    Started by torchrun, which says by environment variables who is who, or in a process group that is there already.
+
+    Args:
+        strategy: none, ddp or fsdp2.
+        device: cpu, cuda or auto.
+
+    Raises:
+        ValueError: If there are several processes and no strategy, or no such device.
+    """
+
+    def __init__(self, strategy: str, device: str) -> None:
+        self.strategy = strategy
+        self.owner = False  # whether the process group is this object's to end
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        initialized = dist.is_available() and dist.is_initialized()
+        cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise ValueError("device must be cpu or auto: torch has no CUDA here, got 'cuda'")
+        if strategy == "none":
+            if launched > 1:
+                raise ValueError(f"strategy must be ddp or fsdp2 for {launched} processes, got 'none'")
+            self.rank, self.world = 0, 1
+        else:
+            if not dist.is_available():
+                raise ValueError(f"strategy must be none: torch has no distributed package here, got {strategy!r}")
+            if not initialized:
+                if "RANK" not in os.environ:
+                    raise ValueError(
+                        f"strategy {strategy!r} needs torchrun: torchrun --nproc-per-node N -m pydeq train"
+                    )
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+                self.owner = True
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        index = int(os.environ.get("LOCAL_RANK", "0")) if self.world > 1 else torch.cuda.current_device() if cuda else 0
+        self.device = torch.device("cuda", index) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as the ranks train it: what to call in place of ``model``, whose parameters it shares."""
+        if self.strategy == "none":
+            return model
+        if self.world > 1:
+            share_batch_norm(model, self.device)
+        if self.strategy == "ddp":
+            from torch.nn.parallel import DistributedDataParallel
+
+            return DistributedDataParallel(model)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        # One unit, gathered once per step: a cell that is a unit of its own would be gathered anew by each evaluation
+        # of a solve, and all ranks would have to evaluate it equally often.
+        empty = {parameter for parameter in model.parameters() if not parameter.numel()}  # nothing to share out
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=empty)
+        return model
+
+    @contextmanager
+    def accumulating(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
+        """Around forward and backward of one part of a step: gradients are exchanged after the last one alone."""
+        if self.strategy == "ddp" and not last:
+            with wrapped.no_sync():  # pyright: ignore[reportCallIssue]
+                yield
+            return
+        if self.strategy == "fsdp2":
+            wrapped.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+        yield
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, on each of them; float64 sums in the order of the ranks."""
+        if self.world == 1:
+            return tensor
+        return torch.stack(self.gather(tensor)).sum(0)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest over the ranks, on each of them."""
+        return tensor if self.world == 1 else torch.stack(self.gather(tensor)).amax(0)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Each rank's tensor, all of one shape, in their order."""
+        if self.world == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, a picklable one, on all ranks."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def close(self) -> None:
+        """End the process group, if this object began it."""
+        if self.owner:
+            dist.destroy_process_group()
+            self.owner = False
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All entries of a tensor that may be sharded over the ranks; they all must call."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's entries of a tensor that may be sharded over the ranks."""
+    part = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
+def copy_into(target: Tensor, entries: Tensor) -> None:
+    """Set all entries of a tensor that may be sharded over the ranks, each of which has all entries."""
+    with torch.no_grad():
+        if hasattr(target, "full_tensor"):
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            assert isinstance(target, DTensor)
+            local = distribute_tensor(
+                entries.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+            )
+            target.to_local().copy_(local.to_local())
+        else:
+            target.copy_(entries)

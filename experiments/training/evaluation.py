@@ -1,0 +1,106 @@
+"""Looking at a model: loss and metric at its own cap and at hard stops, residuals, spectral radii."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.training.configuration import EvaluationConfig
+from experiments.training.distribution import Distribution
+from experiments.training.draws import Purpose, generator_of, seed_of
+from experiments.training.history import Evaluation
+from experiments.training.precision import Precision
+from experiments.training.tasks import Task
+from pydeq.compilation import uncompiled
+from pydeq.jacobian import spectral_radius
+from pydeq.models import EquilibriumModel
+
+
+class Evaluator:
+    """Evaluates a model in the course of its training, which goes on as if nothing had been looked at.
+
+    Args:
+        task: What it learns.
+        model: The model.
+        wrapped: The model as the ranks train it.
+        config: What to measure.
+        precision, distribution, seed: Of the training.
+    """
+
+    def __init__(
+        self, task: Task, model: EquilibriumModel, wrapped: nn.Module, config: EvaluationConfig, precision: Precision,
+        distribution: Distribution, seed: int,
+    ) -> None:  # fmt: skip
+        self.task, self.model, self.wrapped, self.config = task, model, wrapped, config
+        self.precision, self.distribution, self.seed = precision, distribution, seed
+
+    def __call__(self, split: str = "validation") -> Evaluation:
+        """Measure all that the configuration asks for."""
+        with self._looking():
+            loss, metric, nfe, residual = self._run(split, None)
+            found = Evaluation(loss, metric, nfe, residual)
+            for stop in self.config.stops:
+                _, found.stops[stop], _, found.stop_residuals[stop] = self._run(split, stop)
+            if self.config.radius_samples:
+                found.radius, found.radius_max = self._radius()
+        return found
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        devices = [self.distribution.device] if self.distribution.device.type == "cuda" else []
+        training = self.wrapped.training
+        with torch.random.fork_rng(devices), torch.no_grad(), self.precision.autocast():
+            torch.manual_seed(seed_of(self.seed, Purpose.EVALUATION))
+            self.wrapped.eval()
+            try:
+                yield
+            finally:
+                self.wrapped.train(training)
+                if hasattr(self.wrapped, "reshard"):
+                    self.wrapped.reshard()  # pyright: ignore[reportCallIssue]
+
+    def _run(self, split: str, stop: int | None) -> tuple[float, float, float, float]:
+        """Loss, metric, nfe and residual."""
+        options = {} if stop is None else {"max_steps": stop}
+        sums = torch.zeros(7, dtype=torch.float64, device=self.distribution.device)
+        for score, solution in self.task.evaluate(self.wrapped, split, **options):
+            residual, samples = solution.relative_residual, len(solution.relative_residual)
+            sums += torch.stack(
+                [score.loss.double(), score.hits.double(), sums.new_tensor(score.count), residual.double().sum(),
+                 sums.new_tensor(samples), sums.new_tensor(solution.nfe * (samples > 0)), sums.new_tensor(samples > 0)]
+            )  # fmt: skip
+        loss, hits, count, residual, samples, nfe, batches = self.distribution.sum(sums).tolist()
+        metric = self.task.measure(hits, loss, round(count))
+        return loss / max(1.0, count), metric, nfe / max(1.0, batches), residual / max(1.0, samples)
+
+    def _radius(self) -> tuple[float | None, float | None]:
+        """Mean and largest spectral radius."""
+        with captured(self.model) as calls:
+            self.task.probe(self.wrapped, self.config.radius_samples)
+        (context, z), *_ = calls
+        radii = spectral_radius(
+            uncompiled(self.model.deq.cell), z, *context, steps=self.config.radius_steps, rtol=1e-2,
+            method=self.config.radius_method, generator=generator_of(self.seed, Purpose.EVALUATION),
+        ).double()  # fmt: skip
+        sums = self.distribution.sum(torch.stack([radii.sum(), radii.new_tensor(len(radii))])).tolist()
+        most = self.distribution.max(radii.amax() if len(radii) else radii.new_tensor(-1.0))
+        return (sums[0] / sums[1], float(most)) if sums[1] else (None, None)
+
+
+@contextmanager
+def captured(model: EquilibriumModel) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
+    """Watch the model's layer: pairs of the context and the equilibrium of each of its calls."""
+    calls: list[tuple[tuple[Any, ...], Any]] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((args[1:], output[0]))  # models always ask for the solution, too
+
+    handle = model.deq.register_forward_hook(watch)
+    try:
+        yield calls
+    finally:
+        handle.remove()

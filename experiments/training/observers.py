@@ -1,0 +1,85 @@
+"""Who is told of a training as it goes; tables on the disk are one of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.training.checkpoint import writing
+from experiments.training.files import write_whole
+from experiments.training.history import STEP_COLUMNS, Evaluation, EvaluationRow, History, StepRow
+
+if TYPE_CHECKING:
+    from experiments.training.configuration import TrainingConfig
+
+
+class Observer:
+    """Told of what happens, on the process that speaks. Override what matters."""
+
+    def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:
+        """Training goes on from ``step`` of ``steps``; ``history`` has the rows so far, and grows."""
+
+    def advanced(self, step: int) -> None:
+        """So many steps are done."""
+
+    def stepped(self, row: StepRow) -> None:
+        """There is a row of means over training steps."""
+
+    def evaluated(self, row: EvaluationRow) -> None:
+        """There is an evaluation on validation data."""
+
+    def noticed(self, text: str) -> None:
+        """Something deserves attention."""
+
+    def ended(self, status: str, test: Evaluation | None) -> None:
+        """The training is over."""
+
+    def close(self) -> None:
+        """No more is to come, be it for an error."""
+
+
+class Tables(Observer):
+    """``steps.csv`` and ``evaluations.csv``: a line for each row, at once, and nothing that is not in the history.
+
+    Args:
+        folder: Where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.columns: list[str] = []
+
+    def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:
+        # A process that was killed may have written rows after its last checkpoint.
+        stops = [f"{name}@{stop}" for name in ("metric", "residual") for stop in config.evaluation.stops]
+        self.columns = list(EvaluationRow(0.0, 0.0, 0.0, 0.0).flat()) + stops
+        lines = [STEP_COLUMNS, *([getattr(row, name) for name in STEP_COLUMNS] for row in history.steps)]
+        self._write("steps.csv", lines)
+        self._write("evaluations.csv", [self.columns, *(self._line(row) for row in history.evaluations)])
+
+    def stepped(self, row: StepRow) -> None:
+        self._append("steps.csv", list(asdict(row).values()))
+
+    def evaluated(self, row: EvaluationRow) -> None:
+        self._append("evaluations.csv", self._line(row))
+
+    def _line(self, row: EvaluationRow) -> list[Any]:
+        flat = row.flat()
+        return [flat.get(name) for name in self.columns]
+
+    def _write(self, name: str, lines: list[list[Any]]) -> None:
+        with writing(self.folder / name):
+            write_whole(self.folder / name, _text(lines))
+
+    def _append(self, name: str, line: list[Any]) -> None:
+        with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8", newline="") as file:
+            file.write(_text([line]))
+
+
+def _text(lines: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()

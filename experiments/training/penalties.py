@@ -1,0 +1,61 @@
+"""The Jacobian penalty and the cap of each step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from experiments.training.configuration import TrainingConfig
+from experiments.training.draws import Purpose, generator_of
+from pydeq.jacobian import JacobianPenalty
+from pydeq.models.equilibrium import PenaltyConfig
+
+
+class PenaltySchedule:
+    """Which steps are penalized, and how strongly; the same on all ranks, and for all parts of an accumulated step.
+
+    Shallow steps have a strength of their own. What rises with the steps counts from the end of pre-training, what ends
+    with an epoch from the beginning, as the published recipes do.
+
+    Args:
+        config: Of the penalty; None for none.
+        pretraining_steps: Shallow steps.
+        seed: Of the draws.
+    """
+
+    def __init__(self, config: PenaltyConfig | None, pretraining_steps: int, seed: int) -> None:
+        self.pretraining_steps, self.seed = pretraining_steps, seed
+        self.stop_epoch = None if config is None else config.stop_epoch
+        self.deep = self.shallow = None
+        if config is not None:
+            self.deep = replace(config, stop_epoch=None).build()
+            self.shallow = replace(self.deep, strength=config.pretraining_strength, increment=0.0, every=None)
+
+    def strength(self, step: int, epoch: int) -> float:
+        """gamma of this step."""
+        penalty = self._of(step, epoch)
+        return 0.0 if penalty is None else penalty.strength
+
+    def penalty(self, step: int, epoch: int) -> JacobianPenalty | None:
+        """The penalty to compute in this step; None for none."""
+        penalty = self._of(step, epoch)
+        if penalty is None or not penalty.active(0, generator_of(self.seed, Purpose.PENALTY, step)):
+            return None
+        return replace(penalty, frequency=1.0)
+
+    def _of(self, step: int, epoch: int) -> JacobianPenalty | None:
+        if self.deep is None or self.shallow is None or (self.stop_epoch is not None and epoch >= self.stop_epoch):
+            return None
+        if step < self.pretraining_steps:
+            return self.shallow
+        return self.deep.at(step - self.pretraining_steps)
+
+
+def cap(config: TrainingConfig, step: int) -> int:
+    """max_steps of this step: the model's, jittered."""
+    low, high = config.jitter
+    if low == high:
+        return config.max_steps + low
+    generator = generator_of(config.seed, Purpose.CAP, step)
+    return config.max_steps + int(torch.randint(low, high + 1, (), generator=generator, device="cpu"))

@@ -1,0 +1,95 @@
+"""``train``: a training as one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.configuration import TrainingConfig, load_training_config
+from experiments.training.distribution import Distribution
+from experiments.training.files import locked
+from experiments.training.history import Result
+from experiments.training.observers import Observer, Tables
+from experiments.training.trainer import Trainer
+
+
+def train(
+    config: TrainingConfig | str | Path,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    observers: Sequence[Observer] = (),
+) -> Result:
+    """Train a model.
+
+        result = experiments.training.train("conv_digits", out="runs/conv_digits")
+        print(result.test.metric, result.history.column("metric@3"))
+
+    Args:
+        config: A configuration, or the name or path of one.
+        out: Folder for checkpoints, tables, plots and the trained parameters, the same for all processes; nothing is
+            written without one.
+        resume: Go on from the newest whole checkpoint in ``out``, or begin where there is none. What comes out is what
+            a training that was never stopped gives, to the last bit but for the seconds.
+        observers: Who else is told of what happens; called on the process of rank 0.
+
+    Returns:
+        The model, its history, and what was measured on test data. Torch's generators are left as they were.
+
+    Raises:
+        TypeError, ValueError: If the configuration does not fit, or is not that of the training to be resumed.
+        FileExistsError: If ``out`` has a training already, and is not to be resumed.
+        FolderInUseError: If another process is training in ``out``.
+        CheckpointError: If a checkpoint cannot be written, or none can be read.
+        ModuleNotFoundError: If something is asked for that needs a package that is not there.
+    """
+    found = config if isinstance(config, TrainingConfig) else load_training_config(config)
+    if resume and out is None:
+        raise ValueError("resume needs out, the folder to go on in, got None")
+    folder = None if out is None else Path(out)
+    distribution = Distribution(found.strategy, found.device)
+    devices = [distribution.device] if distribution.device.type == "cuda" else []
+    watching: list[Observer] = list(observers)
+    with contextlib.ExitStack() as stack:
+        stack.callback(distribution.close)
+        stack.enter_context(torch.random.fork_rng(devices))
+        if folder is not None and distribution.main:
+            watching += _prepared(folder, found, resume, stack, observers)
+        for observer in watching:
+            stack.callback(observer.close)
+        trainer = Trainer(found, distribution, watching, folder)
+        if resume:
+            trainer.resume()
+        return trainer.run()
+
+
+def _prepared(
+    folder: Path, config: TrainingConfig, resume: bool, stack: contextlib.ExitStack, observers: Sequence[Observer]
+) -> list[Observer]:
+    """Make the folder this training's; the observers that write into it."""
+
+    def notice(text: str) -> None:
+        for observer in observers:
+            observer.noticed(text)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(folder))
+    if not resume and Checkpoints(folder / "checkpoints").paths():
+        raise FileExistsError(f"out {folder} has a training already: resume it (--resume), or choose another folder")
+    watching: list[Observer] = [Tables(folder)]
+    if config.logging.tensorboard:
+        from experiments.training.tensorboard import TensorBoard
+
+        watching.append(TensorBoard(folder))
+    if config.logging.plot:
+        from experiments.training.plots import Plot
+
+        try:
+            watching.append(Plot(folder))
+        except ModuleNotFoundError:
+            notice("there is no plot without matplotlib: pip install matplotlib, or set logging.plot to false")
+    return watching

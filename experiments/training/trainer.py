@@ -1,0 +1,279 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.training import snapshot
+from experiments.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors, writing
+from experiments.training.configuration import TrainingConfig
+from experiments.training.distribution import Distribution, local, whole
+from experiments.training.draws import Purpose, seed_of
+from experiments.training.evaluation import Evaluator
+from experiments.training.files import write_whole
+from experiments.training.history import Evaluation, EvaluationRow, History, Result, StepRow
+from experiments.training.means import Means
+from experiments.training.observers import Observer
+from experiments.training.optimizers import build_optimizer, set_learning_rate
+from experiments.training.penalties import PenaltySchedule, cap
+from experiments.training.precision import Precision
+from experiments.training.schedules import learning_rate
+from experiments.training.tasks import task_of
+from pydeq.models import build
+from pydeq.solution import ConvergenceWarning
+
+
+class Trainer:
+    """One training, from its configuration to its result.
+
+    Args:
+        config: What to do.
+        distribution: The ranks that do it.
+        observers: Who is told, on rank 0.
+        out: Its folder, if it has one.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, distribution: Distribution, observers: Sequence[Observer], out: Path | None
+    ) -> None:
+        self.config, self.distribution, self.out = config, distribution, out
+        self.observers = list(observers) if distribution.main else []
+        self.task = task_of(config)(config, distribution)
+        per_epoch = self.task.steps_per_epoch
+        self.steps = config.steps if config.steps is not None else (config.epochs or 0) * per_epoch
+        torch.manual_seed(seed_of(config.seed, Purpose.PARAMETERS))
+        self.model = build(config.model).to(distribution.device)
+        self.wrapped = distribution.wrap(self.model)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
+        self.optimizer = build_optimizer(config.optimizer, self.parameters)
+        self.precision = Precision(config.amp, distribution.device)
+        self.penalties = PenaltySchedule(config.jacobian_penalty(), config.pretraining.steps, config.seed)
+        self.evaluate = Evaluator(
+            self.task, self.model, self.wrapped, config.evaluation, self.precision, distribution, config.seed
+        )
+        every = config.evaluation
+        self.evaluation_steps = every.every_steps or (every.every_epochs or 1) * per_epoch
+        self.checkpoint_steps = config.checkpoint.every_steps or self.evaluation_steps
+        self.checkpoints = None if out is None else Checkpoints(out / "checkpoints", config.checkpoint.keep)
+        self.fingerprint = "" if out is None else self.task.fingerprint()
+        self.history = History()
+        self.step = 0
+        self.means, self.means_of_evaluation = Means(distribution.device), Means(distribution.device)
+        self.seconds_before, self._began = 0.0, time.monotonic()
+        # Dropout and probes differ from rank to rank.
+        torch.manual_seed(seed_of(config.seed, Purpose.RANK, distribution.rank))
+
+    @property
+    def seconds(self) -> float:
+        """How long it has trained, pauses left out."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint that is whole; False if there is none."""
+        assert self.checkpoints is not None
+        found, error = None, None
+        if self.distribution.main:
+            try:
+                found = self.checkpoints.newest(self._notice)
+            except CheckpointError as failed:
+                error = str(failed)
+        path, error = self.distribution.broadcast((found and found.path, error))
+        if error is not None:
+            raise CheckpointError(error)
+        if path is None:
+            self._notice(f"there is no checkpoint in {self.checkpoints.folder}: starting from the beginning")
+            return False
+        found = read(path) if found is None else found
+        snapshot.restore(self, found.tensors, found.state, self._notice)
+        return True
+
+    def run(self) -> Result:
+        """Train to the end."""
+        status = "finished"
+        if self.out is not None:  # not before: a configuration that is refused leaves the one of the training
+            self._write_config(self.out)
+        self._began = time.monotonic()
+        self._tell("began", self.config, self.history, self.step, self.steps, self.task.metric)
+        self.wrapped.train()
+        with self._quiet():
+            while self.step < self.steps and status == "finished":
+                self._update(self.step)
+                self.step += 1
+                self._tell("advanced", self.step)
+                if (found := self._report()) is not None:
+                    status = "diverged"
+                    self._notice(f"{found} not finite at step {self.step}: lower the learning rate, raise the cap on"
+                                 " evaluations, or penalize the Jacobian")  # fmt: skip
+            test = self._test() if status == "finished" else None
+        result = Result(status, self.task.metric, self.history, test, self.step, self.model, self.out)
+        if self.out is not None:
+            self._write_result(result, self.out)
+        self._tell("ended", status, test)
+        return result
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            # Capped adjoint solves are part of the method, and their residuals are in every row.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            # Nothing here writes into what a model returns, which is what this is about.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+            yield
+
+    def _update(self, step: int) -> None:
+        """One step: all parts forward and backward, and the parameters' update."""
+        config, epoch = self.config, step // self.task.steps_per_epoch
+        shallow = step < config.pretraining.steps
+        options: dict[str, Any] = {"layers": config.pretraining.layers} if shallow else {"max_steps": cap(config, step)}
+        options["penalty"] = self.penalties.penalty(step, epoch)
+        set_learning_rate(self.optimizer, learning_rate(config.schedule, config.optimizer.lr, step, self.steps))
+        parts = self.task.parts(step)
+        for i, part in enumerate(parts):
+            with self.distribution.accumulating(self.wrapped, last=i == len(parts) - 1):
+                with self.precision.autocast():
+                    loss, solution = self.task.loss(self.wrapped, part, **options)
+                penalty = loss.new_zeros(()) if solution.penalty is None else solution.penalty
+                self.precision.scaled((loss + penalty) / len(parts)).backward()
+            seen: dict[str, Tensor | float] = {
+                "loss": loss, "penalty": penalty, "residual": solution.relative_residual.mean(),
+                "nfe": config.pretraining.layers if shallow else solution.nfe,
+            }  # fmt: skip
+            if solution.backward is not None:
+                seen["backward_nfe"] = solution.backward.nfe
+                seen["backward_residual"] = solution.backward.relative_residual.mean()
+            self._observe(**seen)
+        if config.optimizer.clip is not None:
+            self.precision.unscale(self.optimizer)
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
+            if config.amp != "fp16" or bool(norm.isfinite()):  # in this order: asking waits for the device
+                self._observe(gradient_norm=norm)
+        self.precision.step(self.optimizer)
+        self.optimizer.zero_grad()
+
+    def _observe(self, **values: Tensor | float) -> None:
+        self.means.add(**values)
+        self.means_of_evaluation.add(**values)
+
+    def _report(self) -> str | None:
+        """Rows, evaluations and checkpoints that are due; what is not finite any more, if anything."""
+        last = self.step == self.steps
+        evaluating = last or self.step % self.evaluation_steps == 0
+        saving = self.checkpoints is not None and (last or self.step % self.checkpoint_steps == 0)
+        logging = evaluating or self.step % self.config.logging.every_steps == 0
+        found = self._not_finite() if logging or saving else None
+        if found is not None:
+            self._row()
+            return found  # the last checkpoint is of better times
+        if logging:
+            self._row()
+        if evaluating:
+            self._evaluate()
+        if saving:
+            self._save()
+        return None
+
+    def _not_finite(self) -> str | None:
+        """What has become infinite or NaN on any rank: a loss since the last row, or parameters."""
+        if not self.means.finite(self.distribution):
+            return "the loss is"
+        # A gradient that is not finite spoils the parameters of a step whose loss was still good.
+        bad = torch.stack([~local(parameter.detach()).isfinite().all() for parameter in self.parameters]).sum()
+        return "parameters are" if int(self.distribution.sum(bad)) else None
+
+    def _test(self) -> Evaluation:
+        """The evaluation on test data; not once more where the last row is one."""
+        rows = self.history.evaluations
+        if self.task.validates_on_test and rows and rows[-1].step == self.step:
+            return Evaluation(**{each.name: getattr(rows[-1], each.name) for each in fields(Evaluation)})
+        return self.evaluate("test")
+
+    def _save(self) -> None:
+        """Write a checkpoint; where that fails, all ranks raise."""
+        assert self.checkpoints is not None
+        tensors, state = snapshot.take(self)
+        self._on_main(lambda: self.checkpoints and self.checkpoints.write(self.step, tensors, state))
+
+    def _write_config(self, out: Path) -> None:
+        text = json.dumps(self.config.mapping(), indent=2) + "\n"
+
+        def write() -> None:
+            with writing(out / "config.json"):
+                write_whole(out / "config.json", text)
+
+        self._on_main(write)
+
+    def _write_result(self, result: Result, out: Path) -> None:
+        """The trained parameters, and what was measured on test data."""
+        tensors = snapshot.model_tensors(self.model)
+        summary = {
+            "status": result.status, "metric": result.metric, "steps": result.steps,
+            "test": None if result.test is None else asdict(result.test),
+        }  # fmt: skip
+
+        def write() -> None:
+            if result.status == "finished":
+                save_tensors(out / "model.safetensors", tensors)
+            with writing(out / "result.json"):
+                write_whole(out / "result.json", json.dumps(summary, indent=2) + "\n")
+
+        self._on_main(write)
+
+    def _on_main(self, write: Callable[[], object]) -> None:
+        """Call on rank 0; an error of the disk there is raised on all ranks."""
+        error: Exception | None = None
+        if self.distribution.main:
+            try:
+                write()
+            except (OSError, CheckpointError) as failed:
+                error = failed
+        message = self.distribution.broadcast(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if message is not None:
+            raise CheckpointError(f"on rank 0: {message}")
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        for observer in self.observers:
+            getattr(observer, what)(*arguments)
+
+    def _notice(self, text: str) -> None:
+        self._tell("noticed", text)
+
+    def _row(self) -> None:
+        done = self.step - 1
+        epoch = done // self.task.steps_per_epoch
+        means = self.means.take(self.distribution)
+        row = StepRow(
+            step=self.step, epoch=epoch, loss=_number(means["loss"]), penalty=_number(means["penalty"]),
+            learning_rate=self.optimizer.param_groups[0]["lr"], strength=self.penalties.strength(done, epoch),
+            nfe=_number(means["nfe"]), residual=_number(means["residual"]), backward_nfe=means["backward_nfe"],
+            backward_residual=means["backward_residual"], gradient_norm=means["gradient_norm"],
+            loss_scale=self.precision.scale(), seconds=self.seconds,
+        )  # fmt: skip
+        self.history.steps.append(row)
+        self._tell("stepped", row)
+
+    def _evaluate(self) -> None:
+        found, means = self.evaluate(), self.means_of_evaluation.take(self.distribution)
+        row = EvaluationRow(
+            **vars(found), step=self.step, epoch=self.step // self.task.steps_per_epoch, seconds=self.seconds,
+            train_loss=means["loss"], train_penalty=means["penalty"], train_nfe=means["nfe"],
+            train_residual=means["residual"], train_backward_nfe=means["backward_nfe"],
+            train_backward_residual=means["backward_residual"],
+        )  # fmt: skip
+        self.history.evaluations.append(row)
+        self._tell("evaluated", row)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,137 @@
+"""What experiments say of measurements whose numbers are known."""
+
+import pytest
+from measurements import claims, measured
+
+from experiments.paper import EXPERIMENTS, profile
+from experiments.paper.recipes import PENALIZED, PENALIZED_SMALL, PLAIN, PLAIN_GENEROUS, PLAIN_SMALL
+
+STOP = 3
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    return profile("smoke")
+
+
+@pytest.fixture
+def images(smoke):
+    plain, penalized = smoke.images.training(cap="generous", strength=0.0), smoke.images.training()
+    assert (smoke.images.stop, plain.config.max_steps, penalized.config.max_steps) == (STOP, 6, 4)
+    return plain, penalized
+
+
+def table2(smoke, plain, penalized):
+    return claims(EXPERIMENTS["table2"], smoke, {PLAIN: plain, PENALIZED: penalized})
+
+
+def test_table2_of_numbers_like_the_papers(smoke, images):
+    plain, penalized = images
+    found = table2(
+        smoke, [measured(plain, 0.936, {1: 0.5, 2: 0.8, 3: 0.891})], [measured(penalized, 0.932, {2: 0.931})]
+    )
+    assert found == {
+        "table2.margin": True, "table2.near": True, "table2.evaluations": True, "table2.evaluations_both": True,
+    }  # fmt: skip
+
+
+def test_table2_counts_the_evaluations_that_are_needed(smoke, images):
+    plain, penalized = images
+    # Three evaluations suffice for either, of 6 in full: twice as few, and no fewer.
+    reached = {1: 0.1, 2: 0.1, 3: 0.9}
+    found = table2(smoke, [measured(plain, 0.9, reached)], [measured(penalized, 0.9, reached)])
+    assert found["table2.near"]
+    assert not found["table2.evaluations"]
+    assert not found["table2.margin"]
+    # One evaluation is enough for the penalized model: six times fewer, and three times fewer than the other needs.
+    found = table2(smoke, [measured(plain, 0.9, reached)], [measured(penalized, 0.9)])
+    assert found["table2.evaluations"]
+    assert found["table2.evaluations_both"]
+
+
+def test_table2_where_the_penalized_model_never_comes_near(smoke, images):
+    plain, penalized = images
+    report = EXPERIMENTS["table2"].report(smoke, {PLAIN: [measured(plain, 0.9)], PENALIZED: [measured(penalized, 0.5)]})
+    by_name = {each.name: each for each in report.claims}
+    assert by_name["table2.evaluations"].shown is False
+    assert by_name["table2.evaluations"].measured["ratio"] == 0.0
+    assert "penalized inf" in str(by_name["table2.evaluations"])
+
+
+def test_table2_is_over_seeds(smoke, images):
+    plain, penalized = images
+    group = [measured(plain, 0.90, {STOP: 0.8}), measured(plain.with_seed(1), 0.92, {STOP: 0.82})]
+    report = EXPERIMENTS["table2"].report(smoke, {PLAIN: group, PENALIZED: [measured(penalized, 0.9)]})
+    margin = next(each for each in report.claims if each.name == "table2.margin")
+    assert margin.measured["unpenalized"] == pytest.approx(81.0)
+    assert margin.measured["margin"] == pytest.approx(9.0)
+    assert "91.0 ± 1.0 (93.6)" in str(report)
+
+
+def test_what_diverged_decides_nothing(smoke, images):
+    plain, penalized = images
+    found = table2(smoke, [measured(plain, 0.9), measured(plain.with_seed(1), None)], [measured(penalized, 0.9)])
+    assert set(found.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "shown"), [((0.5, 0.9, 0.8), True), ((0.9, 0.8, 0.7), False), ((0.7, 0.8, 0.9), False)]
+)
+def test_table3_looks_for_an_optimum_in_the_middle(smoke, accuracies, shown):
+    strengths = smoke.images.strengths
+    found = {"strength 0": [measured(smoke.images.training(strength=0.0), 0.99)]}
+    for strength, accuracy in zip(strengths, accuracies, strict=True):
+        found[f"strength {strength:g}"] = [measured(smoke.images.training(strength=strength), accuracy)]
+    assert claims(EXPERIMENTS["table3"], smoke, found) == {"table3.optimum": shown}
+    text = str(EXPERIMENTS["table3"].report(smoke, found))
+    assert "the paper's 0.6" in text
+    assert f"{100 * accuracies[0]:.1f} (82.4)" in text
+
+
+def figure7(smoke, small, generous, bounded):
+    radii = {PLAIN_SMALL: small, PLAIN_GENEROUS: generous, PENALIZED_SMALL: bounded}
+    found = {label: [measured(smoke.figure7[label], 0.5, radii=radius)] for label, radius in radii.items()}
+    return claims(EXPERIMENTS["figure7"], smoke, found)
+
+
+def test_figure7_compares_the_quarters_of_trainings(smoke):
+    found = figure7(smoke, (0.8, 1.0, 1.5, 2.0), (0.8, 1.0, 1.0, 0.9), (0.8, 1.1, 0.9, 0.9))
+    assert found == {
+        "figure7.bounded": True, "figure7.growing": True, "figure7.beyond": True, "figure7.generous": True,
+    }  # fmt: skip
+    found = figure7(smoke, (2.0, 1.0, 1.5, 0.8), (0.8, 1.0, 1.0, 0.9), (0.8, 0.9, 0.9, 1.1))
+    assert found == dict.fromkeys(found, False)
+
+
+def test_figure8_compares_with_the_best_weight_decay(smoke):
+    decayed = next(label for label in smoke.figure8 if label not in (PLAIN, PENALIZED))
+
+    def found(decay, residual):
+        rows = {PLAIN: (0.5, 0.4), decayed: (decay, residual), PENALIZED: (0.8, 0.1)}
+        return claims(EXPERIMENTS["figure8"], smoke, {
+            label: [measured(smoke.figure8[label], metric, residual=size)] for label, (metric, size) in rows.items()
+        })  # fmt: skip
+
+    assert found(0.7, 0.3) == {"figure8.metric": True, "figure8.residual": True}
+    assert found(0.9, 0.15) == {"figure8.metric": False, "figure8.residual": False}
+    assert found(0.8, 0.3)["figure8.metric"] is False
+    assert found(None, 0.3) == {"figure8.metric": None, "figure8.residual": None}
+
+
+def test_table1_wants_lower_perplexities(smoke):
+    language = smoke.language
+
+    def found(penalized):
+        return claims(EXPERIMENTS["table1"], smoke, {
+            name: [measured(
+                language.training(name), penalized if name.endswith("penalized") else 24.0, {language.stop: 29.2},
+                kind="perplexity",
+            )]
+            for name in language.models
+        })  # fmt: skip
+
+    assert set(found(24.9).values()) == {True}
+    assert found(27.0) == {
+        f"table1.{name}.{which}": which == "stopped" for name in ("post-ln", "pre-ln") for which in ("stopped", "full")
+    }
+    assert set(found(30.0).values()) == {False}

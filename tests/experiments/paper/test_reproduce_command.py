@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+pytest.importorskip("safetensors", reason="the requirements of training are not installed")
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+pytest.importorskip("matplotlib")
+
+import torch
+
+from experiments.command_line import main
+from experiments.paper.command import NAMES
+
+
+def reproduce(*arguments):
+    return main(["reproduce", *map(str, arguments)])
+
+
+def test_all_experiments_in_the_smoke_profile(tmp_path, capsys):
+    assert reproduce("all", "--profile", "smoke", "--out", tmp_path, "--jobs", 1, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert len(list((tmp_path / "trainings").iterdir())) == 11
+    claims = 0
+    for name in NAMES:
+        content = json.loads((tmp_path / f"reproduce-smoke-{name}.json").read_text())
+        assert (content["experiment"], content["profile"], content["seeds"]) == (name, "smoke", 1)
+        assert content["environment"]["versions"]["torch"] == torch.__version__
+        assert content["trainings"]
+        for training in content["trainings"]:
+            assert training["status"] == "finished"
+            assert training["config"]["seed"] == 0
+            assert training["seconds"] > 0.0
+            assert len(training["evaluations"]["step"]) == len(training["evaluations"]["radius"])
+            assert {"commit", "device_name", "versions"} <= set(training["environment"])
+        claims += len(content["claims"])
+        assert (tmp_path / f"reproduce-smoke-{name}.png").stat().st_size < 100_000
+    assert sum(line.startswith(("SHOWN: ", "NOT SHOWN: ")) for line in out.splitlines()) == claims
+    for paper in ("(29.20)", "(89.1)", "(82.4)", "explodes", "does not stabilize"):
+        assert paper in out
+    # All is measured: nothing is trained again.
+    assert reproduce("table3", "--profile", "smoke", "--out", tmp_path, "--device", "cpu") == 0
+    assert "training," not in capsys.readouterr().out
+
+
+def test_plan_trains_nothing(tmp_path, capsys):
+    assert reproduce("table2", "figure7", "--plan", "--out", tmp_path / "new", "--seeds", 3) == 0
+    out = capsys.readouterr().out
+    assert out.count("ConvDEQ on cifar10, 1600 steps") == 3 + 3 + 4
+    assert "unpenalized, seed 2:" in out
+    assert "8 different trainings, 0 of them measured" in out
+    assert not (tmp_path / "new").exists()
+
+
+def test_paper_profile_says_that_it_needs_a_gpu(tmp_path, capsys):
+    assert reproduce("table2", "--profile", "paper", "--device", "cpu", "--out", tmp_path / "new") == 1
+    assert "takes days on a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--jobs"])
+def test_counts_must_be_positive(option, capsys):
+    assert reproduce("table2", option, 0) == 2
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_unknown_experiment(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce("table4")
+    assert "figure8" in capsys.readouterr().err
+
+
+def test_missing_data_are_an_error_that_names_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYDEQ_DATA", str(tmp_path / "none"))
+    assert reproduce("table2", "--out", tmp_path, "--jobs", 1) == 1
+    assert "cifar10" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""Who is told of a training: tables, pictures, TensorBoard, a terminal."""
+
+import builtins
+import csv
+import io
+import math
+
+import pytest
+from small_trainings import small
+
+from experiments import training
+from experiments.training.history import EvaluationRow, History, StepRow
+from experiments.training.progress import Bar, Lines, describe, progress
+
+
+def missing(monkeypatch, package):
+    """As if a package were not installed."""
+    real = builtins.__import__
+
+    def fail(name, *arguments):
+        if name.split(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+
+
+def test_tables_have_every_row(tmp_path):
+    result = training.train(small("conv"), out=tmp_path)
+    with (tmp_path / "steps.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(result.history.steps) == 4  # each second step, and with each evaluation
+    for row, expected in zip(rows, result.history.steps, strict=True):
+        for name, value in vars(expected).items():
+            assert row[name] == ("" if value is None else str(value))  # all digits
+    with (tmp_path / "evaluations.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["3", "6"]
+    for row, expected in zip(rows, result.history.evaluations, strict=True):
+        assert row == {key: "" if value is None else str(value) for key, value in expected.flat().items()}
+        assert float(row["metric@3"]) == expected.stops[3]
+        assert float(row["train_loss"]) > 0.0
+
+
+def test_evaluations_have_the_means_of_the_steps_since_the_one_before():
+    config = small("mlp", logging__every_steps=1, pretraining__steps=0, penalty__frequency=1.0)
+    history = training.train(config).history
+    for i, row in enumerate(history.evaluations):
+        steps = history.steps[3 * i : 3 * i + 3]
+        for name in ("loss", "penalty", "nfe", "residual", "backward_nfe", "backward_residual"):
+            mean = sum(getattr(step, name) for step in steps) / 3
+            assert getattr(row, f"train_{name}") == pytest.approx(mean)
+
+
+def test_a_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    training.train(small("transformer", logging__plot=True), out=tmp_path)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_what_there_may_be(tmp_path):
+    pytest.importorskip("matplotlib")
+    from experiments.training.plots import plot_history
+
+    row = StepRow(1, 0, math.nan, 0.0, 0.1, 0.0, 3.0, 0.0, None, None, None, None, 1.0)
+    seen = EvaluationRow(math.inf, 0.5, 3.0, 0.1, stops={2: 0.25}, step=1)
+    for i, history in enumerate((History(), History([row]), History([row], [seen]))):
+        plot_history(history, "accuracy", tmp_path / f"{i}.svg")
+        assert "<svg" in (tmp_path / f"{i}.svg").read_text()
+
+
+def test_without_matplotlib_there_is_a_notice_and_no_picture(tmp_path, monkeypatch):
+    missing(monkeypatch, "matplotlib")
+    stream = io.StringIO()
+    training.train(small("mlp", logging__plot=True), out=tmp_path, observers=[Lines(stream)])
+    assert "notice: there is no plot without matplotlib: pip install matplotlib" in stream.getvalue()
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_tensorboard_gets_every_row(tmp_path):
+    pytest.importorskip("tensorboard")
+    result = training.train(small("mlp", logging__tensorboard=True), out=tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = log.Scalars("train/loss")
+    assert [event.step for event in losses] == [row.step for row in result.history.steps]
+    for event, row in zip(losses, result.history.steps, strict=True):
+        assert event.value == pytest.approx(row.loss, rel=1e-6)
+    assert [event.step for event in log.Scalars("validation/metric_at_3")] == [3, 6]
+    assert "validation/train_loss" not in log.Tags()["scalars"]
+
+
+def test_what_a_training_logged_before_it_began_anew_is_not_shown(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    class StoppedError(Exception):
+        pass
+
+    class Stopping(training.Observer):
+        def stepped(self, row):
+            if row.step == 4:
+                raise StoppedError
+
+    config = small("mlp", logging__tensorboard=True, evaluation__every_steps=6, checkpoint__every_steps=6)
+    with pytest.raises(StoppedError):
+        training.train(config, out=tmp_path, observers=[Stopping()])
+    training.train(config.with_values({"seed": 1}), out=tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [2, 4, 6]
+
+
+def test_without_tensorboard_the_error_says_what_to_do(tmp_path, monkeypatch):
+    missing(monkeypatch, "tensorboard")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install tensorboard, or set it to false"):
+        training.train(small("mlp", logging__tensorboard=True), out=tmp_path)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_lines_where_there_is_no_terminal():
+    stream = io.StringIO()
+    observer = progress(stream)
+    assert type(observer) is Lines
+    result = training.train(small("mlp"), observers=[observer])
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "training ImplicitMLP on synthetic_images: 6 steps"
+    assert [line.split()[1] for line in lines[1:-1]] == ["2/6", "3/6", "3/6", "4/6", "6/6", "6/6"]
+    assert f"accuracy {result.test.metric:.2%}" in lines[-1]
+    assert lines[-1].startswith("finished; test: loss ")
+    assert "accuracy at a stop of 1: " in lines[-1]
+
+
+def test_a_bar_on_a_terminal_and_lines_without_rich(monkeypatch):
+    pytest.importorskip("rich")
+    stream = Terminal()
+    observer = progress(stream)
+    assert type(observer) is Bar
+    training.train(small("mlp"), observers=[observer])
+    text = stream.getvalue()
+    assert "training ImplicitMLP on synthetic_images" in text
+    assert "finished; test: loss" in text
+    assert "6/6" in text
+    missing(monkeypatch, "rich")
+    assert type(progress(Terminal())) is Lines
+
+
+def test_a_bar_lets_go_of_the_terminal_after_an_error():
+    pytest.importorskip("rich")
+
+    class Broken(training.Observer):
+        def advanced(self, step):
+            raise RuntimeError("broken")
+
+    bar = Bar(Terminal())
+    with pytest.raises(RuntimeError, match="broken"):
+        training.train(small("mlp"), observers=[bar, Broken()])
+    assert bar.bar.finished or not bar.bar.live.is_started
+
+
+def test_perplexity_is_no_percentage():
+    found = training.Evaluation(loss=2.0, metric=7.389, nfe=3.0, residual=0.1, stops={2: 9.0})
+    assert "perplexity 7.39" in describe(found, "perplexity")
+    assert "perplexity at a stop of 2: 9.00" in describe(found, "perplexity")
+    assert "accuracy 738.90%" in describe(found, "accuracy")
