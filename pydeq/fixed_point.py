@@ -10,16 +10,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from pydeq.arguments import check_max_steps, check_tolerance
-from pydeq.border import Border
-from pydeq.compilation import Compiler, skipped
+from pydeq.cell.adapter import Adapter
+from pydeq.cell.autocast import Autocast
+from pydeq.cell.scope import solve_scope
+from pydeq.cell.torch_compile import Compiler, skipped
 from pydeq.distributed import ALONE, RankAgreement, check_ranks
 from pydeq.evaluation import CompactingEvaluator, Evaluator
 from pydeq.iteration import iterate
 from pydeq.keywords import keywords_for
 from pydeq.nn.dropout import VariationalDropout
-from pydeq.nn.scope import solve_scope
 from pydeq.parts import iterate_by_parts
-from pydeq.precision import Autocast
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solvers import Anderson, Solver
@@ -128,7 +128,7 @@ def fixed_point(
         if not callable(fn):
             raise TypeError(f"fn must be callable, got {type(fn).__name__}")
         keywords = keywords_for("fixed_point", fn, keywords, _KEYWORDS)
-        border = Border(z0, keywords, has_aux)
+        border = Adapter(z0, keywords, has_aux)
         if compact:
             batched_context = check_compact(fn, context, batched_context, border, freeze)
         context = border.context(context)
@@ -247,7 +247,7 @@ def check_compact(
     fn: Callable[..., Any],
     context: Sequence[Any],
     batched_context: Sequence[bool] | None,
-    border: Border,
+    border: Adapter,
     freeze: bool,
 ) -> Sequence[bool]:
     """For each entry of the context as it is inside, whether ``compact=True`` gathers it."""

@@ -15,19 +15,19 @@ from pydeq.adjoints.base import Attached, Problem
 from pydeq.adjoints.functional import transforms_active
 from pydeq.adjoints.start import warn_about_learned_start
 from pydeq.arguments import check_max_steps, check_tolerance
-from pydeq.border import Border
-from pydeq.compilation import Compiler, skipped, uncompiled
+from pydeq.cell.adapter import Adapter
+from pydeq.cell.parameters import fill_parametrization_cache
+from pydeq.cell.replay_rng import Replayed, random_modules
+from pydeq.cell.scope import Bound, scope_of
+from pydeq.cell.torch_compile import Compiler, skipped, uncompiled
 from pydeq.distributed import check_ranks
 from pydeq.fixed_point import check_compact, check_norm, check_states_at
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import keywords_for, unknown_keyword
-from pydeq.nn.scope import Bound, scope_of
-from pydeq.randomness import Replayed, random_modules
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import as_tuple, layout_of
-from pydeq.stateless import fill_parametrization_cache
 from pydeq.supervision import attach_states
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class DEQ(nn.Module):
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
         """
         keywords = keywords_for("DEQ.forward", self.cell, keywords, _CALL, _ELSEWHERE)
-        border = Border(z0, keywords, self.has_aux)
+        border = Adapter(z0, keywords, self.has_aux)
         if penalty is not None:
             if not isinstance(penalty, JacobianPenalty):
                 raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
@@ -210,7 +210,7 @@ class DEQ(nn.Module):
 
     def _solve(
         self,
-        border: Border,
+        border: Adapter,
         context: tuple[Any, ...],
         options: dict[str, Any],
         compiler: Compiler,
@@ -276,7 +276,7 @@ class DEQ(nn.Module):
         solution._evaluated = solution.image, y
         return solution
 
-    def _aux(self, border: Border, problem: Problem, attached: Attached) -> Any:
+    def _aux(self, border: Adapter, problem: Problem, attached: Attached) -> Any:
         if not torch.is_grad_enabled() and not transforms_active():
             return border.aux_at_image(problem.fn, attached.solution, problem.context)
         problem.fn(attached.output, *problem.context)
@@ -290,7 +290,7 @@ class DEQ(nn.Module):
 
     def _check_course(
         self,
-        border: Border,
+        border: Adapter,
         context: tuple[Any, ...],
         trace: bool,
         freeze: bool,

@@ -25,7 +25,7 @@ from benchmarks.suites import training
 from benchmarks.suites.base import BASELINE, Context
 from benchmarks.suites.memory import quiet
 from benchmarks.timing import Spread, alternate, ratios, spread, threads
-from pydeq.linearization import linearize
+from pydeq.cell.linearization import linearize
 
 PROBES = 8
 LIMIT = 0.6  # of torchdeq's time, by differences

@@ -15,7 +15,7 @@ from experiments.training.draws import Purpose, generator_of, seed_of
 from experiments.training.history import Evaluation
 from experiments.training.precision import Precision
 from experiments.training.tasks import Task
-from pydeq.compilation import uncompiled
+from pydeq.cell.torch_compile import uncompiled
 from pydeq.jacobian import spectral_radius
 from pydeq.models import EquilibriumModel
 

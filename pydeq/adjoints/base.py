@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch._C import _functorch  # pyright: ignore
 
+from pydeq.cell.linearization import Linearization
 from pydeq.fixed_point import fixed_point
-from pydeq.linearization import Linearization
 from pydeq.solution import Solution
 from pydeq.solvers import Solver
 from pydeq.state import State

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pydeq.stateless import Stateless
+from pydeq.cell.parameters import Stateless
 
 
 class Explicit:

@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 from pydeq.adjoints.base import Problem
 from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.watch import watch
-from pydeq.compilation import interpreted
-from pydeq.composed import any_order
+from pydeq.cell.autocast import Autocast
+from pydeq.cell.plain_operations import any_order
+from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point
-from pydeq.precision import Autocast
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.state import State, as_tuple, layout_of

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydeq.compilation import in_compiled_autograd
-from pydeq.linearization import Linearization
+from pydeq.cell.linearization import Linearization
+from pydeq.cell.torch_compile import in_compiled_autograd
 
 
 def hand_over(at: Linearization) -> Tensor:

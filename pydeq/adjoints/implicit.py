@@ -27,13 +27,13 @@ from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.sources import Watched, borders_of, edge_of, held, hooks_postponed, sources_of
 from pydeq.adjoints.watch import watch
 from pydeq.arguments import check_max_steps, check_tolerance, set_fields
-from pydeq.compilation import interpreted
-from pydeq.composed import composed_norms
+from pydeq.cell.autocast import Autocast
+from pydeq.cell.linearization import Linearization, linearize
+from pydeq.cell.plain_operations import composed_norms
+from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian.graphs import nodes_of, wrong_third_derivative
 from pydeq.keywords import suggests_keywords
-from pydeq.linearization import Linearization, linearize
-from pydeq.precision import Autocast
 from pydeq.protocol import Status
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver

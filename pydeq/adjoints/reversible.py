@@ -28,11 +28,11 @@ from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
 from pydeq.arguments import check_integer, check_max_steps, check_number, set_fields
-from pydeq.compilation import interpreted
+from pydeq.cell.linearization import linearize
+from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.iteration import warn_of_coupling
 from pydeq.keywords import suggests_keywords
-from pydeq.linearization import linearize
 from pydeq.progress import any_running, capturing
 from pydeq.protocol import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
 from pydeq.reduction import norms

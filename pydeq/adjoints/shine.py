@@ -18,10 +18,10 @@ from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_integer, check_tolerance, set_fields
-from pydeq.compilation import interpreted
+from pydeq.cell.linearization import Linearization, linearize
+from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point, solve
 from pydeq.keywords import suggests_keywords
-from pydeq.linearization import Linearization, linearize
 from pydeq.reduction import norm
 from pydeq.solution import Solution
 from pydeq.solvers import Broyden, Solver

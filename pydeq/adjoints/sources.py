@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pydeq.adjoints.explicit import Explicit
-from pydeq.linearization import Linearization
-from pydeq.nn.scope import Scoped
+from pydeq.cell.linearization import Linearization
+from pydeq.cell.scope import Scoped
 
 
 def sources_of(

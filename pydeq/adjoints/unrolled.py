@@ -19,18 +19,18 @@ from torch.utils.checkpoint import checkpoint
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.sources import Watched, held
 from pydeq.arguments import check_max_steps
-from pydeq.compilation import interpreted
+from pydeq.cell.parameters import Stateless
+from pydeq.cell.scope import share_weights
+from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.iteration import warn_of_coupling
 from pydeq.keywords import suggests_keywords
-from pydeq.nn.scope import share_weights
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.progress import any_running
 from pydeq.protocol import Counter, Scalar, Status
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Picard, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
-from pydeq.stateless import Stateless
 from pydeq.termination import Verdict, judge
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pydeq.compilation import reusable_graphs
+from pydeq.cell.linearization import Linearization, linearize, recordable
+from pydeq.cell.replay_rng import Replayed
+from pydeq.cell.torch_compile import reusable_graphs
 from pydeq.jacobian.statistics import KeptStatistics
-from pydeq.linearization import Linearization, linearize, recordable
-from pydeq.randomness import Replayed
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.state import State, as_tuple, layout_of
 

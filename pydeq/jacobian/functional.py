@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pydeq.composed import RefuseNorms, any_order
+from pydeq.cell.linearization import vectorize
+from pydeq.cell.plain_operations import RefuseNorms, any_order
 from pydeq.jacobian.graphs import is_once_differentiable
-from pydeq.linearization import vectorize
 from pydeq.state import State, as_tuple, layout_of
 
 
 class FunctionalLinearization:
-    """The products of :class:`pydeq.linearization.Linearization`, each call of which evaluates fn.
+    """The products of :class:`pydeq.cell.linearization.Linearization`, each call of which evaluates fn.
 
     J v is formed in forward mode. Norms and attention are evaluated in plain operations, for the sake of their higher
-    derivatives (:mod:`pydeq.composed`). Works where autograd's own graph is out of reach: in a function that
+    derivatives (:mod:`pydeq.cell.plain_operations`). Works where autograd's own graph is out of reach: in a function that
     ``torch.func.grad`` or ``vmap`` transforms. A graph to what fn captures is there whether it is asked for or not.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pydeq.linearization import Linearization
+from pydeq.cell.linearization import Linearization
 
 # What is known of graphs that are made of these kinds of nodes: why there is no second derivative, or None. Nodes of
 # C++ functions that torch knows nothing of share one type, and differ by name.

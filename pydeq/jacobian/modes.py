@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _functions  # pyright: ignore
 
+from pydeq.cell.linearization import Linearization, linearize
 from pydeq.jacobian.difference import Difference
 from pydeq.jacobian.estimator import Estimator
 from pydeq.jacobian.functional import FunctionalLinearization
@@ -21,7 +22,6 @@ from pydeq.jacobian.graphs import (
     nodes_to,
     wrong_third_derivative,
 )
-from pydeq.linearization import Linearization, linearize
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.state import State
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pydeq.border import canonical
+from pydeq.cell.adapter import canonical
 from pydeq.jacobian.estimator import Estimator, Mode
 from pydeq.jacobian.modes import estimate
 from pydeq.state import State, layout_of

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pydeq.arguments import check_integer, check_number, set_fields
-from pydeq.border import canonical
+from pydeq.cell.adapter import canonical
+from pydeq.cell.linearization import Linearization
 from pydeq.jacobian.estimator import Estimator, Mode
 from pydeq.jacobian.modes import estimate
 from pydeq.keywords import suggests_keywords
-from pydeq.linearization import Linearization
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.state import State, layout_of
 

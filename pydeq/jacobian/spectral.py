@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pydeq.arguments import check_integer, check_tolerance
-from pydeq.border import canonical
+from pydeq.cell.adapter import canonical
+from pydeq.cell.linearization import Linearization, linearize
 from pydeq.jacobian.arnoldi import arnoldi, ritz_values
 from pydeq.jacobian.estimator import identity_probes
-from pydeq.linearization import Linearization, linearize
 from pydeq.ops import random_probes
 from pydeq.protocol import Distribution
 from pydeq.reduction import norm

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pydeq.compilation import uncompiled
+from pydeq.cell.torch_compile import uncompiled
 from pydeq.jacobian import JacobianPenalty
 from pydeq.keywords import suggests_keywords
 from pydeq.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax

@@ -1,5 +1,6 @@
 """Modules for cells: what is random or normalized in them is drawn or computed once per solve, not per evaluation."""
 
+from pydeq.cell.scope import solve_scope
 from pydeq.nn.dropout import (
     SequenceDropout,
     VariationalDropout,
@@ -8,7 +9,6 @@ from pydeq.nn.dropout import (
     VariationalDropout3d,
 )
 from pydeq.nn.normalization import apply_norm, remove_norm, spectral_norm, weight_norm
-from pydeq.nn.scope import solve_scope
 
 __all__ = [
     "SequenceDropout",

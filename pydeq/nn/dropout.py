@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pydeq.arguments import check_number
-from pydeq.nn.scope import Scoped, active_scope, outside_inference_mode
+from pydeq.cell.scope import Scoped, active_scope, outside_inference_mode
 
 
 class VariationalDropout(Scoped):

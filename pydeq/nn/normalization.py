@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from pydeq.arguments import check_integer
-from pydeq.nn.scope import Scoped, active_scope, outside_inference_mode
+from pydeq.cell.scope import Scoped, active_scope, outside_inference_mode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

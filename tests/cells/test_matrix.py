@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pydeq
-from pydeq.composed import any_order
+from pydeq.cell.plain_operations import any_order
 from pydeq.jacobian import modes
 from pydeq.ops import random_probes
 from pydeq.protocol import Distribution

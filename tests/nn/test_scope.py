@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pydeq
-from pydeq.nn.scope import active_scope, scope_of
+from pydeq.cell.scope import active_scope, scope_of
 
 BATCH, DIM = 4, 6
 

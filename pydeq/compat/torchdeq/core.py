@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pydeq.cell.torch_compile import Compiler, skipped
 from pydeq.compat.mode import is_legacy, legacy
 from pydeq.compat.torchdeq.dropout import reset_dropout
 from pydeq.compat.torchdeq.grad import backward_factory, make_pair
@@ -21,7 +22,6 @@ from pydeq.compat.torchdeq.solver import get_solver, simple_fixed_point_iter
 from pydeq.compat.torchdeq.utils.arg_utils import ARGUMENTS
 from pydeq.compat.torchdeq.utils.config import DEQConfig
 from pydeq.compat.torchdeq.utils.layer_utils import DEQWrapper, deq_decorator
-from pydeq.compilation import Compiler, skipped
 
 __all__ = ["DEQBase", "DEQIndexing", "DEQSliced", "get_deq", "register_deq", "reset_deq"]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pydeq
-from pydeq.randomness import Replayed, random_modules
+from pydeq.cell.replay_rng import Replayed, random_modules
 
 
 class Noisy(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pydeq.compilation import allow_reuse, reusable_graphs
+from pydeq.cell.torch_compile import allow_reuse, reusable_graphs
 from pydeq.state import Layout, State, as_tuple, layout_of
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pydeq import linearization
-from pydeq.linearization import linearize
+from pydeq.cell.linearization import linearize
 from pydeq.testing import CallCounter, assert_close
 
 

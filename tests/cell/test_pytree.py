@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import pydeq
-from pydeq.border import canonical
-from pydeq.structure import structure_of
+from pydeq.cell.adapter import canonical
+from pydeq.cell.pytree import structure_of
 
 
 class Pair(NamedTuple):

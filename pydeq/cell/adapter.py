@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeq.cell.pytree import structure_of
 from pydeq.solution import Solution
 from pydeq.state import State, as_tuple
-from pydeq.structure import structure_of
 
 
-class Border:
+class Adapter:
     """How one problem looks from outside.
 
     Args:
@@ -69,7 +69,7 @@ class Border:
 class _Inside:
     """A map as it is called inside the package."""
 
-    def __init__(self, fn: Callable[..., Any], border: Border) -> None:
+    def __init__(self, fn: Callable[..., Any], border: Adapter) -> None:
         self.fn, self.border = fn, border
 
     def __call__(self, z: State, *context: Any) -> State:
@@ -92,7 +92,7 @@ class _Inside:
 
 def canonical(fn: Callable[..., Any], z: Any) -> tuple[Callable[..., Any], State]:
     """A map and a state as they are inside the package."""
-    border = Border(z)
+    border = Adapter(z)
     return border.inside(fn), border.z0
 
 
