@@ -14,14 +14,14 @@ from pydeq.cell.adapter import Adapter
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.scope import solve_scope
 from pydeq.cell.torch_compile import Compiler, skipped
-from pydeq.distributed import ALONE, RankAgreement, check_ranks
-from pydeq.evaluation import CompactingEvaluator, Evaluator
-from pydeq.iteration import iterate
 from pydeq.keywords import keywords_for
 from pydeq.nn.dropout import VariationalDropout
-from pydeq.parts import iterate_by_parts
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import ConvergenceError, Solution
+from pydeq.solve.compaction import CompactingEvaluator, Evaluator
+from pydeq.solve.iteration import iterate
+from pydeq.solve.parts import iterate_by_parts
+from pydeq.solve.ranks import ALONE, RankAgreement, check_ranks
 from pydeq.solvers import Anderson, Solver
 from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State, layout_of

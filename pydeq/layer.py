@@ -20,12 +20,12 @@ from pydeq.cell.parameters import fill_parametrization_cache
 from pydeq.cell.replay_rng import Replayed, random_modules
 from pydeq.cell.scope import Bound, scope_of
 from pydeq.cell.torch_compile import Compiler, skipped, uncompiled
-from pydeq.distributed import check_ranks
 from pydeq.fixed_point import check_compact, check_norm, check_states_at
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import keywords_for, unknown_keyword
 from pydeq.reduction import WHOLE, Reduction
 from pydeq.solution import Solution
+from pydeq.solve.ranks import check_ranks
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import as_tuple, layout_of
 from pydeq.supervision import attach_states

@@ -26,8 +26,8 @@ from benchmarks.device.clock import DEVICE, capture, finished, median, replay_se
 from benchmarks.device.worker import Case, Row
 from benchmarks.timing import Map
 from pydeq import compiled
-from pydeq.progress import Pool
 from pydeq.protocol import Progress, Scalar
+from pydeq.solve.step_reports import Pool
 from pydeq.solvers import Solver
 from pydeq.solvers.base import Workspace
 from pydeq.termination import Rules, default_rtol

@@ -31,12 +31,12 @@ from pydeq.arguments import check_integer, check_max_steps, check_number, set_fi
 from pydeq.cell.linearization import linearize
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
-from pydeq.iteration import warn_of_coupling
 from pydeq.keywords import suggests_keywords
-from pydeq.progress import any_running, capturing
 from pydeq.protocol import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
 from pydeq.reduction import norms
 from pydeq.solution import Solution
+from pydeq.solve.iteration import warn_of_coupling
+from pydeq.solve.step_reports import any_running, capturing
 from pydeq.state import Layout, State, as_tuple, layout_of
 from pydeq.termination import Rules, judge
 

@@ -23,12 +23,12 @@ from pydeq.cell.parameters import Stateless
 from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
-from pydeq.iteration import warn_of_coupling
 from pydeq.keywords import suggests_keywords
 from pydeq.ops.anderson_step import mixing_coefficients
-from pydeq.progress import any_running
 from pydeq.protocol import Counter, Scalar, Status
 from pydeq.solution import Solution
+from pydeq.solve.iteration import warn_of_coupling
+from pydeq.solve.step_reports import any_running
 from pydeq.solvers import Anderson, Picard, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
 from pydeq.termination import Verdict, judge

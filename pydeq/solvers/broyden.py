@@ -11,8 +11,8 @@ from torch import Tensor
 from pydeq.arguments import check_integer, set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
-from pydeq.progress import capturing
 from pydeq.protocol import Counter
+from pydeq.solve.step_reports import capturing
 from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty, zeros
 from pydeq.solvers.inverse_jacobian import InverseJacobian

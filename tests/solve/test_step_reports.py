@@ -18,8 +18,8 @@ import torch
 
 import pydeq
 from pydeq import compiled, iteration, progress
-from pydeq.progress import CapturedReports, HostReports, Pool, StreamReports
 from pydeq.protocol import Progress
+from pydeq.solve.step_reports import CapturedReports, HostReports, Pool, StreamReports
 from pydeq.testing import CallCounter, assert_identical, linear_map, softsign_map, tanh_map
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))

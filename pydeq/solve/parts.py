@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pydeq.evaluation import Evaluator
-from pydeq.iteration import iterate
 from pydeq.protocol import CONTRACTION, RUNNING, Counter, Scalar, Status
 from pydeq.reduction import norms
 from pydeq.solution import Solution, relative
+from pydeq.solve.compaction import Evaluator
+from pydeq.solve.iteration import iterate
 from pydeq.solvers.base import Solver, Workspace
 from pydeq.state import Layout
 from pydeq.termination import Rules
@@ -155,7 +155,7 @@ def iterate_by_parts(
     trace: bool,
     states_at: Sequence[int] = (),
 ) -> tuple[Solution, Workspace]:
-    """:func:`pydeq.iteration.iterate` where each part of a state is to meet the tolerance.
+    """:func:`pydeq.solve.iteration.iterate` where each part of a state is to meet the tolerance.
 
     Returns:
         The solution, whose residuals are those of the part with the largest relative one; and the workspace of the

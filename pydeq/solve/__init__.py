@@ -1,0 +1,1 @@
+"""One solve: the loop, compaction, step reports, and ranks that agree."""
