@@ -20,8 +20,9 @@ class FunctionalLinearization:
     """The products of :class:`pydeq.cell.linearization.Linearization`, each call of which evaluates fn.
 
     J v is formed in forward mode. Norms and attention are evaluated in plain operations, for the sake of their higher
-    derivatives (:mod:`pydeq.cell.plain_operations`). Works where autograd's own graph is out of reach: in a function that
-    ``torch.func.grad`` or ``vmap`` transforms. A graph to what fn captures is there whether it is asked for or not.
+    derivatives (:mod:`pydeq.cell.plain_operations`). Works where autograd's own graph is out of reach: in a function
+    that ``torch.func.grad`` or ``vmap`` transforms. A graph to what fn captures is there whether it is asked for or
+    not.
 
     Args:
         fn: fn(z, *context) -> like z.

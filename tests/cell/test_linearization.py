@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydeq import linearization
+from pydeq.cell import linearization
 from pydeq.cell.linearization import linearize
 from pydeq.testing import CallCounter, assert_close
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import pydeq
-from pydeq import distributed
+from pydeq.solve import ranks
 
 
 class BrokenError(Exception):
@@ -17,7 +17,7 @@ class BrokenError(Exception):
 def break_communicating(rank):
     """The other rank is inside of fn's collective, and does not hear of the error before that times out."""
     group = dist.new_group(timeout=timedelta(seconds=2))
-    distributed.GRACE = timedelta(seconds=0.5)
+    ranks.GRACE = timedelta(seconds=0.5)
 
     def fn(z):
         if rank == 1:

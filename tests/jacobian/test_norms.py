@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pydeq
-from pydeq import linearization
+from pydeq.cell import linearization
 from pydeq.testing import CallCounter, assert_close
 
 WAYS = [("hutchinson", 1), ("hutchinson", 4), ("hutch++", 3), ("hutch++", 7), ("hutch++", 8)]

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pydeq
-from pydeq import Status, iteration
+from pydeq import Status
+from pydeq.solve import iteration
 from pydeq.testing import CallCounter, assert_close, assert_identical, softsign_map
 
 ADJOINT_SOLVERS = (pydeq.Anderson(), pydeq.Picard(), pydeq.Broyden(), pydeq.GMRES())

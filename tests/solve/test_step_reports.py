@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import pydeq
-from pydeq import compiled, iteration, progress
+from pydeq import compiled
 from pydeq.protocol import Progress
+from pydeq.solve import iteration, step_reports
 from pydeq.solve.step_reports import CapturedReports, HostReports, Pool, StreamReports
 from pydeq.testing import CallCounter, assert_identical, linear_map, softsign_map, tanh_map
 
@@ -506,13 +507,13 @@ def test_a_gpu_that_the_kernels_were_not_compiled_for_is_refused(monkeypatch):
     monkeypatch.setattr(compiled, "_compiled_archs", lambda: ("8.0", "9.0+PTX"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
-    progress._check_device.cache_clear()
+    step_reports._check_device.cache_clear()
     with pytest.raises(
         RuntimeError,
         match=r"cuda:1, Tesla T4, has compute capability 7\.5, .* compiled for 8\.0, 9\.0\+PTX: .*"
         r"TORCH_CUDA_ARCH_LIST=7\.5.*PYDEQ_KERNELS=off",
     ):
-        progress.open_reports(torch.device("cuda", 1), 2, torch.zeros(len(Progress), dtype=torch.int64), 1)
+        step_reports.open_reports(torch.device("cuda", 1), 2, torch.zeros(len(Progress), dtype=torch.int64), 1)
 
 
 @pytest.mark.parametrize(
@@ -544,14 +545,14 @@ def test_a_solve_on_a_gpu_without_kernels_says_so_once(monkeypatch):
     monkeypatch.setattr(compiled, "_missed_cuda", False)
     place = torch.zeros(len(Progress), dtype=torch.int64)
     with pytest.warns(RuntimeWarning, match=r"no CUDA kernels \(no nvcc was found\).*PYDEQ_WITH_CUDA=1"):
-        reports = progress.open_reports(torch.device("cuda"), 2, place, 1)
+        reports = step_reports.open_reports(torch.device("cuda"), 2, place, 1)
     assert isinstance(reports, HostReports)
-    assert isinstance(progress.open_reports(torch.device("cuda"), 2, place, 1), HostReports)  # silently
+    assert isinstance(step_reports.open_reports(torch.device("cuda"), 2, place, 1), HostReports)  # silently
     monkeypatch.setenv("PYDEQ_REQUIRE_KERNELS", "1")
     with pytest.raises(ImportError, match="To run without them, unset PYDEQ_REQUIRE_KERNELS"):
-        progress.open_reports(torch.device("cuda"), 2, place, 1)
+        step_reports.open_reports(torch.device("cuda"), 2, place, 1)
     monkeypatch.setenv("PYDEQ_KERNELS", "off")
-    assert isinstance(progress.open_reports(torch.device("cuda"), 2, place, 1), HostReports)
+    assert isinstance(step_reports.open_reports(torch.device("cuda"), 2, place, 1), HostReports)
 
 
 # How often fn is called
