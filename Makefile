@@ -6,8 +6,7 @@ VENV ?= .venv
 BENCH_PROFILE ?= quick
 PYTEST_ARGS ?=
 bin := $(VENV)/bin
-sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pydeq/protocol.py pydeq/interface.py \
-	$(wildcard pydeq/ops/*.py)
+sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(wildcard pydeq/ops/*.py)
 formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test bench experiments lint format wheel clean

@@ -23,10 +23,10 @@ from benchmarks.environment import thread_counts
 from benchmarks.profiles import BEYOND_CACHE, PROFILES
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.constants import Counter, Scalar
 from pydeq.ops.picard_step import picard_step_reference
-from pydeq.protocol import Counter, Scalar
+from pydeq.ops.termination import Rules
 from pydeq.solvers import Solver
-from pydeq.termination import Rules
 
 PROFILE = PROFILES[os.environ.get("PYDEQ_BENCH_PROFILE", "quick")]
 MEMORY = 6

@@ -1,4 +1,4 @@
-// The C functions of libpydeq_cpu.so, which pydeq/libraries.py calls by ctypes, without the GIL: the wait for a device,
+// The C functions of libpydeq_cpu.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: the wait for a device,
 // the choice of instruction set, advice to the operating system about memory, and what was compiled. Neither torch nor
 // Python: the operations in csrc/ops register themselves with torch when this library is loaded.
 #include <chrono>
@@ -17,7 +17,7 @@
 #define PYDEQ_NAME(isa, ...) #isa " "
 #define PYDEQ_SUPPORTED(isa, ...) pydeq::cpu_supports(pydeq::Isa::isa),
 
-// What this library and the Python package must agree on; pydeq/interface.py.
+// What this library and the Python package must agree on; pydeq/ops/interface.py.
 PYDEQ_EXPORT const char* pydeq_interface() { return PYDEQ_INTERFACE; }
 
 // Of the CUDA library that was built with this one; empty where there is none, and then why.

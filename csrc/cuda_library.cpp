@@ -1,4 +1,4 @@
-// The C functions of libpydeq_cuda.so, which pydeq/libraries.py calls by ctypes, without the GIL: what the host needs
+// The C functions of libpydeq_cuda.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: what the host needs
 // to know of a device while a solve runs, and what was compiled. Neither torch nor Python: the operations in
 // csrc/ops/*.cu register themselves with torch when this library is loaded.
 #include <cuda_runtime.h>

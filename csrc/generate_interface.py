@@ -1,4 +1,4 @@
-"""Writes ``pydeq_interface.h``: what a library tells the package that loads it, see ``pydeq/interface.py``."""
+"""Writes ``pydeq_interface.h``: what a library tells the package that loads it, see ``pydeq/ops/interface.py``."""
 
 import ast
 import runpy
@@ -19,8 +19,8 @@ def schemas(source: str) -> list[str]:
 def package_interface(package: Path) -> str:
     """What libraries that are built for this package must agree on with it."""
     found = [schema for path in sorted(package.glob("ops/*.py")) for schema in schemas(path.read_text())]
-    return runpy.run_path(str(package / "interface.py"))["interface"](
-        found, runpy.run_path(str(package / "protocol.py"))
+    return runpy.run_path(str(package / "ops" / "interface.py"))["interface"](
+        found, runpy.run_path(str(package / "ops" / "constants.py"))
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes ``pydeq_protocol.h`` from ``pydeq/protocol.py``, so that no number stands in both languages.
+"""Writes ``pydeq_protocol.h`` from ``pydeq/ops/constants.py``, so that no number stands in both languages.
 
 ``class CounterColumn(IntEnum)`` with a member ``STATUS = 0`` becomes ``COUNTER_COLUMN_STATUS``, and
 ``COUNTER_COLUMN_SIZE`` says how many members there are. A number in capitals keeps its name, as an int64_t or a double.
@@ -18,7 +18,9 @@ def declarations(protocol: dict[str, object]) -> dict[str, tuple[str, str]]:
 
     def declare(name: str, kind: str, value: str) -> None:
         if name in constants:
-            raise SystemExit(f"{name} would be declared twice in pydeq_protocol.h: rename one in pydeq/protocol.py")
+            raise SystemExit(
+                f"{name} would be declared twice in pydeq_protocol.h: rename one in pydeq/ops/constants.py"
+            )
         constants[name] = (kind, value)
 
     for name, value in protocol.items():
@@ -39,7 +41,7 @@ def header(constants: dict[str, tuple[str, str]]) -> str:
     lines = [f"constexpr {kind} {name} = {value};" for name, (kind, value) in constants.items()]
     return "\n".join(
         [
-            "// Generated from pydeq/protocol.py, which says what these mean.",
+            "// Generated from pydeq/ops/constants.py, which says what these mean.",
             "#pragma once",
             "",
             "#include <cstdint>",

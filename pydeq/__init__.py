@@ -4,7 +4,6 @@ import torch as _torch  # noqa: F401  # The compiled library needs torch's own t
 
 from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
-from pydeq.compiled import kernels, package_version
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import (
     JacobianPenalty,
@@ -14,7 +13,8 @@ from pydeq.jacobian import (
     spectral_radius,
 )
 from pydeq.layer import DEQ
-from pydeq.protocol import Status
+from pydeq.ops.constants import Status
+from pydeq.ops.kernels import kernels, package_version
 from pydeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution
 from pydeq.solvers import GMRES, Anderson, Broyden, Picard
 from pydeq.supervision import fixed_point_correction

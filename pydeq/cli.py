@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pydeq.compiled import kernels
+from pydeq.ops.kernels import kernels
 
 
 def info(arguments: argparse.Namespace) -> int:

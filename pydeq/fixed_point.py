@@ -16,7 +16,8 @@ from pydeq.cell.scope import solve_scope
 from pydeq.cell.torch_compile import Compiler, skipped
 from pydeq.keywords import keywords_for
 from pydeq.nn.dropout import VariationalDropout
-from pydeq.reduction import WHOLE, Reduction
+from pydeq.ops.reduction import WHOLE, Reduction
+from pydeq.ops.termination import Rules, default_rtol
 from pydeq.solution import ConvergenceError, Solution
 from pydeq.solve.compaction import CompactingEvaluator, Evaluator
 from pydeq.solve.iteration import iterate
@@ -25,7 +26,6 @@ from pydeq.solve.ranks import ALONE, RankAgreement, check_ranks
 from pydeq.solvers import Anderson, Solver
 from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State, layout_of
-from pydeq.termination import Rules, default_rtol
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

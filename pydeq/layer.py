@@ -23,7 +23,7 @@ from pydeq.cell.torch_compile import Compiler, skipped, uncompiled
 from pydeq.fixed_point import check_compact, check_norm, check_states_at
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.keywords import keywords_for, unknown_keyword
-from pydeq.reduction import WHOLE, Reduction
+from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.solution import Solution
 from pydeq.solve.ranks import check_ranks
 from pydeq.solvers import Anderson, Solver

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.protocol import Counter, Scalar, Status
-from pydeq.reduction import WHOLE, norms
+from pydeq.ops.constants import Counter, Scalar, Status
+from pydeq.ops.reduction import WHOLE, norms
 from pydeq.state import State, as_tuple
 
 ADVICE = {

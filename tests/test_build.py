@@ -21,10 +21,10 @@ import pytest
 import torch
 
 import pydeq
-from pydeq import compiled
-from pydeq.interface import differences, interface
-from pydeq.libraries import CPU, CUDA, CpuLibrary, StaleLibraryError
-from pydeq.protocol import CudaPath
+from pydeq.ops import kernels
+from pydeq.ops.constants import CudaPath
+from pydeq.ops.interface import differences, interface
+from pydeq.ops.libraries import CPU, CUDA, CpuLibrary, StaleLibraryError
 
 ROOT = Path(pydeq.__file__).parent.parent
 
@@ -168,7 +168,7 @@ def test_kernels_say_what_runs():
     facts = pydeq.kernels()
     assert facts.cpu
     assert facts.cpu_reason == ""
-    assert facts.instruction_set in compiled.supported_instruction_sets()
+    assert facts.instruction_set in kernels.supported_instruction_sets()
     if platform.machine() == "x86_64":
         assert facts.instruction_sets == ("baseline", "avx2", "avx512")
     assert facts.pydeq == pydeq.__version__
@@ -202,18 +202,18 @@ def test_select_instruction_set():
     before = pydeq.kernels().instruction_set
     assert before
     try:
-        for name in compiled.supported_instruction_sets():
-            compiled.select_instruction_set(name)
+        for name in kernels.supported_instruction_sets():
+            kernels.select_instruction_set(name)
             assert pydeq.kernels().instruction_set == name
         with pytest.raises(ValueError, match="got 'sse9'"):
-            compiled.select_instruction_set("sse9")
+            kernels.select_instruction_set("sse9")
     finally:
-        compiled.select_instruction_set(before)
+        kernels.select_instruction_set(before)
 
 
 @needs_kernels
 def test_environment_forces_the_instruction_set():
-    plainest = compiled.supported_instruction_sets()[0]
+    plainest = kernels.supported_instruction_sets()[0]
     result = python("import pydeq; print(pydeq.kernels().instruction_set)", PYDEQ_ISA=plainest)
     assert result.stdout.strip() == plainest, result.stderr
 
@@ -239,18 +239,18 @@ class Chooser:
 
 def test_a_path_on_a_gpu_can_be_forced_between_solves(monkeypatch):
     library = Chooser()
-    monkeypatch.setattr(compiled, "_cuda_library", library)
-    monkeypatch.setattr(compiled, "_cuda_path", CudaPath.AUTO)
+    monkeypatch.setattr(kernels, "_cuda_library", library)
+    monkeypatch.setattr(kernels, "_cuda_path", CudaPath.AUTO)
     for path in CudaPath:
-        compiled.select_cuda_path(path.name.lower())
+        kernels.select_cuda_path(path.name.lower())
     assert library.paths == list(CudaPath)
     with pytest.raises(ValueError, match=r"a path of steps on a GPU \(auto, block, cluster, split\), got 'SPLIT'"):
-        compiled.select_cuda_path("SPLIT")
+        kernels.select_cuda_path("SPLIT")
     assert library.paths == list(CudaPath)
 
 
 def test_environment_forces_the_path_on_a_gpu():
-    code = "import pydeq.compiled as c; print(c._cuda_path.name)"
+    code = "import pydeq.ops.kernels as c; print(c._cuda_path.name)"
     result = python(code, PYDEQ_CUDA_PATH="cluster")
     assert result.stdout.strip() == "CLUSTER", result.stderr
     result = python("import pydeq", PYDEQ_CUDA_PATH="warp")
@@ -269,22 +269,22 @@ def test_switched_off_runs_the_references_silently():
 def test_unknown_switch_is_an_error(monkeypatch):
     monkeypatch.setenv("PYDEQ_KERNELS", "maybe")
     with pytest.raises(ValueError, match="PYDEQ_KERNELS must be on or off, got 'maybe'"):
-        compiled.load()
+        kernels.load()
 
 
 def test_off_contradicts_require(monkeypatch):
     monkeypatch.setenv("PYDEQ_KERNELS", "off")
     monkeypatch.setenv("PYDEQ_REQUIRE_KERNELS", "1")
     with pytest.raises(ImportError, match="PYDEQ_KERNELS=off contradicts PYDEQ_REQUIRE_KERNELS=1"):
-        compiled.load()
+        kernels.load()
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that load() believes to be the package: empty, and nothing is loaded."""
-    monkeypatch.setattr(compiled, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(compiled, "_library", None)
-    monkeypatch.setattr(compiled, "_cpu_reason", "")
+    monkeypatch.setattr(kernels, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(kernels, "_library", None)
+    monkeypatch.setattr(kernels, "_cpu_reason", "")
     for name in ("PYDEQ_KERNELS", "PYDEQ_REQUIRE_KERNELS", "PYDEQ_ISA"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -293,14 +293,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_install_without_a_compiler_warns_once_and_says_why(package):
     (package / "no_kernels.txt").write_text("not found when pydeq was installed: a C++ compiler\n")
     with pytest.warns(RuntimeWarning) as warned:
-        compiled.load()
+        kernels.load()
     (warning,) = warned
     assert "no compiled kernels (not found when pydeq was installed: a C++ compiler)" in str(warning.message)
     assert "PYDEQ_KERNELS=off silences" in str(warning.message)
-    assert "none, the references run: not found when pydeq was installed" in str(compiled.kernels())
-    assert not compiled.kernels().cpu
+    assert "none, the references run: not found when pydeq was installed" in str(kernels.kernels())
+    assert not kernels.kernels().cpu
     with pytest.raises(RuntimeError, match="no compiled kernels to choose from: not found when"):
-        compiled.select_instruction_set("baseline")
+        kernels.select_instruction_set("baseline")
 
 
 def test_missing_kernels_are_an_error_where_required(package, monkeypatch):
@@ -308,13 +308,13 @@ def test_missing_kernels_are_an_error_where_required(package, monkeypatch):
     with pytest.raises(
         ImportError, match=r"no compiled kernels .no library libpydeq_cpu.* unset PYDEQ_REQUIRE_KERNELS"
     ):
-        compiled.load()
+        kernels.load()
 
 
 def test_library_that_does_not_load_says_why(package):
     (package / CPU).write_bytes(b"no library")
     with pytest.warns(RuntimeWarning, match=r"libpydeq_cpu.so does not load: .*(file too short|invalid ELF header)"):
-        compiled.load()
+        kernels.load()
 
 
 # Libraries of other sources
@@ -340,7 +340,7 @@ def test_interface_depends_on_schemas_and_numbers_and_on_nothing_else():
 
 @needs_kernels
 def test_a_library_of_other_sources_is_refused():
-    ours = compiled._interface()
+    ours = kernels._interface()
     CpuLibrary(PACKAGE / CPU, ours)
     changed = re.sub(r"(gmres_step|protocol)=\w+", r"\1=0", ours) + " newton_step=0"
     expected = r"libpydeq_cpu.so was built from other sources .*different: gmres_step, newton_step, protocol.* Build it"
@@ -355,7 +355,7 @@ def test_import_refuses_libraries_of_other_sources(carried):
     result = python("import pydeq", carried)
     assert result.returncode == 1
     message = result.stderr.splitlines()[-1]
-    assert message.startswith("pydeq.libraries.StaleLibraryError: ")
+    assert message.startswith("pydeq.ops.libraries.StaleLibraryError: ")
     assert "libpydeq_cpu.so was built from other sources than this pydeq (different: protocol). Build it" in message
     assert python("import pydeq", carried, PYDEQ_KERNELS="off").returncode == 0
 
@@ -414,7 +414,7 @@ def other_pythons() -> list[str]:
 def test_a_module_that_is_not_to_be_had_says_why(package, file, reason):
     if file:
         (package / file).write_bytes(b"")
-    facts, unknown = compiled._build_facts()
+    facts, unknown = kernels._build_facts()
     assert facts is None
     assert re.fullmatch(rf"they are in the module pydeq._C, and {reason}.*", unknown)
 
@@ -422,7 +422,7 @@ def test_a_module_that_is_not_to_be_had_says_why(package, file, reason):
 def test_a_module_that_does_not_load_says_why(package, monkeypatch):
     (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pydeq._C", None)  # importing it fails
-    assert compiled._build_facts()[1].startswith("they are in the module pydeq._C, and it does not load: ")
+    assert kernels._build_facts()[1].startswith("they are in the module pydeq._C, and it does not load: ")
 
 
 # The CUDA library, on machines without CUDA: what load() makes of what it finds.
@@ -443,36 +443,36 @@ class Library:
 def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A torch with CUDA, and a driver as new as the kernels."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(compiled, "cuda_driver", lambda: (13, 0))
-    monkeypatch.setattr(compiled, "_cuda_library", None)
-    monkeypatch.setattr(compiled, "_cuda_reason", "")
+    monkeypatch.setattr(kernels, "cuda_driver", lambda: (13, 0))
+    monkeypatch.setattr(kernels, "_cuda_library", None)
+    monkeypatch.setattr(kernels, "_cuda_reason", "")
     return monkeypatch
 
 
 def load_cuda(required: bool = False) -> None:
-    compiled._load_cuda(Library, required)  # type: ignore[arg-type]
+    kernels._load_cuda(Library, required)  # type: ignore[arg-type]
 
 
 def test_a_build_without_cuda_kernels_says_why(cuda_torch):
     cuda_torch.setattr(Library, "cuda_version", "")
     cuda_torch.setattr(Library, "cuda_reason", "no nvcc was found")
     load_cuda()
-    assert compiled._cuda_reason == "no nvcc was found"
-    assert not compiled.cuda_loaded()
+    assert kernels._cuda_reason == "no nvcc was found"
+    assert not kernels.cuda_loaded()
 
 
 def test_a_torch_without_cuda_leaves_the_cuda_library_alone(cuda_torch):
     cuda_torch.setattr(torch.version, "cuda", None)
     load_cuda()
-    assert compiled._cuda_reason == f"torch {torch.__version__} is built without CUDA"
+    assert kernels._cuda_reason == f"torch {torch.__version__} is built without CUDA"
 
 
 def test_an_old_driver_is_told_apart(cuda_torch):
-    cuda_torch.setattr(compiled, "cuda_driver", lambda: (12, 4))
+    cuda_torch.setattr(kernels, "cuda_driver", lambda: (12, 4))
     expected = r"driver supports CUDA 12\.4 at most, and the kernels were compiled with CUDA 13\.0: update the driver"
     with pytest.warns(RuntimeWarning, match=expected):
         load_cuda()
-    assert not compiled.cuda_loaded()
+    assert not kernels.cuda_loaded()
     with pytest.raises(ImportError, match=expected):
         load_cuda(required=True)
 
@@ -480,17 +480,17 @@ def test_an_old_driver_is_told_apart(cuda_torch):
 @pytest.mark.parametrize("driver", [None, (13, 0), (13, 4), (14, 1)], ids=str)
 def test_a_driver_of_the_same_major_version_or_later_will_do(cuda_torch, driver):
     opened = []
-    cuda_torch.setattr(compiled, "cuda_driver", lambda: driver)
-    cuda_torch.setattr(compiled, "CudaLibrary", lambda path, interface: opened.append((path, interface)) or Library)
+    cuda_torch.setattr(kernels, "cuda_driver", lambda: driver)
+    cuda_torch.setattr(kernels, "CudaLibrary", lambda path, interface: opened.append((path, interface)) or Library)
     load_cuda(required=True)
-    assert opened == [(PACKAGE / CUDA, compiled._interface())]
-    assert compiled._cuda_library is Library
-    assert Library.path == compiled._cuda_path
-    assert compiled._cuda_reason == ""
+    assert opened == [(PACKAGE / CUDA, kernels._interface())]
+    assert kernels._cuda_library is Library
+    assert Library.path == kernels._cuda_path
+    assert kernels._cuda_reason == ""
 
 
 def test_a_cuda_library_that_does_not_load_says_why(cuda_torch, tmp_path):
-    cuda_torch.setattr(compiled, "_PACKAGE", tmp_path)
+    cuda_torch.setattr(kernels, "_PACKAGE", tmp_path)
     expected = r"CUDA kernels do not run .the library libpydeq_cuda.so does not load: .*No such file.* references"
     with pytest.warns(RuntimeWarning, match=expected):
         load_cuda()

@@ -25,12 +25,12 @@ from benchmarks.device import maps
 from benchmarks.device.clock import DEVICE, capture, finished, median, replay_seconds, returned
 from benchmarks.device.worker import Case, Row
 from benchmarks.timing import Map
-from pydeq import compiled
-from pydeq.protocol import Progress, Scalar
+from pydeq.ops import kernels
+from pydeq.ops.constants import Progress, Scalar
+from pydeq.ops.termination import Rules, default_rtol
 from pydeq.solve.step_reports import Pool
 from pydeq.solvers import Solver
 from pydeq.solvers.base import Workspace
-from pydeq.termination import Rules, default_rtol
 from pydeq.testing import Problem, softsign_map
 
 SOLVERS: dict[str, Solver] = {
@@ -81,11 +81,11 @@ def cases() -> list[Case]:
 @contextmanager
 def forced(path: str) -> Iterator[None]:
     """Steps take this path: "block", "cluster" or "split"."""
-    compiled.select_cuda_path(path)
+    kernels.select_cuda_path(path)
     try:
         yield
     finally:
-        compiled.select_cuda_path("auto")
+        kernels.select_cuda_path("auto")
 
 
 def to_device(problem: Problem) -> Problem:
@@ -199,7 +199,7 @@ def launch() -> Iterator[Row]:
 @functools.cache
 def reports() -> Pool:
     """Memory for reports, as that of the package's own solves."""
-    return Pool(compiled.allocate_pinned, compiled.has_reported)
+    return Pool(kernels.allocate_pinned, kernels.has_reported)
 
 
 def workspace_of(solver: Solver, z0: Tensor, steps: int) -> Workspace:

@@ -7,7 +7,7 @@ import sys
 import torch
 
 import pydeq
-from pydeq import compiled
+from pydeq.ops import kernels
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
         print(f"no CUDA kernels run here: {facts.cuda_reason}", file=sys.stderr)
         return 1
     try:
-        compiled.check_capability(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+        kernels.check_capability(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-// When a sample is done; pydeq/termination.py is the reference and says why.
+// When a sample is done; pydeq/ops/termination.py is the reference and says why.
 #pragma once
 
 #include <cstdint>

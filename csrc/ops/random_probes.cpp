@@ -14,7 +14,7 @@ Tensor random_probes_cpu(const Tensor& like, const Tensor& seed, int64_t probes,
   expect(seed, "seed", ScalarType::Long, {});
   STD_TORCH_CHECK(probes >= 0, "probes must not be negative, got ", probes);
   STD_TORCH_CHECK(distribution >= 0 && distribution < protocol::DISTRIBUTION_SIZE,
-                  "distribution must be one of pydeq.protocol.Distribution, got ", distribution);
+                  "distribution must be one of pydeq.ops.constants.Distribution, got ", distribution);
   const int64_t batch = like.size(0), state = like.size(1);
   Tensor out = torch::stable::new_empty(like, {probes, batch, state});
   const RandomProbesArgs args{probes,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pydeq.compiled import kernels
+from pydeq.ops.kernels import kernels
 
 _ROOT = Path(__file__).parent.parent.parent
 

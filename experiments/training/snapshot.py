@@ -16,7 +16,7 @@ from experiments.training.checkpoint import CheckpointError
 from experiments.training.distribution import copy_into, whole
 from experiments.training.draws import Purpose, seed_of
 from experiments.training.history import History
-from pydeq.compiled import package_version
+from pydeq.ops.kernels import package_version
 
 if TYPE_CHECKING:
     from experiments.training.trainer import Trainer

@@ -31,7 +31,7 @@ from pydeq.cell.autocast import Autocast
 from pydeq.cell.plain_operations import any_order
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point
-from pydeq.protocol import Status
+from pydeq.ops.constants import Status
 from pydeq.solution import Solution
 from pydeq.state import State, as_tuple, layout_of
 

@@ -34,11 +34,11 @@ from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian.graphs import nodes_of, wrong_third_derivative
 from pydeq.keywords import suggests_keywords
-from pydeq.protocol import Status
+from pydeq.ops.constants import Status
+from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
-from pydeq.termination import default_rtol
 
 
 @suggests_keywords

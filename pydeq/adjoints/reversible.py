@@ -32,13 +32,13 @@ from pydeq.cell.linearization import linearize
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
-from pydeq.protocol import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
-from pydeq.reduction import norms
+from pydeq.ops.constants import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
+from pydeq.ops.reduction import norms
+from pydeq.ops.termination import Rules, judge
 from pydeq.solution import Solution
 from pydeq.solve.iteration import warn_of_coupling
 from pydeq.solve.step_reports import any_running, capturing
 from pydeq.state import Layout, State, as_tuple, layout_of
-from pydeq.termination import Rules, judge
 
 # A relative error of undone states beyond which iterations were differentiated in another place.
 _LOST = 1e-2

@@ -22,13 +22,13 @@ from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point, solve
 from pydeq.keywords import suggests_keywords
-from pydeq.reduction import norm
+from pydeq.ops.reduction import norm
+from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution
 from pydeq.solvers import Broyden, Solver
 from pydeq.solvers.broyden import BroydenWorkspace
 from pydeq.solvers.inverse_jacobian import InverseJacobian
 from pydeq.state import Layout, as_tuple
-from pydeq.termination import default_rtol
 
 
 @suggests_keywords

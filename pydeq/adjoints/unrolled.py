@@ -25,13 +25,13 @@ from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.keywords import suggests_keywords
 from pydeq.ops.anderson_step import mixing_coefficients
-from pydeq.protocol import Counter, Scalar, Status
+from pydeq.ops.constants import Counter, Scalar, Status
+from pydeq.ops.termination import Verdict, judge
 from pydeq.solution import Solution
 from pydeq.solve.iteration import warn_of_coupling
 from pydeq.solve.step_reports import any_running
 from pydeq.solvers import Anderson, Picard, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
-from pydeq.termination import Verdict, judge
 
 
 @suggests_keywords
@@ -117,7 +117,7 @@ class Unrolled(Adjoint):
                 warn_of_coupling(int(verdict.retry.sum()), layout.batch)
                 counters[counters[:, Counter.STATUS] <= Status.STALLED, Counter.EVALUATIONS] = nfe
                 counters[:, Counter.COUNT] = 0
-            # As in pydeq.termination.settle.
+            # As in pydeq.ops.termination.settle.
             from_best, halfway, proceed = (
                 rows[:, None] for rows in (verdict.from_best, verdict.halfway, verdict.proceed)
             )

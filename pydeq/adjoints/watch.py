@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.protocol import Status
+from pydeq.ops.constants import Status
 from pydeq.solution import ConvergenceWarning, Solution
 from pydeq.solve.step_reports import capturing
 

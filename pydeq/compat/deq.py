@@ -19,7 +19,7 @@ from pydeq.compat.mode import is_legacy
 from pydeq.compat.processes import Process, anderson_process, broyden_process
 from pydeq.compat.rules import STALL_RATIO, STALL_TOLERANCES, STALL_WINDOW, UNKNOWN
 from pydeq.compat.warning import warn_of_backward
-from pydeq.protocol import Scalar
+from pydeq.ops.constants import Scalar
 
 __all__ = ["anderson", "broyden", "jac_loss_estimate", "power_method"]
 

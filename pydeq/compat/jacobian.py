@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydeq.reduction import norm
+from pydeq.ops.reduction import norm
 
 # The power iteration has found one real eigenvalue when its vector moves by less than this, relatively ...
 _SETTLED = 1e-4

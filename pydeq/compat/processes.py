@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from pydeq.compat.warning import warn_of_modification
-from pydeq.protocol import RUNNING, Counter, Progress, Scalar, Status
+from pydeq.ops.constants import RUNNING, Counter, Progress, Scalar, Status
+from pydeq.ops.termination import Rules
 from pydeq.solvers import Anderson, Broyden, Solver
 from pydeq.solvers.base import empty
-from pydeq.termination import Rules
 
 # Armijo's condition and the shortest step of the line search, as in both originals.
 _DECREASE, _SHORTEST = 1e-4, 1e-2

@@ -14,7 +14,7 @@ from pydeq.cell.linearization import Linearization, linearize, recordable
 from pydeq.cell.replay_rng import Replayed
 from pydeq.cell.torch_compile import reusable_graphs
 from pydeq.jacobian.statistics import KeptStatistics
-from pydeq.reduction import WHOLE, Reduction
+from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.state import State, as_tuple, layout_of
 
 # Steps in units of the state's root mean square, by order; found by measurement, see docs/penalty.md.

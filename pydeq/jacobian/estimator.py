@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pydeq.arguments import check_integer, check_number, set_fields
 from pydeq.ops import mean_squared_norm, random_probes
-from pydeq.protocol import Distribution
+from pydeq.ops.constants import Distribution
 from pydeq.state import Layout
 
 DISTRIBUTIONS = {"gaussian": Distribution.GAUSSIAN, "rademacher": Distribution.RADEMACHER}

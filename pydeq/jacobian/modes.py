@@ -22,7 +22,7 @@ from pydeq.jacobian.graphs import (
     nodes_to,
     wrong_third_derivative,
 )
-from pydeq.reduction import WHOLE, Reduction
+from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.state import State
 
 # What torch's errors say of functions that torch.func does not take, and what that means.

@@ -16,7 +16,7 @@ from pydeq.cell.linearization import Linearization
 from pydeq.jacobian.estimator import Estimator, Mode
 from pydeq.jacobian.modes import estimate
 from pydeq.keywords import suggests_keywords
-from pydeq.reduction import WHOLE, Reduction
+from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.state import State, layout_of
 
 

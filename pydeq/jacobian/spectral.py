@@ -14,8 +14,8 @@ from pydeq.cell.linearization import Linearization, linearize
 from pydeq.jacobian.arnoldi import arnoldi, ritz_values
 from pydeq.jacobian.estimator import identity_probes
 from pydeq.ops import random_probes
-from pydeq.protocol import Distribution
-from pydeq.reduction import norm
+from pydeq.ops.constants import Distribution
+from pydeq.ops.reduction import norm
 from pydeq.state import State
 
 # Products before growth is first judged, and between one judgement and the next.

@@ -11,9 +11,9 @@ from pydeq.ops.picard_step import picard_step
 from pydeq.ops.random_probes import random_probes
 from pydeq.ops.squared_norm import mean_squared_norm, squared_norm
 
-from pydeq import compiled  # isort: skip  # The kernels register themselves under schemas that must exist by now.
+from pydeq.ops import kernels  # isort: skip  # The kernels register themselves under schemas that must exist by now.
 
-compiled.load()
+kernels.load()
 
 __all__ = [
     "anderson_step",

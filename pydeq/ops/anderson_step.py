@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydeq.ops.constants import COEFFICIENT_LIMIT, Counter
+from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
-from pydeq.protocol import COEFFICIENT_LIMIT, Counter
-from pydeq.reduction import WHOLE, Reduction
-from pydeq.termination import judge, report, settle
+from pydeq.ops.termination import judge, report, settle
 
 
 def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pydeq.ops.constants import DENOMINATOR_LIMIT, Counter
+from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
-from pydeq.protocol import DENOMINATOR_LIMIT, Counter
-from pydeq.reduction import WHOLE, Reduction
-from pydeq.termination import judge, report, settle
+from pydeq.ops.termination import judge, report, settle
 
 
 def denominator_damping(d: Tensor) -> Tensor:

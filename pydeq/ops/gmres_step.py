@@ -39,10 +39,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pydeq.ops.constants import BREAKDOWN_EPSILONS, CONTRACTION, MARGIN, NEWEST_SHARE, Coordinate, Counter, Scalar
+from pydeq.ops.reduction import WHOLE, Reduction, inner
 from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
-from pydeq.protocol import BREAKDOWN_EPSILONS, CONTRACTION, MARGIN, NEWEST_SHARE, Coordinate, Counter, Scalar
-from pydeq.reduction import WHOLE, Reduction, inner
-from pydeq.termination import judge, report, settle
+from pydeq.ops.termination import judge, report, settle
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def gmres_step(
         basis: V, each vector [B, D] like ``start``; at least min(step + 1, restart) of them unless ``last``.
         gram: V^T V, float64 [B, K, K] with K the largest number of basis vectors.
         images, directions: Coordinates of e_i and p_i, float64 [B, K, K].
-        coordinates: By :class:`pydeq.protocol.Coordinate`, float64 [B, len(Coordinate), K].
+        coordinates: By :class:`pydeq.ops.constants.Coordinate`, float64 [B, len(Coordinate), K].
         lengths: beta, the unit of the coordinates, float64 [B].
         penultimate: Whether exactly one evaluation follows. It is spent on the point with the smallest known residual
             where the one after that is not expected to be better.

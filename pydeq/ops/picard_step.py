@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydeq.ops.constants import Counter
+from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
-from pydeq.protocol import Counter
-from pydeq.reduction import WHOLE, Reduction
-from pydeq.termination import judge, report, settle
+from pydeq.ops.termination import judge, report, settle
 
 
 def picard_step_reference(
@@ -85,7 +85,7 @@ def picard_step(
         counters: int32 [B, len(Counter)].
         progress: int64 [len(Progress)] on the CPU.
         step: Steps done before this one.
-        rtol, atol, eps, freeze, stall: See :class:`pydeq.termination.Rules`.
+        rtol, atol, eps, freeze, stall: See :class:`pydeq.ops.termination.Rules`.
         last: Whether this evaluation is the last; running samples end as MAX_STEPS.
         damping: In (0, 1]; 1 is plain iteration.
         look_back: Evaluations so far, where this is to look only at samples that were done before the last of them, of

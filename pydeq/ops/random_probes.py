@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pydeq.ops.registry import define
-from pydeq.protocol import (
+from pydeq.ops.constants import (
     COSINE_TERMS,
     LOG_2,
     LOG_TERMS,
@@ -28,6 +27,7 @@ from pydeq.protocol import (
     SINE_TERMS,
     Distribution,
 )
+from pydeq.ops.registry import define
 
 _MASK = 0xFFFFFFFF
 _UNIT = 2.0**-32

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.reduction import Reduction
+from pydeq.ops.reduction import Reduction
 
 _library = torch.library.Library("pydeq", "DEF")
 schemas: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.protocol import RUNNING, Counter
+from pydeq.ops.constants import RUNNING, Counter
 from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State
 

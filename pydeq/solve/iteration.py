@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pydeq.protocol import Counter, Scalar, Status
+from pydeq.ops.constants import Counter, Scalar, Status
+from pydeq.ops.termination import Rules
 from pydeq.solution import CouplingWarning, Solution, relative
 from pydeq.solve.compaction import Evaluator
 from pydeq.solve.ranks import ALONE, Agreement
 from pydeq.solve.step_reports import Reports, open_reports
 from pydeq.solvers.base import Solver, Workspace
 from pydeq.state import State
-from pydeq.termination import Rules
 
 
 def iterate(

@@ -19,14 +19,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pydeq.protocol import CONTRACTION, RUNNING, Counter, Scalar, Status
-from pydeq.reduction import norms
+from pydeq.ops.constants import CONTRACTION, RUNNING, Counter, Scalar, Status
+from pydeq.ops.reduction import norms
+from pydeq.ops.termination import Rules
 from pydeq.solution import Solution, relative
 from pydeq.solve.compaction import Evaluator
 from pydeq.solve.iteration import iterate
 from pydeq.solvers.base import Solver, Workspace
 from pydeq.state import Layout
-from pydeq.termination import Rules
 
 
 @dataclass

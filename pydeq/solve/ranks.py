@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydeq.reduction import WHOLE, Reduction
+from pydeq.ops.reduction import WHOLE, Reduction
 
 # How long a rank that failed waits for the others to hear of it before it raises.
 GRACE = timedelta(seconds=10)

@@ -26,8 +26,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pydeq import compiled
-from pydeq.protocol import RUNNING, Counter, Progress
+from pydeq.ops import kernels
+from pydeq.ops.constants import RUNNING, Counter, Progress
 
 # Reports under way at once, and the bytes of a solve's: a cache line, so that solves do not slow each other.
 _TURNS, _BYTES = 2, 64
@@ -250,7 +250,7 @@ class CudaStream:
         self._device = torch.cuda.current_device()
 
     def await_report(self, address: int, steps: int, idle: bool) -> int:
-        return compiled.await_report(address, steps, self._stream, self._device, idle)
+        return kernels.await_report(address, steps, self._stream, self._device, idle)
 
 
 def capturing(device: torch.device) -> bool:
@@ -278,8 +278,8 @@ def open_reports(device: torch.device, batch: int, place: Tensor, lag: int) -> R
     """
     if device.type != "cuda" or batch == 0:  # without samples, no kernel runs
         return HostReports(batch, place)
-    if not compiled.cuda_loaded():
-        compiled.miss_cuda()
+    if not kernels.cuda_loaded():
+        kernels.miss_cuda()
         return HostReports(batch, place)
     _check_device(torch.cuda.current_device() if device.index is None else device.index)
     with torch.cuda.device(device):
@@ -290,7 +290,7 @@ def open_reports(device: torch.device, batch: int, place: Tensor, lag: int) -> R
 
 @functools.cache
 def _check_device(index: int) -> None:
-    compiled.check_capability(
+    kernels.check_capability(
         torch.cuda.get_device_capability(index), f"cuda:{index}, {torch.cuda.get_device_name(index)},"
     )
 
@@ -299,7 +299,7 @@ def _shared_pool() -> Pool:
     global _pool
     with _lock:
         if _pool is None:
-            _pool = Pool(compiled.allocate_pinned, compiled.has_reported)
+            _pool = Pool(kernels.allocate_pinned, kernels.has_reported)
         return _pool
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pydeq.arguments import check_number
-from pydeq.compiled import cuda_loaded
 from pydeq.ops import picard_step
-from pydeq.protocol import CUDA_VECTORS, RUNNING, Counter, Progress, Scalar, Status
-from pydeq.reduction import WHOLE
+from pydeq.ops.constants import CUDA_VECTORS, RUNNING, Counter, Progress, Scalar, Status
+from pydeq.ops.kernels import cuda_loaded
+from pydeq.ops.reduction import WHOLE
+from pydeq.ops.termination import Rules
 from pydeq.solvers.buffers import Scratch, empty, zeros
-from pydeq.termination import Rules
 
 
 class Workspace(ABC):

@@ -11,12 +11,12 @@ from torch import Tensor
 from pydeq.arguments import check_integer, set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import broyden_step
-from pydeq.protocol import Counter
+from pydeq.ops.constants import Counter
+from pydeq.ops.termination import Rules
 from pydeq.solve.step_reports import capturing
 from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty, zeros
 from pydeq.solvers.inverse_jacobian import InverseJacobian
-from pydeq.termination import Rules
 
 # Steps whose inner products there is room for at first; the room doubles.
 _COLUMNS = 16

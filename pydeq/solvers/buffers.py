@@ -12,7 +12,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from pydeq.compiled import advise_huge_pages
+from pydeq.ops.kernels import advise_huge_pages
 
 # From here on huge pages are asked for, and buffers are kept; and as much is kept.
 _LARGE, _KEPT_FROM, _KEPT_BYTES = 1 << 21, 1 << 17, 1 << 26

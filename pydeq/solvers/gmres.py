@@ -11,10 +11,10 @@ from torch import Tensor
 from pydeq.arguments import check_integer, set_fields
 from pydeq.keywords import suggests_keywords
 from pydeq.ops import gmres_step
-from pydeq.protocol import Coordinate
+from pydeq.ops.constants import Coordinate
+from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty
-from pydeq.termination import Rules
 
 # Basis vectors allocated at once: enough for huge pages behind small states, few enough that little is left unused.
 _BLOCK = 3

@@ -9,7 +9,7 @@ from torch import nn
 
 import pydeq
 from pydeq import Reversible
-from pydeq.protocol import Status
+from pydeq.ops.constants import Status
 from pydeq.testing import CallCounter, softsign_map, tanh_map
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import pydeq
 from pydeq import Anderson, Broyden, Implicit, Picard, Unrolled
-from pydeq.protocol import Status
+from pydeq.ops.constants import Status
 from pydeq.testing import linear_map, softsign_map, tanh_map
 
 SOLVERS = [Picard(), Picard(damping=0.7), Anderson(memory=1), Anderson(memory=4), Anderson(memory=3, damping=0.8)]

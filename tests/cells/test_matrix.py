@@ -20,7 +20,7 @@ import pydeq
 from pydeq.cell.plain_operations import any_order
 from pydeq.jacobian import modes
 from pydeq.ops import random_probes
-from pydeq.protocol import Distribution
+from pydeq.ops.constants import Distribution
 
 pytestmark = pytest.mark.filterwarnings("ignore:the samples of a batch depend on each other")
 

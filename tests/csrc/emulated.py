@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydeq.protocol import CudaPath
+from pydeq.ops.constants import CudaPath
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent

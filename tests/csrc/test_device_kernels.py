@@ -17,11 +17,11 @@ from emulated import Case, Limits, Result, emulate
 
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.constants import RUNNING, Counter, CudaPath, Distribution, Progress, Status
 from pydeq.ops.gmres_step import gmres_step_reference
 from pydeq.ops.picard_step import picard_step_reference
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import squared_norm_reference
-from pydeq.protocol import RUNNING, Counter, CudaPath, Distribution, Progress, Status
 
 MODULES = {
     "picard_step": test_picard_step,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulated import Case, Limits, emulate
 
-from pydeq.protocol import CudaPath
+from pydeq.ops.constants import CudaPath
 
 METHODS = ("picard", "anderson", "broyden", "gmres")
 COLUMNS = ("valid", "launches", "cluster", "blocks", "threads", "tiles", "shared_bytes", "scratch_bytes")

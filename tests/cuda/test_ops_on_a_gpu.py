@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map_only
 
 from pydeq.ops.anderson_step import anderson_step_reference
 from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.constants import Distribution, Progress
 from pydeq.ops.gmres_step import gmres_step_reference
 from pydeq.ops.picard_step import picard_step_reference
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import mean_squared_norm, squared_norm, squared_norm_reference
-from pydeq.protocol import Distribution, Progress
 from pydeq.testing import tolerance
 
 STEPS = [

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from pydeq import compiled
-from pydeq.protocol import RUNNING, Counter, Status
-from pydeq.termination import Rules
+from pydeq.ops import kernels
+from pydeq.ops.constants import RUNNING, Counter, Status
+from pydeq.ops.termination import Rules
 from pydeq.testing import tolerance
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -59,7 +59,7 @@ def check_op(
     for index, sample in enumerate(samples):
         expected = run(reference, names, sample)
         allowed = {}  # the reference against itself, where no kernels are loaded
-        if compiled.kernels().cpu:
+        if kernels.kernels().cpu:
             allowed = allowance(dict(zip(names, sample, strict=True)), expected)
         first = None
         for isa, actual in on_each_instruction_set(lambda sample=sample: run(op, names, sample)):
@@ -86,15 +86,15 @@ def copy(arguments: tuple) -> tuple:
 
 def on_each_instruction_set(function: Callable):
     """Yields (name, function()) for each instruction set; once where the references run. The last is the best."""
-    active = compiled.kernels().instruction_set
+    active = kernels.kernels().instruction_set
     try:
-        for isa in compiled.supported_instruction_sets() or (None,):
+        for isa in kernels.supported_instruction_sets() or (None,):
             if isa:
-                compiled.select_instruction_set(isa)
+                kernels.select_instruction_set(isa)
             yield isa or "reference", function()
     finally:
         if active:
-            compiled.select_instruction_set(active)
+            kernels.select_instruction_set(active)
 
 
 def compare(where: str, actual, expected, allowed) -> None:
@@ -141,7 +141,7 @@ def record(solver, fn: Callable, z0: Tensor, max_steps: int, **rules) -> list[tu
     """The arguments of ``max_steps`` steps of ``solver`` on fn(z, k), k the step, from ``z0`` [B, D].
 
     Args:
-        rules: Of :class:`pydeq.termination.Rules`; a small rtol, freezing and stalling unless given.
+        rules: Of :class:`pydeq.ops.termination.Rules`; a small rtol, freezing and stalling unless given.
     """
     eps = torch.finfo(z0.dtype).eps
     settings = Rules(**{"rtol": 4 * eps, "atol": 0.0, "eps": eps, "freeze": True, "stall": True, **rules})

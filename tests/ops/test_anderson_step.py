@@ -18,7 +18,7 @@ from check_op import (
 
 from pydeq import Anderson
 from pydeq.ops.anderson_step import anderson_step_reference, mixing_coefficients
-from pydeq.protocol import COEFFICIENT_LIMIT, RUNNING, Counter
+from pydeq.ops.constants import COEFFICIENT_LIMIT, RUNNING, Counter
 from pydeq.testing import assert_close, tolerance
 
 OP = torch.ops.pydeq.anderson_step.default

@@ -18,7 +18,7 @@ from check_op import (
 
 from pydeq import Broyden
 from pydeq.ops.broyden_step import broyden_step_reference, denominator_damping
-from pydeq.protocol import DENOMINATOR_LIMIT, RUNNING, Counter
+from pydeq.ops.constants import DENOMINATOR_LIMIT, RUNNING, Counter
 from pydeq.testing import tolerance
 
 OP = torch.ops.pydeq.broyden_step.default

@@ -17,8 +17,8 @@ from check_op import (
 )
 
 from pydeq import GMRES
+from pydeq.ops.constants import RUNNING, Coordinate, Counter
 from pydeq.ops.gmres_step import gmres_step_reference
-from pydeq.protocol import RUNNING, Coordinate, Counter
 from pydeq.testing import tolerance
 
 OP = torch.ops.pydeq.gmres_step.default

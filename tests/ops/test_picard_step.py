@@ -7,9 +7,9 @@ import torch
 from check_op import DTYPES, SCALES, SIZES, check_frozen, check_op, mixed_map, record, scalar_tolerance, scaled
 
 from pydeq import Picard, Status
+from pydeq.ops.constants import RUNNING, Counter, Scalar
 from pydeq.ops.picard_step import picard_step_reference
-from pydeq.protocol import RUNNING, Counter, Scalar
-from pydeq.reduction import norm
+from pydeq.ops.reduction import norm
 
 OP = torch.ops.pydeq.picard_step.default
 NAMES = [argument.name for argument in OP._schema.arguments]

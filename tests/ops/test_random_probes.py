@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pydeq.ops import random_probes
+from pydeq.ops.constants import Distribution
 from pydeq.ops.random_probes import normal_pair, philox, random_probes_reference
-from pydeq.protocol import Distribution
 
 OP = torch.ops.pydeq.random_probes.default
 

@@ -46,7 +46,7 @@ def test_squared_norm(dtype, threads):
         assert torch.equal(results[0][:1], pydeq.ops.squared_norm(x[:1]))
 
 
-@pytest.mark.parametrize("distribution", pydeq.protocol.Distribution)
+@pytest.mark.parametrize("distribution", pydeq.ops.constants.Distribution)
 @pytest.mark.parametrize("shape", [(2, 3, 20000), (40, 5, 700)], ids=str)
 def test_random_probes(distribution, shape, threads):
     probes, *like = shape

@@ -11,21 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
+import small_models  # every model, small
 import torch
 
 import pydeq
-from pydeq import compiled
-from pydeq.protocol import Progress
+from pydeq.ops import kernels
+from pydeq.ops.constants import Progress
 from pydeq.solve import iteration, step_reports
 from pydeq.solve.step_reports import CapturedReports, HostReports, Pool, StreamReports
 from pydeq.testing import CallCounter, assert_identical, linear_map, softsign_map, tanh_map
-
-sys.path.insert(0, str(Path(__file__).parent / "models"))
-
-import small_models  # every model, small
 
 pytestmark = pytest.mark.kernels
 
@@ -102,11 +98,11 @@ class FakeStream:
 
     def await_report(self, address: int, steps: int, idle: bool = False) -> int:
         """As the real one, but for whom it asks."""
-        assert compiled._library is not None
+        assert kernels._library is not None
         self.idled += idle
         query = ctypes.cast(self.callback, ctypes.c_void_p).value
-        answer = compiled._library.await_report(address, steps, query, 0, 0, idle)
-        return compiled.check_report(answer, steps, lambda code: f"error {code}")
+        answer = kernels._library.await_report(address, steps, query, 0, 0, idle)
+        return kernels.check_report(answer, steps, lambda code: f"error {code}")
 
 
 @pytest.fixture
@@ -134,7 +130,7 @@ def memory():
 
 @pytest.fixture
 def pool(memory):
-    return Pool(memory, compiled.has_reported)
+    return Pool(memory, kernels.has_reported)
 
 
 # Waiting for one report
@@ -211,7 +207,7 @@ def test_a_report_beats_the_answer_that_came_with_it(stream, memory):
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="only it is interrupted")
 def test_an_interrupt_ends_a_wait(memory, interruptible):
-    assert compiled._library is not None
+    assert kernels._library is not None
     address = memory(64)
     write(address, 0, 0)
     main, raised = threading.get_ident(), threading.Event()
@@ -228,7 +224,7 @@ def test_an_interrupt_ends_a_wait(memory, interruptible):
     sender = threading.Thread(target=interrupt)
     sender.start()
     with pytest.raises(KeyboardInterrupt):
-        compiled._library.await_report(address, 1, query, stream, 0, False)
+        kernels._library.await_report(address, 1, query, stream, 0, False)
     raised.set()
     sender.join()
 
@@ -250,7 +246,7 @@ def test_slots_are_cleared_and_lie_apart(pool, memory):
 
 def test_slots_of_inference_mode_serve_every_solve(memory):
     """A block that the first solve of a process made under inference_mode is written by solves outside of it, too."""
-    pool = Pool(memory, compiled.has_reported)
+    pool = Pool(memory, kernels.has_reported)
     with torch.inference_mode():
         first = pool.take()
         assert not first.places[0].is_inference()
@@ -266,7 +262,7 @@ def test_slots_of_inference_mode_serve_every_solve(memory):
 
 
 def test_a_slot_is_used_again_only_after_its_last_step_has_reported(memory):
-    pool = Pool(memory, compiled.has_reported)
+    pool = Pool(memory, kernels.has_reported)
     first = [pool.take() for _ in range(64)]  # a block
     for slot in first:
         write(slot.addresses[0], 1, 4)
@@ -279,7 +275,7 @@ def test_a_slot_is_used_again_only_after_its_last_step_has_reported(memory):
 
 
 def test_a_slot_without_steps_is_free_at_once(memory):
-    pool = Pool(memory, compiled.has_reported)
+    pool = Pool(memory, kernels.has_reported)
     for _ in range(200):
         pool.give_back(pool.take(), 0)
     assert len(memory.blocks) == 1
@@ -503,8 +499,8 @@ def test_steps_on_the_host_have_reported_when_they_return():
 
 
 def test_a_gpu_that_the_kernels_were_not_compiled_for_is_refused(monkeypatch):
-    monkeypatch.setattr(compiled, "cuda_loaded", lambda: True)
-    monkeypatch.setattr(compiled, "_compiled_archs", lambda: ("8.0", "9.0+PTX"))
+    monkeypatch.setattr(kernels, "cuda_loaded", lambda: True)
+    monkeypatch.setattr(kernels, "_compiled_archs", lambda: ("8.0", "9.0+PTX"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
     step_reports._check_device.cache_clear()
@@ -529,20 +525,20 @@ def test_a_gpu_that_the_kernels_were_not_compiled_for_is_refused(monkeypatch):
     ids=str,
 )
 def test_which_gpus_run_what_was_compiled(archs, runs, does_not, monkeypatch):
-    monkeypatch.setattr(compiled, "_compiled_archs", lambda: archs)
+    monkeypatch.setattr(kernels, "_compiled_archs", lambda: archs)
     for capability in runs:
-        compiled.check_capability(capability, "cuda:0")
+        kernels.check_capability(capability, "cuda:0")
     for capability in does_not:
         with pytest.raises(RuntimeError, match="compute capability"):
-            compiled.check_capability(capability, "cuda:0")
+            kernels.check_capability(capability, "cuda:0")
 
 
 def test_a_solve_on_a_gpu_without_kernels_says_so_once(monkeypatch):
     monkeypatch.delenv("PYDEQ_REQUIRE_KERNELS", raising=False)
     monkeypatch.delenv("PYDEQ_KERNELS", raising=False)
-    monkeypatch.setattr(compiled, "_cuda_library", None)
-    monkeypatch.setattr(compiled, "_cuda_reason", "no nvcc was found")
-    monkeypatch.setattr(compiled, "_missed_cuda", False)
+    monkeypatch.setattr(kernels, "_cuda_library", None)
+    monkeypatch.setattr(kernels, "_cuda_reason", "no nvcc was found")
+    monkeypatch.setattr(kernels, "_missed_cuda", False)
     place = torch.zeros(len(Progress), dtype=torch.int64)
     with pytest.warns(RuntimeWarning, match=r"no CUDA kernels \(no nvcc was found\).*PYDEQ_WITH_CUDA=1"):
         reports = step_reports.open_reports(torch.device("cuda"), 2, place, 1)

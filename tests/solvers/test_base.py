@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pydeq.protocol import CUDA_VECTORS
-from pydeq.reduction import Reduction
+from pydeq.ops.constants import CUDA_VECTORS
+from pydeq.ops.reduction import Reduction
+from pydeq.ops.termination import Rules
 from pydeq.solvers import base
 from pydeq.solvers.base import check_vectors
-from pydeq.termination import Rules
 
 RULES = Rules(rtol=0.0, atol=0.0, eps=1e-7, freeze=True, stall=True)
 GPU = torch.device("cuda")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import pydeq
 from pydeq import Broyden
-from pydeq.protocol import DENOMINATOR_LIMIT
-from pydeq.termination import Rules
+from pydeq.ops.constants import DENOMINATOR_LIMIT
+from pydeq.ops.termination import Rules
 from pydeq.testing import Problem, assert_close, linear_map, softsign_map, tanh_map
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydeq
+from pydeq.ops.termination import Rules
 from pydeq.solvers.buffers import zeros
-from pydeq.termination import Rules
 
 SOLVERS = [pydeq.Picard(damping=0.7), pydeq.Anderson(), pydeq.Broyden(), pydeq.GMRES()]
 RULES = Rules(rtol=0.0, atol=0.0, eps=torch.finfo(torch.float32).eps, freeze=True, stall=True)

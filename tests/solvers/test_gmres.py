@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import pydeq
 from pydeq import GMRES, Anderson, Status
-from pydeq.protocol import MARGIN, Coordinate, Counter, Scalar
-from pydeq.termination import Rules
+from pydeq.ops.constants import MARGIN, Coordinate, Counter, Scalar
+from pydeq.ops.termination import Rules
 from pydeq.testing import Problem, assert_close, linear_map, tanh_map
 
 DIM = 24

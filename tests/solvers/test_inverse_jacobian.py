@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pydeq import Broyden
 from pydeq.fixed_point import solve
-from pydeq.protocol import DENOMINATOR_LIMIT, Counter, Status
+from pydeq.ops.constants import DENOMINATOR_LIMIT, Counter, Status
 from pydeq.testing import linear_map, softsign_map, tanh_map, tolerance
 
 

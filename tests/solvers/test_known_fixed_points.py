@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import pydeq
 from pydeq import GMRES, Anderson, Broyden, Picard
+from pydeq.ops.termination import Rules
 from pydeq.solvers import __all__ as listed
-from pydeq.termination import Rules
 from pydeq.testing import assert_close, linear_map, softsign_map, tanh_map
 
 ALL = (

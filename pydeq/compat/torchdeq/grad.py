@@ -15,7 +15,7 @@ from pydeq.compat.mode import is_legacy, legacy
 from pydeq.compat.processes import flatten
 from pydeq.compat.torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
 from pydeq.compat.warning import warn_of_backward
-from pydeq.protocol import Counter, Scalar, Status
+from pydeq.ops.constants import Counter, Scalar, Status
 from pydeq.solution import Solution
 from pydeq.state import State
 

@@ -137,7 +137,7 @@ def stand_in_for_cuda(torch):
 
 
 def stand_in_for_kernels(pydeq):
-    from pydeq import compiled
+    from pydeq.ops import kernels
 
     blocks = []
 
@@ -145,14 +145,14 @@ def stand_in_for_kernels(pydeq):
         blocks.append((ctypes.c_char * size)())
         return ctypes.addressof(blocks[-1])
 
-    real = compiled.kernels
+    real = kernels.kernels
     if not real().cpu:
         return
-    compiled.kernels = pydeq.kernels = lambda: dataclasses.replace(
+    kernels.kernels = pydeq.kernels = lambda: dataclasses.replace(
         real(), cuda=True, cuda_reason="", cuda_built="13.0", cuda_driver="13.0", cuda_archs=("9.0",)
     )
-    compiled.check_capability = lambda capability, name: None
-    compiled.allocate_pinned = allocate
+    kernels.check_capability = lambda capability, name: None
+    kernels.allocate_pinned = allocate
 
 
 def make_tiny(maps):

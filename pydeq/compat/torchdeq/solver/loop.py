@@ -20,7 +20,7 @@ from pydeq.compat.processes import Process, Stepped, column, flatten
 from pydeq.compat.rules import STALL_RATIO, STALL_TOLERANCES, STALL_WINDOW, UNKNOWN
 from pydeq.compat.torchdeq.solver.stat import SolverStat
 from pydeq.compat.warning import warn_of_coupling
-from pydeq.protocol import Scalar
+from pydeq.ops.constants import Scalar
 
 Result = tuple[Tensor, list[Tensor], SolverStat]
 

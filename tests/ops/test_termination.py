@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import pydeq
 from pydeq import Status
-from pydeq.protocol import (
+from pydeq.ops.constants import (
     CONTRACTION,
     DIVERGENCE,
     RECOVERIES,
@@ -18,8 +18,8 @@ from pydeq.protocol import (
     Progress,
     Scalar,
 )
+from pydeq.ops.termination import Rules, default_rtol
 from pydeq.solvers import Solver
-from pydeq.termination import Rules, default_rtol
 from pydeq.testing import assert_close, assert_identical, linear_map, softsign_map, tanh_map
 
 WIDE = (torch.float64, torch.float32)

@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 
-from pydeq import protocol
-from pydeq.interface import interface
-from pydeq.libraries import CPU, CUDA, CpuLibrary, CudaLibrary
-from pydeq.protocol import Answer, CudaPath
+from pydeq.ops import constants
+from pydeq.ops.constants import Answer, CudaPath
+from pydeq.ops.interface import interface
+from pydeq.ops.libraries import CPU, CUDA, CpuLibrary, CudaLibrary
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 
 _library: CpuLibrary | None = None
 _cpu_reason = "not loaded yet"
@@ -198,7 +198,7 @@ def _interface() -> str:
     """What the libraries must agree on with this package."""
     from pydeq.ops.registry import schemas  # whose package loads this module
 
-    return interface(schemas, vars(protocol))
+    return interface(schemas, vars(constants))
 
 
 def _load_cuda(library: CpuLibrary, required: bool) -> None:

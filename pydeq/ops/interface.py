@@ -16,7 +16,7 @@ def interface(schemas: Iterable[str], protocol: Mapping[str, object]) -> str:
 
     Args:
         schemas: Of the operations, ``name(args) -> returns``.
-        protocol: The names of ``pydeq/protocol.py``.
+        protocol: The names of ``pydeq/ops/constants.py``.
     """
     numbers = []
     for name, value in protocol.items():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pydeq.protocol import (
+from pydeq.ops.constants import (
     CONTRACTION,
     DIVERGENCE,
     FAR,
@@ -29,7 +29,7 @@ from pydeq.protocol import (
     Scalar,
     Status,
 )
-from pydeq.reduction import WHOLE, Reduction, norms
+from pydeq.ops.reduction import WHOLE, Reduction, norms
 
 
 @dataclass(frozen=True)

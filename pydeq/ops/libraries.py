@@ -15,8 +15,8 @@ from typing import Any
 
 import torch  # before a library is loaded: it finds torch's symbols only where torch is loaded already
 
-from pydeq.interface import differences
-from pydeq.protocol import Answer
+from pydeq.ops.constants import Answer
+from pydeq.ops.interface import differences
 
 CPU = "libpydeq_cpu.so"
 CUDA = "libpydeq_cuda.so"
@@ -32,7 +32,7 @@ class CpuLibrary:
 
     Args:
         path: The file.
-        interface: What it must agree on with this package, see ``pydeq/interface.py``.
+        interface: What it must agree on with this package, see ``pydeq/ops/interface.py``.
 
     Raises:
         OSError: If it does not load.
@@ -86,7 +86,7 @@ class CpuLibrary:
             idle: Whether the device has nothing to do after these steps: then the wait takes no naps.
 
         Returns:
-            How many samples run; or a number of ``pydeq.protocol.Answer`` where they will never report.
+            How many samples run; or a number of ``pydeq.ops.constants.Answer`` where they will never report.
         """
         # The wait returns now and then, and Python handles signals before the next one.
         while (answer := self._await(progress, steps, query, stream, device, idle)) == _PENDING:
@@ -105,7 +105,7 @@ class CudaLibrary:
         """The address of the function that ``CpuLibrary.await_report`` asks how a stream is."""
         self._describe = _function(library, "pydeq_describe_error", c_char_p, c_int)
         self.select_path = _function(library, "pydeq_select_cuda_path", None, c_int)
-        """Take steps by this ``pydeq.protocol.CudaPath`` from now on."""
+        """Take steps by this ``pydeq.ops.constants.CudaPath`` from now on."""
         self._allocate = _function(library, "pydeq_allocate_pinned", c_int, c_size_t, ctypes.POINTER(c_void_p))
 
     def describe_error(self, code: int) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pydeq.reduction import Reduction, inner, norm, norms
+from pydeq.ops.reduction import Reduction, inner, norm, norms
 from pydeq.state import DTYPES
 from pydeq.testing import assert_close
 

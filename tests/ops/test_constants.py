@@ -1,4 +1,4 @@
-"""What a build reads from the package: the numbers of pydeq/protocol.py, and the interface of pydeq/interface.py."""
+"""What a build reads from the package: numbers in pydeq/ops/constants.py, the interface in pydeq/ops/interface.py."""
 
 import runpy
 from enum import IntEnum
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import pydeq
-from pydeq import compiled
+from pydeq.ops import kernels
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,14 @@ def test_a_name_is_declared_once(generator):
 def test_header_holds_every_constant(generator):
     header = generator["header"]({"LIMIT": ("double", "0.1")})
     assert "constexpr double LIMIT = 0.1;" in header
-    assert header.startswith("// Generated from pydeq/protocol.py")
+    assert header.startswith("// Generated from pydeq/ops/constants.py")
 
 
 def test_a_build_reads_the_interface_that_the_package_has(interface_generator):
     """Without importing torch: from the sources of the operations."""
     registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pydeq::")]
     text = interface_generator["package_interface"](Path(pydeq.__file__).parent)
-    assert text == compiled._interface()
+    assert text == kernels._interface()
     assert {part.split("=")[0] for part in text.split()} == {name[len("pydeq::") :] for name in registered} | {
         "protocol"
     }
