@@ -1,9 +1,16 @@
-"""Numbers that users pass: Python's own and numpy's scalars, checked and made Python's."""
+"""Checks of arguments, and hints for unknown keywords, for all public functions."""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import numbers
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from torch import nn
 
 
 def check_number(name: str, value: Any) -> float:
@@ -48,3 +55,111 @@ def set_fields(settings: Any, **values: Any) -> None:
 def check_max_steps(name: str, value: Any) -> int:
     """A number of evaluations, at least 1."""
     return check_integer(name, value, 1)
+
+
+T = TypeVar("T")
+
+# What other solver packages call these.
+_ELSEWHERE = {
+    "max_iter": "max_steps",
+    "maxiter": "max_steps",
+    "max_iters": "max_steps",
+    "max_iterations": "max_steps",
+    "f_max_iter": "max_steps",
+    "threshold": "max_steps",
+    "tol": "rtol",
+    "f_tol": "rtol",
+    "eps": "rtol",
+    "m": "memory",
+    "history": "memory",
+    "lbfgs_thres": "memory",
+    "lam": "ridge",
+    "beta": "damping",
+    "tau": "damping",
+    "f_solver": "solver",
+    "ift": "adjoint",
+    "vecs": "probes",
+    "gamma": "strength",
+    "jac_loss_weight": "strength",
+    "jac_loss_freq": "frequency",
+    "jac_incremental": "every",
+    "jac_stop_epoch": "stop",
+    "f_max_iter_eval": "eval_max_steps",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+}
+
+
+def unknown_keyword(where: str, got: str, known: Iterable[str]) -> TypeError:
+    """The TypeError for keyword ``got`` of ``where``, naming the nearest of ``known``."""
+    known = list(known)
+    meant = _ELSEWHERE.get(got.lower())
+    if meant not in known:
+        meant = next(iter(difflib.get_close_matches(got, known, n=1)), None)
+    advice = f"did you mean {meant!r}?" if meant else f"it takes {', '.join(known)}"
+    return TypeError(f"{where} got an unexpected keyword argument {got!r}: {advice}")
+
+
+def keywords_for(
+    where: str,
+    fn: Callable[..., Any],
+    given: dict[str, Any],
+    known: Collection[str],
+    advice: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The keywords that ``where`` passes on to ``fn``: those that fn takes.
+
+    An fn that takes any keyword gets those that do not look like a misspelt one of ``where``.
+
+    Args:
+        given: What ``where`` got and does not take itself.
+        known: What it takes.
+        advice: What to do about keywords that it does not take.
+
+    Raises:
+        TypeError: If fn does not take one, naming the nearest that one of them takes.
+    """
+    if given:
+        names, takes_any = _parameters(fn)
+        for name in given:
+            if name in names:
+                continue
+            if advice and name in advice:
+                raise TypeError(f"{where} does not take {name}: {advice[name]}")
+            if not takes_any or _resembles(name, known):
+                raise unknown_keyword(where, name, [*known, *names])
+    return given
+
+
+def _parameters(fn: Callable[..., Any]) -> tuple[list[str], bool]:
+    """What fn takes by name, without its first argument, and whether it takes any other name."""
+    fn = getattr(fn, "_orig_mod", fn)  # what torch.compile wraps takes anything
+    fn = getattr(fn, "_torchdynamo_orig_callable", fn)
+    if isinstance(fn, nn.Module):
+        fn = fn.forward
+    try:
+        _, *rest = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # there is none to look at, or fn takes nothing
+        return [], True
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [x.name for x in rest if x.kind in named], any(x.kind is inspect.Parameter.VAR_KEYWORD for x in rest)
+
+
+def _resembles(name: str, known: Collection[str]) -> bool:
+    return _ELSEWHERE.get(name.lower()) in known or bool(difflib.get_close_matches(name, known, n=1, cutoff=0.8))
+
+
+def suggests_keywords(cls: type[T]) -> type[T]:
+    """Make a dataclass answer unknown keywords with the nearest of its fields."""
+    original = cls.__init__
+    known = [field.name for field in fields(cls) if field.init]  # pyright: ignore[reportArgumentType]
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise unknown_keyword(cls.__name__, name, known)
+        original(self, *args, **kwargs)
+
+    cls.__init__ = init
+    return cls

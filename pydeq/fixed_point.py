@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils._pytree import tree_leaves
 
-from pydeq.arguments import check_max_steps, check_tolerance
+from pydeq.arguments import check_max_steps, check_tolerance, keywords_for
 from pydeq.cell.adapter import Adapter
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.scope import solve_scope
 from pydeq.cell.torch_compile import Compiler, skipped
-from pydeq.keywords import keywords_for
 from pydeq.nn.dropout import VariationalDropout
 from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.ops.termination import Rules, default_rtol

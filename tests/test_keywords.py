@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pydeq
-from pydeq.keywords import unknown_keyword
+from pydeq.arguments import unknown_keyword
 
 
 def half(z):

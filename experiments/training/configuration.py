@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydeq.keywords import suggests_keywords
+from pydeq.arguments import suggests_keywords
 from pydeq.models import MODELS, config_from_mapping
 from pydeq.models.configuration import (
     Config,

@@ -26,14 +26,13 @@ from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.sources import Watched, borders_of, edge_of, held, hooks_postponed, sources_of
 from pydeq.adjoints.watch import watch
-from pydeq.arguments import check_max_steps, check_tolerance, set_fields
+from pydeq.arguments import check_max_steps, check_tolerance, set_fields, suggests_keywords
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.plain_operations import composed_norms
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian.graphs import nodes_of, wrong_third_derivative
-from pydeq.keywords import suggests_keywords
 from pydeq.ops.constants import Status
 from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution

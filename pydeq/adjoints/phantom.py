@@ -22,12 +22,11 @@ from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.sources import sources_of
-from pydeq.arguments import check_max_steps, set_fields
+from pydeq.arguments import check_max_steps, set_fields, suggests_keywords
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point
-from pydeq.keywords import suggests_keywords
 from pydeq.solution import Solution
 from pydeq.solvers.base import check_damping
 from pydeq.state import Layout, State, as_tuple, layout_of

@@ -17,11 +17,10 @@ from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.sources import sources_of
-from pydeq.arguments import check_integer, check_tolerance, set_fields
+from pydeq.arguments import check_integer, check_tolerance, set_fields, suggests_keywords
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point, solve
-from pydeq.keywords import suggests_keywords
 from pydeq.ops.reduction import norm
 from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution

@@ -18,12 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.sources import Watched, held
-from pydeq.arguments import check_max_steps
+from pydeq.arguments import check_max_steps, suggests_keywords
 from pydeq.cell.parameters import Stateless
 from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
-from pydeq.keywords import suggests_keywords
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.ops.constants import Counter, Scalar, Status
 from pydeq.ops.termination import Verdict, judge

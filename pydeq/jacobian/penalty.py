@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pydeq.arguments import check_integer, check_number, set_fields
+from pydeq.arguments import check_integer, check_number, set_fields, suggests_keywords
 from pydeq.cell.adapter import canonical
 from pydeq.cell.linearization import Linearization
 from pydeq.jacobian.estimator import Estimator, Mode
 from pydeq.jacobian.modes import estimate
-from pydeq.keywords import suggests_keywords
 from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.state import State, layout_of
 

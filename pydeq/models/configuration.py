@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pydeq.keywords import unknown_keyword
+from pydeq.arguments import unknown_keyword
 
 FOLDER = Path(__file__).parent / "configs"
 """Where the published configurations are."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 from pydeq.adjoints import Implicit, Unrolled
+from pydeq.arguments import suggests_keywords
 from pydeq.jacobian import JacobianPenalty
-from pydeq.keywords import suggests_keywords
 from pydeq.layer import DEQ
 from pydeq.models.configuration import Config, check_at_least
 from pydeq.solution import Solution

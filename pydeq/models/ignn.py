@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pydeq.arguments import suggests_keywords
 from pydeq.jacobian import JacobianPenalty
-from pydeq.keywords import suggests_keywords
 from pydeq.models.configuration import Config, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
 from pydeq.nn import VariationalDropout, solve_scope

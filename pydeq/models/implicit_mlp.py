@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pydeq.arguments import suggests_keywords
 from pydeq.jacobian import JacobianPenalty
-from pydeq.keywords import suggests_keywords
 from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
 from pydeq.nn import VariationalDropout, solve_scope, spectral_norm

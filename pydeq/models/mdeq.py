@@ -23,8 +23,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pydeq.arguments import suggests_keywords
 from pydeq.jacobian import JacobianPenalty
-from pydeq.keywords import suggests_keywords
 from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
 from pydeq.models.image_heads import ClassificationHead, SegmentationHead

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pydeq.arguments import suggests_keywords
 from pydeq.cell.torch_compile import uncompiled
 from pydeq.jacobian import JacobianPenalty
-from pydeq.keywords import suggests_keywords
 from pydeq.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pydeq.arguments import check_integer, check_number, set_fields
-from pydeq.keywords import suggests_keywords
+from pydeq.arguments import check_integer, check_number, set_fields, suggests_keywords
 from pydeq.ops import anderson_step
 from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Solver, Workspace, check_damping

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pydeq.arguments import check_integer, set_fields
-from pydeq.keywords import suggests_keywords
+from pydeq.arguments import check_integer, set_fields, suggests_keywords
 from pydeq.ops import gmres_step
 from pydeq.ops.constants import Coordinate
 from pydeq.ops.termination import Rules
