@@ -151,8 +151,12 @@ class FixedPoint(torch.autograd.Function):
         u = equation.linear(adjoint, equation.record_adjoint).solve(v, (*z, *v, *inputs))
         if not smooth:
             return ()
-        of = _at(equation.map, z, inputs, smooth)
-        return torch.func.vjp(of, *(inputs[i] for i in smooth))[1](u)
+
+        def of(z: Parts, *moving: Tensor) -> Parts:
+            return _at(equation.map, z, inputs, smooth)(*moving)
+
+        # By z as well, which a cell may differentiate by: autograd.grad must find it in the graph.
+        return torch.func.vjp(of, z, *(inputs[i] for i in smooth))[1](u)[1:]
 
     @staticmethod
     @interpreted
@@ -248,25 +252,80 @@ def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) ->
 
 
 class RefuseCaptured(TorchFunctionMode):
-    """Raises where a computation on plain tensors meets one that a transform or autograd follows."""
+    """Raises where the cell uses a tensor from outside that a transform or autograd follows.
+
+    The cell is evaluated at plain tensors. A cell that forms gradients itself follows tensors of its own, which are not
+    captured: leaves that it made, what it computed from these, and tensors of transforms that it began.
+
+    Args:
+        levels: Transforms of torch.func that are under way outside of the cell.
+    """
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self._levels = levels
+        self._leaves: dict[int, Tensor] = {}  # made inside, by id
+        self._nodes: set[Any] = set()  # of graphs that end in these leaves only
+
+    def __enter__(self) -> RefuseCaptured:
+        # torch.func runs this without its transforms. Stand-ins for them, which map nothing, keep their numbers taken:
+        # transforms that the cell begins get higher ones.
+        for _ in range(self._levels):
+            _functorch._vmap_increment_nesting(1, "same")
+        self._allowed = _functorch.get_inplace_requires_grad_allowed()
+        if self._levels:
+            _functorch.set_inplace_requires_grad_allowed(True)  # as without the stand-ins
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _functorch.set_inplace_requires_grad_allowed(self._allowed)
+        for _ in range(self._levels):
+            _functorch._vmap_decrement_nesting()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(x, Tensor) and _is_followed(x) for x in tree_leaves((args, kwargs))):
+        kwargs = kwargs or {}
+        if any(isinstance(x, Tensor) and self._is_captured(x) for x in tree_leaves((args, kwargs))):
             raise RuntimeError(
                 "under torch.func or forward-mode AD, the cell captures a tensor that is being differentiated or"
                 " mapped, which would get no gradient: pass it to the layer as context, or make the cell a module that"
                 " has it as a parameter or buffer (torch.func.functional_call)"
             )
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, Tensor) and x.requires_grad and x.grad_fn is None:
+                self._leaves[id(x)] = x
+        return result
 
+    def _is_captured(self, x: Tensor) -> bool:
+        while _functorch.is_functorch_wrapped_tensor(x):
+            # Those of transforms that have ended belong to none: torch.func.vjp's product in the cell has them.
+            if not _functorch.is_dead_tensor_wrapper(x) and _functorch.maybe_get_level(x) <= self._levels:
+                return True
+            x = _functorch.get_unwrapped(x)
+        if x.requires_grad and not self._made_inside(x):
+            return True
+        if forward_ad._current_level < 0:
+            return False
+        with forward_ad._set_fwd_grad_enabled(True):  # inside of a Function, tangents are out of sight
+            return forward_ad.unpack_dual(x).tangent is not None
 
-def _is_followed(x: Tensor) -> bool:
-    if _functorch.is_functorch_wrapped_tensor(x) or x.requires_grad:
+    def _made_inside(self, x: Tensor) -> bool:
+        """Whether the graph of x ends in leaves that were made inside."""
+        if x.grad_fn is None:
+            return id(x) in self._leaves
+        nodes = {x.grad_fn} - self._nodes
+        seen = set(nodes)
+        while nodes:
+            node: Any = nodes.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in self._leaves:
+                return False
+            new = {n for n, _ in node.next_functions if n is not None} - seen - self._nodes
+            seen |= new
+            nodes |= new
+        self._nodes |= seen
         return True
-    if forward_ad._current_level < 0:
-        return False
-    with forward_ad._set_fwd_grad_enabled(True):  # inside of a Function, tangents are out of sight
-        return forward_ad.unpack_dual(x).tangent is not None
 
 
 def equation_of(
@@ -293,8 +352,10 @@ def equation_of(
     def evaluate(z: Parts, *inputs: Tensor) -> Parts:
         return live(z, *(x.clone() if i in explicit.learning else x for i, x in enumerate(inputs)))
 
+    levels = _functorch.get_dynamic_layer_stack_depth()
+
     def probe(z: Parts, *inputs: Tensor) -> None:
-        with RefuseCaptured():
+        with RefuseCaptured(levels):
             evaluate(z, *inputs)
 
     solutions: list[Solution] = []

@@ -613,3 +613,142 @@ def test_vectorized_forward_mode_says_what_to_use(problem):
     weight, x, solve = problem
     with pytest.raises(RuntimeError, match=r"in forward mode: use torch\.func\.jacfwd"):
         torch.autograd.functional.jacobian(lambda x: solve(weight, x), x, strategy="forward-mode", vectorize=True)
+
+
+def descended(z, weight, x):
+    """z - 0.3 dE/dz of the energy below, written out."""
+    return z - 0.3 * (torch.sigmoid(z @ weight.T) @ weight + z - x)
+
+
+def energy_of(z, weight, x):
+    return torch.nn.functional.softplus(z @ weight.T).sum() + 0.5 * (z - x).square().sum()
+
+
+def by_func_grad(z, weight, x):
+    return z - 0.3 * grad(energy_of)(z, weight, x)
+
+
+def by_func_vjp(z, weight, x):
+    value, pull = torch.func.vjp(lambda z: energy_of(z, weight, x), z)
+    return z - 0.3 * pull(torch.ones_like(value))[0]
+
+
+def by_func_jvp(z, weight, x):
+    """A directional derivative for each entry of the state."""
+    along = torch.eye(z.numel(), dtype=z.dtype).view(-1, *z.shape)
+    entries = [jvp(lambda z: energy_of(z, weight, x), (z,), (tangent,))[1] for tangent in along]
+    return z - 0.3 * torch.stack(entries).view_as(z)
+
+
+def by_vmapped_grad(z, weight, x):
+    return z - 0.3 * vmap(grad(lambda z, x: energy_of(z, weight, x)))(z, x)
+
+
+def by_autograd_grad(z, weight, x):
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = z if z.requires_grad else z.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(energy_of(at, weight, x), at, create_graph=graph)
+    return z - 0.3 * gradient
+
+
+def by_setting_requires_grad(z, weight, x):
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = z
+        if not z.requires_grad:
+            at = z.clone()
+            at.requires_grad = True
+        (gradient,) = torch.autograd.grad(energy_of(at, weight, x), at, create_graph=graph)
+    return z - 0.3 * gradient
+
+
+BY_AUTOGRAD = (by_autograd_grad, by_setting_requires_grad)
+BY_FUNC = (by_func_grad, by_func_vjp, by_func_jvp, by_vmapped_grad)
+REVERSE = {
+    "grad": grad,
+    "jacrev": jacrev,
+    "grad of grad": lambda f, argnums: grad(lambda *args: grad(f, argnums)(*args).square().sum(), argnums),
+}
+FORWARD = {
+    "jacfwd": jacfwd,
+    "hessian": hessian,
+    "vmap": lambda f, argnums: vmap(f, (0, None) if argnums == 0 else (None, 0)),
+    "vmap of grad": lambda f, argnums: vmap(grad(f, argnums), (0, None) if argnums == 0 else (None, 0)),
+}
+
+
+def descents(fn):
+    """The sum of squares of the energy's minimum, by a layer and by iterations."""
+    deq = layer(fn)
+
+    def solved(weight, x):
+        return deq(torch.zeros(3, 4, dtype=torch.float64), weight, x).square().sum()
+
+    def iterated(weight, x):
+        z = torch.zeros(3, 4, dtype=torch.float64)
+        for _ in range(120):
+            z = descended(z, weight, x)
+        return z.square().sum()
+
+    return solved, iterated
+
+
+@pytest.mark.parametrize("argnum", [0, 1])
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [*itertools.product(BY_FUNC, REVERSE | FORWARD), *itertools.product(BY_AUTOGRAD, REVERSE)],
+    ids=lambda of: of if isinstance(of, str) else of.__name__,
+)
+def test_cells_that_form_gradients(problem, fn, name, argnum):
+    weight, x, _ = problem
+    transform = (REVERSE | FORWARD)[name]
+    args = [weight, x]
+    if name.startswith("vmap"):
+        args[argnum] = torch.stack([args[argnum], 0.5 * args[argnum]])
+    solved, iterated = descents(fn)
+    got, expected = transform(solved, argnum)(*args), transform(iterated, argnum)(*args)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_autograd_grad_in_a_cell_has_no_forward_mode_and_no_vmap(problem, name):
+    """Nor has it plainly: torch.func.grad has."""
+    weight, x, _ = problem
+    args = (torch.stack([weight, weight]), x) if name.startswith("vmap") else (weight, x)
+    solved, _ = descents(by_autograd_grad)
+    for f in (solved, lambda weight, x: by_autograd_grad(x, weight, x).sum()):
+        with pytest.raises(RuntimeError, match=r"attempting to call Tensor\.requires_grad_\(\)"):
+            FORWARD[name](f, 0)(*args)
+
+
+def by_mapping_it(z, captured, x):
+    return z - 0.3 * vmap(lambda z, captured: z * captured[: len(z)], (1, 1), 1)(z, captured)[0]
+
+
+@pytest.mark.parametrize("fn", [*BY_FUNC, *BY_AUTOGRAD, by_mapping_it], ids=lambda of: of.__name__)
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f, x: grad(f)(x),
+        lambda f, x: jvp(f, (x,), (x,)),
+        lambda f, x: vmap(f)(torch.stack([x, x])),
+        lambda f, x: vmap(grad(f))(torch.stack([x, x])),
+        lambda f, x: hessian(f)(x),
+    ],
+    ids=["grad", "jvp", "vmap", "vmap of grad", "hessian"],
+)
+@pytest.mark.parametrize("what", ["result", "argument", "leaf"])
+def test_what_cells_that_form_gradients_capture_raises(problem, fn, transformed, what):
+    weight, x, _ = problem
+    leaf = weight.clone().requires_grad_()
+
+    def solve(x):
+        captured = {"result": weight + 0.1 * x.mean(), "argument": x.narrow(0, 0, 1), "leaf": leaf}[what]
+        if what == "argument":
+            captured = captured.expand(4, 4)
+        deq = layer(lambda z, y: fn(z, captured, y))
+        return deq(torch.zeros(3, 4, dtype=torch.float64), x).sum()
+
+    with pytest.raises(RuntimeError, match="captures a tensor"):
+        transformed(solve, x)

@@ -60,15 +60,6 @@ LIMITS: dict[str, dict[str, Limit]] = {
     },
 }
 
-# What is not right yet, by column: neither promised in docs/cells.md nor tested.
-OPEN: dict[str, tuple[str, ...]] = {
-    # A layer takes the tensors that such a cell begins to follow itself for captured ones, and raises.
-    "torch.func": (
-        "the gradient of an energy, by torch.func.grad",
-        "the gradient of an energy, by torch.autograd.grad",
-    ),
-}
-
 # What the penalty cannot do in a mode, by mode: what its error says.
 REFUSED: dict[str, dict[str, str]] = {
     "jvp": {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cells import CELLS, Case
-from limits import FUSED, LIMITS, ONCE_DIFFERENTIABLE, OPEN, REFUSED
+from limits import FUSED, LIMITS, ONCE_DIFFERENTIABLE, REFUSED
 from table import table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
@@ -27,9 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the samples of a batch depend on
 FINE = {"rtol": 1e-11, "max_steps": 200}
 
 
-def each(column):
-    """Every cell that is promised to work in a column, or to raise what torch raises."""
-    return pytest.mark.parametrize("case", [case for case in CELLS if case.name not in OPEN.get(column, ())], ids=str)
+# Every cell works in a column, or raises what torch raises.
+each = pytest.mark.parametrize("case", CELLS, ids=str)
 
 
 def layer(case: Case, cell, **options):
@@ -87,7 +86,7 @@ def is_limited(column, case, does, plainly):
     return limit is not None
 
 
-@each("inference")
+@each
 def test_inference(case):
     cell, z0, context = case.build()
     with torch.inference_mode():
@@ -97,7 +96,7 @@ def test_inference(case):
         assert_all_close([parts(z)], [parts(unrolled(case, cell, z0, context))], 1e-7, 1e-8)
 
 
-@each("gradients")
+@each
 def test_gradients(case):
     """Implicit's are those of plain iterations."""
     cell, z0, context = case.build()
@@ -118,7 +117,7 @@ def second(z, inputs):
     return found
 
 
-@each("second derivatives")
+@each
 def test_second_derivatives(case):
     cell, z0, context = case.build()
     inputs = sources(cell, context)
@@ -139,7 +138,7 @@ def test_second_derivatives(case):
     assert_all_close(found, expected, 1e-5, 1e-6)
 
 
-@each("bf16 autocast")
+@each
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm
 @pytest.mark.filterwarnings("ignore:the backward solve of:pydeq.ConvergenceWarning")  # of the inner layer, to 1e-12
 def test_autocast(case):
@@ -166,7 +165,7 @@ def test_autocast(case):
     assert all(g.isfinite().all() for g in gradients)
 
 
-@each("torch.compile")
+@each
 def test_compiled(case):
     cell, z0, context = case.build()
     inputs = sources(cell, context)
@@ -181,7 +180,7 @@ def test_compiled(case):
     assert_all_close(found, torch.autograd.grad(loss(expected), inputs), 1e-6, 1e-7)
 
 
-@each("copies")
+@each
 def test_copies(case):
     cell, z0, context = case.build()
     deq = layer(case, cell)
@@ -194,7 +193,7 @@ def test_copies(case):
             assert torch.equal(parts(fresh(z0, *context)), parts(z))
 
 
-@each("torch.func")
+@each
 def test_torch_func(case):
     cell, z0, context = case.build()
     (x,) = sources(cell, context)[:1]
@@ -220,7 +219,7 @@ def dense(case, cell, z, context):
     return torch.stack(rows, dim=1)
 
 
-@each("penalty")
+@each
 @pytest.mark.filterwarnings("ignore:products with the Jacobian are formed one by one:RuntimeWarning")
 def test_the_exact_penalty(case):
     cell, z0, context = case.build()
@@ -273,7 +272,7 @@ def penalized(case, cell, z, context, inputs, mode):
     return penalty.detach(), gradients, any("is made of differences of fn" in str(w.message) for w in caught)
 
 
-@each("penalty")
+@each
 @pytest.mark.parametrize("mode", ["vjp", "jvp", "difference", "auto"])
 def test_the_penalty_and_its_gradients(case, mode, monkeypatch):
     """By the same probes, in plain autograd; or the error that says what to use."""
@@ -312,4 +311,3 @@ def test_the_docs_have_the_table():
 def test_limits_and_cells_have_the_same_names():
     names = {case.name for case in CELLS}
     assert names.issuperset(name for column in LIMITS.values() for name in column)
-    assert names.issuperset(name for column in OPEN.values() for name in column)
