@@ -8,10 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pydeq.cell.adapter import canonical
+from pydeq.arguments import keywords_for
+from pydeq.cell.adapter import Adapter
 from pydeq.jacobian.estimator import Estimator, Mode
 from pydeq.jacobian.modes import estimate
 from pydeq.state import State, layout_of
+
+_KEYWORDS = ("probes", "distribution", "mode", "method", "order", "step", "generator")
 
 
 def frobenius_norm_squared(
@@ -25,6 +28,7 @@ def frobenius_norm_squared(
     order: Literal[1, 2] | None = None,
     step: float | None = None,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """Estimate ||J||_F^2 of ``fn`` at ``z``, one value per sample.
 
@@ -38,9 +42,11 @@ def frobenius_norm_squared(
     Works inside of ``torch.func.grad``, ``vmap`` (with its ``randomness="same"``) and the like.
 
     Args:
-        fn: fn(z, *context) -> like z; treats samples independently.
+        fn: fn(z, *context, **keywords) -> like z; treats samples independently.
         z: State, shape (batch, *state), or several such tensors, see :func:`pydeq.fixed_point`.
         context: Passed on to fn.
+        keywords: Passed on to fn, as by :func:`pydeq.fixed_point`: ``attention_mask=mask``. A name that this function
+            itself takes, like ``step``, is never passed on.
         probes: Products with J per sample, at least 1. Hutchinson's relative error falls as 1/sqrt(probes).
         distribution: "gaussian", variance 2 ||J J^T||_F^2, or "rademacher", 2 (||J J^T||_F^2 - sum (J J^T)_ii^2).
         mode: "auto" is "vjp" where fn can be differentiated twice, else, with a warning that says why, "difference".
@@ -63,14 +69,15 @@ def frobenius_norm_squared(
         Tensor of shape (batch,), float64 for float64 states, else float32. Without a graph where gradients are off.
 
     Raises:
-        TypeError, ValueError: If an option is out of range, fn changes the shape of z, or z is too large for "exact" or
-            has samples that depend on each other.
+        TypeError, ValueError: If an option is out of range, a keyword is unknown, fn changes the shape of z, or z is
+            too large for "exact" or has samples that depend on each other.
         RuntimeError: If the mode cannot be right for fn; its gradient may raise it later. It says what to use.
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
     """
-    fn, z = canonical(fn, z)
-    return estimate(Estimator(probes, distribution, mode, method, order, step), fn, z, context, generator=generator)
+    border = Adapter(z, keywords_for("frobenius_norm_squared", fn, keywords, _KEYWORDS))
+    estimator = Estimator(probes, distribution, mode, method, order, step)
+    return estimate(estimator, border.inside(fn), border.z0, border.context(context), generator=generator)
 
 
 def jacobian_penalty(
@@ -84,6 +91,7 @@ def jacobian_penalty(
     order: Literal[1, 2] | None = None,
     step: float | None = None,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """Estimate ||J||_F^2 / d at the fixed point, averaged over the batch: the paper's regularizer.
 
@@ -91,7 +99,7 @@ def jacobian_penalty(
     a mean over every entry of the batch. A layer's ``penalty=`` gives the same without another evaluation of fn.
 
     Args:
-        fn, z, context, probes, distribution, mode, method, order, step, generator: As in
+        fn, z, context, probes, distribution, mode, method, order, step, generator, keywords: As in
             :func:`frobenius_norm_squared`.
 
     Returns:
@@ -102,7 +110,7 @@ def jacobian_penalty(
 
     Source: Bai, Koltun and Kolter, ICML 2021, equation 4.
     """
-    fn, z = canonical(fn, z)
-    estimator = Estimator(probes, distribution, mode, method, order, step)
-    norms = estimate(estimator, fn, z, context, generator=generator)
-    return norms.sum() / max(1, layout_of(z).batch * layout_of(z).size)
+    border = Adapter(z, keywords_for("jacobian_penalty", fn, keywords, _KEYWORDS))
+    estimator, layout = Estimator(probes, distribution, mode, method, order, step), layout_of(border.z0)
+    norms = estimate(estimator, border.inside(fn), border.z0, border.context(context), generator=generator)
+    return norms.sum() / max(1, layout.batch * layout.size)

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pydeq.arguments import check_integer, check_tolerance
-from pydeq.cell.adapter import canonical
+from pydeq.arguments import check_integer, check_tolerance, keywords_for
+from pydeq.cell.adapter import Adapter
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.jacobian.arnoldi import arnoldi, ritz_values
 from pydeq.jacobian.estimator import identity_probes
@@ -20,6 +20,8 @@ from pydeq.state import State
 
 # Products before growth is first judged, and between one judgement and the next.
 _FIRST, _EVERY = 16, 8
+
+_BOTH = ("return_error", "generator")  # keywords of both functions
 
 
 class SpectralRadius(NamedTuple):
@@ -52,6 +54,7 @@ def spectral_radius(
     rtol: float = ...,
     return_error: Literal[False] = ...,
     generator: torch.Generator | None = ...,
+    **keywords: Any,
 ) -> Tensor: ...
 @overload
 def spectral_radius(
@@ -63,6 +66,7 @@ def spectral_radius(
     rtol: float = ...,
     return_error: Literal[True],
     generator: torch.Generator | None = ...,
+    **keywords: Any,
 ) -> SpectralRadius: ...
 def spectral_radius(
     fn: Callable[..., Any],
@@ -73,6 +77,7 @@ def spectral_radius(
     rtol: float = 1e-3,
     return_error: bool = False,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Tensor | SpectralRadius:
     """Estimate the largest |eigenvalue| of J = dfn/dz at ``z``, one value per sample; no gradient.
 
@@ -80,9 +85,11 @@ def spectral_radius(
     rotation; growth is right for complex pairs, defective J and J = 0.
 
     Args:
-        fn: fn(z, *context) -> like z; treats samples independently.
+        fn: fn(z, *context, **keywords) -> like z; treats samples independently.
         z: State, shape (batch, *state), or several such tensors, see :func:`pydeq.fixed_point`.
         context: Passed on to fn.
+        keywords: Passed on to fn, as by :func:`pydeq.fixed_point`: ``attention_mask=mask``. A name that this function
+            itself takes is never passed on.
         steps: Vector-Jacobian products at most, at least 2.
         method: "growth" averages the logarithm of the growth per product over a window, with weights that fade to its
             ends and so take out what oscillates (Das, Saiki, Sander and Yorke 2017); its memory is one state. It needs
@@ -99,14 +106,15 @@ def spectral_radius(
         with ``return_error``. NaN where J is not finite.
 
     Raises:
-        TypeError, ValueError: If an option is out of range, or fn changes the shape of z.
+        TypeError, ValueError: If an option is out of range, a keyword is unknown, or fn changes the shape of z.
     """
     steps = check_integer("steps", steps, 2)
     if method not in ("growth", "arnoldi"):
         raise ValueError(f"method must be 'growth' or 'arnoldi', got {method!r}")
     rtol = check_tolerance("rtol", rtol)
     _refuse_transforms("spectral_radius")
-    at = linearize(*canonical(fn, z), context)
+    border = Adapter(z, keywords_for("spectral_radius", fn, keywords, ("steps", "method", "rtol", *_BOTH)))
+    at = linearize(border.inside(fn), border.z0, border.context(context))
     with torch.inference_mode(False), torch.no_grad():
         if method == "growth":
             value, error = _growth(at, steps, rtol, generator)
@@ -127,6 +135,7 @@ def jacobian_spectrum(
     steps: int | None = ...,
     return_error: Literal[False] = ...,
     generator: torch.Generator | None = ...,
+    **keywords: Any,
 ) -> Tensor: ...
 @overload
 def jacobian_spectrum(
@@ -137,6 +146,7 @@ def jacobian_spectrum(
     steps: int | None = ...,
     return_error: Literal[True],
     generator: torch.Generator | None = ...,
+    **keywords: Any,
 ) -> Spectrum: ...
 def jacobian_spectrum(
     fn: Callable[..., Any],
@@ -146,11 +156,12 @@ def jacobian_spectrum(
     steps: int | None = None,
     return_error: bool = False,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Tensor | Spectrum:
     """The eigenvalues of J = dfn/dz at ``z``, all of them or the k largest in modulus; no gradient.
 
     Args:
-        fn, z, context: As in :func:`spectral_radius`.
+        fn, z, context, keywords: As in :func:`spectral_radius`.
         k: How many, at most D. None: all D, from a dense Jacobian, for states of at most 1024 entries per sample.
         steps: Vector-Jacobian products of Arnoldi's method, at least k, for a given k; by default 2 k + 20. All
             products are kept. Eigenvalues beyond the first few that are found well need more.
@@ -162,7 +173,8 @@ def jacobian_spectrum(
         :class:`Spectrum` with ``return_error``. NaN for samples whose J is not finite.
 
     Raises:
-        TypeError, ValueError: If an option is out of range, fn changes the shape of z, or z is too large.
+        TypeError, ValueError: If an option is out of range, a keyword is unknown, fn changes the shape of z, or z is
+            too large.
     """
     if k is not None:
         k = check_integer("k", k, 1)
@@ -171,7 +183,8 @@ def jacobian_spectrum(
             raise ValueError("steps belongs to a given k: without k, the Jacobian is dense")
         steps = check_integer("steps", steps, k)
     _refuse_transforms("jacobian_spectrum")
-    at = linearize(*canonical(fn, z), context)
+    border = Adapter(z, keywords_for("jacobian_spectrum", fn, keywords, ("k", "steps", *_BOTH)))
+    at = linearize(border.inside(fn), border.z0, border.context(context))
     with torch.inference_mode(False), torch.no_grad():
         size = at.layout.size
         if k is None:

@@ -332,3 +332,70 @@ def test_a_changed_shape_is_refused(mode):
 def test_exact_refuses_large_states():
     with pytest.raises(ValueError, match="states of at most 1024 entries per sample, got 1025"):
         pydeq.frobenius_norm_squared(torch.tanh, torch.zeros(1, 1025), method="exact")
+
+
+class Masked(torch.nn.Module):
+    """Attention to the tokens that a mask leaves."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(0.5 * torch.randn(4, 4, generator=generator, dtype=torch.float64))
+
+    def forward(self, z, x, attention_mask=None, scale=None):
+        scores = z @ self.weight @ z.transpose(1, 2)
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask[:, None, :], -torch.inf)
+        return torch.tanh(torch.softmax(scores, dim=-1) @ z * (1.0 if scale is None else scale) + x)
+
+
+@pytest.mark.parametrize("mode", ["auto", "vjp", "jvp", "difference"])
+@pytest.mark.parametrize("method", ["hutchinson", "exact"])
+@pytest.mark.parametrize("call", [pydeq.jacobian_penalty, pydeq.frobenius_norm_squared])
+def test_keywords_reach_fn_and_get_gradients(call, method, mode):
+    """As what is given by its place does."""
+    generator = torch.Generator().manual_seed(1)
+    z, x = (torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    cell = Masked()
+    options = {"mode": mode, "method": method}
+
+    def gradients(*context, **keywords):
+        value = call(cell, z, *context, generator=torch.Generator().manual_seed(3), **options, **keywords)
+        return value, torch.autograd.grad(value.sum(), (scale, cell.weight))
+
+    by_name = gradients(x, attention_mask=mask, scale=scale)
+    by_place = gradients(x, mask, scale)
+    for found, expected in zip(by_name, by_place, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert by_name[1][0].abs() > 0.01
+    without, _ = gradients(x, scale=scale)
+    assert ((by_name[0] - without).abs() > 0.01).all()
+
+
+def test_keywords_with_a_state_of_several_parts_under_a_transform():
+    generator = torch.Generator().manual_seed(1)
+    z, x, shift = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
+
+    def fn(z, x, *, shift):
+        return {"a": torch.tanh(z["a"] + shift), "b": torch.sin(z["b"] + x)}
+
+    def norms(shift):
+        state = {"a": z, "b": 2.0 * z}
+        return pydeq.frobenius_norm_squared(fn, state, x, shift=shift, method="exact").sum()
+
+    a = torch.tanh(z + shift)
+    torch.testing.assert_close(norms(shift), ((1 - a**2) ** 2).sum() + (2.0 * z + x).cos().square().sum())
+    torch.testing.assert_close(torch.func.grad(norms)(shift), -4.0 * a * (1 - a**2) ** 2)
+
+
+def test_a_keyword_that_nobody_takes_is_named():
+    fn, _, z, x = problem()
+    with pytest.raises(TypeError, match=r"jacobian_penalty got an unexpected .*'vecs': did you mean 'probes'"):
+        pydeq.jacobian_penalty(fn, z, x, vecs=2)
+    with pytest.raises(TypeError, match=r"frobenius_norm_squared got an unexpected .*'mask'"):
+        pydeq.frobenius_norm_squared(fn, z, x, mask=None)
+    # What looks like a misspelt option does not reach an fn that takes anything.
+    with pytest.raises(TypeError, match="'probe': did you mean 'probes'"):
+        pydeq.jacobian_penalty(lambda z, **keywords: z, z, probe=2)

@@ -272,3 +272,23 @@ def test_transforms_are_refused_with_a_hint(estimate, transform):
         RuntimeError, match=f"{estimate.__name__} has no gradient.*put what vmap goes over into the batch"
     ):
         transform(lambda z: estimate(torch.tanh, z).real.sum())(torch.ones(2, 3, 4))
+
+
+def test_keywords_reach_fn():
+    """J = scale * diag(mask * [0.9, -0.5, 0.3])."""
+    z = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def fn(z, scale, *, mask):
+        return scale[:, None] * z * mask * torch.tensor([0.9, -0.5, 0.3], dtype=torch.float64)
+
+    mask = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    expected = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    radius = pydeq.spectral_radius(fn, z, scale, mask=mask, method="arnoldi")
+    torch.testing.assert_close(radius, expected)
+    values = pydeq.jacobian_spectrum(fn, z, scale, mask=mask)
+    eigenvalues = torch.tensor([-0.5, 0.3, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(values, (scale[:, None] * eigenvalues).to(torch.complex128))
+    for estimate in (pydeq.spectral_radius, pydeq.jacobian_spectrum):
+        with pytest.raises(TypeError, match=f"{estimate.__name__} got an unexpected .*'step': did you mean 'steps'"):
+            estimate(fn, z, scale, mask=mask, step=3)
