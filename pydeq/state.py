@@ -91,9 +91,13 @@ class Layout:
             hint = ": for pairs (state, aux) pass has_aux=True" if isinstance(part, tuple) and len(part) == 2 else ""
             raise TypeError(f"fn must return a tensor like z0{index}, got {type(part).__name__}{hint}")
         if part.shape != (self.batch, *shape):
-            raise ValueError(
-                f"fn must return the shape of z0{index}, expected {(self.batch, *shape)}, got {tuple(part.shape)}"
-            )
+            expected, got = (self.batch, *shape), tuple(part.shape)
+            hint = ""
+            if got[1:] == expected:
+                hint = f": if z0 lacks the batch dimension, which comes first, make it {got}"
+            elif self.batch == 1 and got[1:] == tuple(shape):
+                hint = f": if z0 is to have the batch of the context, make it {got}"
+            raise ValueError(f"fn must return the shape of z0{index}, expected {expected}, got {got}{hint}")
         if part.device != self.device:
             raise ValueError(f"fn must return a tensor on the device of z0{index}, {self.device}, got {part.device}")
         if part.dtype != self.dtype:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 import pydeq
 from pydeq.state import layout_of
@@ -217,6 +218,30 @@ def test_refuses_what_fn_returned(solver, fn, error, message):
 def test_refuses_what_fn_returned_for_a_tuple(fn, error, message):
     with pytest.raises(error, match=re.escape(message)):
         pydeq.fixed_point(fn, (torch.ones(2, 3), torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("z0", "message"),
+    [
+        (torch.zeros(4), "got (8, 4): if z0 lacks the batch dimension, which comes first, make it (8, 4)"),
+        (torch.zeros(1, 4), "got (8, 4): if z0 is to have the batch of the context, make it (8, 4)"),
+        ((torch.zeros(4),), "got (8, 4): if z0 lacks the batch dimension, which comes first, make it (8, 4)"),
+        ({"h": torch.zeros(4)}, "got (8, 4): if it lacks the batch dimension, which comes first, give it one"),
+        ({"h": torch.zeros(1, 4)}, "got (8, 4): if z0 is to have the batch of the context, make it (8, 4)"),
+    ],
+    ids=range(5),
+)
+def test_a_forgotten_batch_is_named(z0, message):
+    x = torch.ones(8, 4)
+    for solve in (pydeq.fixed_point, lambda fn, z0: pydeq.DEQ(fn)(z0)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            solve(lambda z: tree_map(lambda part: 0.5 * part + x, z), z0)
+
+
+def test_a_wrong_shape_that_is_not_about_the_batch_has_no_hint():
+    for fn in (lambda z: z[:, :1], lambda z: z[:1], lambda z: z.T):
+        with pytest.raises(ValueError, match=r"got \(\d, \d\)$"):
+            pydeq.fixed_point(fn, torch.ones(2, 3))
 
 
 def test_a_list_is_as_good_as_a_tuple_from_fn(solver):

@@ -70,9 +70,11 @@ class Structure:
         state = self._pack(leaves)
         for name, part, shape in zip(self.names, as_tuple(state), self.shapes, strict=True):
             if part.shape[1:] != shape:
+                lacking = len(part.shape) > 1 and part.shape[2:] == shape
+                hint = ": if it lacks the batch dimension, which comes first, give it one" if lacking else ""
                 raise ValueError(
                     f"fn must return the shape of {name}, expected (batch, {', '.join(map(str, shape))}), got"
-                    f" {tuple(part.shape)}"
+                    f" {tuple(part.shape)}{hint}"
                 )
         return state
 
