@@ -1,9 +1,9 @@
-"""Norms and attention in plain operations, whose derivatives torch has right to any order and in any mode.
+"""Norms, attention and GLU in plain operations, whose derivatives torch has right to any order and in any mode.
 
 torch's formulas for the derivatives of layer norm and of batch statistics hold what they saved constant once they are
 differentiated twice more, or once more after forward mode, without an error (pytorch#175754, #196699, #196700); fused
-attention has no second derivative at all (pytorch#116350). Inside of :func:`any_order` both are made of operations
-that have neither fault. Values are the same up to rounding.
+attention has no second derivative at all (pytorch#116350), and GLU's forward-mode derivative has none. Inside of
+:func:`any_order` they are made of operations that have none of these faults. Values are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import batch_norm, instance_norm, layer_norm
+from torch.nn.functional import batch_norm, glu, instance_norm, layer_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,6 +66,12 @@ def instance_norm_composed(
     return _scaled(_standardized(input, range(2, input.dim()), eps), weight, bias).to(input.dtype)
 
 
+def glu_composed(input: Tensor, dim: int = -1) -> Tensor:
+    """``torch.nn.functional.glu``, whose forward-mode derivative torch cannot differentiate."""
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
 def _standardized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) over these dimensions, at least in float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -95,6 +101,7 @@ _COMPOSED: dict[Any, Callable[..., Tensor]] = {
     torch.batch_norm: _with_flag(batch_norm_composed),
     instance_norm: instance_norm_composed,
     torch.instance_norm: _with_flag(instance_norm_composed),
+    glu: glu_composed,
 }
 
 

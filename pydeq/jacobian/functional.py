@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd  # pyright: ignore
 from torch.overrides import TorchFunctionMode
 
 from pydeq.cell.linearization import vectorize
@@ -46,9 +47,14 @@ class FunctionalLinearization:
     def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """J v_k for v [K, B, D], as [K, B, D]."""
 
+        def tangent(v: Tensor) -> Tensor:
+            return self._flat(torch.func.jvp(self._image, self._point, as_tuple(self.layout.view(v)))[1])
+
         def product(v: Tensor) -> Tensor:
-            with RefuseNorms() if create_graph else nullcontext():
-                return self._flat(torch.func.jvp(self._image, self._point, as_tuple(self.layout.view(v)))[1])
+            if not create_graph:
+                return tangent(v)
+            with RefuseNorms(), _RefuseCheckpoints():
+                return tangent(v)
 
         return self._map(product, v)
 
@@ -65,6 +71,24 @@ class FunctionalLinearization:
     def _map(product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         # Masks that fn draws are those of one evaluation.
         return vectorize(lambda v: torch.func.vmap(product, randomness="same")(v), product, v)
+
+
+class _RefuseCheckpoints(TorchFunctionMode):
+    """Refuses ``torch.utils.checkpoint`` inside, whose evaluation again in backward is not in forward mode.
+
+    Raises:
+        RuntimeError: If fn computes in one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outside = _autograd._top_saved_tensors_default_hooks(True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        hooks = _autograd._top_saved_tensors_default_hooks(True)
+        if hooks and hooks != self._outside and hooks[0].__module__ == "torch.utils.checkpoint":
+            raise RuntimeError("saved tensor hooks of torch.utils.checkpoint")
+        return func(*args, **(kwargs or {}))
 
 
 class _RefuseOnce(TorchFunctionMode):

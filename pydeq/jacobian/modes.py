@@ -31,6 +31,8 @@ _UNFIT = {
     "not differentiable with respect to": "changes buffers, like batch norm in training mode",
     "Tensor.requires_grad_()": "calls torch.autograd.grad or Tensor.requires_grad_ itself",
     "setup_context": "has an autograd.Function without setup_context",
+    "saved tensor hooks": "uses torch.utils.checkpoint, or other hooks on saved tensors",
+    "NotImplemented": "has an operator whose forward-mode derivative cannot be differentiated",
     "forward AD": "has an operator without a forward-mode derivative",
     "forward mode AD": "has an operator without a forward-mode derivative",
 }
@@ -96,8 +98,12 @@ def _functional(
         RuntimeError: If torch.func cannot evaluate fn, or fn has a norm that torch would differentiate wrongly.
     """
     from_right = estimator.mode == "jvp" and estimator.method != "exact"
+    first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     try:
-        return estimator.norm_squared(FunctionalLinearization(fn, z, context), from_right, generator)
+        norms = estimator.norm_squared(FunctionalLinearization(fn, z, context), from_right, generator)
+        if any(node.name() == "torch::autograd::NotImplemented" for node in nodes_of([norms], first_node)):
+            raise RuntimeError("a node of the graph is NotImplemented")
+        return norms
     except RuntimeError as error:
         reason = next((said for part, said in _UNFIT.items() if part in str(error)), None)
         if reason is None:

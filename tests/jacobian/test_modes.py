@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import pydeq
 from pydeq.jacobian import graphs, modes
@@ -232,3 +233,81 @@ def test_coupled_samples_by_hutch_plus_plus_are_unbiased_and_exactly_refused(mod
     assert (found.std(0) < 0.5 * expected.abs()).all()
     with pytest.raises(ValueError, match=r"batch norm in training mode does that\): use method='hutchinson'"):
         pydeq.jacobian_penalty(cell, z, x, mode=mode, method="exact", **options)
+
+
+def gradients_of(fn, parameters, mode, **options):
+    z, x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(7)
+    value = pydeq.jacobian_penalty(fn, z, x, mode=mode, generator=generator, **options)
+    return value.detach(), torch.autograd.grad(value, parameters)
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+def test_a_gated_linear_unit_in_forward_mode(dim, method):
+    """The same probes as of a unit that is written out."""
+    linear = nn.Linear(4, 8).double()
+
+    def fn(z, x, unit):
+        return unit(linear(z), dim) + x
+
+    def written(y, dim):
+        value, gate = y.chunk(2, dim)
+        return value / (1.0 + torch.exp(-gate))
+
+    units = functional.glu, lambda y, dim: nn.GLU(dim)(y), written
+    options = {"method": method, "probes": 3}
+    found, module, expected = (
+        gradients_of(lambda z, x, unit=unit: fn(z, x, unit), list(linear.parameters()), "jvp", **options)
+        for unit in units
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(module, expected)
+
+
+def test_forward_mode_that_cannot_be_differentiated_says_what_to_use():
+    linear = nn.Linear(4, 8).double()
+
+    def fn(z, x):
+        return torch.ops.aten.glu(linear(z)) + x  # which pydeq does not put plain operations in place of
+
+    with pytest.raises(RuntimeError, match=r"derivative cannot be differentiated: use mode='vjp' or 'difference'"):
+        gradients_of(fn, list(linear.parameters()), "jvp")
+    with torch.no_grad():
+        value = pydeq.jacobian_penalty(fn, torch.zeros(3, 4).double(), torch.zeros(3, 4).double(), mode="jvp")
+    assert value > 0
+    found, expected = (
+        gradients_of(of, list(linear.parameters()), "vjp") for of in (fn, lambda z, x: functional.glu(linear(z)) + x)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_checkpoints_in_forward_mode_say_what_to_use():
+    linear = nn.Linear(4, 4).double()
+
+    def plain(z, x):
+        return torch.tanh(linear(z)) + x
+
+    def checkpointed(z, x):
+        return checkpoint(plain, z, x, use_reentrant=False)
+
+    def offloaded(z, x):
+        with torch.autograd.graph.save_on_cpu():
+            return plain(z, x)
+
+    parameters = list(linear.parameters())
+    with pytest.raises(RuntimeError, match=r"uses torch\.utils\.checkpoint, .*: use mode='vjp' or 'difference'"):
+        gradients_of(checkpointed, parameters, "jvp")
+    for mode in ("vjp", "difference"):
+        torch.testing.assert_close(gradients_of(checkpointed, parameters, mode), gradients_of(plain, parameters, mode))
+    # Hooks that do not evaluate again are right, and so is a checkpoint around the penalty.
+    expected = gradients_of(plain, parameters, "jvp")
+    torch.testing.assert_close(gradients_of(offloaded, parameters, "jvp"), expected)
+    value, found = gradients_of(plain, parameters, "jvp")
+    z, x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def whole(z):
+        return pydeq.jacobian_penalty(plain, z, x, mode="jvp", generator=torch.Generator().manual_seed(7))
+
+    around = checkpoint(whole, z.requires_grad_(), use_reentrant=False)
+    torch.testing.assert_close((around.detach(), torch.autograd.grad(around, parameters)), (value, found))
