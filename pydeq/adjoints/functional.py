@@ -31,6 +31,7 @@ from pydeq.cell.autocast import Autocast
 from pydeq.cell.plain_operations import any_order
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import fixed_point
+from pydeq.jacobian.functional import RefuseOnce
 from pydeq.ops.constants import Status
 from pydeq.solution import Solution
 from pydeq.state import State, as_tuple, layout_of
@@ -235,8 +236,9 @@ def _jvp(of: Callable[..., Parts], x: Parts, along: Parts) -> Parts:
     if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():
         return torch.func.jvp(of, x, along)[1]
     # Dual numbers do not nest outside of torch.func. (v -> J^T v) is linear: its transpose is J.
-    zero = tuple(torch.zeros_like(part) for part in of(*x))
-    return torch.func.vjp(lambda v: torch.func.vjp(of, *x)[1](v), zero)[1](along)[0]
+    with RefuseOnce("forward mode by dual numbers", "give it a jvp, and use torch.func.jvp"):
+        zero = tuple(torch.zeros_like(part) for part in of(*x))
+        return torch.func.vjp(lambda v: torch.func.vjp(of, *x)[1](v), zero)[1](along)[0]
 
 
 def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) -> Callable[..., Parts]:
@@ -251,6 +253,10 @@ def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) ->
     return of
 
 
+class CellTransforms(Exception):  # noqa: N818  # not an error
+    """The cell begins a transform of torch.func."""
+
+
 class RefuseCaptured(TorchFunctionMode):
     """Raises where the cell uses a tensor from outside that a transform or autograd follows.
 
@@ -259,31 +265,38 @@ class RefuseCaptured(TorchFunctionMode):
 
     Args:
         levels: Transforms of torch.func that are under way outside of the cell.
+        apart: Whether to number the cell's transforms apart from those. torch.func runs this without the outer ones, so
+            that the cell's get the same numbers. Stand-ins, which map nothing, keep the numbers taken; the cell is then
+            evaluated under ``vmap``, which some cells do not take.
+
+    Raises:
+        CellTransforms: If the cell begins a transform, so that it takes ``apart`` to tell.
     """
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int, apart: bool) -> None:
         super().__init__()
-        self._levels = levels
+        self._levels, self._apart = levels, apart
         self._leaves: dict[int, Tensor] = {}  # made inside, by id
         self._nodes: set[Any] = set()  # of graphs that end in these leaves only
 
     def __enter__(self) -> RefuseCaptured:
-        # torch.func runs this without its transforms. Stand-ins for them, which map nothing, keep their numbers taken:
-        # transforms that the cell begins get higher ones.
-        for _ in range(self._levels):
-            _functorch._vmap_increment_nesting(1, "same")
         self._allowed = _functorch.get_inplace_requires_grad_allowed()
-        if self._levels:
+        if self._apart:
+            for _ in range(self._levels):
+                _functorch._vmap_increment_nesting(1, "same")
             _functorch.set_inplace_requires_grad_allowed(True)  # as without the stand-ins
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        _functorch.set_inplace_requires_grad_allowed(self._allowed)
-        for _ in range(self._levels):
-            _functorch._vmap_decrement_nesting()
+        if self._apart:
+            _functorch.set_inplace_requires_grad_allowed(self._allowed)
+            for _ in range(self._levels):
+                _functorch._vmap_decrement_nesting()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._levels and not self._apart and torch._C._are_functorch_transforms_active():
+            raise CellTransforms
         kwargs = kwargs or {}
         if any(isinstance(x, Tensor) and self._is_captured(x) for x in tree_leaves((args, kwargs))):
             raise RuntimeError(
@@ -355,8 +368,12 @@ def equation_of(
     levels = _functorch.get_dynamic_layer_stack_depth()
 
     def probe(z: Parts, *inputs: Tensor) -> None:
-        with RefuseCaptured(levels):
-            evaluate(z, *inputs)
+        try:
+            with RefuseCaptured(levels, apart=False):
+                evaluate(z, *inputs)
+        except CellTransforms:
+            with RefuseCaptured(levels, apart=True):
+                evaluate(z, *inputs)
 
     solutions: list[Solution] = []
 

@@ -40,7 +40,8 @@ class FunctionalLinearization:
 
     def flat_vjps(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """v_k^T J for v [K, B, D], as [K, B, D]."""
-        with _RefuseOnce() if create_graph else nullcontext():
+        what, instead = "the gradient of a penalty by products eps^T J", "use mode='difference', which needs first ones"
+        with RefuseOnce(what, instead) if create_graph else nullcontext():
             pull = torch.func.vjp(self._image, *self._point)[1]
         return self._map(lambda v: self._flat(pull(as_tuple(self.layout.view(v)))), v)
 
@@ -91,18 +92,25 @@ class _RefuseCheckpoints(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _RefuseOnce(TorchFunctionMode):
+class RefuseOnce(TorchFunctionMode):
     """Refuses functions that are once_differentiable: torch.func drops what is second order in them without an error.
+
+    Args:
+        second: What is a second derivative here.
+        instead: What to use.
 
     Raises:
         RuntimeError: If one is called under a transform.
     """
 
+    def __init__(self, second: str, instead: str) -> None:
+        super().__init__()
+        self._second, self._instead = second, instead
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", None) == "custom_function_call" and is_once_differentiable(args[0]):
             raise RuntimeError(
-                f"the gradient of a penalty by products eps^T J is a second derivative of fn, and the backward pass of"
-                f" {args[0].__name__} is marked with once_differentiable: use mode='difference', which needs first"
-                " derivatives only"
+                f"{self._second} is a second derivative of fn, and the backward pass of {args[0].__name__} is marked"
+                f" with once_differentiable: {self._instead}"
             )
         return func(*args, **(kwargs or {}))

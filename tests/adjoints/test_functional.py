@@ -752,3 +752,90 @@ def test_what_cells_that_form_gradients_capture_raises(problem, fn, transformed,
 
     with pytest.raises(RuntimeError, match="captures a tensor"):
         transformed(solve, x)
+
+
+class Tanh(torch.autograd.Function):
+    """All that torch.func asks of a Function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (y,) = ctx.saved_tensors
+        return tangent * (1 - y * y)
+
+
+class Unmapped(Tanh):
+    generate_vmap_rule = False
+
+
+class ReverseOnly(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward, setup_context, backward = Tanh.forward, Tanh.setup_context, Tanh.backward
+
+
+class OnceOnly(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward, setup_context = Tanh.forward, Tanh.setup_context
+    backward = staticmethod(torch.autograd.function.once_differentiable(Tanh.backward))
+
+
+class WithoutSetup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    backward = Tanh.backward
+
+
+USES = {
+    "grad": lambda f, w: grad(f)(w),
+    "jacrev": lambda f, w: jacrev(f)(w),
+    "jacfwd": lambda f, w: jacfwd(f)(w),
+    "hessian": lambda f, w: hessian(f)(w),
+    "vmap": lambda f, w: vmap(f)(torch.stack([w, 0.5 * w])),
+    "dual numbers": lambda f, w: tangents(f, (w, w)),
+}
+SETUP, MAPPING, FORWARD_RULE = "override the setup_context", "does not have vmap support", "implement the jvp function"
+UNSUITED = {
+    Tanh: {},
+    Unmapped: dict.fromkeys(("jacrev", "jacfwd", "hessian", "vmap"), MAPPING),
+    ReverseOnly: dict.fromkeys(("jacfwd", "hessian"), FORWARD_RULE),
+    OnceOnly: dict.fromkeys(("jacfwd", "hessian"), FORWARD_RULE)
+    | {"dual numbers": "second derivative of fn, .* once_differentiable: give it a jvp"},
+    WithoutSetup: dict.fromkeys(USES, SETUP),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("function", UNSUITED, ids=lambda of: of.__name__)
+def test_functions_are_right_or_raise(problem, function, name):
+    weight, x, _ = problem
+    deq = layer(lambda z, w, x: function.apply(z @ w.T + x))
+
+    def solved(weight):
+        return deq(torch.zeros_like(x), weight, x).square().sum()
+
+    message = UNSUITED[function].get(name)
+    if message is not None:
+        with pytest.raises((RuntimeError, NotImplementedError), match=message):
+            USES[name](solved, weight)
+        return
+    expected = USES[name](square(lambda weight: unrolled(weight, x)), weight)
+    torch.testing.assert_close(USES[name](solved, weight), expected, rtol=1e-7, atol=1e-8)
