@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from experiments.paper.measurement import Training
     from experiments.paper.recipes import Profile
 
-NAMES = ("table1", "table2", "table3", "figure7", "figure8")
+NAMES = ("table1", "table2", "table3", "figure7", "figure8", "modes")
 PROFILE_NAMES = ("cpu", "paper", "smoke")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     command.add_argument("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=(
-        f"{', '.join(NAMES)}, or all: the tables and figures of the paper"
+        f"{', '.join(NAMES)}, or all: the tables and figures of the paper, and its penalty in two modes"
     ))  # fmt: skip
     command.add_argument("--profile", choices=PROFILE_NAMES, default="cpu", help=(
         "cpu: CIFAR-10 and Shakespeare at sizes that two cores train, the default; paper: the published configurations,"

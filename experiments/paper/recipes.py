@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments.paper.measurement import Training
 from experiments.training import TrainingConfig, load_training_config, training_config_from_mapping
+from pydeq.jacobian.estimator import Mode
 from pydeq.models.equilibrium import PenaltyConfig
 
 PLAIN, PENALIZED, DECAY = "unpenalized", "penalized", "weight decay"
@@ -43,13 +44,20 @@ class Images:
     test_batch: int
 
     def training(
-        self, *, cap: str = "small", strength: float | None = None, weight_decay: float | None = None, seed: int = 0
+        self,
+        *,
+        cap: str = "small",
+        strength: float | None = None,
+        mode: Mode | None = None,
+        weight_decay: float | None = None,
+        seed: int = 0,
     ) -> Training:
         """A training of the grid.
 
         Args:
             cap: "small" for that of the penalized recipe, "generous" for that of the unpenalized one.
             strength: Of the penalty; None for that of the recipe, 0 for none.
+            mode: Of the penalty; None for that of the recipe.
             weight_decay: That of the recipe by default.
             seed: Of the training.
         """
@@ -59,6 +67,8 @@ class Images:
         penalty = published_penalty(config)
         if strength is not None:
             penalty = replace(penalty, strength=strength) if strength else PenaltyConfig(0.0)
+        if mode is not None:
+            penalty = replace(penalty, mode=mode)
         if cap == "generous":
             config = capped(config, *caps(self.plain))
             config = replace(config, jitter=self.plain.jitter)

@@ -10,6 +10,7 @@ from torch import nn
 from pydeq.adjoints import Implicit, Unrolled
 from pydeq.arguments import suggests_keywords
 from pydeq.jacobian import JacobianPenalty
+from pydeq.jacobian.estimator import Mode
 from pydeq.layer import DEQ
 from pydeq.models.configuration import Config, check_at_least
 from pydeq.solution import Solution
@@ -91,7 +92,7 @@ class PenaltyConfig(Config):
     increment: float = 0.0
     every: int | None = None
     probes: int = 1
-    mode: Literal["vjp", "jvp"] = "vjp"
+    mode: Mode = "vjp"
     stop_epoch: int | None = None
     pretraining_strength: float = 0.0
 

@@ -1,0 +1,60 @@
+"""The penalty by differences of fn, and by vector-Jacobian products: accuracy at hard stops."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from experiments.paper.experiment import (
+    Experiment,
+    Measurements,
+    Trainings,
+    metric,
+    over_stops,
+    radius,
+    seconds,
+    seeded,
+)
+from experiments.paper.recipes import Profile
+from experiments.paper.report import Panel, Report, Row, Table, claim
+
+SEEDS = 3
+"""At least: trainings that start alike drift apart."""
+
+NEAR = 1.0
+"""Points of accuracy."""
+
+VJP, DIFFERENCE = "penalized, vjp", "penalized, difference"
+
+
+class Modes(Experiment):
+    """What the cheaper penalty costs in accuracy. The paper has only vector-Jacobian products."""
+
+    name: ClassVar[str] = "modes"
+    title: ClassVar[str] = "the penalty by differences, against vector-Jacobian products"
+
+    def trainings(self, profile: Profile, seeds: int) -> Trainings:
+        images, seeds = profile.images, max(SEEDS, seeds)
+        return {
+            VJP: seeded(images.training(), seeds),
+            DIFFERENCE: seeded(images.training(mode="difference"), seeds),
+        }
+
+    def report(self, profile: Profile, found: Measurements) -> Report:
+        images = profile.images
+        rows = []
+        for label, group in found.items():
+            stopped = [metric(group, stop) for stop in images.stops]
+            rows.append(Row(label, (*stopped, metric(group, None), radius(group), seconds(group))))
+        columns = ("penalty", *(f"stop {stop}" for stop in images.stops), "own cap", "spectral radius", "seconds")
+        table = Table("Test accuracy, %, at hard stops", columns, tuple(rows))
+        vjp, difference = (metric(found[label], images.stop).number for label in (VJP, DIFFERENCE))
+        near = claim(
+            "modes.near",
+            f"at a hard stop of {images.stop} the model penalized by differences is at most {NEAR} points worse than"
+            " the one penalized by vector-Jacobian products",
+            {"difference": difference, "vjp": vjp, "margin": difference - vjp}, difference >= vjp - NEAR,
+        )  # fmt: skip
+        panel = Panel("Test accuracy at a hard stop", "evaluations of f allowed", "%", tuple(
+            over_stops(label, group, images.stops, "o-", i) for i, (label, group) in enumerate(found.items())
+        ))  # fmt: skip
+        return Report([table], [near], [panel])
