@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from experiments.training.checkpoint import CheckpointError
+from experiments.training.config_files import training_config_names
 from experiments.training.configuration import (
     CheckpointConfig,
     DataConfig,
@@ -21,7 +22,6 @@ from experiments.training.configuration import (
     TrainingConfig,
     load_training_config,
     training_config_from_mapping,
-    training_config_names,
 )
 from experiments.training.history import Evaluation, EvaluationRow, History, Result, StepRow
 from experiments.training.observers import Observer

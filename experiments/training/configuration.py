@@ -1,4 +1,4 @@
-"""What a training is: typed configurations, and the YAML files that fill them.
+"""What a training is: typed configurations, and the files that fill them.
 
 A file gives the fields of :class:`TrainingConfig`; the model is the name of a model's configuration, or the
 configuration itself, or a name with other values for some fields::
@@ -11,27 +11,16 @@ configuration itself, or a name with other values for some fields::
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.training.config_files import SUFFIXES, config_path, parse_yaml, read_mapping
 from pydeq.arguments import suggests_keywords
-from pydeq.models import MODELS, config_from_mapping
-from pydeq.models.configuration import (
-    Config,
-    build_config,
-    check_above_zero,
-    check_at_least,
-    config_names,
-    config_path,
-    read_yaml,
-)
+from pydeq.models import MODELS, config_from_mapping, load_config
+from pydeq.models.configuration import Config, build_config, check_above_zero, check_at_least
 from pydeq.models.equilibrium import PenaltyConfig
-
-FOLDER = Path(__file__).parent / "configs"
-"""Where the configurations that come with the package are."""
 
 
 @suggests_keywords
@@ -293,10 +282,7 @@ class TrainingConfig(Config):
 
     def mapping(self) -> dict[str, Any]:
         """The configuration as a file would have it: mappings, lists and scalars."""
-        mapping = _plain(self)
-        (kind,) = (name for name, (config, _) in MODELS.items() if type(self.model) is config)
-        mapping["model"] = {"model": kind} | mapping["model"]
-        return mapping
+        return _plain(self) | {"model": _mapping_of(self.model)}
 
     def with_values(self, values: Mapping[str, Any]) -> TrainingConfig:
         """This configuration with other values.
@@ -341,9 +327,9 @@ def load_training_config(name: str | Path, values: Mapping[str, Any] | None = No
         ModuleNotFoundError: Without PyYAML.
         TypeError, ValueError: If the file is not a configuration, naming it and what is wrong.
     """
-    path = config_path(name, FOLDER)
+    path = config_path(name)
+    mapping = read_mapping(path)
     try:
-        mapping = read_yaml(path)
         if "model" in mapping:
             mapping["model"] = _model_mapping(mapping["model"], path.parent)
         return training_config_from_mapping(_with_values(mapping, values or {}))
@@ -351,13 +337,8 @@ def load_training_config(name: str | Path, values: Mapping[str, Any] | None = No
         raise type(error)(f"{path}: {error}") from error
 
 
-def training_config_names() -> list[str]:
-    """The names of the training configurations that come with the package."""
-    return config_names(FOLDER)
-
-
 def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
-    """Values from texts ``key=value``, where a value is what YAML, or a number like 1e-3, says.
+    """Values from texts ``key=value``, each value in YAML.
 
     Raises:
         ValueError: If a text has no ``=`` or no key, or a value is no YAML.
@@ -368,14 +349,9 @@ def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"a value must be set as key=value, got {assignment!r}")
         try:
-            values[key] = json.loads(text)  # YAML 1.1 takes 1e-3 for text
-        except ValueError:
-            import yaml
-
-            try:
-                values[key] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"the value of {key} is not valid YAML: {text!r}") from error
+            values[key] = parse_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"the value of {key} is {error}") from error
     return values
 
 
@@ -390,8 +366,11 @@ def _model_mapping(model: Any, folder: Path | None) -> dict[str, Any]:
         name = mapping.pop("config")
         if not isinstance(name, str):
             raise TypeError(f"model.config must be the name of a configuration, got {name!r}")
-        path = folder / name if folder is not None and name.endswith((".yaml", ".yml", ".json")) else name
-        mapping = _merged(read_yaml(config_path(path)), mapping)
+        if name.endswith(SUFFIXES):
+            base = read_mapping(config_path((folder or Path()) / name))
+        else:
+            base = _mapping_of(load_config(name))
+        mapping = _merged(base, mapping)
     return mapping
 
 
@@ -433,3 +412,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return value
+
+
+def _mapping_of(model: Config) -> dict[str, Any]:
+    """A model's configuration as a file has it."""
+    (kind,) = (name for name, (config, _) in MODELS.items() if type(model) is config)
+    return {"model": kind} | _plain(model)

@@ -8,15 +8,15 @@ Import it as ``import pydeq.models`` or ``from pydeq import models``.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from pydeq.models.configuration import Config, build_config, config_names, config_path, read_yaml
+from pydeq.models.configuration import Config, build_config, unknown_name
 from pydeq.models.conv_deq import ConvDEQ, ConvDEQConfig
 from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
 from pydeq.models.ignn import IGNN, IGNNConfig
 from pydeq.models.implicit_mlp import ImplicitMLP, ImplicitMLPConfig
 from pydeq.models.mdeq import MDEQ, ClassificationConfig, MDEQConfig, SegmentationConfig
+from pydeq.models.published import PUBLISHED
 from pydeq.models.transformer import DEQTransformerConfig, DEQTransformerLM, LMOutput, Memory
 
 MODELS: dict[str, tuple[type[Config], type[EquilibriumModel]]] = {
@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[type[Config], type[EquilibriumModel]]] = {
     "implicit_mlp": (ImplicitMLPConfig, ImplicitMLP),
     "mdeq": (MDEQConfig, MDEQ),
 }
-"""What a configuration file's key ``model`` may say."""
+"""The configuration and the class of each model, by the name that a mapping's key ``model`` has."""
 
 
 def config_from_mapping(mapping: dict[str, Any]) -> Config:
@@ -42,38 +42,40 @@ def config_from_mapping(mapping: dict[str, Any]) -> Config:
     return build_config(MODELS[model][0], {key: value for key, value in mapping.items() if key != "model"})
 
 
-def load_config(name: str | Path) -> Config:
-    """Read a configuration.
+def config_names() -> list[str]:
+    """The names of the published configurations."""
+    return sorted(PUBLISHED)
+
+
+def load_config(name: str) -> Config:
+    """A published configuration.
 
     Args:
-        name: One of :func:`config_names`, or the path of a file.
+        name: One of :func:`config_names`.
 
     Raises:
-        ModuleNotFoundError: Without PyYAML.
-        TypeError, ValueError: If the file is not a configuration, naming it and what is wrong.
+        ValueError: If there is no such name, with the nearest one.
     """
-    path = config_path(name)
-    mapping = read_yaml(path)
-    try:
-        return config_from_mapping(mapping)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+    if name not in PUBLISHED:
+        raise unknown_name("that of a published configuration", name, config_names())
+    return PUBLISHED[name]
 
 
-def build(config: Config | str | Path) -> EquilibriumModel:
+def build(config: Config | str) -> EquilibriumModel:
     """The model of a configuration, with new parameters.
 
     Args:
-        config: A configuration, or what :func:`load_config` takes.
+        config: A configuration, or the name of a published one.
 
     Raises:
         TypeError: If it is no configuration of a model.
+        ValueError: If there is no such name.
     """
-    found = load_config(config) if isinstance(config, str | Path) else config
+    found = load_config(config) if isinstance(config, str) else config
     for kind, model in MODELS.values():
         if isinstance(found, kind):
             return model(found)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    raise TypeError(f"config must be a name, a path or the configuration of a model, got {type(found).__name__}")
+    raise TypeError(f"config must be a name or the configuration of a model, got {type(found).__name__}")
 
 
 __all__ = [

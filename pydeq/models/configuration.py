@@ -1,28 +1,22 @@
-"""Configurations as data: typed dataclasses, and the YAML files that fill them.
+"""Configurations as typed dataclasses that check their values.
 
-A file names the model and gives the fields of its configuration, with nested configurations as mappings::
+A mapping of the fields, with nested configurations as mappings, builds one, too::
 
-    model: mdeq
-    channels: [24, 24]
-    solver: {forward: broyden, max_steps: 18}
+    build_config(MDEQConfig, {"channels": [24, 24], "solver": {"forward": "broyden", "max_steps": 18}})
 
-A key that is no field, or a value of another type, is an error that says where.
+A key that is no field, or a value of another type, is an error that names it.
 """
 
 from __future__ import annotations
 
-import re
+import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from pydeq.arguments import unknown_keyword
-
-FOLDER = Path(__file__).parent / "configs"
-"""Where the published configurations are."""
 
 
 @dataclass(frozen=True)
@@ -115,65 +109,15 @@ def build_config(kind: type, mapping: Any) -> Any:
     return kind(**mapping)
 
 
-def config_names(folder: Path = FOLDER) -> list[str]:
-    """The names of the configurations that come with the package."""
-    return sorted(file.stem for file in folder.glob("*.yaml"))
+def unknown_name(what: str, got: str, known: Iterable[str]) -> ValueError:
+    """The ValueError for a name that is none of ``known``, with the nearest of them.
 
-
-def config_path(name: str | Path, folder: Path = FOLDER) -> Path:
-    """The file of a configuration: a name of :func:`config_names`, or a path that ends in .yaml or .json.
-
-    Raises:
-        ValueError: If there is no such name, with the nearest one.
-        FileNotFoundError: If there is no such file.
+    Args:
+        what: What the name must be.
+        got: The name.
+        known: All names.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML, too
-        if not path.is_file():
-            raise FileNotFoundError(f"no configuration file {path}")
-        return path
-    found = folder / f"{name}.yaml"
-    if str(name) not in config_names(folder):
-        import difflib
-
-        nearest = difflib.get_close_matches(str(name), config_names(folder), n=1)
-        advice = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(config_names(folder))}"
-        raise ValueError(f"name must be that of a configuration or a .yaml file, got {str(name)!r}: {advice}")
-    return found
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ModuleNotFoundError: Without PyYAML, with what to install.
-        ValueError: If it is no YAML, no mapping, or a key stands there twice.
-    """
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("configuration files need PyYAML: pip install PyYAML", name="yaml") from error
-
-    class Loader(yaml.SafeLoader):
-        """Refuses keys that stand there twice; the YAML library keeps the last one."""
-
-    def construct_mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{path}: key {key!r} stands there twice")
-        return loader.construct_mapping(node, deep=True)
-
-    # YAML 1.1, which the library reads, takes 1e-3 for text; 1.2 and everybody else for a number.
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
-    try:
-        with path.open(encoding="utf-8") as file:
-            mapping = yaml.load(file, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{path} must be a mapping with a key 'model', got {type(mapping).__name__}")
-    return mapping
+    known = list(known)
+    nearest = difflib.get_close_matches(got, known, n=1)
+    advice = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(known)}"
+    return ValueError(f"name must be {what}, got {got!r}: {advice}")
