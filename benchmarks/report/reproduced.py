@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.paper.report import Claim, Entry, Row, Table
+from experiments.paper.report import Claim, Entry, ReportTable, Row
 
 
 def section(facts: Mapping[str, Any], link: str) -> Iterator[str]:
@@ -33,9 +33,9 @@ def section(facts: Mapping[str, Any], link: str) -> Iterator[str]:
     )
 
 
-def _table(content: Mapping[str, Any]) -> Table:
+def _table(content: Mapping[str, Any]) -> ReportTable:
     rows = (
         Row(row["label"], tuple(Entry(tuple(e["values"]), e["unit"], e["paper"]) for e in row["entries"]))
         for row in content["rows"]
     )
-    return Table(content["title"], tuple(content["columns"]), tuple(rows))
+    return ReportTable(content["title"], tuple(content["columns"]), tuple(rows))

@@ -13,7 +13,7 @@ from experiments.paper.figure8 import Figure8
 from experiments.paper.grid import Grid, GridError
 from experiments.paper.measurement import Measurement, Training
 from experiments.paper.modes import Modes
-from experiments.paper.recipes import Profile, profile
+from experiments.paper.recipes import Recipes, recipes_of
 from experiments.paper.report import Report
 from experiments.paper.table1 import Table1
 from experiments.paper.table2 import Table2
@@ -30,8 +30,8 @@ __all__ = [
     "Grid",
     "GridError",
     "Measurement",
-    "Profile",
+    "Recipes",
     "Report",
     "Training",
-    "profile",
+    "recipes_of",
 ]

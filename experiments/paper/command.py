@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from experiments.paper.experiment import Trainings
     from experiments.paper.grid import Grid
     from experiments.paper.measurement import Training
-    from experiments.paper.recipes import Profile
+    from experiments.paper.recipes import Recipes
 
 NAMES = ("table1", "table2", "table3", "figure7", "figure8", "modes")
 PROFILE_NAMES = ("cpu", "paper", "smoke")
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         interrupted. Claims that are not shown are results, no errors.
     """
     from experiments.data import AlteredDataError, MissingDataError
-    from experiments.paper import EXPERIMENTS, Grid, GridError, profile
+    from experiments.paper import EXPERIMENTS, Grid, GridError, recipes_of
     from experiments.paper.environment import cores
 
     for name in ("seeds", "jobs"):
@@ -60,26 +60,26 @@ def run(arguments: argparse.Namespace) -> int:
         return _failed("--device must be cpu or auto: torch has no CUDA here, got cuda", 2)
     device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
     try:
-        chosen = profile(arguments.profile, device, arguments.imagenet)
+        recipes = recipes_of(arguments.profile, device, arguments.imagenet)
     except ModuleNotFoundError as error:
         return _failed(str(error))
-    seeds = arguments.seeds or chosen.seeds
-    out = arguments.out or Path("runs", f"reproduce-{chosen.name}")
+    seeds = arguments.seeds or recipes.seeds
+    out = arguments.out or Path("runs", f"reproduce-{recipes.name}")
     jobs = arguments.jobs or (1 if device == "cuda" else min(2, cores()))
     names = NAMES if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
-    wanted = {name: EXPERIMENTS[name].trainings(chosen, seeds) for name in names}
+    wanted = {name: EXPERIMENTS[name].trainings(recipes, seeds) for name in names}
     grid = Grid(out, jobs, threads=1, resume=arguments.resume)
     try:
         if arguments.plan:
             return _plan(wanted, grid)
-        if chosen.needs_gpu and device != "cuda":
+        if recipes.needs_gpu and device != "cuda":
             return _failed(
                 "the paper profile trains the published models, which takes days on a GPU, and torch finds none here:"
                 " use --profile cpu, or see the trainings with --plan"
             )
         out.mkdir(parents=True, exist_ok=True)
         for name in names:
-            _reproduce(name, wanted[name], chosen, grid, device, seeds)
+            _reproduce(name, wanted[name], recipes, grid, device, seeds)
     except KeyboardInterrupt:
         print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
         return 130
@@ -88,23 +88,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _reproduce(name: str, trainings: Trainings, chosen: Profile, grid: Grid, device: str, seeds: int) -> None:
+def _reproduce(name: str, trainings: Trainings, recipes: Recipes, grid: Grid, device: str, seeds: int) -> None:
     """One experiment, from its trainings to its files."""
     from experiments.paper import EXPERIMENTS
     from experiments.paper.environment import environment
     from experiments.paper.report import report_mapping
-    from experiments.training.files import write_whole
+    from experiments.training.atomic_files import write_whole
 
     experiment = EXPERIMENTS[name]
-    title = f"{name}, {chosen.name} profile: {experiment.title}"
+    title = f"{name}, {recipes.name} profile: {experiment.title}"
     print(title, flush=True)
     measured = grid.measure(_flat(trainings))
     found = {label: [measured[each.key] for each in group] for label, group in trainings.items()}
-    report = experiment.report(chosen, found)
+    report = experiment.report(recipes, found)
     print(f"\n{report}\n")
-    facts = {"experiment": name, "title": experiment.title, "profile": chosen.name, "seeds": seeds}
+    facts = {"experiment": name, "title": experiment.title, "profile": recipes.name, "seeds": seeds}
     mapping = report_mapping(report, facts | {"environment": environment(device)}, found)
-    path = grid.out / f"reproduce-{chosen.name}-{name}.json"
+    path = grid.out / f"reproduce-{recipes.name}-{name}.json"
     write_whole(path, json.dumps(mapping, indent=1, allow_nan=False) + "\n")
     print(f"wrote {path}")
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from experiments.paper.measurement import Measurement, Training
-from experiments.paper.recipes import Profile
+from experiments.paper.recipes import Recipes
 from experiments.paper.report import Curve, Entry, Report, Unit
 
 Trainings = Mapping[str, Sequence[Training]]
@@ -28,20 +28,20 @@ class Experiment(ABC):
     """What it is about."""
 
     @abstractmethod
-    def trainings(self, profile: Profile, seeds: int) -> Trainings:
+    def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
         """What must be trained.
 
         Args:
-            profile: At which size.
+            recipes: Of a profile.
             seeds: Of the main rows.
         """
 
     @abstractmethod
-    def report(self, profile: Profile, found: Measurements) -> Report:
+    def report(self, recipes: Recipes, found: Measurements) -> Report:
         """What was found.
 
         Args:
-            profile: That of the trainings.
+            recipes: Those of the trainings.
             found: Measurements of all trainings.
         """
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from experiments.paper.experiment import Experiment, Measurements, Trainings, over_training, residual
 from experiments.paper.measurement import Measurement
 from experiments.paper.published import FIGURE7
-from experiments.paper.recipes import PENALIZED_GENEROUS, PENALIZED_SMALL, PLAIN_GENEROUS, PLAIN_SMALL, Profile
-from experiments.paper.report import Entry, Panel, Report, Row, Table, claim
+from experiments.paper.recipes import PENALIZED_GENEROUS, PENALIZED_SMALL, PLAIN_GENEROUS, PLAIN_SMALL, Recipes
+from experiments.paper.report import Entry, Panel, Report, ReportTable, Row, claim
 
 
 class Figure7(Experiment):
@@ -19,10 +19,10 @@ class Figure7(Experiment):
     name: ClassVar[str] = "figure7"
     title: ClassVar[str] = "the spectral radius in the course of training"
 
-    def trainings(self, profile: Profile, seeds: int) -> Trainings:
-        return {label: [training] for label, training in profile.figure7.items()}
+    def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
+        return {label: [training] for label, training in recipes.figure7.items()}
 
-    def report(self, profile: Profile, found: Measurements) -> Report:
+    def report(self, recipes: Recipes, found: Measurements) -> Report:
         quarters = {label: _quarters(group) for label, group in found.items()}
         rows = tuple(
             Row(label, (
@@ -34,7 +34,7 @@ class Figure7(Experiment):
         columns = (
             "training", "first quarter", "last quarter", "largest mean", "relative residual", "(the paper's words)",
         )  # fmt: skip
-        table = Table("Mean spectral radius on validation data", columns, rows)
+        table = ReportTable("Mean spectral radius on validation data", columns, rows)
         small, generous, bounded = (quarters[label] for label in (PLAIN_SMALL, PLAIN_GENEROUS, PENALIZED_SMALL))
         claims = [
             claim(

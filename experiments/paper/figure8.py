@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from experiments.paper.experiment import Experiment, Measurements, Trainings, metric, over_training, radius, residual
 from experiments.paper.published import FIGURE8
-from experiments.paper.recipes import DECAY, PENALIZED, PLAIN, Profile
-from experiments.paper.report import Entry, Panel, Report, Row, Table, claim
+from experiments.paper.recipes import DECAY, PENALIZED, PLAIN, Recipes
+from experiments.paper.report import Entry, Panel, Report, ReportTable, Row, claim
 
 FACTOR = 2.0
 """How many times smaller the penalized model's residual must be."""
@@ -20,11 +20,11 @@ class Figure8(Experiment):
     name: ClassVar[str] = "figure8"
     title: ClassVar[str] = "weight decay against the penalty"
 
-    def trainings(self, profile: Profile, seeds: int) -> Trainings:
-        return {label: [training] for label, training in profile.figure8.items()}
+    def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
+        return {label: [training] for label, training in recipes.figure8.items()}
 
-    def report(self, profile: Profile, found: Measurements) -> Report:
-        stop = profile.figure8_stop
+    def report(self, recipes: Recipes, found: Measurements) -> Report:
+        stop = recipes.figure8_stop
         rows = tuple(
             Row(label, (
                 metric(group, stop), metric(group, None), residual(group, stop), residual(group, None), radius(group),
@@ -37,7 +37,7 @@ class Figure8(Experiment):
             "training", f"{name} at {stop}", f"{name}, own cap", f"residual at {stop}", "residual, own cap",
             "spectral radius", "(the paper's words)",
         )  # fmt: skip
-        table = Table(
+        table = ReportTable(
             f"Test {name} and relative residual at a hard stop of {stop} and at the training's cap", columns, rows
         )
         sign = 1.0 if name == "accuracy" else -1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.training import Evaluation, EvaluationRow, History, TrainingConfig
-from experiments.training.files import write_whole
+from experiments.training.atomic_files import write_whole
 
 FORMAT = 1
 FILE = "measurement.json"

@@ -14,8 +14,8 @@ from experiments.paper.experiment import (
     seconds,
     seeded,
 )
-from experiments.paper.recipes import Profile
-from experiments.paper.report import Panel, Report, Row, Table, claim
+from experiments.paper.recipes import Recipes
+from experiments.paper.report import Panel, Report, ReportTable, Row, claim
 
 SEEDS = 3
 """At least: trainings that start alike drift apart."""
@@ -32,21 +32,21 @@ class Modes(Experiment):
     name: ClassVar[str] = "modes"
     title: ClassVar[str] = "the penalty by differences, against vector-Jacobian products"
 
-    def trainings(self, profile: Profile, seeds: int) -> Trainings:
-        images, seeds = profile.images, max(SEEDS, seeds)
+    def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
+        images, seeds = recipes.images, max(SEEDS, seeds)
         return {
             VJP: seeded(images.training(), seeds),
             DIFFERENCE: seeded(images.training(mode="difference"), seeds),
         }
 
-    def report(self, profile: Profile, found: Measurements) -> Report:
-        images = profile.images
+    def report(self, recipes: Recipes, found: Measurements) -> Report:
+        images = recipes.images
         rows = []
         for label, group in found.items():
             stopped = [metric(group, stop) for stop in images.stops]
             rows.append(Row(label, (*stopped, metric(group, None), radius(group), seconds(group))))
         columns = ("penalty", *(f"stop {stop}" for stop in images.stops), "own cap", "spectral radius", "seconds")
-        table = Table("Test accuracy, %, at hard stops", columns, tuple(rows))
+        table = ReportTable("Test accuracy, %, at hard stops", columns, tuple(rows))
         vjp, difference = (metric(found[label], images.stop).number for label in (VJP, DIFFERENCE))
         near = claim(
             "modes.near",

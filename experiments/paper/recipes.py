@@ -2,7 +2,7 @@
 
 paper: the published configurations, as they are.
 cpu: CIFAR-10 and Shakespeare at sizes that two cores train. Solvers and tolerances are the published ones, and so are
-the caps of the image models; the small language model has smaller caps. Penalties were chosen on validation data;
+the caps of the image models; the small language model has smaller caps. Penalties were recipes on validation data;
 that of images is taken at every step, since the published frequencies are for a hundred times longer trainings.
 smoke: digits and a computed text, to see that everything works.
 """
@@ -24,7 +24,7 @@ PENALIZED_SMALL, PENALIZED_GENEROUS = "penalized, small cap", "penalized, genero
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageRecipes:
     """The trainings of the image experiments.
 
     Args:
@@ -84,7 +84,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Language:
+class LanguageRecipes:
     """The trainings of the language experiment.
 
     Args:
@@ -105,8 +105,8 @@ class Language:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What a profile trains.
+class Recipes:
+    """The trainings of a profile.
 
     Args:
         name: cpu, paper or smoke.
@@ -123,8 +123,8 @@ class Profile:
 
     name: str
     seeds: int
-    images: Images
-    language: Language
+    images: ImageRecipes
+    language: LanguageRecipes
     figure7: Mapping[str, Training]
     figure8: Mapping[str, Training]
     figure8_stop: int
@@ -151,23 +151,23 @@ def published_penalty(config: TrainingConfig) -> PenaltyConfig:
     return penalty
 
 
-def profile(name: str, device: str = "auto", imagenet: str | None = None) -> Profile:
-    """A profile.
+def recipes_of(profile: str, device: str = "auto", imagenet: str | None = None) -> Recipes:
+    """The recipes of a profile.
 
     Args:
-        name: cpu, paper or smoke.
+        profile: cpu, paper or smoke.
         device: cpu or cuda.
         imagenet: Folder of ImageNet, for table 2 of the paper profile.
 
     Raises:
         ValueError: If there is none of that name.
     """
-    if name not in PROFILES:
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {name!r}")
-    return PROFILES[name]({"device": device, "logging.plot": False, "logging.tensorboard": False}, imagenet)
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    return PROFILES[profile]({"device": device, "logging.plot": False, "logging.tensorboard": False}, imagenet)
 
 
-def _smoke(common: dict[str, Any], imagenet: str | None) -> Profile:
+def _smoke(common: dict[str, Any], imagenet: str | None) -> Recipes:
     solver = {
         "forward": "broyden", "backward": "broyden", "rtol": 1e-3, "max_steps": 4,
         "backward_rtol": 1e-4, "backward_max_steps": 3,
@@ -184,7 +184,7 @@ def _smoke(common: dict[str, Any], imagenet: str | None) -> Profile:
         "evaluation": {"every_steps": 3, "batch": 100, "samples": 50, "radius_samples": 4, "radius_steps": 10},
     })  # fmt: skip
     plain = replace(capped(penalized, 6, 6), penalty=None)
-    images = Images(plain, penalized, (0.1, 0.5, 2.0), stop=3, stops=(1, 2, 3), test_batch=100)
+    images = ImageRecipes(plain, penalized, (0.1, 0.5, 2.0), stop=3, stops=(1, 2, 3), test_batch=100)
     post = _config(common, {
         "model": {
             "model": "deq_transformer_lm", "vocabulary": 16, "d_model": 16, "d_inner": 16, "heads": 2, "d_head": 8,
@@ -197,11 +197,11 @@ def _smoke(common: dict[str, Any], imagenet: str | None) -> Profile:
         "penalty": {"strength": 1.0, "frequency": 0.5},
         "evaluation": {"every_steps": 4, "batch": 8, "samples": 256, "radius_samples": 2, "radius_steps": 10},
     })  # fmt: skip
-    language = Language(_language_models(post, (6, 6), (4, 3)), 3, (3,), 8)
-    return Profile("smoke", 1, images, language, _four(images), _decayed(images, (1e-3,)), images.stop)
+    language = LanguageRecipes(_language_models(post, (6, 6), (4, 3)), 3, (3,), 8)
+    return Recipes("smoke", 1, images, language, _four(images), _decayed(images, (1e-3,)), images.stop)
 
 
-def _cpu(common: dict[str, Any], imagenet: str | None) -> Profile:
+def _cpu(common: dict[str, Any], imagenet: str | None) -> Recipes:
     penalized = _config(common, {
         "model": {
             "model": "conv_deq", "image_channels": 3, "classes": 10, "channels": 48, "inner": 64, "stride": 4,
@@ -220,7 +220,7 @@ def _cpu(common: dict[str, Any], imagenet: str | None) -> Profile:
         "evaluation": {"every_steps": 80, "batch": 250, "samples": 500, "radius_samples": 32},
     })  # fmt: skip
     plain = capped(penalized, 18, 20).with_values({"penalty": None, "jitter": [0, 0], "pretraining.layers": 10})
-    images = Images(
+    images = ImageRecipes(
         plain, penalized, (0.3, 1.0, 3.0, 10.0), stop=6, stops=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 18), test_batch=250
     )
     post = _config(common, {
@@ -240,15 +240,15 @@ def _cpu(common: dict[str, Any], imagenet: str | None) -> Profile:
         "penalty": {"strength": 0.1, "frequency": 0.35},
         "evaluation": {"every_steps": 100, "batch": 32, "samples": 16384, "radius_samples": 8},
     })  # fmt: skip
-    language = Language(_language_models(post, (30, 35), (8, 9)), 8, (3, 6, 8, 12), 64)
-    return Profile("cpu", 2, images, language, _four(images), _decayed(images, (1e-4, 1e-3)), images.stop)
+    language = LanguageRecipes(_language_models(post, (30, 35), (8, 9)), 8, (3, 6, 8, 12), 64)
+    return Recipes("cpu", 2, images, language, _four(images), _decayed(images, (1e-4, 1e-3)), images.stop)
 
 
-def _paper(common: dict[str, Any], imagenet: str | None) -> Profile:
+def _paper(common: dict[str, Any], imagenet: str | None) -> Recipes:
     def published(name: str, values: Mapping[str, Any] | None = None) -> TrainingConfig:
         return load_training_config(name, common | {"evaluation.stops": []} | dict(values or {}))
 
-    images = Images(
+    images = ImageRecipes(
         published("mdeq_cifar_large"), published("mdeq_cifar_large_reg"), (0.1, 0.6, 1.2), stop=6,
         stops=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17), test_batch=500,
     )  # fmt: skip
@@ -273,7 +273,7 @@ def _paper(common: dict[str, Any], imagenet: str | None) -> Profile:
             )
             for size in ("small", "large")
         }
-    language = Language(models, 12, (12,), 10)
+    language = LanguageRecipes(models, 12, (12,), 10)
     # At these caps the paper shows the radius of language models.
     small, generous = (Training(capped(post, cap, cap), language.stops, language.test_batch) for cap in (16, 30))
     penalized, decayed = (
@@ -282,10 +282,10 @@ def _paper(common: dict[str, Any], imagenet: str | None) -> Profile:
     )
     figure7 = {PLAIN_SMALL: small, PLAIN_GENEROUS: generous, PENALIZED_SMALL: penalized}
     figure8 = {PLAIN: small, f"{DECAY} 1e-06": replace(small, config=decayed), PENALIZED: penalized}
-    return Profile("paper", 1, images, language, figure7, figure8, 12, needs_gpu=True, imagenet=pairs)
+    return Recipes("paper", 1, images, language, figure7, figure8, 12, needs_gpu=True, imagenet=pairs)
 
 
-def _four(images: Images) -> dict[str, Training]:
+def _four(images: ImageRecipes) -> dict[str, Training]:
     """Figure 7 of the images' trainings."""
     return {
         PLAIN_SMALL: images.training(strength=0.0), PLAIN_GENEROUS: images.training(cap="generous", strength=0.0),
@@ -293,7 +293,7 @@ def _four(images: Images) -> dict[str, Training]:
     }  # fmt: skip
 
 
-def _decayed(images: Images, decays: tuple[float, ...]) -> dict[str, Training]:
+def _decayed(images: ImageRecipes, decays: tuple[float, ...]) -> dict[str, Training]:
     """Figure 8 of the images' trainings, all at the small cap."""
     decayed = {f"{DECAY} {decay:g}": images.training(strength=0.0, weight_decay=decay) for decay in decays}
     return {PLAIN: images.training(strength=0.0)} | decayed | {PENALIZED: images.training()}

@@ -15,8 +15,8 @@ from experiments.paper.experiment import (
     residual,
 )
 from experiments.paper.published import TABLE1
-from experiments.paper.recipes import Profile
-from experiments.paper.report import Claim, Panel, Report, Row, Table, claim
+from experiments.paper.recipes import Recipes
+from experiments.paper.report import Claim, Panel, Report, ReportTable, Row, claim
 
 NEAR = 0.05
 """How much larger a perplexity may be to be as good: the paper's 24.9 is 4% beyond its 24.0."""
@@ -28,11 +28,11 @@ class Table1(Experiment):
     name: ClassVar[str] = "table1"
     title: ClassVar[str] = "language models, with and without the penalty"
 
-    def trainings(self, profile: Profile, seeds: int) -> Trainings:
-        return {name: [profile.language.training(name)] for name in profile.language.models}
+    def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
+        return {name: [recipes.language.training(name)] for name in recipes.language.models}
 
-    def report(self, profile: Profile, found: Measurements) -> Report:
-        language, rows = profile.language, []
+    def report(self, recipes: Recipes, found: Measurements) -> Report:
+        language, rows = recipes.language, []
         for label, group in found.items():
             paper = TABLE1[label]
             rows.append(Row(label, (
@@ -43,7 +43,7 @@ class Table1(Experiment):
                     evaluations(group, language.stop), metric(group, language.stop, paper.get("stopped")),
                     residual(group, language.stop), radius(group),
                 )))  # fmt: skip
-        table = Table(
+        table = ReportTable(
             "Test perplexity (in parentheses the paper's, on WikiText-103)",
             ("model", "evaluations", "perplexity (paper)", "relative residual", "spectral radius"), tuple(rows),
         )  # fmt: skip
@@ -53,10 +53,10 @@ class Table1(Experiment):
             Panel("Language models: validation loss", "step", "nats per token", tuple(losses)),
             Panel("Spectral radius", "step", "mean over validation data", tuple(curves)),
         ]
-        return Report([table], self._claims(profile, found), panels)
+        return Report([table], self._claims(recipes, found), panels)
 
-    def _claims(self, profile: Profile, found: Measurements) -> list[Claim]:
-        stop, claims = profile.language.stop, []
+    def _claims(self, recipes: Recipes, found: Measurements) -> list[Claim]:
+        stop, claims = recipes.language.stop, []
         for name in ("post-LN", "pre-LN"):
             plain, penalized, slug = found[name], found[f"{name}, penalized"], name.lower()
             full, stopped = metric(plain, None).number, metric(plain, stop).number

@@ -19,8 +19,8 @@ from experiments.paper.experiment import (
 )
 from experiments.paper.measurement import Measurement
 from experiments.paper.published import TABLE2, TABLE2_NFE
-from experiments.paper.recipes import PENALIZED, PLAIN, Profile
-from experiments.paper.report import Claim, Panel, Report, Row, Table, claim
+from experiments.paper.recipes import PENALIZED, PLAIN, Recipes
+from experiments.paper.report import Claim, Panel, Report, ReportTable, Row, claim
 
 WIDE_MARGIN = 2.0
 """Points of accuracy; the paper's margin is 4.0."""
@@ -37,18 +37,18 @@ class Table2(Experiment):
     name: ClassVar[str] = "table2"
     title: ClassVar[str] = "image classifiers, with and without the penalty"
 
-    def trainings(self, profile: Profile, seeds: int) -> Trainings:
-        images = profile.images
+    def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
+        images = recipes.images
         trainings = {
             PLAIN: seeded(images.training(cap="generous", strength=0.0), seeds),
             PENALIZED: seeded(images.training(), seeds),
         }
-        for name, (plain, penalized) in (profile.imagenet or {}).items():
+        for name, (plain, penalized) in (recipes.imagenet or {}).items():
             trainings |= {f"{name}, {PLAIN}": [plain], f"{name}, {PENALIZED}": [penalized]}
         return trainings
 
-    def report(self, profile: Profile, found: Measurements) -> Report:
-        images = profile.images
+    def report(self, recipes: Recipes, found: Measurements) -> Report:
+        images = recipes.images
         plain, penalized = found[PLAIN], found[PENALIZED]
         published, counts = TABLE2["CIFAR-10"], TABLE2_NFE["CIFAR-10"]
 
@@ -66,24 +66,26 @@ class Table2(Experiment):
             row(f"{PENALIZED}, stopped at {stop}", penalized, stop, "penalized"),
         ]
         columns = ("model", "evaluations (paper)", "accuracy, % (paper)", "relative residual", "spectral radius")
-        tables = [Table("Test accuracy (in parentheses the paper's, of MDEQ-large on CIFAR-10)", columns, tuple(rows))]
+        tables = [
+            ReportTable("Test accuracy (in parentheses the paper's, of MDEQ-large on CIFAR-10)", columns, tuple(rows))
+        ]
         notes = []
-        if profile.name == "paper" and profile.imagenet is None:
+        if recipes.name == "paper" and recipes.imagenet is None:
             notes.append("ImageNet: not trained; --imagenet says where it is.")
-        for name in profile.imagenet or {}:
+        for name in recipes.imagenet or {}:
             published, counts = TABLE2[name], TABLE2_NFE[name]
             pair = [
                 row(kind, found[f"{name}, {kind}"], None, which)
                 for kind, which in ((PLAIN, "full"), (PENALIZED, "penalized"))
             ]
-            tables.append(Table(f"{name}: test accuracy (in parentheses the paper's)", columns, tuple(pair)))
+            tables.append(ReportTable(f"{name}: test accuracy (in parentheses the paper's)", columns, tuple(pair)))
         panel = Panel("Test accuracy at a hard stop", "evaluations of f allowed", "%", (
             over_stops(PLAIN, plain, images.stops, "o-", 0), over_stops(PENALIZED, penalized, images.stops, "o-", 1),
         ))  # fmt: skip
-        return Report(tables, self._claims(profile, found), [panel], notes)
+        return Report(tables, self._claims(recipes, found), [panel], notes)
 
-    def _claims(self, profile: Profile, found: Measurements) -> list[Claim]:
-        images, plain, penalized = profile.images, found[PLAIN], found[PENALIZED]
+    def _claims(self, recipes: Recipes, found: Measurements) -> list[Claim]:
+        images, plain, penalized = recipes.images, found[PLAIN], found[PENALIZED]
         stop, stops = images.stop, images.stops
         full, stopped, own = metric(plain, None).number, metric(plain, stop).number, metric(penalized, stop).number
         spent = evaluations(plain, None).number

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from experiments.paper.experiment import Experiment, Measurements, Trainings, metric, over_stops, radius, seeded
 from experiments.paper.published import TABLE3
-from experiments.paper.recipes import Profile, published_penalty
-from experiments.paper.report import Entry, Panel, Report, Row, Table, claim
+from experiments.paper.recipes import Recipes, published_penalty
+from experiments.paper.report import Entry, Panel, Report, ReportTable, Row, claim
 
 STOPS = (1, 2, 3, 4, 5, 6)
 """The paper's."""
@@ -20,16 +20,16 @@ class Table3(Experiment):
     name: ClassVar[str] = "table3"
     title: ClassVar[str] = "the penalty's strength against the hard stop"
 
-    def trainings(self, profile: Profile, seeds: int) -> Trainings:
-        images = profile.images
+    def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
+        images = recipes.images
         main = published_penalty(images.penalized).strength
         trainings = {_label(0.0): [images.training(strength=0.0)]}
         for strength in images.strengths:
             trainings[_label(strength)] = seeded(images.training(strength=strength), seeds if strength == main else 1)
         return trainings
 
-    def report(self, profile: Profile, found: Measurements) -> Report:
-        images = profile.images
+    def report(self, recipes: Recipes, found: Measurements) -> Report:
+        images = recipes.images
         stops = [stop for stop in STOPS if stop in images.stops]
         rows = []
         for strength in (0.0, *images.strengths):
@@ -38,11 +38,11 @@ class Table3(Experiment):
             entries = [metric(group, stop, paper.get(stop)) for stop in stops]
             rows.append(Row(_label(strength), (*entries, metric(group, None), radius(group))))
         for strength, paper in TABLE3.items():
-            if strength not in images.strengths or profile.name != "paper":
+            if strength not in images.strengths or recipes.name != "paper":
                 entries = [Entry((), paper=paper[stop]) for stop in stops]
                 rows.append(Row(f"the paper's {strength:g}", (*entries, Entry(()), Entry(()))))
         columns = ("strength", *(f"stop {stop}" for stop in stops), "own cap", "spectral radius")
-        table = Table("Test accuracy, %, at hard stops (in parentheses the paper's)", columns, tuple(rows))
+        table = ReportTable("Test accuracy, %, at hard stops (in parentheses the paper's)", columns, tuple(rows))
         means = {strength: metric(found[_label(strength)], images.stop).number for strength in images.strengths}
         best = max(means, key=lambda strength: -math.inf if math.isnan(means[strength]) else means[strength])
         middle = best not in (images.strengths[0], images.strengths[-1])

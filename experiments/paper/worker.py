@@ -19,7 +19,7 @@ from experiments.paper.environment import environment
 from experiments.paper.measurement import Measurement, Training
 from experiments.training import Evaluation, EvaluationRow, History, Result, TrainingConfig, train
 from experiments.training.distribution import Distribution
-from experiments.training.evaluation import Evaluator
+from experiments.training.evaluation import ModelEvaluator
 from experiments.training.observers import Observer
 from experiments.training.precision import Precision
 from experiments.training.tasks import task_of
@@ -139,7 +139,7 @@ def _tested(training: Training, result: Result) -> Evaluation:
     try:
         task = task_of(config)(config, distribution)
         precision = Precision(config.amp, distribution.device)
-        evaluator = Evaluator(task, result.model, result.model, evaluation, precision, distribution, config.seed)  # pyright: ignore[reportArgumentType]
+        evaluator = ModelEvaluator(task, result.model, result.model, evaluation, precision, distribution, config.seed)  # pyright: ignore[reportArgumentType]
         return evaluator("test")
     finally:
         distribution.close()

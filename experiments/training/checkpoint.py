@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.training.files import flush_file, flush_folder
+from experiments.training.atomic_files import flush_file, flush_folder
 
 FORMAT = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"

@@ -9,9 +9,8 @@ from typing import Any
 
 from experiments.training.checkpoint import CheckpointError
 from experiments.training.configuration import load_training_config, parse_values
-from experiments.training.files import FolderInUseError
 from experiments.training.progress import progress
-from experiments.training.run import train
+from experiments.training.run import FolderInUseError, train
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,16 +11,16 @@ from torch import nn
 
 from experiments.training.configuration import EvaluationConfig
 from experiments.training.distribution import Distribution
-from experiments.training.draws import Purpose, generator_of, seed_of
 from experiments.training.history import Evaluation
 from experiments.training.precision import Precision
+from experiments.training.seeds import Purpose, generator_of, seed_of
 from experiments.training.tasks import Task
 from pydeq.cell.torch_compile import uncompiled
 from pydeq.jacobian import spectral_radius
 from pydeq.models import EquilibriumModel
 
 
-class Evaluator:
+class ModelEvaluator:
     """Evaluates a model in the course of its training, which goes on as if nothing had been looked at.
 
     Args:

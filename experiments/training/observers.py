@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.training.atomic_files import write_whole
 from experiments.training.checkpoint import writing
-from experiments.training.files import write_whole
 from experiments.training.history import STEP_COLUMNS, Evaluation, EvaluationRow, History, StepRow
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Observer:
         """No more is to come, be it for an error."""
 
 
-class Tables(Observer):
+class CsvTables(Observer):
     """``steps.csv`` and ``evaluations.csv``: a line for each row, at once, and nothing that is not in the history.
 
     Args:

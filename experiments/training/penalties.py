@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from experiments.training.configuration import TrainingConfig
-from experiments.training.draws import Purpose, generator_of
+from experiments.training.seeds import Purpose, generator_of
 from pydeq.jacobian import JacobianPenalty
 from pydeq.models.equilibrium import PenaltyConfig
 

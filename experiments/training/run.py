@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.configuration import TrainingConfig, load_training_config
 from experiments.training.distribution import Distribution
-from experiments.training.files import locked
 from experiments.training.history import Result
-from experiments.training.observers import Observer, Tables
+from experiments.training.observers import CsvTables, Observer
 from experiments.training.trainer import Trainer
+
+
+class FolderInUseError(RuntimeError):
+    """Another process is training in the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Any]:
+    """Keep other processes that call this out of a folder; the system releases it when a process ends, in whatever way.
+
+    Raises:
+        FolderInUseError: If another process is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield None
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(f"another process is training in {folder}: choose another folder, or wait") from None
+        yield file
 
 
 def train(
@@ -80,7 +104,7 @@ def _prepared(
     stack.enter_context(locked(folder))
     if not resume and Checkpoints(folder / "checkpoints").paths():
         raise FileExistsError(f"out {folder} has a training already: resume it (--resume), or choose another folder")
-    watching: list[Observer] = [Tables(folder)]
+    watching: list[Observer] = [CsvTables(folder)]
     if config.logging.tensorboard:
         from experiments.training.tensorboard import TensorBoard
 

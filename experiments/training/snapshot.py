@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from experiments.training.checkpoint import CheckpointError
 from experiments.training.distribution import copy_into, whole
-from experiments.training.draws import Purpose, seed_of
 from experiments.training.history import History
+from experiments.training.seeds import Purpose, seed_of
 from pydeq.ops.kernels import package_version
 
 if TYPE_CHECKING:

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from experiments.training import snapshot
+from experiments.training.atomic_files import write_whole
 from experiments.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors, writing
 from experiments.training.configuration import TrainingConfig
 from experiments.training.distribution import Distribution, local, whole
-from experiments.training.draws import Purpose, seed_of
-from experiments.training.evaluation import Evaluator
-from experiments.training.files import write_whole
+from experiments.training.evaluation import ModelEvaluator
 from experiments.training.history import Evaluation, EvaluationRow, History, Result, StepRow
-from experiments.training.means import Means
 from experiments.training.observers import Observer
 from experiments.training.optimizers import build_optimizer, set_learning_rate
 from experiments.training.penalties import PenaltySchedule, cap
 from experiments.training.precision import Precision
+from experiments.training.running_means import RunningMeans
 from experiments.training.schedules import learning_rate
+from experiments.training.seeds import Purpose, seed_of
 from experiments.training.tasks import task_of
 from pydeq.models import build
 from pydeq.solution import ConvergenceWarning
@@ -58,7 +58,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.parameters)
         self.precision = Precision(config.amp, distribution.device)
         self.penalties = PenaltySchedule(config.jacobian_penalty(), config.pretraining.steps, config.seed)
-        self.evaluate = Evaluator(
+        self.evaluate = ModelEvaluator(
             self.task, self.model, self.wrapped, config.evaluation, self.precision, distribution, config.seed
         )
         every = config.evaluation
@@ -68,7 +68,7 @@ class Trainer:
         self.fingerprint = "" if out is None else self.task.fingerprint()
         self.history = History()
         self.step = 0
-        self.means, self.means_of_evaluation = Means(distribution.device), Means(distribution.device)
+        self.means, self.means_of_evaluation = RunningMeans(distribution.device), RunningMeans(distribution.device)
         self.seconds_before, self._began = 0.0, time.monotonic()
         # Dropout and probes differ from rank to rank.
         torch.manual_seed(seed_of(config.seed, Purpose.RANK, distribution.rank))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report.documents import main, rewrite
-from experiments.paper.report import Entry, Report, Row, Table, claim, report_mapping
+from experiments.paper.report import Entry, Report, ReportTable, Row, claim, report_mapping
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -38,7 +38,9 @@ def test_rewriting_replaces_the_section_alone(tmp_path):
 
 def test_results_of_an_experiment_as_a_section(tmp_path):
     report = Report(
-        tables=[Table("Accuracy", ("model", "accuracy (paper)"), (Row("plain", (Entry((60.0, 62.0), paper=93.6),)),))],
+        tables=[
+            ReportTable("Accuracy", ("model", "accuracy (paper)"), (Row("plain", (Entry((60.0, 62.0), paper=93.6),)),))
+        ],
         claims=[
             claim("x.near", "they are near", {"difference": 0.5}, True),
             claim("x.far", "they are far", {"difference": math.nan}, False),

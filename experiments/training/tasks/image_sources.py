@@ -15,7 +15,7 @@ from experiments import data
 from experiments.data.images import NAMES
 from experiments.training.configuration import TrainingConfig
 from experiments.training.distribution import Distribution
-from experiments.training.draws import Purpose, generator_of
+from experiments.training.seeds import Purpose, generator_of
 from experiments.training.synthetic import synthetic_images
 
 FOLDERS = ("imagenet", "image_folder")

@@ -1,6 +1,6 @@
 """Measurements with numbers of one's choice."""
 
-from experiments.paper import Measurement, Profile, Training
+from experiments.paper import Measurement, Recipes, Training
 from experiments.training import Evaluation, EvaluationRow
 
 
@@ -34,6 +34,6 @@ def measured(
     )  # fmt: skip
 
 
-def claims(experiment, profile: Profile, found: dict[str, list[Measurement]]) -> dict[str, bool | None]:
+def claims(experiment, recipes: Recipes, found: dict[str, list[Measurement]]) -> dict[str, bool | None]:
     """What an experiment says of measurements."""
-    return {each.name: each.shown for each in experiment.report(profile, found).claims}
+    return {each.name: each.shown for each in experiment.report(recipes, found).claims}

@@ -3,7 +3,7 @@
 import pytest
 from measurements import claims, measured
 
-from experiments.paper import EXPERIMENTS, profile
+from experiments.paper import EXPERIMENTS, recipes_of
 from experiments.paper.recipes import PENALIZED, PENALIZED_SMALL, PLAIN, PLAIN_GENEROUS, PLAIN_SMALL
 
 STOP = 3
@@ -11,7 +11,7 @@ STOP = 3
 
 @pytest.fixture(scope="module")
 def smoke():
-    return profile("smoke")
+    return recipes_of("smoke")
 
 
 @pytest.fixture

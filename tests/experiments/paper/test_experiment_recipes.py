@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.paper import EXPERIMENTS, profile
+from experiments.paper import EXPERIMENTS, recipes_of
 from experiments.paper.command import NAMES, PROFILE_NAMES
 from experiments.paper.published import FIGURE7, TABLE1
 from experiments.paper.recipes import DECAY, PENALIZED, PLAIN, PROFILES, caps
@@ -18,37 +18,37 @@ def test_the_command_knows_all_experiments_and_profiles():
 
 @pytest.mark.parametrize("name", PROFILE_NAMES)
 def test_every_experiment_has_trainings_with_labels_that_the_paper_has(name):
-    chosen = profile(name)
+    recipes = recipes_of(name)
     for experiment in EXPERIMENTS.values():
-        trainings = experiment.trainings(chosen, 2)
+        trainings = experiment.trainings(recipes, 2)
         assert trainings
         for group in trainings.values():
             assert [each.config.seed for each in group] == list(range(len(group)))
-    assert set(chosen.language.models) <= set(TABLE1)
-    assert set(FIGURE7) <= set(chosen.figure7)
-    assert {PLAIN, PENALIZED} <= set(chosen.figure8)
-    assert any(label.startswith(DECAY) for label in chosen.figure8)
-    assert chosen.images.stop in chosen.images.stops
-    assert chosen.language.stop in chosen.language.stops
+    assert set(recipes.language.models) <= set(TABLE1)
+    assert set(FIGURE7) <= set(recipes.figure7)
+    assert {PLAIN, PENALIZED} <= set(recipes.figure8)
+    assert any(label.startswith(DECAY) for label in recipes.figure8)
+    assert recipes.images.stop in recipes.images.stops
+    assert recipes.language.stop in recipes.language.stops
 
 
 def test_paper_profile_has_the_published_configurations():
-    images = profile("paper").images
+    images = recipes_of("paper").images
     plain, penalized = images.training(cap="generous", strength=0.0).config, images.training().config
     assert plain.model == load_config("mdeq_cifar_large")
     assert penalized.model == load_config("mdeq_cifar_large_reg")
     assert (plain.epochs, plain.batch, plain.pretraining.steps, caps(plain)) == (220, 128, 20000, (18, 20))
     assert (penalized.epochs, penalized.batch, penalized.pretraining.steps, caps(penalized)) == (220, 96, 16000, (8, 7))
     assert plain.jacobian_penalty() is None
-    language = profile("paper").language.models
+    language = recipes_of("paper").language.models
     assert language["post-LN, penalized"].model == load_config("deq_transformer_wt103_post_ln_reg")
     assert language["pre-LN, penalized"].model == load_config("deq_transformer_wt103_pre_ln_reg")
     assert [caps(language[f"post-LN{more}"])[0] for more in ("", ", smaller cap", ", smallest cap")] == [30, 20, 15]
 
 
 def test_paper_profile_has_imagenet_where_it_is_told_where(tmp_path):
-    assert profile("paper").imagenet is None
-    pairs = profile("paper", imagenet=str(tmp_path)).imagenet
+    assert recipes_of("paper").imagenet is None
+    pairs = recipes_of("paper", imagenet=str(tmp_path)).imagenet
     plain, penalized = (each.config for each in pairs["ImageNet, large"])
     assert plain.model == load_config("mdeq_imagenet_large")
     assert penalized.model == load_config("mdeq_imagenet_large_reg")
@@ -57,7 +57,7 @@ def test_paper_profile_has_imagenet_where_it_is_told_where(tmp_path):
 
 
 def test_a_strength_changes_nothing_else_of_the_published_penalty():
-    images = profile("paper").images
+    images = recipes_of("paper").images
     published, other = (
         images.training().config.jacobian_penalty(),
         images.training(strength=1.2).config.jacobian_penalty(),
@@ -68,7 +68,7 @@ def test_a_strength_changes_nothing_else_of_the_published_penalty():
 
 @pytest.mark.parametrize("name", PROFILE_NAMES)
 def test_variants_differ_in_what_they_are_named_after_alone(name):
-    images = profile(name).images
+    images = recipes_of(name).images
     main = images.training()
     assert images.training(strength=main.config.jacobian_penalty().strength).key == main.key
     none = images.training(strength=0.0).config
@@ -83,9 +83,9 @@ def test_variants_differ_in_what_they_are_named_after_alone(name):
 
 
 def test_experiments_share_their_trainings():
-    chosen = profile("cpu")
+    recipes = recipes_of("cpu")
     keys = {
-        name: {label: [each.key for each in group] for label, group in experiment.trainings(chosen, 2).items()}
+        name: {label: [each.key for each in group] for label, group in experiment.trainings(recipes, 2).items()}
         for name, experiment in EXPERIMENTS.items()
     }
     assert keys["table3"]["strength 3"] == keys["table2"][PENALIZED]
@@ -95,13 +95,13 @@ def test_experiments_share_their_trainings():
 
 
 def test_a_key_is_that_of_a_configuration_with_its_stops():
-    training = profile("smoke").images.training()
-    assert training.key == profile("smoke").images.training().key
+    training = recipes_of("smoke").images.training()
+    assert training.key == recipes_of("smoke").images.training().key
     assert training.key != training.with_seed(1).key
     assert training.key != replace(training, stops=(1,)).key
-    assert training.key != profile("smoke", device="cpu").images.training().key
+    assert training.key != recipes_of("smoke", device="cpu").images.training().key
 
 
 def test_unknown_profile():
     with pytest.raises(ValueError, match="profile must be one of cpu, paper, smoke, got 'fast'"):
-        profile("fast")
+        recipes_of("fast")

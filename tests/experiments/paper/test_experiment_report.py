@@ -4,7 +4,7 @@ import math
 import pytest
 
 from experiments.paper.figures import draw
-from experiments.paper.report import Claim, Curve, Entry, Panel, Report, Row, Table, brief, claim, report_mapping
+from experiments.paper.report import Claim, Curve, Entry, Panel, Report, ReportTable, Row, brief, claim, report_mapping
 
 
 @pytest.mark.parametrize(
@@ -45,19 +45,19 @@ def test_claim_says_its_numbers():
 
 
 def test_table_as_text_and_markdown():
-    table = Table("Accuracy", ("model", "%"), (Row("plain", (Entry((50.0,)),)), Row("b", (Entry((7.0,)),))))
+    table = ReportTable("Accuracy", ("model", "%"), (Row("plain", (Entry((50.0,)),)), Row("b", (Entry((7.0,)),))))
     assert str(table).splitlines() == ["Accuracy", "model     %", "-----------", "plain  50.0", "b       7.0"]
     assert table.markdown() == "| model | % |\n|---|---|\n| plain | 50.0 |\n| b | 7.0 |"
 
 
 def test_table_refuses_a_row_of_another_length():
     with pytest.raises(ValueError, match="row 'a' must have 1 entries, got 2"):
-        Table("t", ("model", "%"), (Row("a", (Entry(()), Entry(()))),))
+        ReportTable("t", ("model", "%"), (Row("a", (Entry(()), Entry(()))),))
 
 
 def test_json_has_no_infinite_numbers():
     report = Report(
-        [Table("t", ("m", "x"), (Row("r", (Entry((math.inf,)),)),))], [claim("a", "s", {"n": math.inf}, False)]
+        [ReportTable("t", ("m", "x"), (Row("r", (Entry((math.inf,)),)),))], [claim("a", "s", {"n": math.inf}, False)]
     )
     mapping = report_mapping(report, {"experiment": "t"}, {})
     text = json.dumps(mapping, allow_nan=False)

@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("safetensors", reason="the requirements of training are not installed")
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
-from experiments.paper import Grid, GridError, profile
+from experiments.paper import Grid, GridError, recipes_of
 from experiments.paper import grid as grid_module
 from experiments.paper.measurement import FILE, load
 from experiments.paper.worker import measure
 
-IMAGES = profile("smoke", "cpu").images
+IMAGES = recipes_of("smoke", "cpu").images
 
 
 @pytest.fixture

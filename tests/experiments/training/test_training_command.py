@@ -11,7 +11,7 @@ from small_trainings import small
 
 from experiments import training
 from experiments.command_line import main
-from experiments.training.files import locked
+from experiments.training.run import locked
 
 pytest.importorskip("yaml")
 pytest.importorskip("safetensors")

@@ -8,10 +8,10 @@ import torch
 from small_trainings import small
 
 from experiments.training import OptimizerConfig, ScheduleConfig
-from experiments.training.draws import Purpose, seed_of
 from experiments.training.optimizers import build_optimizer
 from experiments.training.penalties import PenaltySchedule, cap
 from experiments.training.schedules import learning_rate
+from experiments.training.seeds import Purpose, seed_of
 from pydeq.models import PenaltyConfig
 
 

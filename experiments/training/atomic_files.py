@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -42,27 +40,3 @@ def flush_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk, where the system can."""
     if os.name == "posix":
         flush_file(folder)
-
-
-class FolderInUseError(RuntimeError):
-    """Another process is training in the folder."""
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[Any]:
-    """Keep other processes that call this out of a folder; the system lets go of it when a process ends, however.
-
-    Raises:
-        FolderInUseError: If another process is in it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on this system
-        yield None
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderInUseError(f"another process is training in {folder}: choose another folder, or wait") from None
-        yield file

@@ -10,7 +10,7 @@ from experiments.training.distribution import Distribution
 NAMES = ("loss", "penalty", "nfe", "residual", "backward_nfe", "backward_residual", "gradient_norm")
 
 
-class Means:
+class RunningMeans:
     """Sums and counts of some quantities.
 
     Args:
