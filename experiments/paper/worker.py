@@ -21,7 +21,6 @@ from experiments.training import Evaluation, EvaluationRow, History, Result, Tra
 from experiments.training.distribution import Distribution
 from experiments.training.evaluation import ModelEvaluator
 from experiments.training.observers import Observer
-from experiments.training.precision import Precision
 from experiments.training.tasks import task_of
 
 if TYPE_CHECKING:
@@ -138,8 +137,7 @@ def _tested(training: Training, result: Result) -> Evaluation:
     distribution = Distribution("none", config.device)
     try:
         task = task_of(config)(config, distribution)
-        precision = Precision(config.amp, distribution.device)
-        evaluator = ModelEvaluator(task, result.model, result.model, evaluation, precision, distribution, config.seed)  # pyright: ignore[reportArgumentType]
+        evaluator = ModelEvaluator(task, result.model, result.model, evaluation, config.amp, distribution, config.seed)  # pyright: ignore[reportArgumentType]
         return evaluator("test")
     finally:
         distribution.close()

@@ -12,12 +12,17 @@ from torch import nn
 from experiments.training.configuration import EvaluationConfig
 from experiments.training.distribution import Distribution
 from experiments.training.history import Evaluation
-from experiments.training.precision import Precision
 from experiments.training.seeds import Purpose, generator_of, seed_of
 from experiments.training.tasks import Task
 from pydeq.cell.torch_compile import uncompiled
 from pydeq.jacobian import spectral_radius
 from pydeq.models import EquilibriumModel
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """Mixed precision by its name: bf16, fp16, or none."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 class ModelEvaluator:
@@ -28,15 +33,15 @@ class ModelEvaluator:
         model: The model.
         wrapped: The model as the ranks train it.
         config: What to measure.
-        precision, distribution, seed: Of the training.
+        amp, distribution, seed: Of the training.
     """
 
     def __init__(
-        self, task: Task, model: EquilibriumModel, wrapped: nn.Module, config: EvaluationConfig, precision: Precision,
+        self, task: Task, model: EquilibriumModel, wrapped: nn.Module, config: EvaluationConfig, amp: str,
         distribution: Distribution, seed: int,
     ) -> None:  # fmt: skip
         self.task, self.model, self.wrapped, self.config = task, model, wrapped, config
-        self.precision, self.distribution, self.seed = precision, distribution, seed
+        self.amp, self.distribution, self.seed = amp, distribution, seed
 
     def __call__(self, split: str = "validation") -> Evaluation:
         """Measure all that the configuration asks for."""
@@ -51,9 +56,10 @@ class ModelEvaluator:
 
     @contextmanager
     def _looking(self) -> Iterator[None]:
-        devices = [self.distribution.device] if self.distribution.device.type == "cuda" else []
+        device = self.distribution.device
+        devices = [device] if device.type == "cuda" else []
         training = self.wrapped.training
-        with torch.random.fork_rng(devices), torch.no_grad(), self.precision.autocast():
+        with torch.random.fork_rng(devices), torch.no_grad(), autocast(self.amp, device):
             torch.manual_seed(seed_of(self.seed, Purpose.EVALUATION))
             self.wrapped.eval()
             try:

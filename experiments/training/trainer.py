@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,17 +20,17 @@ from experiments.training.atomic_files import write_whole
 from experiments.training.checkpoint import CheckpointError, Checkpoints, read, save_tensors, writing
 from experiments.training.configuration import TrainingConfig
 from experiments.training.distribution import Distribution, local, whole
-from experiments.training.evaluation import ModelEvaluator
+from experiments.training.evaluation import ModelEvaluator, autocast
 from experiments.training.history import Evaluation, EvaluationRow, History, Result, StepRow
 from experiments.training.observers import Observer
 from experiments.training.optimizers import build_optimizer, set_learning_rate
 from experiments.training.penalties import PenaltySchedule, cap
-from experiments.training.precision import Precision
 from experiments.training.running_means import RunningMeans
 from experiments.training.schedules import learning_rate
 from experiments.training.seeds import Purpose, seed_of
 from experiments.training.tasks import task_of
 from pydeq.models import build
+from pydeq.ops.kernels import package_version
 from pydeq.solution import ConvergenceWarning
 
 
@@ -56,10 +57,10 @@ class Trainer:
         self.wrapped = distribution.wrap(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
         self.optimizer = build_optimizer(config.optimizer, self.parameters)
-        self.precision = Precision(config.amp, distribution.device)
+        self.scaler = torch.amp.GradScaler(distribution.device.type, enabled=config.amp == "fp16")
         self.penalties = PenaltySchedule(config.jacobian_penalty(), config.pretraining.steps, config.seed)
         self.evaluate = ModelEvaluator(
-            self.task, self.model, self.wrapped, config.evaluation, self.precision, distribution, config.seed
+            self.task, self.model, self.wrapped, config.evaluation, config.amp, distribution, config.seed
         )
         every = config.evaluation
         self.evaluation_steps = every.every_steps or (every.every_epochs or 1) * per_epoch
@@ -94,8 +95,82 @@ class Trainer:
             self._notice(f"there is no checkpoint in {self.checkpoints.folder}: starting from the beginning")
             return False
         found = read(path) if found is None else found
-        snapshot.restore(self, found.tensors, found.state, self._notice)
+        self.load_state_dict(found.tensors | found.state)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the training carries from one step to the next, by flat names.
+
+        Tensors, and values that JSON can hold. Whatever follows from the number of the step is left out: the order of
+        samples, learning rates, caps, which steps are penalized. All ranks must call; rank 0's answer counts.
+        """
+        gather = self.distribution.gather
+        state: dict[str, Any] = {f"model.{key}": each for key, each in snapshot.model_tensors(self.model).items()}
+        moments = snapshot.optimizer_tensors(self.model, self.optimizer)
+        state |= {f"optimizer.{key}": each for key, each in moments.items()}
+        state |= {f"task.{key}": snapshot.portable(torch.cat(gather(each))) for key, each in self.task.state().items()}
+        for key, each in self._rank_state().items():
+            state |= {f"rank{rank}.{key}": snapshot.portable(part) for rank, part in enumerate(gather(each))}
+        versions = {"pydeq": package_version(), "torch": torch.__version__, "python": platform.python_version()}
+        return state | {
+            "step": self.step, "seconds": self.seconds, "world": self.distribution.world,
+            "config": self.config.mapping(), "data": self.fingerprint, "scaler": self.scaler.state_dict(),
+            "history": self.history.mapping(), "versions": versions,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put a new training where :meth:`state_dict` saw one; observers hear what will differ in the last bits.
+
+        Raises:
+            CheckpointError: If something is missing, or of another shape.
+            ValueError: If it is of another configuration, or of other data.
+        """
+        snapshot.check_configuration(state["config"], self.config.mapping(), self._notice)
+        if state["data"] != self.fingerprint:
+            raise ValueError(f"data {self.config.data.name!r} is not what the training began with: its files differ")
+        snapshot.load_model_tensors(self.model, state, "model.")
+        snapshot.load_optimizer_tensors(self.model, self.optimizer, state, "optimizer.")
+        rank, world, device = self.distribution.rank, self.distribution.world, self.distribution.device
+        carried = {key.removeprefix("task."): each for key, each in state.items() if key.startswith("task.")}
+        if carried:
+            self.task.load({key: each.tensor_split(world)[rank].to(device) for key, each in carried.items()})
+        self.step, self.seconds_before = state["step"], state["seconds"]
+        self.history = History.of(state["history"])
+        self.scaler.load_state_dict(state["scaler"])
+        self._load_rank_state(state)
+
+    def _rank_state(self) -> dict[str, Tensor]:
+        """The tensors that differ from rank to rank, on the ranks' device."""
+        device = self.distribution.device
+        tensors = {
+            "means": self.means.sums,
+            "means_of_evaluation": self.means_of_evaluation.sums,
+            "rng.cpu": torch.get_rng_state().to(device),
+        }
+        if device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(device).to(device)
+        return tensors
+
+    def _load_rank_state(self, state: dict[str, Any]) -> None:
+        rank, world, device = self.distribution.rank, self.distribution.world, self.distribution.device
+        before: int = state["world"]
+        for name, means in (("means", self.means), ("means_of_evaluation", self.means_of_evaluation)):
+            parts = [snapshot.found(state, f"rank{r}.{name}", means.sums) for r in range(before)]
+            if before == world:
+                means.sums = parts[rank].to(device)
+            elif rank == 0:
+                means.sums = torch.stack(parts).sum(0).to(device)
+        if before != world:
+            self._notice(f"the training had {before} processes and has {world} from here on")
+            torch.manual_seed(seed_of(self.config.seed, Purpose.RANK, (self.step << 20) + rank))
+            return
+        torch.set_rng_state(state[f"rank{rank}.rng.cpu"])
+        if device.type == "cuda":
+            saved = state.get(f"rank{rank}.rng.cuda")
+            if saved is None:
+                self._notice("the training was on another device: its random numbers differ from here on")
+            else:
+                torch.cuda.set_rng_state(saved, device)
 
     def run(self) -> Result:
         """Train to the end."""
@@ -140,10 +215,10 @@ class Trainer:
         parts = self.task.parts(step)
         for i, part in enumerate(parts):
             with self.distribution.accumulating(self.wrapped, last=i == len(parts) - 1):
-                with self.precision.autocast():
+                with autocast(config.amp, self.distribution.device):
                     loss, solution = self.task.loss(self.wrapped, part, **options)
                 penalty = loss.new_zeros(()) if solution.penalty is None else solution.penalty
-                self.precision.scaled((loss + penalty) / len(parts)).backward()
+                self.scaler.scale((loss + penalty) / len(parts)).backward()
             seen: dict[str, Tensor | float] = {
                 "loss": loss, "penalty": penalty, "residual": solution.relative_residual.mean(),
                 "nfe": config.pretraining.layers if shallow else solution.nfe,
@@ -153,11 +228,12 @@ class Trainer:
                 seen["backward_residual"] = solution.backward.relative_residual.mean()
             self._observe(**seen)
         if config.optimizer.clip is not None:
-            self.precision.unscale(self.optimizer)
+            self.scaler.unscale_(self.optimizer)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
             if config.amp != "fp16" or bool(norm.isfinite()):  # in this order: asking waits for the device
                 self._observe(gradient_norm=norm)
-        self.precision.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # leaves out steps whose gradients overflowed
+        self.scaler.update()
         self.optimizer.zero_grad()
 
     def _observe(self, **values: Tensor | float) -> None:
@@ -200,8 +276,10 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint; where that fails, all ranks raise."""
         assert self.checkpoints is not None
-        tensors, state = snapshot.take(self)
-        self._on_main(lambda: self.checkpoints and self.checkpoints.write(self.step, tensors, state))
+        checkpoints, state = self.checkpoints, self.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        numbers = {name: value for name, value in state.items() if name not in tensors}
+        self._on_main(lambda: checkpoints.write(self.step, tensors, numbers))
 
     def _write_config(self, out: Path) -> None:
         text = json.dumps(self.config.mapping(), indent=2) + "\n"
@@ -258,7 +336,7 @@ class Trainer:
             learning_rate=self.optimizer.param_groups[0]["lr"], strength=self.penalties.strength(done, epoch),
             nfe=_number(means["nfe"]), residual=_number(means["residual"]), backward_nfe=means["backward_nfe"],
             backward_residual=means["backward_residual"], gradient_norm=means["gradient_norm"],
-            loss_scale=self.precision.scale(), seconds=self.seconds,
+            loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else None, seconds=self.seconds,
         )  # fmt: skip
         self.history.steps.append(row)
         self._tell("stepped", row)

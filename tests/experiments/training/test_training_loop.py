@@ -167,12 +167,12 @@ def test_mixed_precision(model, amp):
 
 def test_an_overflow_of_fp16_skips_the_step_and_lowers_the_scale():
     each = trainer(small("conv", amp="fp16", pretraining__steps=0))
-    each.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    each.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = [p.detach().clone() for p in each.model.parameters()]
     each.wrapped.train()
     each._update(0)
     assert all(torch.equal(p, b) for p, b in zip(each.model.parameters(), before, strict=True))
-    assert each.precision.scale() == 2.0**39
+    assert each.scaler.get_scale() == 2.0**39
     assert each.means.take(each.distribution)["gradient_norm"] is None  # infinite: no norm to speak of
 
 
@@ -360,3 +360,26 @@ def test_images_in_folders(tmp_path):
     assert result.test.loss > 0.0
     other = training.train(config.with_values({"data.workers": 1}))
     assert torch.equal(parameters(other), parameters(result))
+
+
+@pytest.mark.parametrize("model", ["conv", "transformer"])
+def test_a_state_dict_carries_all_of_a_training(model):
+    config = small(model, amp="fp16")
+    first, second = trainer(config), trainer(config)
+    first.wrapped.train()
+    second.wrapped.train()
+    with first._quiet():
+        for step in range(3):
+            first._update(step)
+            first.step += 1
+        state = first.state_dict()
+        first._update(3)
+        expected = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
+        torch.manual_seed(99)
+        second.load_state_dict(state)
+        assert second.step == 3
+        second._update(3)
+    for name, tensor in second.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert second.scaler.state_dict() == first.scaler.state_dict()
+    assert torch.equal(second.means.sums, first.means.sums)
