@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.paper.measurement import Measurement, Training, load
-from experiments.paper.progress import Lines, progress
+from experiments.paper.progress import GridProgress
 from experiments.paper.worker import Message, measure, work
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Grid:
             )
         failures: dict[str, str] = {}
         if waiting:
-            with progress(labels, len(found)) as display:
+            with GridProgress(labels, len(found)) as display:
                 run = self._in_processes if self.jobs > 1 else self._here
                 failures = run(list(waiting.values()), display)
         found |= self.find({labels[key]: each for key, each in waiting.items()})
@@ -91,7 +91,7 @@ class Grid:
             raise GridError(f"{len(failures)} of {len(labels)} trainings failed: {texts}")
         return found
 
-    def _here(self, trainings: list[Training], display: Lines) -> dict[str, str]:
+    def _here(self, trainings: list[Training], display: GridProgress) -> dict[str, str]:
         failures = {}
         for training in trainings:
             try:
@@ -101,7 +101,7 @@ class Grid:
                 display.receive(Message(training.key, "failed", (failures[training.key],)))
         return failures
 
-    def _in_processes(self, trainings: list[Training], display: Lines) -> dict[str, str]:
+    def _in_processes(self, trainings: list[Training], display: GridProgress) -> dict[str, str]:
         context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
         messages: Queue[Message] = context.Queue()
         waiting, running, failures = list(trainings), dict[str, BaseProcess](), dict[str, str]()

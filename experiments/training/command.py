@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.training.checkpoint import CheckpointError
 from experiments.training.configuration import load_training_config, parse_values
-from experiments.training.progress import progress
+from experiments.training.progress import ProgressBar
 from experiments.training.run import FolderInUseError, train
 
 
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _failed(error)
     out = Path("runs", Path(arguments.config).stem) if arguments.out is None else Path(arguments.out)
     try:
-        result = train(config, out=out, resume=arguments.resume, observers=[progress()])
+        result = train(config, out=out, resume=arguments.resume, observers=[ProgressBar()])
     except KeyboardInterrupt:
         print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
         return 130

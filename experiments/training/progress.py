@@ -1,9 +1,11 @@
-"""Progress on a terminal: a bar where there is a terminal and ``rich``, lines elsewhere."""
+"""Progress of a training: a bar below the lines on a terminal, lines only elsewhere."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.training.history import Evaluation, EvaluationRow, History, StepRow
 from experiments.training.observers import Observer
@@ -12,39 +14,42 @@ if TYPE_CHECKING:
     from experiments.training.configuration import TrainingConfig
 
 
-def progress(stream: TextIO | None = None) -> Observer:
-    """The observer that suits a stream; standard output by default."""
-    stream = sys.stdout if stream is None else stream
-    if stream is None:  # a process without one
-        return Observer()
-    if stream.isatty():
-        try:
-            import rich.progress  # noqa: F401
-        except ModuleNotFoundError:
-            pass
-        else:
-            return Bar(stream)
-    return Lines(stream)
+def bars(stream: TextIO | None = None) -> Progress:
+    """Bars of rich that show on terminals only; their console prints text as it is, whatever the stream."""
+    console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return Progress(
+        TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
 
 
-class Lines(Observer):
-    """A line for each row.
+class ProgressBar(Observer):
+    """Shows a training.
 
     Args:
-        stream: Where they go.
+        stream: Where; standard output by default.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.bars = bars(stream)
+        self.task = self.bars.add_task("", label="", visible=False)
         self.steps, self.metric = 0, "metric"
 
     def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:
         self.steps, self.metric = steps, metric
         self.say(f"training {type(config.model).__name__.removesuffix('Config')} on {config.data.name}:"
                  f" {steps} steps" + (f", going on from step {step}" if step else ""))  # fmt: skip
+        self.bars.update(self.task, total=steps, completed=step, visible=True)
+        self.bars.start()
+
+    def advanced(self, step: int) -> None:
+        self.bars.update(self.task, completed=step)
 
     def stepped(self, row: StepRow) -> None:
-        self.say(f"step {row.step}/{self.steps}  {describe_step(row)}")
+        if self.bars.disable:
+            self.say(f"step {row.step}/{self.steps}  {describe_step(row)}")
+        else:
+            self.bars.update(self.task, description=describe_step(row))
 
     def evaluated(self, row: EvaluationRow) -> None:
         self.say(f"step {row.step}/{self.steps}  {describe(row, self.metric)}")
@@ -53,51 +58,15 @@ class Lines(Observer):
         self.say(f"notice: {text}")
 
     def ended(self, status: str, test: Evaluation | None) -> None:
+        self.bars.stop()
         self.say(status if test is None else f"{status}; test: {describe(test, self.metric)}")
 
-    def say(self, text: str) -> None:
-        """One line."""
-        print(text, file=self.stream, flush=True)
-
-
-class Bar(Lines):
-    """A bar below the lines of evaluations.
-
-    Args:
-        stream: A terminal.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-            console=Console(file=stream), transient=True,
-        )  # fmt: skip
-        self.bar_task: Any = None
-
-    def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:
-        super().began(config, history, step, steps, metric)
-        self.bar_task = self.bar.add_task("", total=steps, completed=step)
-        self.bar.start()
-
-    def advanced(self, step: int) -> None:
-        self.bar.update(self.bar_task, completed=step)
-
-    def stepped(self, row: StepRow) -> None:
-        self.bar.update(self.bar_task, description=describe_step(row))
-
-    def say(self, text: str) -> None:
-        self.bar.console.print(text, markup=False, highlight=False)
-
-    def ended(self, status: str, test: Evaluation | None) -> None:
-        self.bar.stop()
-        super().ended(status, test)
-
     def close(self) -> None:
-        self.bar.stop()
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.bars.console.print(text)
 
 
 def describe_step(row: StepRow) -> str:

@@ -110,7 +110,7 @@ def test_an_interruption_says_how_to_go_on(config, tmp_path, capsys, monkeypatch
 def test_the_package_is_imported_without_what_training_needs():
     program = (
         "import sys\n"
-        "for name in ('rich', 'matplotlib', 'tensorboard', 'safetensors', 'yaml', 'sklearn'):\n"
+        "for name in ('matplotlib', 'tensorboard', 'safetensors', 'yaml', 'sklearn'):\n"
         "    sys.modules[name] = None\n"
         "import pydeq, pydeq.models, experiments.training, experiments.command_line\n"
         "experiments.command_line.parser()\n"

@@ -10,7 +10,7 @@ from small_trainings import small
 
 from experiments import training
 from experiments.training.history import EvaluationRow, History, StepRow
-from experiments.training.progress import Bar, Lines, describe, progress
+from experiments.training.progress import ProgressBar, describe
 
 
 def missing(monkeypatch, package):
@@ -72,7 +72,7 @@ def test_pictures_of_what_there_may_be(tmp_path):
 def test_without_matplotlib_there_is_a_notice_and_no_picture(tmp_path, monkeypatch):
     missing(monkeypatch, "matplotlib")
     stream = io.StringIO()
-    training.train(small("mlp", logging__plot=True), out=tmp_path, observers=[Lines(stream)])
+    training.train(small("mlp", logging__plot=True), out=tmp_path, observers=[ProgressBar(stream)])
     assert "notice: there is no plot without matplotlib: pip install matplotlib" in stream.getvalue()
     assert not (tmp_path / "training.png").exists()
 
@@ -125,42 +125,43 @@ class Terminal(io.StringIO):
 
 def test_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    observer = progress(stream)
-    assert type(observer) is Lines
-    result = training.train(small("mlp"), observers=[observer])
+    result = training.train(small("mlp"), observers=[ProgressBar(stream)])
     lines = stream.getvalue().splitlines()
     assert lines[0] == "training ImplicitMLP on synthetic_images: 6 steps"
     assert [line.split()[1] for line in lines[1:-1]] == ["2/6", "3/6", "3/6", "4/6", "6/6", "6/6"]
     assert f"accuracy {result.test.metric:.2%}" in lines[-1]
     assert lines[-1].startswith("finished; test: loss ")
     assert "accuracy at a stop of 1: " in lines[-1]
+    assert "\x1b" not in stream.getvalue()
 
 
-def test_a_bar_on_a_terminal_and_lines_without_rich(monkeypatch):
-    pytest.importorskip("rich")
+def test_lines_are_printed_as_they_are():
+    stream = io.StringIO()
+    text = "[bold]a name[/bold] of :smile: " + "and many words " * 20
+    ProgressBar(stream).noticed(text)
+    assert stream.getvalue() == f"notice: {text}\n"
+
+
+def test_a_bar_on_a_terminal():
     stream = Terminal()
-    observer = progress(stream)
-    assert type(observer) is Bar
-    training.train(small("mlp"), observers=[observer])
+    training.train(small("mlp"), observers=[ProgressBar(stream)])
     text = stream.getvalue()
     assert "training ImplicitMLP on synthetic_images" in text
     assert "finished; test: loss" in text
     assert "6/6" in text
-    missing(monkeypatch, "rich")
-    assert type(progress(Terminal())) is Lines
+    assert "step 2/6" not in text  # in the bar, not a line
+    assert "\x1b[2K" in text
 
 
 def test_a_bar_lets_go_of_the_terminal_after_an_error():
-    pytest.importorskip("rich")
-
     class Broken(training.Observer):
         def advanced(self, step):
             raise RuntimeError("broken")
 
-    bar = Bar(Terminal())
+    bar = ProgressBar(Terminal())
     with pytest.raises(RuntimeError, match="broken"):
         training.train(small("mlp"), observers=[bar, Broken()])
-    assert bar.bar.finished or not bar.bar.live.is_started
+    assert not bar.bars.live.is_started
 
 
 def test_perplexity_is_no_percentage():
