@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ README = ROOT / "README.md"
 def test_documents_say_what_was_measured(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert rewrite(ROOT / name) == text, f"run python -m benchmarks.report.documents {name}"
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "benchmarks/README.md"])
+def test_documents_name_files_that_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:pydeq|csrc|experiments|benchmarks|tests|docs)/[\w<>*./-]*)`", text)
+    assert len(paths) > 5
+    built = ("benchmarks/out",)
+    missing = [path for path in paths if not path.startswith(built) and not any(ROOT.glob(re.sub(r"<\w+>", "*", path)))]
+    assert not missing
 
 
 def test_rewriting_replaces_the_section_alone(tmp_path):
