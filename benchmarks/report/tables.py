@@ -36,27 +36,36 @@ def measured_text(target: Target) -> str:
     return f"{number(target.measured)}{unit}"
 
 
+def verdict(target: Target) -> str:
+    """Whether the promise was kept, in words."""
+    return VERDICTS[target.met]
+
+
+def numeric_columns(table: Table) -> list[bool]:
+    """For each column whether all its cells are numbers, which are aligned on the right."""
+    return [all(map(_is_number, cells)) for cells in zip(*table.rows, strict=True)]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.removeprefix("> ").removesuffix("x"))
+    except ValueError:
+        return cell in ("", "-")
+    return True
+
+
 def _show_table(console: Console, table: Table) -> None:
     shown = RichTable(
         title=table.title, title_justify="left", title_style="bold", caption=table.note or None, caption_justify="left"
     )
-    for column, cells in zip(table.columns, zip(*table.rows, strict=True), strict=True):
-        shown.add_column(column, justify="right" if all(map(is_number, cells)) else "left", overflow="fold")
+    for column, numeric in zip(table.columns, numeric_columns(table), strict=True):
+        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for begins, row in table.display():
         if begins:
             shown.add_section()
         shown.add_row(*row)
     console.print()
     console.print(shown)
-
-
-def is_number(cell: str) -> bool:
-    """Whether a cell belongs in a column of numbers."""
-    try:
-        float(cell.removeprefix("> ").removesuffix("x"))
-    except ValueError:
-        return cell in ("", "-")
-    return True
 
 
 def _show_targets(console: Console, targets: list[Target]) -> None:
@@ -66,8 +75,12 @@ def _show_targets(console: Console, targets: list[Target]) -> None:
     shown.add_column("measured", justify="right")
     shown.add_column("")
     for target in targets:
-        verdict = Text(VERDICTS[target.met], style=COLORS[target.met])
-        shown.add_row(target.statement, limit_text(target), measured_text(target), verdict)
+        shown.add_row(
+            target.statement,
+            limit_text(target),
+            measured_text(target),
+            Text(verdict(target), style=COLORS[target.met]),
+        )
     counts = [sum(target.met is met for target in targets) for met in (True, False, None)]
     shown.caption = f"{counts[0]} met, {counts[1]} not met, {counts[2]} not measured"
     shown.caption_justify = "left"
