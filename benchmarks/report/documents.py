@@ -35,8 +35,7 @@ def rewrite(document: Path) -> str:
 
 def _section(folder: Path, link: str) -> str:
     facts = json.loads((folder / link).read_text(encoding="utf-8"))
-    lines = (reproduced if "experiment" in facts else measured).section(facts, link)
-    return "".join(f"{line}\n" for line in lines)
+    return (reproduced if "experiment" in facts else measured).section(facts, link)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,36 +1,23 @@
-"""The results of ``python -m experiments reproduce`` as a section of a document."""
+"""The results of ``python -m experiments reproduce`` as a section of a document; ``reproduced.md`` is its template."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.report.rendering import render
 from experiments.paper.report import Claim, Entry, ReportTable, Row
 
 
-def section(facts: Mapping[str, Any], link: str) -> Iterator[str]:
-    """The lines of a section: tables, claims, and where and how they were measured.
+def section(facts: Mapping[str, Any], link: str) -> str:
+    """The text of a section: tables, claims, and where and how they were measured.
 
     Args:
         facts: The content of a reproduce-PROFILE-NAME.json.
         link: Where it is.
     """
-    for content in facts["tables"]:
-        table = _table(content)
-        yield from ("", f"{table.title}:", "", *table.markdown().splitlines(), "")
-    for note in facts["notes"]:
-        yield from (note, "")
-    for content in facts["claims"]:
-        yield f"- {Claim(**content)}"
-    environment = facts["environment"]
-    seconds = sum(training["seconds"] for training in facts["trainings"])
-    yield from (
-        "",
-        f"`python -m experiments reproduce {facts['experiment']} --profile {facts['profile']}`:"
-        f" {len(facts['trainings'])} trainings of {seconds / 60:.0f} minutes in all, each on one core of"
-        f" {environment['device_name']}, which others shared; {environment['date'][:10]}; [every number]({link}).",
-        "",
-    )
+    tables, claims = map(_table, facts["tables"]), [Claim(**content) for content in facts["claims"]]
+    return render("reproduced.md", facts=facts, link=link, tables=tables, claims=claims)
 
 
 def _table(content: Mapping[str, Any]) -> ReportTable:
