@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine_code
+from benchmarks.results import row_by_row
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "benchmarks" / "results" / "cuda-resources.json"
@@ -53,21 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.only != "kernels":
         found["traffic"] = traffic_rows()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(write(found))
+    arguments.out.write_text(row_by_row(found))
     show(found)
     return 0
-
-
-def write(found: dict[str, Any]) -> str:
-    """JSON with a row of a table on each line."""
-    parts = []
-    for name, value in found.items():
-        if isinstance(value, list):
-            rows = ",\n  ".join(json.dumps(row) for row in value)
-            parts.append(f'"{name}": [\n  {rows}\n ]')
-        else:
-            parts.append(f'"{name}": {json.dumps(value)}')
-    return "{\n " + ",\n ".join(parts) + "\n}\n"
 
 
 # Registers, spills and shared memory

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -182,6 +182,18 @@ class Results:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+
+def row_by_row(content: Mapping[str, Any]) -> str:
+    """JSON for files in the repository: each entry on its own line, and so is each row of an entry that is a list."""
+    parts = []
+    for name, value in content.items():
+        if isinstance(value, list) and value:
+            rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
+            parts.append(f'"{name}": [\n  {rows}\n ]')
+        else:
+            parts.append(f'"{name}": {json.dumps(value, allow_nan=False)}')
+    return "{\n " + ",\n ".join(parts) + "\n}\n"
 
 
 def _finite(content: Any) -> Any:

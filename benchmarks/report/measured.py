@@ -25,24 +25,30 @@ CELLS = {
     "transformer": "transformer, (8, 64x128)",
     "dense": "tanh(Wz + x), (32, 256)",
 }
+DIFFERENCES = re.compile(r"differences\.(.+\.float32|.+\.exact|digits)\.")
 STOPS = (1, 2, 3, 4, 6, 8, 12)
 
 
 class _Summary:
-    """The figures of one summary.json."""
+    """The figures of one summary.json, and which of them were read."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.figures: dict[str, dict[str, Any]] = {figure["name"]: figure for figure in facts["figures"]}
+        self.read: set[str] = set()
+
+    def figure(self, name: str) -> dict[str, Any]:
+        self.read.add(name)
+        return self.figures[name]
 
     def value(self, name: str) -> float:
-        return self.figures[name]["value"]
+        return self.figure(name)["value"]
 
     def text(self, name: str, scale: float = 1.0) -> str:
         return number(self.value(name) * scale)
 
     def ratio(self, name: str) -> str:
         """A ratio with its quartiles."""
-        figure = self.figures[name]
+        figure = self.figure(name)
         value, low, high = (f"{figure[key]:.1f}" for key in ("value", "low", "high"))
         return f"{value}x ({low} to {high})"
 
@@ -64,12 +70,24 @@ def section(facts: Mapping[str, Any], link: str) -> str:
     Raises:
         KeyError: If it lacks a figure.
     """
+    return _render(_Summary(facts), facts, link)
+
+
+def shown(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a summary.json that documents show; docs/penalty.md has the figures of differences."""
+    found = _Summary(facts)
+    _render(found, facts, link="")
+    figures = [each for each in facts["figures"] if each["name"] in found.read or DIFFERENCES.match(each["name"])]
+    return {name: value for name, value in facts.items() if name != "curves"} | {"figures": figures}
+
+
+def _render(found: _Summary, facts: Mapping[str, Any], link: str) -> str:
     names = [field.name for field in fields(Target)]
     return render(
         "measured.md",
         facts=facts,
         link=link,
-        found=_Summary(facts),
+        found=found,
         peer=next(name for name in facts["peers"] if name != "pydeq"),
         targets=[Target(**{name: entry[name] for name in names}) for entry in facts["targets"]],
         solvers=SOLVERS,

@@ -21,7 +21,7 @@ from benchmarks.problems.trained import trained
 from benchmarks.problems.transformer import TransformerCell
 from benchmarks.profiles import PROFILES
 from benchmarks.progress import SILENT
-from benchmarks.results import Results, Target, number
+from benchmarks.results import Results, Target, number, row_by_row
 from benchmarks.suites import SUITES, adjoints, jacobian, training
 from benchmarks.suites.base import Context
 from benchmarks.suites.memory import peak_bytes
@@ -154,6 +154,13 @@ def test_results_are_plain_json_with_unique_names(tmp_path):
     assert content["figures"][0]["value"] is None
     assert {"date", "commit", "cpu", "threads", "versions", "device", "profile", "kernels"} <= set(content)
     assert {"python", "torch", "pydeq"} <= set(content["versions"])
+
+
+def test_published_json_has_a_row_on_each_line():
+    content = {"command": "python", "empty": [], "figures": [{"a": 1}, {"a": 2.5}]}
+    text = row_by_row(content)
+    assert json.loads(text) == content
+    assert '\n  {"a": 1},\n  {"a": 2.5}\n' in text
 
 
 def test_numbers_are_short():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report.documents import main, rewrite
+from benchmarks.report.publish import publish
 from experiments.paper.report import Entry, Report, ReportTable, Row, claim, report_mapping
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +34,7 @@ def test_documents_name_files_that_exist(name):
 
 
 def test_rewriting_replaces_the_section_alone(tmp_path):
-    summary = next(README.parent.glob("benchmarks/results/cpu-*-quick.json"))
-    (tmp_path / "summary.json").write_bytes(summary.read_bytes())
+    (tmp_path / "summary.json").write_bytes((ROOT / "benchmarks/results/cpu.json").read_bytes())
     readme = tmp_path / "README.md"
     readme.write_text(
         "before\n<!-- measured: summary.json -->\n| Picard | 99x |\n<!-- end -->\nafter\n", encoding="utf-8"
@@ -45,6 +45,19 @@ def test_rewriting_replaces_the_section_alone(tmp_path):
     assert text.endswith("<!-- end -->\nafter\n")
     assert "99x" not in text
     assert "| Broyden, 30 steps | (8, 65536) |" in text
+
+
+def test_publishing_keeps_what_documents_show(tmp_path):
+    facts = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
+    more = [{"name": name, "value": 1.0} for name in ("time.x", "differences.conv.float32.order1.step0.1.draw")]
+    summary, plot = tmp_path / "out" / "summary.json", tmp_path / "out" / "overhead.png"
+    for folder in ("out", "docs", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    summary.write_text(json.dumps(facts | {"figures": [*facts["figures"], *more], "curves": [1, 2]}), encoding="utf-8")
+    plot.write_bytes(b"a plot")
+    published = json.loads(publish(summary, tmp_path).read_text(encoding="utf-8"))
+    assert published == facts | {"figures": [*facts["figures"], more[1]]}
+    assert (tmp_path / "docs" / "overhead.png").read_bytes() == b"a plot"
 
 
 def test_results_of_an_experiment_as_a_section(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -109,10 +108,3 @@ def test_traffic_is_published_within_a_tenth_of_the_design(published):
         assert row["ratio"] == pytest.approx((row["reads"] + row["writes"]) / row["design"], abs=2e-3)
         assert row["launches"] == (2 if row["path"] == "two launches" else 1)
         assert row["dynamic_shared"] <= row["shared_available"]
-
-
-def test_is_written_a_row_to_a_line():
-    found = {"command": "python", "kernels": [{"a": 1}, {"a": 2}]}
-    text = resources.write(found)
-    assert json.loads(text) == found
-    assert len(re.findall(r'\n  \{"a": \d\}', text)) == 2

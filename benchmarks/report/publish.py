@@ -1,0 +1,57 @@
+"""Put results into the repository, and into the documents that show them:
+
+python -m benchmarks.report.publish benchmarks/out/summary.json                        # of the benchmark suite
+python -m benchmarks.report.publish runs/reproduce-cpu/reproduce-cpu-table1.json       # of an experiment
+
+``benchmarks/results`` has one file for the suite on each kind of device, with what documents show, and one for each
+experiment, with everything.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks.report import measured
+from benchmarks.report.documents import rewrite
+from benchmarks.results import row_by_row
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "docs/experiments/paper.md")
+
+
+def publish(path: Path, root: Path = ROOT) -> Path:
+    """Copy results into ``benchmarks/results``; returns the copy.
+
+    Raises:
+        KeyError: If a summary lacks a figure that documents show.
+    """
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if "experiment" in facts:
+        name = path.name
+    else:
+        name, facts = f"{facts['device']}.json", measured.shown(facts)
+        plot = path.with_name("overhead.png")
+        if plot.exists():
+            shutil.copyfile(plot, root / "docs" / "overhead.png")
+    copy = root / "benchmarks" / "results" / name
+    copy.write_text(row_by_row(facts), encoding="utf-8")
+    return copy
+
+
+def main(arguments: list[str]) -> int:
+    """Publish results and rewrite the documents; returns the exit status."""
+    if not arguments:
+        print("usage: python -m benchmarks.report.publish RESULTS.json...", file=sys.stderr)
+        return 2
+    for path in map(Path, arguments):
+        print(publish(path))
+    for name in DOCUMENTS:
+        (ROOT / name).write_text(rewrite(ROOT / name), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
