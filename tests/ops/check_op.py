@@ -214,22 +214,26 @@ def widest(so_far, one, other):
 
 
 def check_frozen(op: torch._ops.OpOverload, samples: Sequence[Sequence]) -> int:
-    """A step leaves every row of samples that are done as it is, to the last bit. Returns how many rows it saw."""
+    """A step leaves every row of samples that are done as it is, to the last bit, on every instruction set.
+
+    Returns how many rows it saw.
+    """
     names = [argument.name for argument in op._schema.arguments]
     rows = 0
     for sample in samples:
-        before, after = dict(zip(names, sample, strict=True)), run(op, names, sample)
+        before = dict(zip(names, sample, strict=True))
         status = before["counters"][:, Counter.STATUS]
         stopped = (status == Status.MAX_STEPS) | (status >= Status.DIVERGED)
         if before["freeze"]:
             stopped = status != RUNNING
         rows += int(stopped.sum())
-        for name, argument in before.items():
-            parts = argument if isinstance(argument, list) else [argument]
-            changed = after[name] if isinstance(argument, list) else [after[name]]
-            for one, other in zip(parts, changed, strict=True):
-                if isinstance(one, Tensor) and name != "progress" and one.numel():
-                    if name == "best":
-                        one, other = one.transpose(0, 1), other.transpose(0, 1)
-                    assert torch.equal(bits(one[stopped]), bits(other[stopped])), name
+        for _, after in on_each_instruction_set(lambda sample=sample: run(op, names, sample)):
+            for name, argument in before.items():
+                parts = argument if isinstance(argument, list) else [argument]
+                changed = after[name] if isinstance(argument, list) else [after[name]]
+                for one, other in zip(parts, changed, strict=True):
+                    if isinstance(one, Tensor) and name != "progress" and one.numel():
+                        if name == "best":
+                            one, other = one.transpose(0, 1), other.transpose(0, 1)
+                        assert torch.equal(bits(one[stopped]), bits(other[stopped])), name
     return rows
