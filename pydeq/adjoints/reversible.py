@@ -31,12 +31,13 @@ from pydeq.arguments import check_integer, check_max_steps, check_number, set_fi
 from pydeq.cell.linearization import linearize
 from pydeq.cell.torch_compile import interpreted
 from pydeq.fixed_point import check_states_at, stopping_rules
+from pydeq.ops.capture import capturing
 from pydeq.ops.constants import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
 from pydeq.ops.reduction import norms
 from pydeq.ops.termination import Rules, judge
 from pydeq.solution import Solution
 from pydeq.solve.iteration import warn_of_coupling
-from pydeq.solve.step_reports import any_running, capturing
+from pydeq.solve.step_reports import any_running
 from pydeq.state import Layout, State, as_tuple, layout_of
 
 # A relative error of undone states beyond which iterations were differentiated in another place.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeq.ops.capture import capturing
 from pydeq.ops.constants import Status
 from pydeq.solution import ConvergenceWarning, Solution
-from pydeq.solve.step_reports import capturing
 
 _warned: set[Any] = set()
 # On CUDA: (settings, flag in pinned memory). The device writes the flag over _UNWRITTEN some time later, and the next

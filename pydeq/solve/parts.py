@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pydeq.ops.capture import capturing
 from pydeq.ops.constants import CONTRACTION, RUNNING, Counter, Scalar, Status
 from pydeq.ops.reduction import norms
 from pydeq.ops.termination import Rules
@@ -165,8 +166,8 @@ def iterate_by_parts(
     if layout.batch == 0 or len(layout.shapes) == 1:
         return iterate(evaluator, flat, solver, rules, max_steps, trace, states_at=states_at)
     tolerances = _Tolerances(layout, rules)
-    capturing = flat.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    begin = _begin(evaluator, flat, tolerances, 1 if capturing else min(max_steps, len(layout.shapes)), states_at)
+    captured = capturing(flat.device)
+    begin = _begin(evaluator, flat, tolerances, 1 if captured else min(max_steps, len(layout.shapes)), states_at)
     start, first, scale = begin.start, begin.image, tolerances.scale(tolerances.norms(begin.image))
     none = torch.zeros(layout.batch, dtype=torch.bool, device=flat.device)
     again, given_up, course = ~none, none, None  # which samples this round is about
@@ -191,7 +192,7 @@ def iterate_by_parts(
         residual, norm = tolerances.measure(course.value, course.image)
         met, status = tolerances.met(residual, norm), course.counters[:, Counter.STATUS]
         again = (status == Status.CONVERGED) & ~met
-        if capturing or before >= max_steps or not bool(again.any()):
+        if captured or before >= max_steps or not bool(again.any()):
             break
         given_up = (status != RUNNING) & (status != Status.CONVERGED)
         start = torch.where(again[:, None], course.image, course.value)

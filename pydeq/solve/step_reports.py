@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from pydeq.ops import kernels
+from pydeq.ops.capture import capturing
 from pydeq.ops.constants import RUNNING, Counter, Progress
 
 # Reports under way at once, and the bytes of a solve's: a cache line, so that solves do not slow each other.
@@ -251,11 +252,6 @@ class CudaStream:
 
     def await_report(self, address: int, steps: int, idle: bool) -> int:
         return kernels.await_report(address, steps, self._stream, self._device, idle)
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched on ``device`` goes into a CUDA graph: nothing may be asked of the device then."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def any_running(counters: Tensor) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pydeq.arguments import check_integer, set_fields, suggests_keywords
 from pydeq.ops import broyden_step
+from pydeq.ops.capture import capturing
 from pydeq.ops.constants import Counter
 from pydeq.ops.termination import Rules
-from pydeq.solve.step_reports import capturing
 from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty, zeros
 from pydeq.solvers.inverse_jacobian import InverseJacobian
