@@ -47,7 +47,8 @@ def iterate(
         # images of them to look back at.
         frozen = rules.freeze and not evaluator.counts_running
         looked = agreement is ALONE and not frozen  # ranks look back together, whether or not each leaves samples alone
-        with open_reports(layout.device, layout.batch, workspace.progress, lag=int(frozen)) as reports:
+        lag = int(frozen and workspace.reports_late)
+        with open_reports(layout.device, layout.batch, workspace.progress, lag) as reports:
             f: Tensor | None = None
             for k in range(max_steps):
                 running = reports.running(k)

@@ -83,6 +83,7 @@ class HostReports(Reports):
 
     def __init__(self, batch: int, place: Tensor) -> None:
         self._batch, self._place, self._values = batch, place, place.numpy()
+        self._values.fill(0)
 
     def place(self, k: int) -> Tensor:
         return self._place
@@ -90,6 +91,11 @@ class HostReports(Reports):
     def running(self, k: int) -> int:
         if k == 0:
             return self._batch
+        if self._values[Progress.STEP] != k:
+            raise RuntimeError(
+                f"step {k - 1} of the solver did not report: write a solver of your own as a pydeq.CustomSolver, whose"
+                " steps do"
+            )
         running = int(self._values[Progress.RUNNING])
         self._staggered |= 0 < running < self._batch
         return running

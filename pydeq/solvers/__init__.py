@@ -3,7 +3,8 @@
 from pydeq.solvers.anderson import Anderson
 from pydeq.solvers.base import Solver
 from pydeq.solvers.broyden import Broyden
+from pydeq.solvers.custom import CustomSolver
 from pydeq.solvers.gmres import GMRES
 from pydeq.solvers.picard import Picard
 
-__all__ = ["GMRES", "Anderson", "Broyden", "Picard", "Solver"]
+__all__ = ["GMRES", "Anderson", "Broyden", "CustomSolver", "Picard", "Solver"]

@@ -19,7 +19,7 @@ from pydeq.solvers.buffers import Scratch, empty, zeros
 
 
 class Workspace(ABC):
-    """The buffers of one solve, allocated once.
+    """The buffers of one solve, allocated once. Solvers of users need none: see :class:`pydeq.CustomSolver`.
 
     The iterates of step k are in ``z[k % 2]``, and the step writes the next ones to the other buffer, so that the
     previous iterate is still there when it turns out to have been the best.
@@ -30,6 +30,9 @@ class Workspace(ABC):
         max_steps: Evaluations of each sample at most.
         own: Shapes of what the solver needs zeroed at the start; ``zeroed`` has these tensors, float64.
     """
+
+    reports_late: ClassVar[bool] = True
+    """Whether a step on a GPU may return before it has reported."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
@@ -53,7 +56,11 @@ class Workspace(ABC):
 
     @abstractmethod
     def step(self, f: Tensor, k: int) -> None:
-        """Take step ``k`` with the images ``f`` [B, D] of ``z[k % 2]``."""
+        """Take step ``k`` with the images ``f`` [B, D] of ``z[k % 2]``.
+
+        It judges every sample, writes the next iterates to the other buffer, and reports to ``progress``: see
+        :func:`pydeq.ops.picard_step` for all that it reads and writes.
+        """
 
     def look_back(self, f: Tensor, k: int, last: bool) -> None:
         """Judge samples that were done before the last of ``k`` evaluations by their images ``f`` [B, D] there.
@@ -79,7 +86,11 @@ class Workspace(ABC):
 
 
 class Solver(ABC):
-    """Hyperparameters of a fixed-point solver; frozen, without state."""
+    """Hyperparameters of a fixed-point solver; frozen, without state.
+
+    Base class of the package's solvers, whose steps are operations. For one of your own, see
+    :class:`pydeq.CustomSolver`.
+    """
 
     reduces: ClassVar[bool] = False
     """Whether its steps complete all sums over a state by ``rules.reduction``, so that states may be sharded."""

@@ -492,10 +492,18 @@ def test_steps_on_the_host_have_reported_when_they_return():
     place = torch.zeros(len(Progress), dtype=torch.int64)
     with HostReports(3, place) as reports:
         assert reports.running(0) == 3
-        reports.place(0)[Progress.RUNNING] = 2
-        assert reports.running(1) == 2
-        reports.place(1)[Progress.RUNNING] = 0
-        assert reports.running(2) == 0
+        for step, running in enumerate((2, 0), start=1):
+            reports.place(step - 1)[[Progress.STEP, Progress.RUNNING]] = torch.tensor([step, running])
+            assert reports.running(step) == running
+
+
+def test_a_step_that_does_not_report_is_an_error():
+    place = torch.full((len(Progress),), 1)  # as left by another solve
+    with (
+        HostReports(3, place) as reports,
+        pytest.raises(RuntimeError, match=r"step 0 of the solver did not report: .* pydeq\.CustomSolver"),
+    ):
+        reports.running(1)
 
 
 def test_a_gpu_that_the_kernels_were_not_compiled_for_is_refused(monkeypatch):
