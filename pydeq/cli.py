@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pydeq.compat.migrate import migrate as migrate_files
 from pydeq.ops.kernels import kernels
 
 
@@ -26,9 +27,7 @@ def info(arguments: argparse.Namespace) -> int:
 
 def migrate(arguments: argparse.Namespace) -> int:
     """Find, and rewrite, imports of torchdeq and of locuslab/deq's solvers."""
-    from pydeq.compat.migrate import migrate as run
-
-    return run(arguments.paths, arguments.write)
+    return migrate_files(arguments.paths, arguments.write)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pydeq.compat.copies import Surroundings
+
 
 def migrate(paths: Sequence[str], write: bool) -> int:
     """Report, and with ``write`` rewrite, the imports in some files and in the ``*.py`` and ``*.ipynb`` of folders.
@@ -22,7 +24,6 @@ def migrate(paths: Sequence[str], write: bool) -> int:
         The exit status: 0, or 1 where a file could not be read or parsed, or 2 without libcst.
     """
     try:
-        from pydeq.compat.copies import Surroundings
         from pydeq.compat.rewriting import UnparsableError, inspect_notebook, rewrite
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "libcst":

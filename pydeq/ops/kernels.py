@@ -34,6 +34,7 @@ from pydeq.ops import constants
 from pydeq.ops.constants import Answer, CudaPath
 from pydeq.ops.interface import interface
 from pydeq.ops.libraries import CPU, CUDA, CpuLibrary, CudaLibrary
+from pydeq.ops.registry import schemas
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -196,8 +197,6 @@ def load() -> None:
 
 def _interface() -> str:
     """What the libraries must agree on with this package."""
-    from pydeq.ops.registry import schemas  # whose package loads this module
-
     return interface(schemas, vars(constants))
 
 
