@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 import numbers
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -55,6 +56,23 @@ def set_fields(settings: Any, **values: Any) -> None:
 def check_max_steps(name: str, value: Any) -> int:
     """A number of evaluations, at least 1."""
     return check_integer(name, value, 1)
+
+
+def check_norm(norm: Any) -> Literal["all", "parts"]:
+    """The norm that residuals are measured in."""
+    if norm not in ("all", "parts"):
+        raise ValueError(f"norm must be 'all' or 'parts', got {norm!r}")
+    return norm
+
+
+def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of evaluations, at least 1 and increasing."""
+    if not isinstance(value, list | tuple | range):
+        raise TypeError(f"states_at must be a list of ints, got {type(value).__name__}")
+    counts = tuple(check_max_steps(f"states_at[{i}]", count) for i, count in enumerate(value))
+    if any(b <= a for a, b in itertools.pairwise(counts)):
+        raise ValueError(f"states_at must increase, got {list(counts)}")
+    return counts
 
 
 T = TypeVar("T")

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from pydeq.arguments import check_max_steps, check_tolerance, keywords_for
+from pydeq.arguments import keywords_for
 from pydeq.cell.adapter import Adapter
-from pydeq.cell.autocast import Autocast
+from pydeq.cell.batched_context import check_compact
 from pydeq.cell.scope import solve_scope
 from pydeq.cell.torch_compile import Compiler, skipped
-from pydeq.nn.dropout import VariationalDropout
-from pydeq.ops.reduction import WHOLE, Reduction
-from pydeq.ops.termination import Rules, default_rtol
 from pydeq.solution import ConvergenceError, Solution
-from pydeq.solve.compaction import CompactingEvaluator, Evaluator
-from pydeq.solve.iteration import iterate
-from pydeq.solve.parts import iterate_by_parts
-from pydeq.solve.ranks import ALONE, RankAgreement, check_ranks
-from pydeq.solvers import Anderson, Solver
-from pydeq.solvers.base import Workspace
-from pydeq.state import Layout, State, layout_of
+from pydeq.solve.solve import solve
+from pydeq.solvers import Solver
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,180 +117,21 @@ def fixed_point(
         if not callable(fn):
             raise TypeError(f"fn must be callable, got {type(fn).__name__}")
         keywords = keywords_for("fixed_point", fn, keywords, _KEYWORDS)
-        border = Adapter(z0, keywords, has_aux)
+        adapter = Adapter(z0, keywords, has_aux)
         if compact:
-            batched_context = check_compact(fn, context, batched_context, border, freeze)
-        context = border.context(context)
+            batched_context = check_compact(fn, context, batched_context, adapter, freeze)
+        context = adapter.context(context)
         with solve_scope():
-            inner = border.inside(compiler.compiled(fn))
-            solution, workspace = solve(
-                inner, border.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
+            inner = adapter.inside(compiler.compiled(fn))
+            solution = solve(
+                inner, adapter.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
                 freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
                 process_group=process_group, sharded=sharded, states_at=states_at, norm=norm,
             )  # fmt: skip
-            workspace.scratch.release()
             if has_aux:
                 with torch.no_grad():
-                    solution.aux = border.aux_at_image(inner, solution, context)
-        solution = border.solution(solution)
+                    solution.aux = adapter.aux_at_image(inner, solution, context)
+        solution = adapter.solution(solution)
         if throw and not bool(solution.converged.all()):
             raise ConvergenceError(solution)
         return solution
-
-
-def solve(
-    fn: Callable[..., Any],
-    z0: State,
-    context: Sequence[Any],
-    *,
-    solver: Solver | None = None,
-    rtol: float | None = None,
-    atol: float = 0.0,
-    max_steps: int = 50,
-    trace: bool = False,
-    freeze: bool = True,
-    stall: bool = True,
-    compact: bool = False,
-    batched_context: Sequence[bool] | None = None,
-    process_group: ProcessGroup | None = None,
-    sharded: bool = False,
-    states_at: Sequence[int] = (),
-    norm: Literal["all", "parts"] = "all",
-) -> tuple[Solution, Workspace]:
-    """:func:`fixed_point` inside the package, for those who also need what the solver has gathered.
-
-    ``z0`` is a tensor or a tuple of tensors, and ``compact`` was checked.
-    """
-    if solver is None:
-        solver = Anderson()
-    elif not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "fixed_point does not work under torch.func transforms (it has no gradient, and stops samples by their"
-            " values): use pydeq.DEQ, which does"
-        )
-    layout = layout_of(z0)
-    max_steps = check_max_steps("max_steps", max_steps)
-    ranks = check_ranks(process_group, sharded)
-    if check_norm(norm) == "parts" and (compact or ranks is not None):
-        raise ValueError(f"norm='parts' does not work with {'compact=True' if compact else 'process_group'}")
-    if sharded and not solver.reduces:
-        raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
-    rules = stopping_rules(layout, rtol, atol, freeze, stall, WHOLE if ranks is None else ranks.reduction())
-    agreement = ALONE
-    if ranks is not None:
-        agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
-    states_at = check_states_at(states_at)
-    cast = torch.is_autocast_enabled(layout.device.type)
-    with torch.no_grad(), solve_scope():
-        if compact:
-            assert batched_context is not None
-            evaluator = CompactingEvaluator(fn, context, layout, cast, batched_context)
-        else:
-            evaluator = Evaluator(fn, context, layout, cast)
-        flat = layout.flatten(z0)
-        if norm == "parts":
-            return iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)
-        return iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
-
-
-def stopping_rules(
-    layout: Layout,
-    rtol: float | None,
-    atol: float = 0.0,
-    freeze: bool = True,
-    stall: bool = True,
-    reduction: Reduction = WHOLE,
-) -> Rules:
-    """The stopping rules of a solve under the present autocast state; see :func:`fixed_point`."""
-    coarsest = Autocast.current(layout.device).coarsest(layout.dtype)
-    return Rules(
-        rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
-        atol=check_tolerance("atol", atol),
-        eps=torch.finfo(coarsest).eps,
-        freeze=freeze,
-        stall=stall,
-        reduction=reduction,
-    )
-
-
-def check_norm(norm: Any) -> Literal["all", "parts"]:
-    """What residuals are measured in."""
-    if norm not in ("all", "parts"):
-        raise ValueError(f"norm must be 'all' or 'parts', got {norm!r}")
-    return norm
-
-
-def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of evaluations, at least 1 and increasing."""
-    if not isinstance(value, list | tuple | range):
-        raise TypeError(f"states_at must be a list of ints, got {type(value).__name__}")
-    counts = tuple(check_max_steps(f"states_at[{i}]", count) for i, count in enumerate(value))
-    if any(b <= a for a, b in itertools.pairwise(counts)):
-        raise ValueError(f"states_at must increase, got {list(counts)}")
-    return counts
-
-
-def check_compact(
-    fn: Callable[..., Any],
-    context: Sequence[Any],
-    batched_context: Sequence[bool] | None,
-    border: Adapter,
-    freeze: bool,
-) -> Sequence[bool]:
-    """For each entry of the context as it is inside, whether ``compact=True`` gathers it."""
-    layout = layout_of(border.z0)
-    if not freeze:
-        raise ValueError("compact=True leaves out samples that are done, but freeze=False iterates them on")
-    if batched_context is None:
-        if context:
-            raise ValueError(
-                f"batched_context must say for each of the {len(context)} context arguments whether it carries the"
-                " batch, got None"
-            )
-        batched_context = ()
-    if len(batched_context) != len(context):
-        raise ValueError(
-            f"batched_context must have one entry for each of the {len(context)} context arguments, got"
-            f" {len(batched_context)}"
-        )
-    for i, (entry, batched) in enumerate(zip(context, batched_context, strict=True)):
-        if not batched:
-            continue
-        for tensor in _tensors(entry, f"context[{i}]"):
-            if tensor.dim() == 0 or tensor.shape[0] != layout.batch:
-                raise ValueError(
-                    f"context[{i}] must carry the batch of {layout.batch} first, got shape {tuple(tensor.shape)}"
-                )
-    cell = getattr(fn, "__self__", fn)  # also where fn is a module's bound method
-    if isinstance(cell, torch.nn.Module):
-        for name, module in cell.named_modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(
-                    f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode)"
-                    " computes its statistics from: use eval mode, another norm, or compact=False"
-                )
-            if isinstance(module, VariationalDropout) and module.training and module.p > 0:
-                raise ValueError(
-                    f"compact=True changes the batch that {name or 'fn'} ({type(module).__name__} in training mode)"
-                    " drew its mask for: use eval mode, or compact=False"
-                )
-    for name, entry in border.keywords.items():
-        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(entry)):
-            raise ValueError(
-                f"compact=True cannot tell whether {name} carries the batch, since it is passed by name: pass it by its"
-                " place, and say so in batched_context"
-            )
-    return (*batched_context, False) if border.keywords else tuple(batched_context)
-
-
-def _tensors(entry: Any, name: str) -> Iterator[torch.Tensor]:
-    """The tensors of a batched context argument, a tensor or a (nested) tuple or list of them."""
-    if isinstance(entry, torch.Tensor):
-        yield entry
-    elif isinstance(entry, tuple | list):
-        for part in entry:
-            yield from _tensors(part, name)
-    else:
-        raise TypeError(f"{name} is batched, so it must be a tensor or a tuple, got {type(entry).__name__}")

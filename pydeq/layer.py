@@ -14,13 +14,20 @@ from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import Attached, Problem
 from pydeq.adjoints.functional import transforms_active
 from pydeq.adjoints.start import warn_about_learned_start
-from pydeq.arguments import check_max_steps, check_tolerance, keywords_for, unknown_keyword
+from pydeq.arguments import (
+    check_max_steps,
+    check_norm,
+    check_states_at,
+    check_tolerance,
+    keywords_for,
+    unknown_keyword,
+)
 from pydeq.cell.adapter import Adapter
+from pydeq.cell.batched_context import check_compact
 from pydeq.cell.parameters import fill_parametrization_cache
 from pydeq.cell.replay_rng import Replayed, random_modules
 from pydeq.cell.scope import Bound, scope_of
 from pydeq.cell.torch_compile import Compiler, skipped, uncompiled
-from pydeq.fixed_point import check_compact, check_norm, check_states_at
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.solution import Solution

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._C import _functorch  # pyright: ignore
 
 from pydeq.cell.linearization import Linearization
-from pydeq.fixed_point import fixed_point
 from pydeq.solution import Solution
+from pydeq.solve.solve import solve
 from pydeq.solvers import Solver
 from pydeq.state import State
 
@@ -100,7 +100,7 @@ class Adjoint(ABC):
 
     def evaluate(self, problem: Problem) -> Solution:
         """Solve without gradients, by the same iteration."""
-        return fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+        return solve(problem.fn, problem.z0, problem.context, **problem.options)
 
     def check(self, solver: Solver) -> None:  # noqa: B027  # most take any
         """Raise TypeError where this adjoint cannot differentiate what ``solver`` does."""

@@ -30,10 +30,10 @@ from pydeq.adjoints.watch import watch
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.plain_operations import any_order
 from pydeq.cell.torch_compile import interpreted
-from pydeq.fixed_point import fixed_point
 from pydeq.jacobian.functional import RefuseOnce
 from pydeq.ops.constants import Status
 from pydeq.solution import Solution
+from pydeq.solve.solve import solve
 from pydeq.state import State, as_tuple, layout_of
 
 Parts = tuple[Tensor, ...]
@@ -99,7 +99,7 @@ class FixedPoint(torch.autograd.Function):
                 return map(as_tuple(z), *inputs)
 
         with equation.autocast.again():  # which says how exact the map is
-            solution = fixed_point(fn, z0, *(x.detach() for x in inputs), **equation.options)
+            solution = solve(fn, z0, tuple(x.detach() for x in inputs), **equation.options)
         equation.record(solution)
         image = as_tuple(solution.image)
         if equation.probe is not None:

@@ -31,11 +31,11 @@ from pydeq.cell.autocast import Autocast
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.plain_operations import composed_norms
 from pydeq.cell.torch_compile import interpreted
-from pydeq.fixed_point import fixed_point
 from pydeq.jacobian.graphs import nodes_of, wrong_third_derivative
 from pydeq.ops.constants import Status
 from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution
+from pydeq.solve.solve import solve
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
 
@@ -87,7 +87,7 @@ class Implicit(Adjoint):
             layout = layout_of(problem.z0)
             dtype = Autocast.current(layout.device).coarsest(layout.dtype)
             return Attached(*solve_functional(problem, self.options(dtype) | problem.shared, self))
-        solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+        solution = solve(problem.fn, problem.z0, problem.context, **problem.options)
         output, at = attach(
             self, problem.fn, solution.image, problem.context, problem.module, solution, problem.memory, problem.shared
         )
@@ -97,7 +97,7 @@ class Implicit(Adjoint):
         self, fn: Callable[..., Any], start: State, v: Sequence[Tensor], options: dict[str, Any]
     ) -> Solution:
         """Solve the adjoint system u = fn(u, *v) from ``start``; no gradient."""
-        return fixed_point(fn, start, *v, **options)
+        return solve(fn, start, v, **options)
 
 
 def attach(

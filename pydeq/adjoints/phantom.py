@@ -26,8 +26,8 @@ from pydeq.arguments import check_max_steps, set_fields, suggests_keywords
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
-from pydeq.fixed_point import fixed_point
 from pydeq.solution import Solution
+from pydeq.solve.solve import solve
 from pydeq.solvers.base import check_damping
 from pydeq.state import Layout, State, as_tuple, layout_of
 
@@ -66,7 +66,7 @@ class Phantom(Adjoint):
                 raise RuntimeError('Phantom(form="neumann") does not work under torch.func: use form="unroll"')
             z, solution = self._solve_transformed(problem)
         else:
-            solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+            solution = solve(problem.fn, problem.z0, problem.context, **problem.options)
             if self.form == "neumann":
                 return self._neumann(problem, solution)
             z = solution.image
@@ -82,7 +82,7 @@ class Phantom(Adjoint):
         if not torch._C._are_functorch_transforms_active():
             # Forward-mode AD: the steps from here on have the tangents, also of what the cell captures.
             with forward_ad._set_fwd_grad_enabled(False):
-                solution = fixed_point(problem.fn, problem.z0, *problem.context, **problem.options)
+                solution = solve(problem.fn, problem.z0, problem.context, **problem.options)
             return solution.image, solution
         z, solution = solve_functional(problem, problem.options, self)
         return tuple(part.detach() for part in z) if isinstance(z, tuple) else z.detach(), solution

@@ -27,16 +27,23 @@ from torch.autograd.function import once_differentiable
 from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
 from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
-from pydeq.arguments import check_integer, check_max_steps, check_number, set_fields, suggests_keywords
+from pydeq.arguments import (
+    check_integer,
+    check_max_steps,
+    check_number,
+    check_states_at,
+    set_fields,
+    suggests_keywords,
+)
 from pydeq.cell.linearization import linearize
 from pydeq.cell.torch_compile import interpreted
-from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
 from pydeq.ops.reduction import norms
 from pydeq.ops.termination import Rules, judge
 from pydeq.solution import Solution
 from pydeq.solve.iteration import warn_of_coupling
+from pydeq.solve.solve import stopping_rules
 from pydeq.solve.step_reports import any_running
 from pydeq.state import Layout, State, as_tuple, layout_of
 

@@ -20,10 +20,10 @@ from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_integer, check_tolerance, set_fields, suggests_keywords
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.torch_compile import interpreted
-from pydeq.fixed_point import fixed_point, solve
 from pydeq.ops.reduction import norm
 from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution
+from pydeq.solve.solve import solve, solve_keeping_workspace
 from pydeq.solvers import Broyden, Solver
 from pydeq.solvers.broyden import BroydenWorkspace
 from pydeq.solvers.inverse_jacobian import InverseJacobian
@@ -80,7 +80,7 @@ class Shine(Adjoint):
         self.check(problem.options["solver"])
         if problem.options.get("sharded"):
             raise ValueError("Shine does not take sharded states: use pydeq.Implicit")
-        solution, workspace = solve(problem.fn, problem.z0, problem.context, **problem.options)
+        solution, workspace = solve_keeping_workspace(problem.fn, problem.z0, problem.context, **problem.options)
         assert isinstance(workspace, BroydenWorkspace)
         inverse = workspace.inverse_jacobian()
         del workspace  # before fn allocates
@@ -115,7 +115,7 @@ class _Backward:
         def refined(u: Tensor) -> Tensor:
             return u + inverse.transpose_product(at.flat_vjp(u) + v - u)
 
-        refinement = fixed_point(
+        refinement = solve(
             refined,
             u,
             solver=Broyden(),

@@ -18,16 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 from pydeq.adjoints.base import Adjoint, Attached, Problem
 from pydeq.adjoints.sources import Watched, held
-from pydeq.arguments import check_max_steps, suggests_keywords
+from pydeq.arguments import check_max_steps, check_states_at, suggests_keywords
 from pydeq.cell.parameters import Stateless
 from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
-from pydeq.fixed_point import check_states_at, stopping_rules
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.ops.constants import Counter, Scalar, Status
 from pydeq.ops.termination import Verdict, judge
 from pydeq.solution import Solution
 from pydeq.solve.iteration import warn_of_coupling
+from pydeq.solve.solve import stopping_rules
 from pydeq.solve.step_reports import any_running
 from pydeq.solvers import Anderson, Picard, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of

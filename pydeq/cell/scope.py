@@ -23,6 +23,10 @@ from torch import Tensor, nn
 class Scoped(nn.Module):
     """A module that keeps something in the scope."""
 
+    def has_row_per_sample(self) -> bool:
+        """Whether its values in the scope belong to single samples of the batch."""
+        return False
+
 
 class Scope:
     """What the modules of a cell keep for one solve.

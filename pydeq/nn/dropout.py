@@ -44,6 +44,9 @@ class VariationalDropout(Scoped):
         self.p = p
         self.shared_dims = tuple(shared_dims)
 
+    def has_row_per_sample(self) -> bool:
+        return self.training and self.p > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """Drop entries of x, in training mode.
 

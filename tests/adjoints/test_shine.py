@@ -10,7 +10,7 @@ from torch import nn
 
 import pydeq
 from pydeq import Broyden, Implicit, JacobianFree, Shine
-from pydeq.fixed_point import solve
+from pydeq.solve.solve import solve_keeping_workspace
 from pydeq.testing import tanh_map
 
 
@@ -50,7 +50,7 @@ def test_the_cotangent_is_the_transposed_inverse_of_the_forward_solve():
     problem = tanh_map(0.7, 10, dtype=torch.float64)
     v = cotangent(problem)
     actual, solution = gradient(Shine(), problem, v)
-    _, workspace = solve(problem.fn, problem.z0, problem.context, solver=Broyden(), rtol=1e-6)
+    _, workspace = solve_keeping_workspace(problem.fn, problem.z0, problem.context, solver=Broyden(), rtol=1e-6)
     u = workspace.inverse_jacobian().transpose_product(v)
     z = problem.fn(solution.image, *problem.context)
     torch.testing.assert_close(actual, u * (1.0 - z.square()), rtol=1e-12, atol=1e-13)  # tanh' times u
@@ -63,7 +63,7 @@ def test_the_correction_is_limited_per_sample(limit):
     problem = tanh_map(1.5, 10, dtype=torch.float64)
     v = cotangent(problem)
     actual, solution = gradient(Shine(limit=limit), problem, v, rtol=1e-6)
-    _, workspace = solve(problem.fn, problem.z0, problem.context, solver=Broyden(), rtol=1e-6)
+    _, workspace = solve_keeping_workspace(problem.fn, problem.z0, problem.context, solver=Broyden(), rtol=1e-6)
     correction = workspace.inverse_jacobian().transpose_product(v) - v
     ratios = correction.norm(dim=1) / v.norm(dim=1)
     if 0.0 < limit < math.inf:

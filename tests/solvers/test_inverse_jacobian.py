@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pydeq import Broyden
-from pydeq.fixed_point import solve
 from pydeq.ops.constants import DENOMINATOR_LIMIT, Counter, Status
+from pydeq.solve.solve import solve_keeping_workspace
 from pydeq.testing import linear_map, softsign_map, tanh_map, tolerance
 
 
@@ -23,7 +23,7 @@ def solve_and_record(problem, **options):
         return images[-1]
 
     solver = options.pop("solver", Broyden())
-    solution, workspace = solve(fn, problem.z0, problem.context, solver=solver, **options)
+    solution, workspace = solve_keeping_workspace(fn, problem.z0, problem.context, solver=solver, **options)
     counts = workspace.counters[:, Counter.COUNT].tolist()
     return solution, workspace.inverse_jacobian(), counts, torch.stack(seen), torch.stack(images)
 
@@ -187,7 +187,7 @@ def test_a_memory_that_is_full_at_the_end_is_not(max_steps):
 
 def test_an_empty_batch():
     problem = tanh_map(0.9, 5, batch=0, dtype=torch.float64)
-    _, workspace = solve(problem.fn, problem.z0, problem.context, solver=Broyden())
+    _, workspace = solve_keeping_workspace(problem.fn, problem.z0, problem.context, solver=Broyden())
     assert workspace.inverse_jacobian().transpose_product(problem.z0).shape == (0, 5)
 
 
@@ -197,7 +197,9 @@ def test_does_not_depend_on_reports(max_steps):
     problem = softsign_map([0.3, 0.9], 40, dtype=torch.float64)
     made = []
     for report in (None, 0, 1000):
-        _, workspace = solve(problem.fn, problem.z0, problem.context, solver=Broyden(), max_steps=max_steps)
+        _, workspace = solve_keeping_workspace(
+            problem.fn, problem.z0, problem.context, solver=Broyden(), max_steps=max_steps
+        )
         if report is not None:
             workspace.progress.fill_(report)
         made.append(workspace.inverse_jacobian().tensors)

@@ -1,0 +1,113 @@
+"""Start one solve: check its options, build its stopping rules and its evaluator, and run the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from pydeq.arguments import check_max_steps, check_norm, check_states_at, check_tolerance
+from pydeq.cell.autocast import Autocast
+from pydeq.cell.scope import solve_scope
+from pydeq.ops.reduction import WHOLE, Reduction
+from pydeq.ops.termination import Rules, default_rtol
+from pydeq.solution import Solution
+from pydeq.solve.compaction import CompactingEvaluator, Evaluator
+from pydeq.solve.iteration import iterate
+from pydeq.solve.parts import iterate_by_parts
+from pydeq.solve.ranks import ALONE, RankAgreement, check_ranks
+from pydeq.solvers import Anderson, Solver
+from pydeq.solvers.base import Workspace
+from pydeq.state import Layout, State, layout_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def solve(fn: Callable[..., Any], z0: State, context: Sequence[Any] = (), **options: Any) -> Solution:
+    """Solve z = fn(z, *context) for a tensor or a tuple of tensors; the keywords are :func:`pydeq.fixed_point`'s."""
+    solution, workspace = solve_keeping_workspace(fn, z0, context, **options)
+    workspace.scratch.release()
+    return solution
+
+
+def solve_keeping_workspace(
+    fn: Callable[..., Any],
+    z0: State,
+    context: Sequence[Any],
+    *,
+    solver: Solver | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_steps: int = 50,
+    trace: bool = False,
+    freeze: bool = True,
+    stall: bool = True,
+    compact: bool = False,
+    batched_context: Sequence[bool] | None = None,
+    process_group: ProcessGroup | None = None,
+    sharded: bool = False,
+    states_at: Sequence[int] = (),
+    norm: Literal["all", "parts"] = "all",
+) -> tuple[Solution, Workspace]:
+    """Solve z = fn(z, *context) and return the solver's workspace, too; the keywords are :func:`pydeq.fixed_point`'s.
+
+    Args:
+        fn: A map of states, which are tensors or tuples of tensors.
+        z0: The initial state, of that kind.
+        context: Passed on to ``fn``.
+        batched_context: Checked, where ``compact`` is set.
+    """
+    if solver is None:
+        solver = Anderson()
+    elif not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fixed_point does not work under torch.func transforms (it has no gradient, and stops samples by their"
+            " values): use pydeq.DEQ, which does"
+        )
+    layout = layout_of(z0)
+    max_steps = check_max_steps("max_steps", max_steps)
+    ranks = check_ranks(process_group, sharded)
+    if check_norm(norm) == "parts" and (compact or ranks is not None):
+        raise ValueError(f"norm='parts' does not work with {'compact=True' if compact else 'process_group'}")
+    if sharded and not solver.reduces:
+        raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
+    rules = stopping_rules(layout, rtol, atol, freeze, stall, WHOLE if ranks is None else ranks.reduction())
+    agreement = ALONE
+    if ranks is not None:
+        agreement = RankAgreement(ranks, layout.device, max_steps, (layout.batch, layout.dtype, solver, rules))
+    states_at = check_states_at(states_at)
+    cast = torch.is_autocast_enabled(layout.device.type)
+    with torch.no_grad(), solve_scope():
+        if compact:
+            assert batched_context is not None
+            evaluator = CompactingEvaluator(fn, context, layout, cast, batched_context)
+        else:
+            evaluator = Evaluator(fn, context, layout, cast)
+        flat = layout.flatten(z0)
+        if norm == "parts":
+            return iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)
+        return iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
+
+
+def stopping_rules(
+    layout: Layout,
+    rtol: float | None,
+    atol: float = 0.0,
+    freeze: bool = True,
+    stall: bool = True,
+    reduction: Reduction = WHOLE,
+) -> Rules:
+    """The stopping rules of a solve under the present autocast state; see :func:`fixed_point`."""
+    coarsest = Autocast.current(layout.device).coarsest(layout.dtype)
+    return Rules(
+        rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
+        atol=check_tolerance("atol", atol),
+        eps=torch.finfo(coarsest).eps,
+        freeze=freeze,
+        stall=stall,
+        reduction=reduction,
+    )
