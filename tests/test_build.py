@@ -333,8 +333,8 @@ def test_interface_depends_on_schemas_and_numbers_and_on_nothing_else():
     assert ours == interface(["b() -> ()", "a(int x) -> ()"], {**numbers, "__doc__": "other text", "_hidden": 2})
     assert differences(ours, interface(["a(int y) -> ()", "b() -> ()"], numbers)) == ["a"]
     assert differences(ours, interface(["a(int x) -> ()"], numbers)) == ["b"]
-    assert differences(ours, interface(["a(int x) -> ()", "b() -> ()"], {**numbers, "LIMIT": 0.25})) == ["protocol"]
-    assert differences(ours, interface(["a(int x) -> ()", "b() -> ()"], {**numbers, "Counter": Longer})) == ["protocol"]
+    for changed in ({"LIMIT": 0.25}, {"Counter": Longer}):
+        assert differences(ours, interface(["a(int x) -> ()", "b() -> ()"], {**numbers, **changed})) == ["constants"]
     assert not differences(ours, ours)
 
 
@@ -342,21 +342,21 @@ def test_interface_depends_on_schemas_and_numbers_and_on_nothing_else():
 def test_a_library_of_other_sources_is_refused():
     ours = kernels._interface()
     CpuLibrary(PACKAGE / CPU, ours)
-    changed = re.sub(r"(gmres_step|protocol)=\w+", r"\1=0", ours) + " newton_step=0"
-    expected = r"libpydeq_cpu.so was built from other sources .*different: gmres_step, newton_step, protocol.* Build it"
+    changed = re.sub(r"(gmres_step|constants)=\w+", r"\1=0", ours) + " newton_step=0"
+    expected = r"libpydeq_cpu.so was built from other .*different: constants, gmres_step, newton_step.* Build it"
     with pytest.raises(StaleLibraryError, match=expected):
         CpuLibrary(PACKAGE / CPU, changed)
 
 
 @needs_kernels
 def test_import_refuses_libraries_of_other_sources(carried):
-    protocol = carried / "pydeq" / "protocol.py"
-    protocol.write_text(protocol.read_text() + "\nADDED: Final = 3\n")
+    constants = carried / "pydeq" / "ops" / "constants.py"
+    constants.write_text(constants.read_text() + "\nADDED: Final = 3\n")
     result = python("import pydeq", carried)
     assert result.returncode == 1
     message = result.stderr.splitlines()[-1]
     assert message.startswith("pydeq.ops.libraries.StaleLibraryError: ")
-    assert "libpydeq_cpu.so was built from other sources than this pydeq (different: protocol). Build it" in message
+    assert "libpydeq_cpu.so was built from other sources than this pydeq (different: constants). Build it" in message
     assert python("import pydeq", carried, PYDEQ_KERNELS="off").returncode == 0
 
 

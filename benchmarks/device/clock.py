@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE = torch.device("cuda")
-# What csrc/common/step.cuh calls them.
+# What csrc/cuda/step.cuh calls them.
 STEP_KERNEL = re.compile("step_(fused|reduce|apply)_kernel")
 ROUNDS = 7  # of a replay; the first ones are not counted
 UNCOUNTED = 2

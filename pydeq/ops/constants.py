@@ -1,6 +1,6 @@
 """What the references in Python and the compiled kernels agree on.
 
-The only place where these numbers stand: the build turns this file into ``pydeq_protocol.h``. It imports nothing
+The only place where these numbers stand: the build turns this file into ``pydeq_constants.h``. It imports nothing
 but the standard library, so that a build can read it without torch.
 """
 
@@ -132,7 +132,7 @@ CUDA_VECTORS: Final = 512
 
 
 class CudaPath(IntEnum):
-    """How a CUDA kernel's blocks share a step; all give the same bits. See ``csrc/common/step_shape.h``."""
+    """How a CUDA kernel's blocks share a step; all give the same bits. See ``csrc/cuda/step_shape.h``."""
 
     AUTO = 0
     """What is likely the fastest for this GPU, batch and state."""

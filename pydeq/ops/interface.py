@@ -1,4 +1,4 @@
-"""What the package and its compiled libraries must agree on: the schemas of operations, the numbers of the protocol.
+"""What the package and its compiled libraries must agree on: the schemas of operations, the constants.
 
 A library carries this text as of its build. It imports nothing but the standard library, so that a build can read it
 without torch.
@@ -11,20 +11,20 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 
 
-def interface(schemas: Iterable[str], protocol: Mapping[str, object]) -> str:
+def interface(schemas: Iterable[str], constants: Mapping[str, object]) -> str:
     """Digests of what must be the same on both sides, "name=digest" between spaces.
 
     Args:
         schemas: Of the operations, ``name(args) -> returns``.
-        protocol: The names of ``pydeq/ops/constants.py``.
+        constants: The names of ``pydeq/ops/constants.py``.
     """
     numbers = []
-    for name, value in protocol.items():
+    for name, value in constants.items():
         if isinstance(value, type) and issubclass(value, IntEnum) and value is not IntEnum:
             numbers.append((name, [(member.name, int(member)) for member in value]))
         elif name.isupper():
             numbers.append((name, value))
-    parts = {"protocol": repr(sorted(numbers)), **{schema.split("(", 1)[0]: schema for schema in schemas}}
+    parts = {"constants": repr(sorted(numbers)), **{schema.split("(", 1)[0]: schema for schema in schemas}}
     return " ".join(f"{name}={hashlib.sha256(text.encode()).hexdigest()[:16]}" for name, text in sorted(parts.items()))
 
 

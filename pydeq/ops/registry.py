@@ -1,7 +1,7 @@
 """How an operation is registered: schema, reference and fake kernel from Python, compiled kernels on top.
 
 The schema is defined once, here. The reference serves every device that has no compiled kernel
-(CompositeExplicitAutograd); ``csrc/ops/<op>.cpp`` overrides it for the CPU.
+(CompositeExplicitAutograd); ``csrc/cpu/<op>.cpp`` overrides it for the CPU.
 """
 
 from __future__ import annotations

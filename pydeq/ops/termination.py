@@ -1,4 +1,4 @@
-"""When a sample is done: the reference of ``csrc/common/termination.h``.
+"""When a sample is done: the reference of ``csrc/shared/termination.h``.
 
 One rule for every solver. A step measures the residual g = f(z) - z of each sample, ``judge`` turns it into a verdict,
 and ``settle`` does what every solver does with one: it keeps the best iterate and places stopped samples.

@@ -153,7 +153,7 @@ def test_a_summary_shows_what_failed_and_lines_cut_off(tmp_path, capsys):
 
 
 def test_counts_the_kernels_by_their_names():
-    text = (ROOT / "csrc" / "common" / "step.cuh").read_text()
+    text = (ROOT / "csrc" / "cuda" / "step.cuh").read_text()
     names = re.findall(r"^(step_\w+_kernel)\(", text, flags=re.MULTILINE)
     assert len(names) == 3
     assert all(map(clock.STEP_KERNEL.search, names))

@@ -1,6 +1,6 @@
 """Device code on the CPU: builds the emulator with its kernels, and runs cases in it.
 
-A case is one call of an operation. Its tensors are written to a file, the emulator runs the kernels of csrc/ops/*.cuh
+A case is one call of an operation. Its tensors are written to a file, the emulator runs the kernels of csrc/cuda/*.cuh
 on copies of them, each in memory of its own, and what they left is read back.
 """
 
@@ -28,9 +28,10 @@ from pydeq.ops.constants import CudaPath
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
+CONSTANTS = ROOT / "pydeq" / "ops" / "constants.py"
 SOURCES = (FOLDER / "emulator" / "emulator.cpp", *sorted(FOLDER.glob("*.cpp")))
 
-DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # as in common/dispatch.h
+DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # as in shared/dispatch.h
 
 COMMON_FLAGS = "-std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Werror -DPYDEQ_EMULATOR"
 SANITIZER_FLAGS = {
@@ -46,7 +47,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Limits:
-    """As ``StepLimits`` of csrc/common/step_shape.h."""
+    """As ``StepLimits`` of csrc/cuda/step_shape.h."""
 
     shared_bytes: int = 96 << 10
     max_blocks: int = (1 << 31) - 1
@@ -96,15 +97,15 @@ def build(sanitizer: str) -> Path:
     headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *FOLDER.glob("**/*.h")]
     flags = shlex.split(COMMON_FLAGS)
     digest = hashlib.sha256(" ".join([*command, COMMON_FLAGS, SANITIZER_FLAGS[sanitizer]]).encode())
-    for path in sorted([*headers, *SOURCES, ROOT / "pydeq" / "protocol.py"]):
+    for path in sorted([*headers, *SOURCES, CONSTANTS]):
         digest.update(path.read_bytes())
     target = ROOT / "build" / "emulator" / f"{sanitizer}-{digest.hexdigest()[:16]}"
     if (target / "run_cases").exists():
         return target / "run_cases"
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent))
-    protocol = [str(ROOT / "csrc" / "generate_protocol.py"), str(ROOT / "pydeq" / "protocol.py")]
-    subprocess.run([sys.executable, *protocol, str(work / "pydeq_protocol.h")], check=True)
+    generate = [str(ROOT / "csrc" / "generate_constants.py"), str(CONSTANTS)]
+    subprocess.run([sys.executable, *generate, str(work / "pydeq_constants.h")], check=True)
     include = ["-I", str(ROOT / "csrc"), "-I", str(FOLDER), "-I", str(work)]
 
     def compile_one(source: Path) -> Path:

@@ -1,4 +1,4 @@
-#include "ops/anderson_step.cuh"
+#include "cuda/anderson_step.cuh"
 #include "run_step.h"
 
 namespace pydeq {

@@ -1,4 +1,4 @@
-#include "ops/broyden_step.cuh"
+#include "cuda/broyden_step.cuh"
 #include "run_step.h"
 
 namespace pydeq {

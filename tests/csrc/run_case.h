@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "common/dispatch.h"
-#include "common/step_args.h"
-#include "common/step_shape.h"
+#include "cuda/step_shape.h"
+#include "shared/dispatch.h"
+#include "shared/step_args.h"
 
 namespace pydeq {
 

@@ -14,7 +14,7 @@
 #include <memory>
 #include <sstream>
 
-#include "common/simt.cuh"
+#include "cuda/simt.cuh"
 #include "emulator/emulator.h"
 #include "run_case.h"
 

@@ -1,4 +1,4 @@
-#include "ops/gmres_step.cuh"
+#include "cuda/gmres_step.cuh"
 #include "run_step.h"
 
 namespace pydeq {

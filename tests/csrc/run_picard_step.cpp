@@ -1,4 +1,4 @@
-#include "ops/picard_step.cuh"
+#include "cuda/picard_step.cuh"
 #include "run_step.h"
 
 namespace pydeq {

@@ -1,4 +1,4 @@
-#include "ops/random_probes.cuh"
+#include "cuda/random_probes.cuh"
 #include "run_step.h"
 
 namespace pydeq {

@@ -1,4 +1,4 @@
-#include "ops/squared_norm.cuh"
+#include "cuda/squared_norm.cuh"
 #include "run_step.h"
 
 namespace pydeq {

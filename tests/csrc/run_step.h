@@ -1,7 +1,7 @@
-// Launching a step in the emulator, as csrc/common/launch_step.h does on a GPU.
+// Launching a step in the emulator, as csrc/cuda/launch_step.h does on a GPU.
 #pragma once
 
-#include "common/step.cuh"
+#include "cuda/step.cuh"
 #include "emulator/emulator.h"
 #include "run_case.h"
 

@@ -1,8 +1,8 @@
 // How a step would be laid out: nothing runs. `shape` gets what the struct of the same name says.
-#include "ops/anderson_step.cuh"
-#include "ops/broyden_step.cuh"
-#include "ops/gmres_step.cuh"
-#include "ops/picard_step.cuh"
+#include "cuda/anderson_step.cuh"
+#include "cuda/broyden_step.cuh"
+#include "cuda/gmres_step.cuh"
+#include "cuda/picard_step.cuh"
 #include "run_step.h"
 
 namespace pydeq {

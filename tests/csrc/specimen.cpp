@@ -1,6 +1,6 @@
 // Kernels with a fault of each kind that the emulator must find, and without any: y[b] = sum_i x[b, i], and how many
 // blocks were there; and in clusters, total = sum_b y[b].
-#include "common/tile.cuh"
+#include "cuda/tile.cuh"
 #include "emulator/emulator.h"
 #include "run_case.h"
 

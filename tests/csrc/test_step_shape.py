@@ -1,4 +1,4 @@
-"""Which path a step takes on a GPU: csrc/common/step_shape.h decides from the GPU, the batch and the state."""
+"""Which path a step takes on a GPU: csrc/cuda/step_shape.h decides from the GPU, the batch and the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device code keeps to the vocabulary of csrc/common/simt.cuh, which the emulator has too."""
+"""Device code keeps to the vocabulary of csrc/cuda/simt.cuh, which the emulator has too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
-VOCABULARY = CSRC / "common" / "simt.cuh"
+VOCABULARY = CSRC / "cuda" / "simt.cuh"
 
 # What device code must not say, and what it says instead.
 FORBIDDEN = {
@@ -60,7 +60,7 @@ def test_device_code_keeps_to_the_vocabulary(path):
 
 def test_every_operation_with_device_code_says_what_it_does():
     """A kernel's file opens with its mathematics, its threads, and what it reads and writes."""
-    files = sorted((CSRC / "ops").glob("*.cuh"))
+    files = sorted(path.with_suffix(".cuh") for path in CSRC.glob("cuda/*.cu"))
     steps = {"picard_step.cuh", "anderson_step.cuh", "broyden_step.cuh", "gmres_step.cuh"}
     assert steps | {"squared_norm.cuh", "random_probes.cuh"} <= {f.name for f in files}
     for path in files:

@@ -15,7 +15,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @pytest.fixture(scope="module")
 def generator():
-    return runpy.run_path(str(CSRC / "generate_protocol.py"))
+    return runpy.run_path(str(CSRC / "generate_constants.py"))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_build_reads_the_interface_that_the_package_has(interface_generator):
     text = interface_generator["package_interface"](Path(pydeq.__file__).parent)
     assert text == kernels._interface()
     assert {part.split("=")[0] for part in text.split()} == {name[len("pydeq::") :] for name in registered} | {
-        "protocol"
+        "constants"
     }
 
 

@@ -19,7 +19,7 @@
 #include <string>
 #include <vector>
 
-#include "common/simt.cuh"
+#include "cuda/simt.cuh"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

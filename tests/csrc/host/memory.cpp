@@ -1,11 +1,11 @@
-// What csrc/common/kept_scratch.h and csrc/common/pinned_blocks.h do with memory that is a number here. Prints a line
+// What csrc/cuda/kept_scratch.h and csrc/cuda/pinned_blocks.h do with memory that is a number here. Prints a line
 // for each check that fails.
 #include <cstdio>
 #include <thread>
 #include <vector>
 
-#include "common/kept_scratch.h"
-#include "common/pinned_blocks.h"
+#include "cuda/kept_scratch.h"
+#include "cuda/pinned_blocks.h"
 
 namespace {
 

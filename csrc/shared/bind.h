@@ -1,0 +1,102 @@
+// From torch's tensors to the plain arguments of kernels, with the checks that a kernel does not repeat.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "shared/stable.h"
+#include "shared/step_args.h"
+
+namespace pydeq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string describe(const Tensor& t) {
+  std::string text = torch::headeronly::toString(t.scalar_type());
+  text += " (";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + (t.is_contiguous() ? ")" : "), not contiguous");
+}
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "CPU";
+  if (!t.is_cuda()) return "other device's";
+  return "cuda:" + std::to_string(t.get_device_index());
+}
+
+inline bool same_device(const Tensor& t, const Tensor& other) {
+  return t.is_cpu() ? other.is_cpu()
+                    : t.is_cuda() && other.is_cuda() && t.get_device_index() == other.get_device_index();
+}
+
+// Raises unless `t` is a contiguous tensor of this dtype and shape on the device of `like`, or on the CPU.
+inline void expect(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape,
+                   const Tensor* like = nullptr) {
+  bool fits = (like ? same_device(t, *like) : t.is_cpu()) && t.is_contiguous() && t.scalar_type() == dtype &&
+              t.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t size : shape) fits = fits && t.size(i++) == size;
+  if (fits) return;
+  std::string expected = torch::headeronly::toString(dtype);
+  expected += " (";
+  i = 0;
+  for (int64_t size : shape) expected += (i++ ? ", " : "") + std::to_string(size);
+  const std::string device = like ? device_name(*like) : "CPU";
+  STD_TORCH_CHECK(false, name, " must be a contiguous ", device, " tensor of ", expected, "), got ", describe(t),
+                  device_name(t) == device ? "" : " on another device");
+}
+
+// The dtype of a state.
+inline Dtype state_dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16, got ", describe(t));
+  }
+}
+
+// What states of this dtype are computed in.
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The arguments that all steps share; checked. All are on z's device but progress, which is the host's.
+inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best,
+                          const Tensor& scalars, const Tensor& counters, const Tensor& progress, int64_t step,
+                          double rtol, double atol, double eps, bool freeze, bool stall, bool last,
+                          int64_t look_back = 0) {
+  STD_TORCH_CHECK(z.dim() == 2, "z must be of shape (batch, state), got ", describe(z));
+  const int64_t batch = z.size(0), state = z.size(1);
+  const ScalarType dtype = z.scalar_type();
+  const Dtype kind = state_dtype(z, "z");
+  expect(z, "z", dtype, {batch, state}, &z);
+  expect(f, "f", dtype, {batch, state}, &z);
+  expect(next, "next", dtype, {batch, state}, &z);
+  expect(best, "best", dtype, {2, batch, state}, &z);
+  expect(scalars, "scalars", ScalarType::Double, {batch, constants::SCALAR_SIZE}, &z);
+  expect(counters, "counters", ScalarType::Int, {batch, constants::COUNTER_SIZE}, &z);
+  expect(progress, "progress", ScalarType::Long, {constants::PROGRESS_SIZE});
+  return {batch,
+          state,
+          kind,
+          z.data_ptr(),
+          f.data_ptr(),
+          next.data_ptr(),
+          best.data_ptr(),
+          static_cast<double*>(scalars.data_ptr()),
+          static_cast<int32_t*>(counters.data_ptr()),
+          static_cast<int64_t*>(progress.data_ptr()),
+          step,
+          {rtol, atol, eps, freeze, stall, last, look_back},
+          torch_parallel()};
+}
+
+}  // namespace pydeq

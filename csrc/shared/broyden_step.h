@@ -1,0 +1,21 @@
+// One step of good Broyden, kept in steps alone; pydeq/ops/broyden_step.py says what it means.
+#pragma once
+
+#include "shared/step_args.h"
+
+namespace pydeq {
+
+// Steps, the iterate and the restart vector are of the compute type: float for half states.
+struct BroydenStepArgs {
+  StepArgs step;
+  void* iterate;       // [B, D] of which z is the rounding; null unless states are halves
+  void* const* steps;  // `stored` pointers to [B, D]
+  int64_t stored;
+  void* restart;     // [B, D] u_0 or, before a restart, the previous residual; null where no restart can come
+  double* gram;      // [B, K, K]
+  double* thetas;    // [B, K]
+  int64_t capacity;  // K
+  int64_t memory;    // pairs kept
+};
+
+}  // namespace pydeq

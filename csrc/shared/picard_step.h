@@ -1,0 +1,13 @@
+// One step of damped fixed-point iteration; pydeq/ops/picard_step.py says what it means.
+#pragma once
+
+#include "shared/step_args.h"
+
+namespace pydeq {
+
+struct PicardStepArgs {
+  StepArgs step;
+  double damping;
+};
+
+}  // namespace pydeq
