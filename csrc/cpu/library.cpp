@@ -1,6 +1,6 @@
-// The C functions of libpydeq_cpu.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: the wait for a device,
-// the choice of instruction set, advice to the operating system about memory, and what was compiled. Neither torch nor
-// Python: the operations in csrc/cpu register themselves with torch when this library is loaded.
+// The C functions of libpydeq_cpu.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: waiting for a
+// device, choosing the instruction set, advising the operating system about memory, and saying what was compiled. This
+// file needs neither torch nor Python. The operations in csrc/cpu register themselves with torch when the library loads.
 #include <chrono>
 #include <cstdint>
 

@@ -6,9 +6,8 @@
 // fits their shared memory, else a block per tile of 2048 entries (two); neighbouring threads read neighbouring
 // 16 bytes. A warp solves for a.
 // With m columns: reads z, f, m - 1 residuals and m values (the newest from shared memory in one launch; with damping
-// m residuals too); writes one residual, one value, next. The image of the previous
-// iterate is still in the ring and the iterate in next, so a best iterate is only copied once it is no longer the
-// newest.
+// m residuals too); writes one residual, one value, next. The image of the previous iterate is still in the ring and
+// the iterate in next, so a best iterate is only copied once it is no longer the newest.
 #pragma once
 
 #include "cuda/small_solve.cuh"

@@ -1,6 +1,6 @@
-// The C functions of libpydeq_cuda.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: what the host needs
-// to know of a device while a solve runs, and what was compiled. Neither torch nor Python: the operations in
-// csrc/cuda/*.cu register themselves with torch when this library is loaded.
+// The C functions of libpydeq_cuda.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: what the host
+// needs to know about a device while a solve runs, and what was compiled. This file needs neither torch nor Python. The
+// operations in csrc/cuda/*.cu register themselves with torch when the library loads.
 #include <cuda_runtime.h>
 
 #include <cstddef>

@@ -98,8 +98,8 @@ __device__ inline int block_warps() { return static_cast<int>(blockDim.x) / kWar
 __device__ inline int64_t block_index() { return blockIdx.x; }
 __device__ inline int64_t grid_blocks() { return gridDim.x; }
 
-// --- Synchronization: each waits for all threads of its group, and shows them all that was written before
-// -------------
+// --- Synchronization
+// Each of these waits for all threads of its group, and shows them all that was written before.
 
 __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline void warp_sync() { __syncwarp(); }
@@ -135,7 +135,6 @@ __device__ inline void fence_system() { __threadfence_system(); }
 __device__ inline int32_t atomic_add(int32_t* counter, int32_t value) { return atomicAdd(counter, value); }
 
 // --- Exchange within a warp
-// -------------------------------------------------------------------------------------------
 
 // Replaces each of N values by its sum over the warp: halves of lanes, quarters, ..., the same bits in every lane.
 template <int N, class A>
@@ -161,7 +160,6 @@ __device__ inline A warp_shuffle_xor(A value, int distance) {
 __device__ inline bool warp_any(bool vote) { return __any_sync(0xffffffffu, vote) != 0; }
 
 // --- Global memory
-// ----------------------------------------------------------------------------------------------------
 
 // A pack goes as one of CUDA's vector types, member by member: what is copied byte by byte, the compiler takes apart.
 // And it is stored by name, or the compiler merges the store with those of single entries beside it, which end a row.
@@ -234,7 +232,6 @@ __device__ inline void store_one(T* p, T value) {
 __device__ inline void store_system(int64_t* p, int64_t value) { *static_cast<volatile int64_t*>(p) = value; }
 
 // --- Storage types to what they are computed in, and back, to nearest even
-// --------------------------------------------
 
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(float x) { return x; }

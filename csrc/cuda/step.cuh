@@ -15,12 +15,12 @@
 // reports to the host.
 //
 // A Step has, beside what cuda/step_shape.h asks of it:
-//   kResident                       threads that a multiprocessor can have, by registers
-//   Step(args, b)                                                   of one sample; reads its counters
-//   template <Sum, first> reduce(tile, sums, stage)                 first pass; writes its results where `first`
-//   decide(totals, residual, norm, fits, Plan&, work)               met by one warp
-//   apply(tile, plan, coefficients, sums, stage, staged)            second pass; `staged` if stage holds the first's
-//   rows close(plan, totals)                                             met by one warp
+//   kResident                                              threads that a multiprocessor has registers for
+//   Step(args, b)                                          of one sample; reads its counters
+//   template <Sum, first> reduce(tile, sums, stage)        first pass; writes its results where `first`
+//   decide(totals, residual, norm, fits, Plan&, work)      met by one warp
+//   apply(tile, plan, coefficients, sums, stage, staged)   second pass; `staged` if `stage` holds the first pass's rows
+//   close(plan, totals)                                    met by one warp
 #pragma once
 
 #include "cuda/tile.cuh"

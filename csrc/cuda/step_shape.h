@@ -3,15 +3,15 @@
 // A launch, for Step one of PicardStep<T>, AndersonStep<T>, BroydenStep<T>, GmresStep<T> of csrc/cuda/<op>.cuh:
 //
 //   StepShape shape = step_shape<Step>(args, limits);           refuse unless shape.valid
-//   scratch: shape.scratch_bytes of device memory, uninitialized, until the step's last kernel has run; may be null at
-//   0 fused:   step_fused_kernel<Step><<<shape.blocks, shape.threads, shape.shared_bytes, stream>>>(args, shape,
-//   scratch),
+//   scratch: shape.scratch_bytes of device memory, uninitialized, until the step's last kernel has run; null for 0 bytes
+//   fused:   step_fused_kernel<Step><<<shape.blocks, shape.threads, shape.shared_bytes, stream>>>(args, shape, scratch),
 //            in clusters of shape.cluster blocks
 //   else:    step_reduce_kernel<Step><<<blocks, threads, shape.reduce_shared_bytes, ...>>>(args, shape, scratch), then
 //            step_apply_kernel<Step><<<blocks, threads, shape.shared_bytes, ...>>>(args, shape, scratch)
-//   Without samples there is nothing to launch, and the host writes progress. Compile with --fmad=false: what is not a
-//   sum is then the same as on the CPU to the last bit. limits.shared_bytes is what cudaFuncSetAttribute granted each
-//   kernel; progress is pinned memory of the host.
+//
+// Without samples there is nothing to launch, and the host writes progress. Compile with --fmad=false: everything but
+// the sums is then the same as on the CPU to the last bit. limits.shared_bytes is what cudaFuncSetAttribute granted
+// each kernel; progress is pinned memory of the host.
 //
 // What is summed in which order follows from D, the dtype and the solver's memory alone: never from B, the GPU, how
 // many launches and blocks there are, or the limits that a caller sets on them and on shared memory. So the path, which

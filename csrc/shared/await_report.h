@@ -2,9 +2,8 @@
 // the device.
 //
 // A step's last block writes how many samples run and how many are far from their tolerance, then how many steps are
-// done (constants::PROGRESS_*), to host memory.
-// The host polls that memory. Whether the device still works is asked every 100 us only, and never waited for: a fault
-// is seen soon, and nothing is synchronized.
+// done (constants::PROGRESS_*), to host memory. The host polls that memory. It asks every 100 us whether the device
+// still works, and never waits for an answer: a fault is seen soon, and nothing is synchronized.
 #pragma once
 
 #include <chrono>

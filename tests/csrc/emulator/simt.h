@@ -73,7 +73,6 @@ inline T* shared_slice(int64_t offset, int64_t count) {
 }
 
 // --- Synchronization
-// --------------------------------------------------------------------------------------------------
 
 inline void block_sync(emulator::Site site = emulator::Site::here()) { emulator::block_sync(site); }
 inline void warp_sync(emulator::Site site = emulator::Site::here()) { emulator::warp_sync(site); }
@@ -93,7 +92,6 @@ inline int32_t atomic_add(int32_t* counter, int32_t value) {
 }
 
 // --- Exchange within a warp
-// -------------------------------------------------------------------------------------------
 
 namespace emulator {
 
@@ -137,7 +135,6 @@ inline bool warp_any(bool vote, emulator::Site site = emulator::Site::here()) {
 }
 
 // --- Global memory
-// ----------------------------------------------------------------------------------------------------
 
 template <int N, class T>
 inline Pack<T, N> load_pack(const T* p, emulator::Site site = emulator::Site::here()) {
@@ -176,7 +173,6 @@ inline void store_one(T* p, T value) {
 inline void store_system(int64_t* p, int64_t value) { *p = value; }
 
 // --- Storage types
-// ----------------------------------------------------------------------------------------------------
 
 inline double widen(double x) { return x; }
 inline float widen(float x) { return x; }
