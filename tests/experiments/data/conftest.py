@@ -10,11 +10,11 @@ from experiments.data.catalogue import DATA_SETS, Archive, File
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """The default cache, empty, in the test's own folder; nothing that is on this machine is found."""
+    """The default cache, empty, in the test's own folder; nothing that is on this machine or the web is found."""
     monkeypatch.delenv("PYDEQ_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, data in DATA_SETS.items():
-        monkeypatch.setitem(DATA_SETS, name, dataclasses.replace(data, installed=()))
+        monkeypatch.setitem(DATA_SETS, name, dataclasses.replace(data, installed=(), address=""))
     return tmp_path / "cache" / "pydeq"
 
 

