@@ -18,10 +18,10 @@ from experiments.paper.recipes import Recipes
 from experiments.paper.report import Panel, Report, ReportTable, Row, claim
 
 SEEDS = 3
-"""At least: trainings that start alike drift apart."""
+"""The fewest: trainings from the same seed drift apart."""
 
 NEAR = 1.0
-"""Points of accuracy."""
+"""Points of accuracy that the cheaper penalty may cost."""
 
 VJP, DIFFERENCE = "penalized, vjp", "penalized, difference"
 

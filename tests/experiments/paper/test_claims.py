@@ -4,6 +4,7 @@ import pytest
 from measurements import claims, measured
 
 from experiments.paper import EXPERIMENTS, recipes_of
+from experiments.paper.modes import DIFFERENCE, VJP
 from experiments.paper.recipes import PENALIZED, PENALIZED_SMALL, PLAIN, PLAIN_GENEROUS, PLAIN_SMALL
 
 STOP = 3
@@ -135,3 +136,22 @@ def test_table1_wants_lower_perplexities(smoke):
         f"table1.{name}.{which}": which == "stopped" for name in ("post-ln", "pre-ln") for which in ("stopped", "full")
     }
     assert set(found(30.0).values()) == {False}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "shown"),
+    [((0.5, 0.5, 0.5), True), ((0.492, 0.49, 0.491), True), ((0.48, 0.48, 0.5), False), ((0.5, None, 0.5), None)],
+)
+def test_modes_allows_a_point_on_the_mean_of_three_seeds(smoke, accuracies, shown):
+    trainings = EXPERIMENTS["modes"].trainings(smoke, 1)
+    assert [each.config.seed for group in trainings.values() for each in group] == [0, 1, 2, 0, 1, 2]
+    assert {each.config.jacobian_penalty().mode for each in trainings[VJP]} == {"vjp"}
+    assert {each.config.jacobian_penalty().mode for each in trainings[DIFFERENCE]} == {"difference"}
+    found = {
+        VJP: [measured(each, 0.9, {STOP: 0.5}) for each in trainings[VJP]],
+        DIFFERENCE: [
+            measured(each, None if accuracy is None else 0.9, {STOP: accuracy})
+            for each, accuracy in zip(trainings[DIFFERENCE], accuracies, strict=True)
+        ],
+    }
+    assert claims(EXPERIMENTS["modes"], smoke, found) == {"modes.near": shown}
