@@ -30,10 +30,10 @@ MODELS: dict[str, tuple[type[Config], type[EquilibriumModel]]] = {
 
 
 def config_from_mapping(mapping: dict[str, Any]) -> Config:
-    """The configuration in a mapping of ``model`` and the fields of its configuration.
+    """Build a configuration from a mapping: the key ``model`` and the fields of that model's configuration.
 
     Raises:
-        TypeError: If a key is unknown (with the nearest name), missing, or of another type.
+        TypeError: If a key is unknown (the message gives the nearest name) or missing, or a value has another type.
         ValueError: If the model is unknown, or a value is out of range.
     """
     model = mapping.get("model")
@@ -48,13 +48,13 @@ def config_names() -> list[str]:
 
 
 def load_config(name: str) -> Config:
-    """A published configuration.
+    """Return a published configuration.
 
     Args:
         name: One of :func:`config_names`.
 
     Raises:
-        ValueError: If there is no such name, with the nearest one.
+        ValueError: If there is no configuration of that name; the message gives the nearest one.
     """
     if name not in PUBLISHED:
         raise unknown_name("that of a published configuration", name, config_names())
@@ -62,14 +62,14 @@ def load_config(name: str) -> Config:
 
 
 def build(config: Config | str) -> EquilibriumModel:
-    """The model of a configuration, with new parameters.
+    """Build the model of a configuration, with new parameters.
 
     Args:
         config: A configuration, or the name of a published one.
 
     Raises:
-        TypeError: If it is no configuration of a model.
-        ValueError: If there is no such name.
+        TypeError: If ``config`` is not the configuration of a model.
+        ValueError: If there is no configuration of that name.
     """
     found = load_config(config) if isinstance(config, str) else config
     for kind, model in MODELS.values():

@@ -24,15 +24,15 @@ from torch.nn import functional
 
 
 class Bands(nn.Module):
-    """The vectors of a vocabulary in bands, and their projections.
+    """The vectors of a vocabulary, in bands, and their projections.
 
     Args:
         vocabulary: Words, at least 1.
         d_embed: Width of the first band's vectors.
         d_model: Width that they are projected to.
-        cutoffs: Where bands begin, after the first; rising, within the vocabulary.
-        div: Each band's vectors are narrower than those of the one before by this factor. With 1, there are no
-            projections unless d_embed is not d_model.
+        cutoffs: First words of the second and later bands, rising, within the vocabulary.
+        div: Each band's vectors are narrower than those of the previous band by this factor. With 1 there are
+            projections only if d_embed differs from d_model.
     """
 
     def __init__(self, vocabulary: int, d_embed: int, d_model: int, cutoffs: Sequence[int] = (), div: int = 1) -> None:
@@ -44,16 +44,16 @@ class Bands(nn.Module):
         self.projections = make_projections(d_embed, d_model, len(self.tables), div)
 
     def reset_parameters(self, std: float) -> None:
-        """N(0, std^2) in all entries."""
+        """Draw all entries from N(0, std^2)."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
 
 
 def bounds(vocabulary: int, d_embed: int, cutoffs: Sequence[int], div: int) -> tuple[int, ...]:
-    """0, the cutoffs and the size of the vocabulary.
+    """Return 0, the cutoffs and the size of the vocabulary: the ends of the bands.
 
     Raises:
-        ValueError: If they do not rise, or a band's vectors have no entries.
+        ValueError: If the ends do not rise, or a band's vectors have no entries.
     """
     if div < 1:
         raise ValueError(f"div must be at least 1, got {div}")
@@ -66,7 +66,7 @@ def bounds(vocabulary: int, d_embed: int, cutoffs: Sequence[int], div: int) -> t
 
 
 def make_projections(d_embed: int, d_model: int, bands: int, div: int) -> nn.ParameterList:
-    """P_i, [d_model, d_embed // div^i] each; none where all bands have the model's width."""
+    """Make the P_i, [d_model, d_embed // div^i] each; an empty list if all bands have the model's width."""
     needed = div > 1 or d_embed != d_model
     return nn.ParameterList(
         [nn.Parameter(torch.empty(d_model, d_embed // div**i)) for i in range(bands)] if needed else []
@@ -74,20 +74,20 @@ def make_projections(d_embed: int, d_model: int, bands: int, div: int) -> nn.Par
 
 
 class AdaptiveEmbedding(Bands):
-    """Embeds words; arguments as of :class:`Bands`."""
+    """Embedding of words; for the arguments see :class:`Bands`."""
 
     def __init__(self, vocabulary: int, d_embed: int, d_model: int, cutoffs: Sequence[int] = (), div: int = 1) -> None:
         super().__init__(vocabulary, d_embed, d_model, cutoffs, div)
         self.width, self.scale = d_model, d_model**0.5
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens, integers (batch, length) -> (batch, length, d_model)."""
+        """Embed tokens, integers (batch, length), as (batch, length, d_model)."""
         if len(self.tables) == 1:
             return self.scale * self._project(functional.embedding(tokens, self.tables[0]), 0)
         flat = tokens.flatten()
         rows = []
         order = []
-        # Bands without a word take part, too: every parameter gets a gradient, as DDP expects.
+        # Bands without a word take part, so that every parameter gets a gradient, as DDP expects.
         for i, (begin, end) in enumerate(itertools.pairwise(self.ends)):
             where = ((flat >= begin) & (flat < end)).nonzero()[:, 0]
             order.append(where)
@@ -100,12 +100,12 @@ class AdaptiveEmbedding(Bands):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Scores words.
+    """Log-probabilities of words.
 
     Args:
-        vocabulary, d_embed, d_model, cutoffs, div: As of :class:`Bands`.
-        tie_weights: The vectors are those of the embedding, which :meth:`forward` is given; else its own.
-        tie_projections: The same for the projections of all bands but the first.
+        vocabulary, d_embed, d_model, cutoffs, div: See :class:`Bands`.
+        tie_weights: Whether to use the vectors of the embedding that :meth:`forward` gets, instead of own ones.
+        tie_projections: The same for the projections of all bands except the first.
     """
 
     def __init__(
@@ -132,19 +132,19 @@ class AdaptiveSoftmax(nn.Module):
         self.band_bias = nn.Parameter(torch.empty(len(cutoffs)))
 
     def reset_parameters(self, std: float) -> None:
-        """N(0, std^2) in all entries, but biases 0."""
+        """Draw all entries from N(0, std^2); set biases to 0."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.band_bias)
 
     def forward(self, hidden: Tensor, targets: Tensor, embedding: Bands) -> Tensor:
-        """-log p(target | hidden) of each position.
+        """Compute -log p(target | hidden) at each position.
 
         Args:
             hidden: (batch, length, d_model).
             targets: Words, integers (batch, length).
-            embedding: The model's, whose vectors and projections are used where they are tied.
+            embedding: The model's embedding, whose vectors and projections are used if they are tied.
 
         Returns:
             (batch, length), at least float32.
@@ -164,7 +164,7 @@ class AdaptiveSoftmax(nn.Module):
         return -torch.cat(rows)[torch.cat(order).argsort()].view(targets.shape)
 
     def log_probabilities(self, hidden: Tensor, embedding: Bands) -> Tensor:
-        """log p of every word, (..., vocabulary); for small vocabularies."""
+        """Compute log p of every word, (..., vocabulary); for small vocabularies."""
         head = self._head(hidden, embedding)
         parts = [head[..., : self.ends[1]]]
         for i in range(1, len(self.ends) - 1):
@@ -185,7 +185,7 @@ class AdaptiveSoftmax(nn.Module):
         return _log_softmax(functional.linear(projected, vectors, self.bias[self.ends[band] : self.ends[band + 1]]))
 
     def _vectors(self, hidden: Tensor, band: int, embedding: Bands) -> tuple[Tensor, Tensor]:
-        """The band's vectors, and ``hidden`` in their space."""
+        """Return the band's vectors, and ``hidden`` projected to their space."""
         source = embedding if self.tie_weights else self.bands
         if not len(source.projections):
             return source.tables[band], hidden

@@ -21,12 +21,12 @@ from pydeq.arguments import unknown_keyword
 
 @dataclass(frozen=True)
 class Config:
-    """Base of configurations: frozen, each field of the type that it is annotated with.
+    """Base class of configurations: frozen, with fields of the annotated types.
 
-    Lists become tuples, whole numbers floats and mappings nested configurations where the annotation says so.
+    Where the annotation says so, a list becomes a tuple, a whole number a float, and a mapping a nested configuration.
 
     Raises:
-        TypeError: If a value is of another type, or a keyword is unknown; naming the field.
+        TypeError: If a value has another type, or a keyword is unknown. The message names the field.
     """
 
     def __post_init__(self) -> None:
@@ -37,11 +37,11 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError where a value is out of range."""
+        """Raise ValueError if a value is out of range."""
 
 
 def check_at_least(config: Config, least: float, *names: str) -> None:
-    """Raise ValueError, naming it, where a field is below ``least`` or NaN; None will do."""
+    """Raise ValueError if one of these fields is below ``least`` or NaN; None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -49,14 +49,14 @@ def check_at_least(config: Config, least: float, *names: str) -> None:
 
 
 def check_unit_interval(config: Config, *names: str) -> None:
-    """Raise ValueError, naming it, where a field is not in [0, 1]."""
+    """Raise ValueError if one of these fields is not in [0, 1]."""
     for name in names:
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(config, name)}")
 
 
 def check_above_zero(config: Config, *names: str) -> None:
-    """Raise ValueError, naming it, where a field is not above 0 or not finite; None will do."""
+    """Raise ValueError if one of these fields is not above 0 and finite; None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0.0 < value < float("inf"):
@@ -64,10 +64,10 @@ def check_above_zero(config: Config, *names: str) -> None:
 
 
 def _fit(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as the type ``hint``.
+    """Convert ``value`` to the type ``hint``.
 
     Raises:
-        TypeError: If it is of another type.
+        TypeError: If it has another type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -94,10 +94,10 @@ def _fit(value: Any, hint: Any, name: str) -> Any:
 
 
 def build_config(kind: type, mapping: Any) -> Any:
-    """A configuration of type ``kind`` from a mapping of its fields.
+    """Build a configuration of type ``kind`` from a mapping of its fields.
 
     Raises:
-        TypeError: If a key is unknown (with the nearest name), missing, or of another type.
+        TypeError: If a key is unknown (the message gives the nearest name) or missing, or a value has another type.
         ValueError: If a value is out of range.
     """
     if not isinstance(mapping, Mapping):
@@ -110,7 +110,7 @@ def build_config(kind: type, mapping: Any) -> Any:
 
 
 def unknown_name(what: str, got: str, known: Iterable[str]) -> ValueError:
-    """The ValueError for a name that is none of ``known``, with the nearest of them.
+    """Make the ValueError for a name that is none of ``known``; it gives the nearest one.
 
     Args:
         what: What the name must be.

@@ -26,13 +26,13 @@ class ConvDEQConfig(Config):
     """A :class:`ConvDEQ`.
 
     Args:
-        image_channels: Of the input.
-        classes: Of the images.
-        channels, inner: Widths of the state and within the cell.
-        groups: Of the group norms.
-        stride: Of the stem: the state is that much smaller than the image.
-        dropout: Probability that a channel is dropped in the cell, the same ones in all of a solve.
-        init_std: Of the cell's initial convolutions.
+        image_channels: Channels of the input.
+        classes: Number of classes.
+        channels, inner: Channels of the state, and inside the cell.
+        groups: Groups of the group norms.
+        stride: Stride of the stem: the state is smaller than the image by this factor.
+        dropout: Probability that a channel is dropped in the cell; the mask is fixed during a solve.
+        init_std: Standard deviation of the cell's initial weights.
         solver: How the equilibrium is solved.
     """
 
@@ -76,10 +76,10 @@ class ConvCell(nn.Module):
 
 
 class ConvDEQ(EquilibriumModel):
-    """Classifies images by one convolutional equilibrium.
+    """An image classifier around one convolutional equilibrium.
 
     Args:
-        config: Its sizes and options.
+        config: Sizes and options.
     """
 
     def __init__(self, config: ConvDEQConfig) -> None:
@@ -102,10 +102,10 @@ class ConvDEQ(EquilibriumModel):
         max_steps: int | None = None,
         penalty: JacobianPenalty | None = None,
     ) -> Any:
-        """(batch, image_channels, height, width) -> logits (batch, classes).
+        """Classify images: the logits, (batch, classes).
 
         Args:
-            images: The input.
+            images: (batch, image_channels, height, width).
             return_solution: Also return the :class:`pydeq.Solution`.
             layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
         """

@@ -1,4 +1,4 @@
-"""What all models share: how their fixed point is solved and differentiated, and how they are called."""
+"""The base of all models: how their fixed point is solved and differentiated, and how they are called."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class SolverConfig(Config):
 
     Args:
         forward, backward: Solvers.
-        memory, backward_memory: Of Anderson, Broyden (pairs) or GMRES (restart); None for the solver's own default.
-        rtol, atol, max_steps, eval_max_steps: Of :class:`pydeq.DEQ`.
-        backward_rtol, backward_max_steps: Of :class:`pydeq.Implicit`.
+        memory, backward_memory: Memory of Anderson, Broyden (in pairs) or GMRES (its restart); None for the solver's
+            default.
+        rtol, atol, max_steps, eval_max_steps: See :class:`pydeq.DEQ`.
+        backward_rtol, backward_max_steps: rtol and max_steps of :class:`pydeq.Implicit`.
     """
 
     forward: Literal["anderson", "broyden", "picard"] = "anderson"
@@ -42,7 +43,7 @@ class SolverConfig(Config):
     backward_max_steps: int = 50
 
     def check(self) -> None:
-        # What goes to the adjoint has other names there.
+        # The adjoint has other names for these.
         check_at_least(self, 1, "memory", "backward_memory", "backward_max_steps")
         check_at_least(self, 0, "backward_rtol")
         for solver, name in ((self.forward, "memory"), (self.backward, "backward_memory")):
@@ -64,7 +65,7 @@ class SolverConfig(Config):
         return Implicit(solver=solver, rtol=self.backward_rtol, max_steps=self.backward_max_steps)
 
     def build(self, cell: nn.Module) -> DEQ:
-        """The layer that solves ``cell`` so."""
+        """Make the layer that solves ``cell`` with these settings."""
         return DEQ(
             cell,
             solver=self.build_solver(self.forward, self.memory),
@@ -79,10 +80,10 @@ class SolverConfig(Config):
 @suggests_keywords
 @dataclass(frozen=True)
 class PenaltyConfig(Config):
-    """The Jacobian penalty that a configuration was published with; see :class:`pydeq.JacobianPenalty`.
+    """The Jacobian penalty of a training; see :class:`pydeq.JacobianPenalty`.
 
     Args:
-        strength, frequency, increment, every, probes, mode: As there; steps are training steps.
+        strength, frequency, increment, every, probes, mode: See there; steps are training steps.
         stop_epoch: The first epoch without a penalty.
         pretraining_strength: The strength during shallow pre-training.
     """
@@ -100,10 +101,10 @@ class PenaltyConfig(Config):
         self.build(steps_per_epoch=1)
 
     def build(self, steps_per_epoch: int | None = None) -> JacobianPenalty:
-        """The penalty and its schedule.
+        """Make the penalty with its schedule.
 
         Args:
-            steps_per_epoch: Needed where the penalty ends with an epoch.
+            steps_per_epoch: Needed if the penalty ends with an epoch.
         """
         stop = None
         if self.stop_epoch is not None:
@@ -134,7 +135,7 @@ class EquilibriumModel(nn.Module):
         self.deq = solver.build(cell)
 
     def parameter_count(self) -> int:
-        """Trainable entries, each parameter once."""
+        """Number of trainable entries; shared parameters count once."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def solve(
@@ -147,15 +148,15 @@ class EquilibriumModel(nn.Module):
         max_steps: int | None = None,
         penalty: JacobianPenalty | None = None,
     ) -> tuple[Any, Solution]:
-        """The equilibrium from ``z0``, or what ``layers`` applications of the cell give.
+        """Solve for the equilibrium from ``z0``, or apply the cell ``layers`` times.
 
-        Called within a :func:`pydeq.nn.solve_scope`, so that all of a call shares its dropout masks.
+        Call it inside a :func:`pydeq.nn.solve_scope`: all evaluations of the call then share their dropout masks.
 
         Args:
-            return_solution: Whether the caller hands the solution on, which a penalty needs.
-            layers: Shallow pre-training: apply the cell so many times and differentiate through all of them. The
+            return_solution: Whether the caller returns the solution; a penalty needs that.
+            layers: For shallow pre-training: apply the cell this many times and differentiate through all of them. The
                 solution is then that of the last application.
-            rtol, max_steps, penalty: As in :meth:`pydeq.DEQ.forward`.
+            rtol, max_steps, penalty: See :meth:`pydeq.DEQ.forward`.
         """
         if penalty is not None and not return_solution:
             raise ValueError("penalty is returned in the solution: it needs return_solution=True")
@@ -166,7 +167,7 @@ class EquilibriumModel(nn.Module):
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
         if rtol is not None or max_steps is not None:
-            raise ValueError("layers applies the cell without a solve: rtol and max_steps do not go with it")
+            raise ValueError("rtol and max_steps must be left out with layers, which applies the cell without a solve")
         z = z0
         for _ in range(layers - 1):
             z = self.deq.cell(z, *context)

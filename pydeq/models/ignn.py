@@ -1,12 +1,12 @@
-"""The implicit graph network: an equilibrium of messages, which reach any distance.
+"""The implicit graph network: an equilibrium of messages, so that information travels any distance.
 
     Z = relu(A Z W^T + A X U^T + b),    A = D^(-1/2) (E + I) D^(-1/2)
 
 for a graph with edges E, a loop at each node, and degrees D. The largest eigenvalue of A is 1, so that there is one
 equilibrium where ||W||_inf < 1: each row of W is shrunk to an l1 norm of at most ``bound``.
 
-A graph is one sample: its nodes hold each other up, and end together. A batch of graphs is one graph without edges
-between them.
+A graph is one sample: its nodes depend on each other, so they stop together. A batch of graphs is one graph without
+edges between them.
 
 Source: Gu, Chang, Zhu, Sojoudi and El Ghaoui, Implicit Graph Neural Networks, NeurIPS 2020.
 """
@@ -33,8 +33,8 @@ class IGNNConfig(Config):
     """An :class:`IGNN`.
 
     Args:
-        inputs, hidden, outputs: Features of a node, entries of its state, and of what comes out.
-        bound: Of ||W||_inf, below 1.
+        inputs, hidden, outputs: Sizes of a node's features, state and scores.
+        bound: Upper bound of ||W||_inf, below 1.
         dropout: Probability that an entry of the equilibrium is dropped before the output.
         solver: How the equilibrium is solved.
     """
@@ -66,7 +66,7 @@ class IGNN(EquilibriumModel):
     """An implicit graph network that scores nodes.
 
     Args:
-        config: Its sizes and options.
+        config: Sizes and options.
     """
 
     def __init__(self, config: IGNNConfig) -> None:
@@ -80,7 +80,7 @@ class IGNN(EquilibriumModel):
         self.output = nn.Linear(config.hidden, config.outputs)
 
     def bounded_weight(self) -> Tensor:
-        """W, each row shrunk to an l1 norm of at most ``bound``."""
+        """W, with each row shrunk to an l1 norm of at most ``bound``."""
         norms = self.recurrent.abs().sum(dim=1, keepdim=True)
         return self.recurrent * (self.config.bound / norms.clamp(min=self.config.bound))
 
@@ -98,8 +98,8 @@ class IGNN(EquilibriumModel):
         """Score the nodes of a graph.
 
         Args:
-            features: Of the nodes, (nodes, inputs).
-            edges: Pairs (from, to), integers (2, edges); an undirected edge stands there both ways.
+            features: Features of the nodes, (nodes, inputs).
+            edges: Pairs (from, to), integers (2, edges); an undirected edge is in it both ways.
             return_solution: Also return the :class:`pydeq.Solution`, of a batch of one.
             layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
 
@@ -124,12 +124,12 @@ class IGNN(EquilibriumModel):
 
 
 def normalized_edges(edges: Tensor, nodes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries of A: sources, targets and weights.
+    """Compute the entries of A: sources, targets and weights.
 
     Args:
         edges: Pairs (from, to), integers (2, edges).
-        nodes: Of the graph.
-        dtype: Of the weights.
+        nodes: Number of nodes.
+        dtype: Dtype of the weights.
     """
     if not isinstance(edges, Tensor) or edges.dtype != torch.int64:
         raise TypeError(f"edges must be a tensor of int64, got {getattr(edges, 'dtype', type(edges).__name__)}")
@@ -140,13 +140,13 @@ def normalized_edges(edges: Tensor, nodes: int, dtype: torch.dtype) -> tuple[Ten
     loops = torch.arange(nodes, device=edges.device)
     sources, targets = torch.cat([edges[0], loops]), torch.cat([edges[1], loops])
     ones = torch.ones(len(sources), dtype=dtype, device=edges.device)
-    # Of directed graphs each end has its own degree: A's largest singular value is then still at most 1.
+    # In a directed graph both ends have their own degree: A's largest singular value is then still at most 1.
     outgoing = torch.zeros(nodes, dtype=dtype, device=edges.device).index_add(0, sources, ones)
     incoming = torch.zeros(nodes, dtype=dtype, device=edges.device).index_add(0, targets, ones)
     return sources, targets, (outgoing[sources] * incoming[targets]).rsqrt()
 
 
 def _propagate(x: Tensor, sources: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """A x over the nodes, (1, nodes, features)."""
+    """Compute A x, (1, nodes, features)."""
     messages = x.index_select(1, sources) * weights[:, None].to(x.dtype)
     return torch.zeros_like(x).index_add(1, targets, messages)

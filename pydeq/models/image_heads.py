@@ -1,4 +1,4 @@
-"""What multiscale features become: classes of images, or of their pixels.
+"""Heads on multiscale features: classes of images, or of their pixels.
 
 Source: Bai, Koltun and Kolter, Multiscale Deep Equilibrium Models, NeurIPS 2020, after HRNet (Wang et al., TPAMI 2020).
 """
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 EXPANSION = 4
-"""Width that a bottleneck puts out, in inner widths."""
+"""Output channels of a bottleneck, as a multiple of its inner channels."""
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a projected shortcut; only the shortcut's norm has affine parameters.
+    """1x1, 3x3 and 1x1 convolutions with a projected shortcut; only the shortcut's norm has affine parameters.
 
     Args:
-        channels: Of the input.
-        inner: Width inside; the output has four times as many channels.
-        momentum: Of the batch norms.
+        channels: Channels of the input.
+        inner: Channels inside; the output has four times as many.
+        momentum: Momentum of the batch norms.
     """
 
     def __init__(self, channels: int, inner: int, momentum: float) -> None:
@@ -49,14 +49,14 @@ class Bottleneck(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """From the finest resolution down, each added to the next; then pooled.
+    """Classifier of images: each resolution is downsampled and added to the next coarser one; the sum is pooled.
 
     Args:
-        channels: Of each resolution.
-        inner: Inner width of each resolution's bottleneck.
-        final: Width before the pooling.
-        classes: Of the images.
-        momentum: Of the batch norms.
+        channels: Channels of each resolution.
+        inner: Inner channels of each resolution's bottleneck.
+        final: Channels before the pooling.
+        classes: Number of classes.
+        momentum: Momentum of the batch norms.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ClassificationHead(nn.Module):
         self.classifier = nn.Linear(final, classes)
 
     def forward(self, z: Sequence[Tensor]) -> Tensor:
-        """Resolutions (batch, channels_i, height_i, width_i) -> logits (batch, classes)."""
+        """Classify: (batch, channels_i, height_i, width_i) each -> logits (batch, classes)."""
         y = self.widen[0](z[0])
         for widen, down, part in zip(self.widen[1:], self.down, z[1:], strict=True):
             y = widen(part) + down(y)
@@ -86,13 +86,13 @@ class ClassificationHead(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """All resolutions, interpolated to the finest, through two convolutions.
+    """Classifier of pixels: two convolutions on all resolutions, interpolated to the finest.
 
     Args:
-        channels: Of each resolution.
-        classes: Of the pixels.
+        channels: Channels of each resolution.
+        classes: Number of classes.
         kernel: Size of the last convolution.
-        momentum: Of the batch norm.
+        momentum: Momentum of the batch norm.
     """
 
     def __init__(self, channels: Sequence[int], classes: int, kernel: int, momentum: float) -> None:
@@ -106,7 +106,7 @@ class SegmentationHead(nn.Module):
         )
 
     def forward(self, z: Sequence[Tensor]) -> Tensor:
-        """Resolutions (batch, channels_i, height_i, width_i) -> logits (batch, classes, height_0, width_0)."""
+        """Classify: (batch, channels_i, height_i, width_i) each -> logits (batch, classes, height_0, width_0)."""
         size = z[0].shape[-2:]
         coarse = [functional.interpolate(part, size, mode="bilinear", align_corners=True) for part in z[1:]]
         return self.layers(torch.cat([z[0], *coarse], dim=1))

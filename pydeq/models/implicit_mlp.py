@@ -21,9 +21,10 @@ class ImplicitMLPConfig(Config):
     """An :class:`ImplicitMLP`.
 
     Args:
-        inputs, hidden, outputs: Widths.
-        bound: Of the spectral norm of W: below 1 there is one equilibrium, whatever the input. None leaves W free.
-        dropout: Probability that an entry of the state is dropped, the same ones in all of a solve.
+        inputs, hidden, outputs: Sizes of the input, the state and the output.
+        bound: Upper bound of the spectral norm of W; below 1 there is one equilibrium for each input. None leaves
+            W free.
+        dropout: Probability that an entry of the state is dropped; the mask is fixed during a solve.
         solver: How the equilibrium is solved.
     """
 
@@ -41,7 +42,7 @@ class ImplicitMLPConfig(Config):
 
 
 class ImplicitMLPCell(nn.Module):
-    """tanh(W drop(z) + injection)."""
+    """The cell f(z, injection) = tanh(W drop(z) + injection)."""
 
     def __init__(self, config: ImplicitMLPConfig) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class ImplicitMLP(EquilibriumModel):
     """An implicit multilayer perceptron.
 
     Args:
-        config: Its sizes and options.
+        config: Sizes and options.
 
     Source: El Ghaoui, Gu, Travacca, Askari and Tsai, Implicit Deep Learning, SIAM J. Math. Data Science 3, 2021.
     """
@@ -79,10 +80,10 @@ class ImplicitMLP(EquilibriumModel):
         max_steps: int | None = None,
         penalty: JacobianPenalty | None = None,
     ) -> Any:
-        """(batch, inputs) -> (batch, outputs).
+        """Map x to the outputs, (batch, outputs).
 
         Args:
-            x: The input.
+            x: The input, (batch, inputs).
             return_solution: Also return the :class:`pydeq.Solution`.
             layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
         """

@@ -37,9 +37,9 @@ class ClassificationConfig(Config):
     """A :class:`ClassificationHead`.
 
     Args:
-        classes: Of the images.
-        channels: Inner width of the bottleneck of each resolution.
-        final: Width before the pooling.
+        classes: Number of classes.
+        channels: Inner channels of the bottleneck of each resolution.
+        final: Channels before the pooling.
     """
 
     classes: int
@@ -58,7 +58,7 @@ class SegmentationConfig(Config):
     """A :class:`SegmentationHead`.
 
     Args:
-        classes: Of the pixels.
+        classes: Number of classes.
         kernel: Size of the last convolution, odd.
     """
 
@@ -77,21 +77,21 @@ class MDEQConfig(Config):
     """An :class:`MDEQ`.
 
     Args:
-        channels: Of each resolution, the finest first.
+        channels: Channels of each resolution, the finest first.
         classification, segmentation: The head; exactly one of them.
-        image_channels: Of the input.
+        image_channels: Channels of the input.
         downsamplings: How often the stem halves the image before the finest resolution.
         project_injection: Whether a 1x1 convolution with BN and ReLU follows the stem.
-        expansion: Width within a block, in widths of its resolution.
-        groups: Of the group norms; half as many after the fusion.
+        expansion: Channels inside a block, as a multiple of the resolution's.
+        groups: Groups of the group norms; half as many after the fusion.
         block_affine, fusion_affine, post_affine: Whether the norms of blocks, of the fusion and after it have affine
             parameters.
         weight_norm: Whether the convolutions of blocks and after the fusion are normalized, one length per filter.
         dropout: Probability that a channel is dropped in a block.
-        batch_norm_momentum: Of the stem's and the head's batch norms.
-        init_std: Of the initial convolutions.
+        batch_norm_momentum: Momentum of the batch norms of stem and head.
+        init_std: Standard deviation of the initial convolutions.
         solver: How the equilibrium is solved.
-        penalty: What it was published with.
+        penalty: The Jacobian penalty that it was published with.
     """
 
     channels: tuple[int, ...]
@@ -145,7 +145,7 @@ class ResidualBlock(nn.Module):
         self.norm3 = nn.GroupNorm(config.groups, channels, affine=affine)
 
     def forward(self, z: Tensor, injection: Tensor | None = None) -> Tensor:
-        """z and injection, (batch, channels, height, width) -> the same."""
+        """Apply the block: z and injection, (batch, channels, height, width) -> the same shape."""
         y = self.dropout(self.conv2(functional.relu(self.norm1(self.conv1(z)), inplace=True)))
         if injection is not None:
             y = y + injection
@@ -153,7 +153,7 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """From resolution ``source`` to the coarser ``target``: a strided 3x3 convolution and GN for each halving."""
+    """Map resolution ``source`` to the coarser ``target``: a strided 3x3 convolution and GN for each halving."""
 
     def __init__(self, config: MDEQConfig, source: int, target: int) -> None:
         layers: list[nn.Module] = []
@@ -171,7 +171,7 @@ class Downsample(nn.Sequential):
 
 
 class Upsample(nn.Sequential):
-    """From resolution ``source`` to the finer ``target``: a 1x1 convolution and GN, before the interpolation."""
+    """Map resolution ``source`` to the finer ``target``: a 1x1 convolution and GN, before the interpolation."""
 
     def __init__(self, config: MDEQConfig, source: int, target: int) -> None:
         out = config.channels[target]
@@ -188,7 +188,7 @@ class MDEQCell(nn.Module):
         super().__init__()
         resolutions = range(len(config.channels))
         self.blocks = nn.ModuleList(ResidualBlock(width, config) for width in config.channels)
-        # fusion[i][j] takes resolution j to i; j = i is the identity.
+        # fusion[i][j] maps resolution j to i; j = i is the identity.
         self.fusion = nn.ModuleList(
             nn.ModuleList(
                 nn.Identity() if i == j else Upsample(config, j, i) if j > i else Downsample(config, j, i)
@@ -222,7 +222,7 @@ class MDEQCell(nn.Module):
         return functional.relu(total)
 
     def normalized_layers(self) -> list[nn.Module]:
-        """The convolutions that weight norm is for: all but those of the fusion."""
+        """The convolutions that get weight norm: all except those of the fusion."""
         blocks = [conv for block in self.blocks for conv in block.children() if isinstance(conv, nn.Conv2d)]
         return blocks + [layer[0] for layer in self.post if isinstance(layer, nn.Sequential)]
 
@@ -233,7 +233,7 @@ class MDEQ(EquilibriumModel):
         logits, solution = MDEQ(config)(images, return_solution=True)
 
     Args:
-        config: Its sizes and options.
+        config: Sizes and options.
     """
 
     def __init__(self, config: MDEQConfig) -> None:
@@ -275,16 +275,16 @@ class MDEQ(EquilibriumModel):
                 weight_norm(layer, dim=0)
 
     def state_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
-        """(channels, height, width) of each resolution for an image of this height and width."""
+        """Compute (channels, height, width) of each resolution for an image of this height and width."""
         shapes = []
         for i, channels in enumerate(self.config.channels):
             for _ in range(1 if i else self.config.downsamplings):
-                height, width = (height + 1) // 2, (width + 1) // 2  # what a strided 3x3 convolution leaves
+                height, width = (height + 1) // 2, (width + 1) // 2  # the output size of a strided 3x3 convolution
             shapes.append((channels, height, width))
         return tuple(shapes)
 
     def state_size(self, height: int, width: int) -> int:
-        """Entries of the state per image."""
+        """Number of entries of the state per image."""
         return sum(math.prod(shape) for shape in self.state_shapes(height, width))
 
     def forward(
@@ -305,7 +305,7 @@ class MDEQ(EquilibriumModel):
             layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
 
         Returns:
-            Logits, (batch, classes), or (batch, classes, height, width) of the finest resolution for segmentation; with
+            Logits, (batch, classes); for segmentation (batch, classes, height, width) of the finest resolution. With
             ``return_solution`` the pair (logits, solution).
 
         Raises:
@@ -318,7 +318,7 @@ class MDEQ(EquilibriumModel):
         return (logits, solution) if return_solution else logits
 
     def equilibrium(self, images: Tensor, **options: Any) -> tuple[Sequence[Tensor], Any]:
-        """The equilibrium's resolutions, and the solution; options as of :meth:`EquilibriumModel.solve`."""
+        """Solve for the equilibrium: its resolutions and the solution. Options: see :meth:`EquilibriumModel.solve`."""
         if images.dim() != 4 or images.shape[1] != self.config.image_channels:
             raise ValueError(
                 f"images must be of shape (batch, {self.config.image_channels}, height, width), got"

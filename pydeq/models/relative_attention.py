@@ -1,7 +1,7 @@
-"""Transformer-XL's relative attention, with what does not depend on the state kept out of the iterations.
+"""Transformer-XL's relative attention. What does not depend on the state is computed outside the iterations.
 
-Of L queries, the last of M + L keys, query i and key j (j counts from the start of the memory) are a distance
-d = M + i - j apart, and
+The L queries belong to the last L of M + L keys. Query i and key j (j counts from the start of the memory) are at the
+distance d = M + i - j, and
 
     score_ij = ((q_i + a) k_j + (q_i + b) r_d) / sqrt(d_head)    for 0 <= d < window, else -inf
 
@@ -28,7 +28,7 @@ class RelativeAttention(nn.Module):
         d_model: Width of the state.
         heads, d_head: Attention heads and the width of each.
         dropout: Probability that a feature of a sequence is dropped from the positions and from the output.
-        attention_dropout: Probability that a weight of the attention is dropped; the same weights in all of a solve.
+        attention_dropout: Probability that an attention weight is dropped; the mask is fixed during a solve.
         window: Keys at this distance and beyond are not attended to.
     """
 
@@ -47,12 +47,12 @@ class RelativeAttention(nn.Module):
         self.output_dropout = SequenceDropout(dropout)
 
     def positions(self, length: int, like: Tensor) -> Tensor:
-        """r_d for d = length - 1 down to 0, (heads, length, d_head); of ``like``'s dtype and device."""
+        """Compute r_d for d = length - 1 down to 0, (heads, length, d_head), with ``like``'s dtype and device."""
         sinusoids = self.position_dropout(relative_sinusoids(length, self.qkv.in_features, like))
         return self.position(sinusoids).view(length, self.heads, self.d_head).transpose(0, 1)
 
     def remember(self, states: Tensor, injection: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a memory.
+        """Compute the keys and values of a memory.
 
         Args:
             states: (batch, M, d_model).
@@ -61,7 +61,7 @@ class RelativeAttention(nn.Module):
         Returns:
             Two tensors (batch, heads, M, d_head).
         """
-        # Keys and values alone: the memory asks nothing.
+        # Only keys and values: the memory has no queries.
         inner = self.heads * self.d_head
         keys, values = (functional.linear(states, self.qkv.weight[inner:]) + injection[..., inner:]).chunk(2, dim=-1)
         return self._split(keys), self._split(values)
@@ -69,12 +69,12 @@ class RelativeAttention(nn.Module):
     def forward(
         self, z: Tensor, injection: Tensor, keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor
     ) -> Tensor:
-        """Attend.
+        """Attend to memory and state.
 
         Args:
             z: State, (batch, L, d_model).
             injection: Added to queries, keys and values, (batch, L, 3 * heads * d_head).
-            keys, values: Of the memory, (batch, heads, M, d_head).
+            keys, values: Those of the memory, (batch, heads, M, d_head).
             positions: From :meth:`positions`, (heads, M + L, d_head).
             mask: 0 where a query may look and -inf elsewhere, (L, M + L).
 
@@ -88,7 +88,7 @@ class RelativeAttention(nn.Module):
         bias = relative_shift(by_distance) + mask
         q = q + self.content_bias
         if torch.is_grad_enabled() or transforms_active() or self._drops():
-            # The fused kernels have no second derivatives, which penalties need, and draw their dropout anew.
+            # Penalties need second derivatives, which the fused kernels lack; these also draw new dropout masks.
             weights = self.attention_dropout((q * scale @ k.mT + bias).softmax(-1))
             attended = weights.to(v.dtype) @ v
         else:
@@ -96,7 +96,7 @@ class RelativeAttention(nn.Module):
         return self.output_dropout(self.output(attended.transpose(1, 2).flatten(2)))
 
     def mask(self, memory: int, length: int, like: Tensor) -> Tensor:
-        """0 where a query may look, -inf where it may not, (length, memory + length)."""
+        """Make the mask: 0 where a query may look, -inf elsewhere, (length, memory + length)."""
         distance = memory + torch.arange(length, device=like.device)[:, None]
         distance = distance - torch.arange(memory + length, device=like.device)
         hidden = (distance < 0) | (distance >= self.window)
@@ -111,11 +111,12 @@ class RelativeAttention(nn.Module):
 
 
 def relative_shift(by_distance: Tensor) -> Tensor:
-    """From one column per distance to one column per key, (..., L, K) both.
+    """Convert one column per distance to one column per key, (..., L, K) both.
 
-    Column c of row i is for the distance K - 1 - c; key j of query i is at the distance K - L + i - j, so its entry
-    stands in column L - 1 - i + j: at L - 1 + i (K - 1) + j of the flattened matrix. Each row is thus a window of K
-    entries, K - 1 after the one before: a view. Entries of keys in the future are other rows' and mean nothing.
+    Column c of row i is for the distance K - 1 - c. Key j of query i is at the distance K - L + i - j, so its entry is
+    in column L - 1 - i + j: at L - 1 + i (K - 1) + j of the flattened matrix. Each row of the result is therefore a
+    window of K entries that begins K - 1 after the previous one: a view. Entries of future keys come from other rows
+    and mean nothing.
     """
     length, keys = by_distance.shape[-2:]
     if keys == 1:
@@ -124,7 +125,7 @@ def relative_shift(by_distance: Tensor) -> Tensor:
 
 
 def relative_sinusoids(length: int, width: int, like: Tensor) -> Tensor:
-    """sin(d w_i), then cos(d w_i), w_i = 10000^(-2 i / width), for d = length - 1 down to 0: (1, length, width)."""
+    """Sinusoids sin(d w_i), cos(d w_i), w_i = 10000^(-2 i / width), d = length - 1 down to 0: (1, length, width)."""
     distance = torch.arange(length - 1, -1, -1, dtype=torch.float64, device=like.device)
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=like.device) / width)
     angle = distance[:, None] * frequency

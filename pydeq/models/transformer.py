@@ -1,6 +1,6 @@
 """The deep equilibrium transformer for language.
 
-One Transformer-XL block, applied until it changes nothing any more:
+One Transformer-XL block, applied until its output no longer changes:
 
     u = U e(tokens) + c                                    the injection, once per call
     h = LN(z + attention(z; u, memory))                    post-LN
@@ -9,9 +9,9 @@ One Transformer-XL block, applied until it changes nothing any more:
     h = z + attention(LN(z); u, LN(memory))                pre-LN
     f(z) = LN(h) + feedforward(LN(h))
 
-without affine parameters in LN. Pre-LN adds to the normalized h, as the published models do: f is bounded then. Memory
-holds the equilibria and injections of tokens before these. Its keys and values, and the projected positions, do
-not depend on z: they are computed once per call, outside of the iterations.
+without affine parameters in LN. Pre-LN adds to the normalized h, as the published models do: f is bounded then. The
+memory holds the equilibria and injections of earlier tokens. Its keys and values, and the projected positions, do not
+depend on z: they are computed once per call, outside the iterations.
 
 Sources: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019; Bai, Koltun and Kolter, Stabilizing Equilibrium
 Models by Jacobian Regularization, ICML 2021.
@@ -48,17 +48,17 @@ class DEQTransformerConfig(Config):
         d_model, d_inner: Widths of the state and of the feedforward layer.
         heads, d_head: Attention heads and the width of each.
         d_embed: Width of the embedding's vectors; d_model by default.
-        cutoffs, div: Of the adaptive embedding and softmax, see :class:`pydeq.models.adaptive.Bands`.
-        tie_weights: Whether the softmax has the embedding's vectors.
-        tie_projections: Whether it also has its projections, but for the first band.
+        cutoffs, div: See :class:`pydeq.models.adaptive.Bands`.
+        tie_weights: Whether the softmax shares the embedding's vectors.
+        tie_projections: Whether it also shares the projections, except that of the first band.
         pre_norm: Pre-LN instead of post-LN.
         weight_norm: Whether the block's weights are normalized, one length per row.
         dropout, attention_dropout: Probabilities.
         memory_length: Tokens remembered from call to call, at least 0.
         window: Tokens at this distance and beyond are not attended to.
-        init_std: Of the initial weights.
+        init_std: Standard deviation of the initial weights.
         solver: How the equilibrium is solved.
-        penalty: What it was published with.
+        penalty: The Jacobian penalty that it was published with.
     """
 
     vocabulary: int
@@ -93,11 +93,11 @@ class DEQTransformerConfig(Config):
 
 
 class Memory(NamedTuple):
-    """What a call remembers for the next one; without a graph.
+    """The memory that one call leaves for the next; it has no graph.
 
     Args:
         states: Equilibria of the last tokens, (batch, M, d_model).
-        injection: Their injections, (batch, M, 3 * heads * d_head).
+        injection: Injections of the same tokens, (batch, M, 3 * heads * d_head).
     """
 
     states: Tensor
@@ -105,7 +105,7 @@ class Memory(NamedTuple):
 
 
 class LMOutput(NamedTuple):
-    """What a :class:`DEQTransformerLM` returns.
+    """The output of a :class:`DEQTransformerLM`.
 
     Args:
         nll: -log p(target) of each position, (batch, L); None without targets.
@@ -135,7 +135,7 @@ class DEQTransformerCell(nn.Module):
         )
 
     def context(self, injection: Tensor, memory: Memory) -> tuple[Tensor, ...]:
-        """What :meth:`forward` takes beside the state: all that does not depend on it."""
+        """Compute the arguments of :meth:`forward` that do not depend on the state."""
         states = _layer_norm(memory.states) if self.pre_norm else memory.states
         length, remembered = injection.shape[1], states.shape[1]
         keys, values = self.attention.remember(states, memory.injection)
@@ -155,13 +155,13 @@ def _layer_norm(x: Tensor) -> Tensor:
 
 
 class DEQTransformerLM(EquilibriumModel):
-    """Predicts the next word.
+    """A language model: it predicts the next word.
 
         model = DEQTransformerLM(config)
         (nll, hidden, memory), solution = model(tokens, targets, return_solution=True)
 
     Args:
-        config: Its sizes and options.
+        config: Sizes and options.
     """
 
     def __init__(self, config: DEQTransformerConfig) -> None:
@@ -169,7 +169,7 @@ class DEQTransformerLM(EquilibriumModel):
         super().__init__(cell, config.solver)
         self.config = config
         self.memory_length = config.memory_length
-        """Tokens to remember; may be set at any time, as evaluation with a longer memory does."""
+        """Tokens to remember. It may be set at any time, for example to evaluate with a longer memory."""
         bands = (config.vocabulary, config.d_embed or config.d_model, config.d_model, config.cutoffs, config.div)
         self.embedding = AdaptiveEmbedding(*bands)
         self.embedding_dropout = SequenceDropout(config.dropout)
@@ -212,12 +212,12 @@ class DEQTransformerLM(EquilibriumModel):
         max_steps: int | None = None,
         penalty: JacobianPenalty | None = None,
     ) -> Any:
-        """The equilibrium of a segment of text, and the loss of its predictions.
+        """Compute the equilibrium of a segment of text, and the loss of its predictions.
 
         Args:
             tokens: Words, integers (batch, L).
-            targets: The word after each, integers (batch, L).
-            memory: What the call on the text before returned.
+            targets: The word after each token, integers (batch, L).
+            memory: The memory returned for the preceding text.
             return_solution: Also return the :class:`pydeq.Solution`.
             layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
 
@@ -276,20 +276,20 @@ class DEQTransformerLM(EquilibriumModel):
             return Memory(last(memory.states, z), last(memory.injection, injection))
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """log p of every next word, (batch, L, vocabulary), for small vocabularies."""
+        """Compute log p of every next word, (batch, L, vocabulary); for small vocabularies."""
         return self.softmax.log_probabilities(hidden, self.embedding)
 
     def stream(
         self, tokens: Tensor, length: int, memory: Memory | None = None, **options: Any
     ) -> Iterator[tuple[LMOutput, Solution]]:
-        """Read a long text in segments, each with the memory of what was before; without gradients.
+        """Read a long text in segments, without gradients; each segment gets the memory of the previous one.
 
             nll = torch.cat([output.nll for output, _ in model.eval().stream(tokens, 150)], dim=1)
 
         Args:
             tokens: Words, integers (batch, T); every word but the first is predicted from those before it.
-            length: Of a segment, at least 1; the last one may be shorter.
-            memory: Of the text before.
+            length: Length of a segment, at least 1; the last one may be shorter.
+            memory: The memory of the preceding text.
             options: ``rtol`` and ``max_steps``.
 
         Yields:
