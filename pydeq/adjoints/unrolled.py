@@ -1,15 +1,16 @@
 """Unrolled differentiation: autograd through every iteration of the solve.
 
 Exact for what was computed, be it converged or not, and to any order; memory grows with the evaluations. The steps
-that :mod:`pydeq.ops` fuses have no derivatives, so the iterations are made of differentiable operations here, and
-judged by the same rules: they stop where those stop.
+in :mod:`pydeq.ops` work in place and have no derivatives, so the steps here are made of differentiable operations. The
+loop and the rules that stop it are those of every solve.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,14 +24,16 @@ from pydeq.cell.parameters import Stateless
 from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
 from pydeq.ops.anderson_step import mixing_coefficients
-from pydeq.ops.constants import Counter, Scalar, Status
-from pydeq.ops.termination import Verdict, judge
-from pydeq.solution import Solution
-from pydeq.solve.iteration import warn_of_coupling
+from pydeq.ops.capture import capturing
+from pydeq.ops.constants import Counter
+from pydeq.ops.termination import Rules, Verdict, judge, report
+from pydeq.solve.compaction import Evaluator
+from pydeq.solve.iteration import iterate
 from pydeq.solve.solve import stopping_rules
 from pydeq.solve.step_reports import any_running
 from pydeq.solvers import Anderson, Picard, Solver
-from pydeq.state import Layout, State, as_tuple, layout_of
+from pydeq.solvers.base import Workspace
+from pydeq.state import State, layout_of
 
 
 @suggests_keywords
@@ -62,8 +65,8 @@ class Unrolled(Adjoint):
             raise TypeError(f"checkpoint must be a bool, got {type(self.checkpoint).__name__}")
 
     def check(self, solver: Solver) -> None:
-        if type(solver) not in _RULES:
-            names = " or ".join(f"pydeq.{kind.__name__}" for kind in _RULES)
+        if type(solver) not in _WORKSPACES:
+            names = " or ".join(f"pydeq.{kind.__name__}" for kind in _WORKSPACES)
             raise TypeError(f"Unrolled differentiates the iterations of {names}, got {solver!r}")
 
     def solve(self, problem: Problem) -> Attached:
@@ -76,68 +79,30 @@ class Unrolled(Adjoint):
         states_at = check_states_at(options.get("states_at", ()))
         cast = torch.is_autocast_enabled(layout.device.type)
 
-        z = value = image = anchor = _flatten(layout, problem.z0)
-        freeze = rules.freeze
-        scalars = z.new_zeros(layout.batch, len(Scalar), dtype=torch.float64)
-        counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
-        unroll = _RULES[type(solver)](solver, max_steps)
         read = Watched(held(problem.module, problem.context), problem.module)
-        fn = repeated = _Repeated(problem.fn, problem.module)
-        if not self.checkpoint:
-            fn = share_weights(problem.fn)
-        states: list[State] = []
-        nfe = 0
+        repeated = _Repeated(problem.fn, problem.module)
+        fn = share_weights(problem.fn)
+        if self.checkpoint:  # an early stop is an exception, which TorchScript in a cell would not let through
+            fn = partial(checkpoint, repeated, use_reentrant=False, early_stop=False)
+        evaluator = _AttachedEvaluator(fn, problem.context, layout, cast)
+        flat = layout.flatten(problem.z0)
+        solution, _ = iterate(evaluator, flat, _Unrolling(solver), rules, max_steps, False, states_at=states_at)
         if not layout.batch:  # gradients of nothing are zeros, which have to go somewhere
-            image = _flatten(layout, layout.check(self._call(fn, problem.z0, problem.context), cast, detach=False))
-        while layout.batch and nfe < max_steps:
-            f = _flatten(layout, layout.check(self._call(fn, layout.view(z), problem.context), cast, detach=False))
-            nfe += 1
-            with torch.no_grad():
-                verdict = judge(
-                    z.detach(), f.detach(), scalars, counters,
-                    rules.rtol, rules.atol, rules.eps, freeze, rules.stall, nfe == max_steps,
-                )  # fmt: skip
-            improved = verdict.improved[:, None]
-            value, image = torch.where(improved, z, value), torch.where(improved, f, image)
-            if nfe in states_at:
-                states.append(layout.view(image))
-            if nfe == max_steps or not any_running(counters):
-                if not freeze:
-                    break
-                with torch.no_grad():  # samples that were done before may have been moved since by others
-                    verdict = judge(
-                        z.detach(), f.detach(), scalars, counters,
-                        rules.rtol, rules.atol, rules.eps, freeze, rules.stall, nfe == max_steps, look_back=nfe,
-                    )  # fmt: skip
-                image = torch.where(verdict.improved[:, None], f, image)
-                if nfe == max_steps or not any_running(counters):
-                    break
-                freeze = False
-                warn_of_coupling(int(verdict.retry.sum()), layout.batch)
-                counters[counters[:, Counter.STATUS] <= Status.STALLED, Counter.EVALUATIONS] = nfe
-                counters[:, Counter.COUNT] = 0
-            # As in pydeq.ops.termination.settle.
-            from_best, halfway, proceed = (
-                rows[:, None] for rows in (verdict.from_best, verdict.halfway, verdict.proceed)
-            )
-            next = torch.where(verdict.retry[:, None], anchor, value)
-            next = torch.where(from_best, value + unroll.damping * (image - value), next)
-            next = torch.where(halfway, anchor + 0.5 * (z - anchor), next)
-            next = torch.where(proceed, unroll.step(z, f, verdict, counters), next)
-            anchor = torch.where(proceed, z, torch.where(from_best, value, anchor))
-            z = next
-
+            solution.image = layout.check(fn(problem.z0, *problem.context), cast, detach=False)
         repeated.watched = read.with_tensors(())
-        output = layout.view(image)
-        states += [output] * (len(states_at) - len(states))
-        solution = Solution(_detach(layout.view(value)), _detach(output), nfe, scalars, counters, None)
+        output, states = solution.image, solution.states
+        solution.value, solution.image, solution.states = _detach(solution.value), _detach(output), []
         return Attached(output, solution, states=states)
 
-    def _call(self, fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Any:
-        if self.checkpoint:
-            # An early stop is an exception, which TorchScript in a cell would not let through.
-            return checkpoint(fn, z, *context, use_reentrant=False, early_stop=False)
-        return fn(z, *context)
+
+class _AttachedEvaluator(Evaluator):
+    """Calls fn on iterates that are new tensors in every step, and keeps the graph of what it returns."""
+
+    detaches = False
+
+    def evaluate(self, workspace: Workspace, k: int, running: int) -> Tensor:
+        z = workspace.z[k % 2]
+        return self.call(z, self.layout.view(z), self.layout, self.context)
 
 
 class _Repeated:
@@ -160,21 +125,77 @@ class _Repeated:
         return self.fn(*arguments) if self.stateless is None else self.stateless.call(self.stateless.tensors, arguments)
 
 
-class _Unroll(ABC):
-    """One solver's iteration in differentiable operations; one for each solve."""
+@dataclass(frozen=True)
+class _Unrolling(Solver):
+    """A solver whose steps are made of differentiable operations."""
 
-    def __init__(self, solver: Any, max_steps: int) -> None:
-        self.solver = solver
-        self.damping = solver.damping
+    solver: Solver
+
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        return _WORKSPACES[type(self.solver)](flat, rules, max_steps, self.solver)
+
+
+class _Unroll(Workspace):
+    """One solver's iteration in differentiable operations; iterates and the best ones are new tensors in every step."""
+
+    reports_late: ClassVar[bool] = False
+
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Any) -> None:
+        super().__init__(flat.detach()[:, :0], rules, max_steps)  # no memory for iterates
+        self.solver, self.damping = solver, solver.damping
+        self.z: Any = [flat, flat]
+        self.best: Any = [flat, flat]
+        self.anchor = flat  # where the last step began
 
     @abstractmethod
-    def step(self, z: Tensor, f: Tensor, verdict: Verdict, counters: Tensor) -> Tensor:
+    def propose(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
         """The next iterates [B, D] of samples that proceed; anything finite for the others."""
+
+    def step(self, f: Tensor, k: int) -> None:
+        z, last = self.z[k % 2], k + 1 == self.max_steps
+        verdict = self._judge(z, f, k, last)
+        improved = verdict.improved[:, None]
+        self.best = [torch.where(improved, z, self.best[0]), torch.where(improved, f, self.best[1])]
+        if not last and any_running(self.counters):
+            self.z[(k + 1) % 2] = self._next(z, f, verdict)
+
+    def look_back(self, f: Tensor, k: int, last: bool) -> None:
+        z = self.z[(k - 1) % 2]
+        verdict = self._judge(z, f, k, last, look_back=k)
+        self.best[1] = torch.where(verdict.improved[:, None], f, self.best[1])
+        if not last and any_running(self.counters):
+            self.z[k % 2] = self._next(z, f, verdict)
+
+    def unfreeze(self, k: int) -> None:
+        super().unfreeze(k)
+        self.counters[:, Counter.COUNT] = 0
+
+    def _judge(self, z: Tensor, f: Tensor, k: int, last: bool, look_back: int = 0) -> Verdict:
+        rules = self.rules
+        with torch.no_grad():
+            verdict = judge(
+                z.detach(), f.detach(), self.scalars, self.counters,
+                rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, look_back=look_back,
+            )  # fmt: skip
+        if not capturing(f.device):  # nobody reads it then
+            report(self.progress, self.counters, k)
+        return verdict
+
+    def _next(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
+        """The next iterates, as :func:`pydeq.ops.termination.settle` writes them in place."""
+        value, image = self.best
+        from_best, halfway, proceed = (rows[:, None] for rows in (verdict.from_best, verdict.halfway, verdict.proceed))
+        next = torch.where(verdict.retry[:, None], self.anchor, value)
+        next = torch.where(from_best, value + self.damping * (image - value), next)
+        next = torch.where(halfway, self.anchor + 0.5 * (z - self.anchor), next)
+        next = torch.where(proceed, self.propose(z, f, verdict), next)
+        self.anchor = torch.where(proceed, z, torch.where(from_best, value, self.anchor))
+        return next
 
 
 class _UnrollPicard(_Unroll):
-    def step(self, z: Tensor, f: Tensor, verdict: Verdict, counters: Tensor) -> Tensor:
-        counters[:, Counter.TRIED] |= (verdict.proceed & verdict.improved).int()
+    def propose(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
+        self.counters[:, Counter.TRIED] |= (verdict.proceed & verdict.improved).int()
         if self.damping == 1.0:
             return f
         wide = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -182,16 +203,17 @@ class _UnrollPicard(_Unroll):
 
 
 class _UnrollAnderson(_Unroll):
-    """See :mod:`pydeq.ops.anderson_step`. Histories are lists, the newest entry first."""
+    """See :mod:`pydeq.ops.anderson_step`, whose rings have no derivative; lists with the newest entry first do."""
 
-    def __init__(self, solver: Anderson, max_steps: int) -> None:
-        super().__init__(solver, max_steps)
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
+        super().__init__(flat, rules, max_steps, solver)
         self.memory = min(solver.memory, max_steps)
         self.residuals: list[Tensor] = []  # g_j, float64 [B, D]
         self.values: list[Tensor] = []  # f(z_j) - (1 - damping) g_j
         self.gram: list[list[Tensor]] = []  # <g_i, g_j> for i <= j, [B]
 
-    def step(self, z: Tensor, f: Tensor, verdict: Verdict, counters: Tensor) -> Tensor:
+    def propose(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
+        counters = self.counters
         compute = torch.promote_types(z.dtype, torch.float32)
         go = verdict.proceed[:, None]
         # Rows of samples that do not proceed are never read again, and must not bring NaN into sums.
@@ -244,11 +266,7 @@ class _UnrollAnderson(_Unroll):
         return x / torch.where(total == 0, 1.0, total)
 
 
-_RULES: dict[type[Solver], type[_Unroll]] = {Picard: _UnrollPicard, Anderson: _UnrollAnderson}
-
-
-def _flatten(layout: Layout, state: State) -> Tensor:
-    return torch.cat([part.reshape(layout.batch, n) for part, n in zip(as_tuple(state), layout.sizes, strict=True)], 1)
+_WORKSPACES: dict[type[Solver], type[_Unroll]] = {Picard: _UnrollPicard, Anderson: _UnrollAnderson}
 
 
 def _detach(state: State) -> State:

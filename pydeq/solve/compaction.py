@@ -25,6 +25,8 @@ class Evaluator:
 
     counts_running = False
     """Whether ``evaluate`` must know exactly how many samples run: the loop may not be ahead of the device then."""
+    detaches = True
+    """Whether images are without a graph."""
 
     def __init__(self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool) -> None:
         self.fn, self.context, self.layout, self.cast = fn, context, layout, cast
@@ -46,7 +48,7 @@ class Evaluator:
         result = self.fn(view, *context)
         if self.watch and z._version != version:
             raise ValueError("fn must not modify z in place: work on a copy, z.clone()")
-        return layout.flatten(layout.check(result, self.cast))
+        return layout.flatten(layout.check(result, self.cast, self.detaches))
 
 
 class CompactingEvaluator(Evaluator):

@@ -91,16 +91,20 @@ class HostReports(Reports):
     def running(self, k: int) -> int:
         if k == 0:
             return self._batch
-        if self._values[Progress.STEP] != k:
-            raise RuntimeError(
-                f"step {k - 1} of the solver did not report: write a solver of your own as a pydeq.CustomSolver, whose"
-                " steps do"
-            )
-        running = int(self._values[Progress.RUNNING])
+        running = self._after(k)
         self._staggered |= 0 < running < self._batch
         return running
 
     def woken(self, k: int) -> int:
+        return self._after(k + 1)
+
+    def _after(self, steps: int) -> int:
+        """Samples that run after so many steps."""
+        if self._values[Progress.STEP] != steps:
+            raise RuntimeError(
+                f"step {steps - 1} of the solver did not report: write a solver of your own as a pydeq.CustomSolver,"
+                " whose steps do"
+            )
         return int(self._values[Progress.RUNNING])
 
 

@@ -238,3 +238,10 @@ def test_another_solver_is_refused():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         Unrolled(**arguments)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_cell_that_modifies_its_state_is_refused(checkpoint):
+    deq = pydeq.DEQ(lambda z: z.mul_(0.5).add_(1.0), solver=pydeq.Picard(), adjoint=pydeq.Unrolled(checkpoint))
+    with pytest.raises(ValueError, match=r"fn must not modify z in place: work on a copy, z\.clone\(\)"):
+        deq(torch.zeros(2, 3))
