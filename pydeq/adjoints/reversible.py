@@ -7,6 +7,9 @@ Two states take turns,
 and each half is undone by one evaluation: z = (z' - b f(y')) / (1 - b), then y = (y' - b f(z)) / (1 - b). Backward
 evaluates f with gradients on where the iteration went, and chains the exact derivative of what was computed.
 
+The loop is not that of other solves: it looks back after each iteration, and it keeps which iterations each sample took
+part in, so that they can be undone.
+
 Undoing amplifies rounding errors. Where f contracts, an iteration has for each eigenvalue of J two of its own, whose
 product is (1 - b)^2 and of which neither is above 1: undone, n iterations amplify by up to (1 - b)^-2n. So the two
 states are kept in float64 whatever f computes in, and a fixed number of them along the way, to start again from.
@@ -194,7 +197,7 @@ class Reversible(Adjoint):
             if awake is None:
                 awake, stopped_n = n, best_n
                 coupled = False
-            else:  # what moved others cannot be left out: all end with the last iteration
+            else:  # samples that moved others cannot be left out: all end with the last iteration
                 coupled, again = True, _kept(counters[:, Counter.STATUS])
                 value, image = torch.where(again[:, None], rounded, value), torch.where(again[:, None], f, image)
                 best_y, best_z = torch.where(again[:, None], y, best_y), torch.where(again[:, None], z, best_z)
@@ -219,10 +222,10 @@ def _kept(status: Tensor) -> Tensor:
 def _look_back(
     y: Tensor, f: Tensor, scalars: Tensor, counters: Tensor, rules: Rules, evaluations: int, last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Judge the samples that had converged before the last evaluation once more; others have left their best y.
+    """Judge the samples that had converged before the last evaluation again; only these are still at their best y.
 
     Returns:
-        Which of them have another image now, and which of these do not meet the tolerance; bool [B] each.
+        Which of them have a different image now, and which of these miss the tolerance; bool [B] each.
     """
     others = (counters[:, Counter.STATUS] != Status.CONVERGED)[:, None]
     before = scalars.clone(), counters.clone()
@@ -286,7 +289,7 @@ class _Ends:
 
 @dataclass(frozen=True)
 class _Run:
-    """What backward needs beside tensors.
+    """What backward needs in addition to tensors.
 
     Args:
         explicit: fn, as a function of what it is known to depend on.

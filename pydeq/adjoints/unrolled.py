@@ -42,12 +42,12 @@ class Unrolled(Adjoint):
     """The gradient of the iteration itself, of :class:`pydeq.Picard` or :class:`pydeq.Anderson`; z0 gets one, too.
 
     Args:
-        checkpoint: Keep the iterates alone and evaluate f once more in backward, in forward's autocast and random
-            state, instead of keeping the graphs of all evaluations.
+        checkpoint: Keep only the iterates and evaluate f again in backward, in forward's autocast and random state,
+            instead of keeping the graphs of all evaluations.
 
     The output is the image of the best iterate, with no evaluation beyond those of the solve. ``states_at`` gives
     states with the gradients of the iterations that led to them. Samples that are done are iterated no more, and
-    their gradient does not depend on the others; but where a cell returns NaN or Inf, parameters may get NaN.
+    their gradient does not depend on the other samples. But where a cell returns NaN or Inf, parameters may get NaN.
     Anderson's system is nearly singular near the solution, which costs second derivatives digits: Picard's keep them.
 
     Raises:
@@ -106,10 +106,10 @@ class _AttachedEvaluator(Evaluator):
 
 
 class _Repeated:
-    """``fn``, which a checkpoint calls again in backward: from when on ``watched`` is set.
+    """``fn`` for a checkpoint, which calls it again in backward, when ``watched`` is set.
 
-    ``torch.func.functional_call`` exchanges a module's tensors for the time of a call only: the call again gets those
-    of the first one.
+    ``torch.func.functional_call`` exchanges a module's tensors for one call only: the second call gets the tensors of
+    the first one.
     """
 
     def __init__(self, fn: Callable[..., Any], module: nn.Module | None) -> None:
@@ -149,7 +149,7 @@ class _Unroll(Workspace):
 
     @abstractmethod
     def propose(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
-        """The next iterates [B, D] of samples that proceed; anything finite for the others."""
+        """The next iterates [B, D] of samples that proceed; anything finite for other samples."""
 
     def step(self, f: Tensor, k: int) -> None:
         z, last = self.z[k % 2], k + 1 == self.max_steps

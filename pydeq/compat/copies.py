@@ -57,7 +57,7 @@ class Surroundings:
         return any(package in path.resolve().parents for package in self.packages)
 
     def library(self, importer: Path | None, module: str, level: int) -> Functions | None:
-        """What a module ``lib.solvers`` or ``lib.jacobian`` defines of the original's functions.
+        """The original's functions that a module ``lib.solvers`` or ``lib.jacobian`` defines.
 
         Args:
             importer: The file that imports it.
@@ -65,7 +65,7 @@ class Surroundings:
             level: The number of these dots.
 
         Returns:
-            None where there is no such file: then it is taken for the original.
+            None where there is no such file: the module is then taken to be the original.
         """
         tail = Path(*module.split(".")).with_suffix(".py")
         places: list[Path] = []

@@ -24,7 +24,7 @@ from pydeq.ops.constants import Scalar
 __all__ = ["anderson", "broyden", "jac_loss_estimate", "power_method"]
 
 KEYS = ("result", "lowest", "nstep", "prot_break", "abs_trace", "rel_trace", "eps", "threshold")
-"""What :func:`broyden` and :func:`anderson` return."""
+"""The keys of what :func:`broyden` and :func:`anderson` return."""
 
 # The residual may grow by this factor for each position of a sequence before a solve is given up.
 _PROTECTION = {"abs": 1e6, "rel": 1e3}
@@ -140,13 +140,15 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
 
 
 class _Loop:
-    """When to stop, which state to return, what to report.
+    """The loop: when to stop, which state to return, what to report.
+
+    It is not pydeq's own loop: it stops by the norm of the whole batch, where that one stops sample by sample.
 
     Args:
         stop_mode, eps, threshold: As the caller gave them.
         first: Evaluations that leave no entry in the traces.
         shift: Added to the denominator of relative residuals.
-        legacy: Decide in everything as the original does, which looks at no evaluation before ``first``.
+        legacy: Decide as the original does, which does not look at evaluations before ``first``.
         protection: Give up when the residual has grown by this factor since the first entry.
         stalls: Whether lack of progress stops.
         backward: The solver's name where it solves for gradients, which is then warned about.
@@ -184,7 +186,9 @@ class _Loop:
                 if self.legacy and k < self.first:
                     continue
                 hopeless = process.hopeless
-                broken = hopeless is not None and bool(hopeless.any())  # no iterate of the batch can come of it
+                broken = hopeless is not None and bool(
+                    hopeless.any()
+                )  # the batch has no iterate that meets the tolerance any more
                 absolute = _length(row[:, Scalar.RESIDUAL])
                 pair = (absolute, absolute / (_length(row[:, Scalar.NORM]) + self.shift))
                 for i in (0, 1):

@@ -1,4 +1,4 @@
-"""Whether the originals' own iterates are asked for, instead of pydeq's."""
+"""The switch for the originals' own iterates instead of pydeq's."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def legacy(enabled: bool = True) -> Iterator[None]:
 
 
 def is_legacy(asked: bool | None = None) -> bool:
-    """Whether to reproduce the original: as ``asked`` for, else as the block around says."""
+    """Whether to reproduce the original: ``asked`` if given, else what the block around says."""
     return _active.get() if asked is None else bool(asked)

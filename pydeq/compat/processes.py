@@ -1,10 +1,11 @@
 """Fixed-point processes, one evaluation of f at a time, for loops that stop and keep count by other packages' rules.
 
-A process calls f at its iterate z, measures the residual g = f(z) - z of every sample, and moves on. Whoever drives it
-decides when to stop and which state to hand on.
+A process calls f at its iterate z, measures the residual g = f(z) - z of every sample, and moves on. The loop that
+drives it decides when to stop and which state to return.
 
-:class:`Stepped` takes pydeq's own steps, by the same operations as :func:`pydeq.fixed_point`. The others are written
-out in plain torch: they reproduce the methods of the originals, and serve the options that pydeq's operations lack.
+:class:`Stepped` takes pydeq's own steps, by the same operations as :func:`pydeq.fixed_point`. The other processes are
+in plain torch: they reproduce the methods of the originals, which are not pydeq's, and serve the options that pydeq's
+operations lack.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Process(ABC):
     def advance(self) -> np.ndarray:
         """Evaluate f once more and measure; a new array, float64 [B, len(Scalar)].
 
-        Its columns RESIDUAL and NORM hold ||f(z) - z|| and ||f(z)||, inf residuals where f is not finite. BEST is the
-        smallest residual so far, only of :class:`Stepped`. The other columns have no meaning here.
+        Its columns RESIDUAL and NORM hold ||f(z) - z|| and ||f(z)||; residuals are inf where f is not finite. BEST is
+        the smallest residual so far, for :class:`Stepped` only. The other columns have no meaning here.
         """
 
     @property
@@ -85,7 +86,7 @@ class Process(ABC):
         return self.result(self.func(view))
 
     def result(self, image: Tensor) -> Tensor:
-        """What f returned, contiguous [B, D] in x0's dtype."""
+        """Bring what f returned to contiguous [B, D] in x0's dtype."""
         f = image if image.shape == self.flat_shape else image.reshape(self.flat_shape)
         if f.dtype != self.dtype:  # autocast
             f = f.to(self.dtype)
@@ -111,7 +112,7 @@ class Stepped(Process):
         self, func: Callable[..., Any], x0: Tensor, solver: Solver, evaluations: int, damping: float = 1.0
     ) -> None:
         super().__init__(func, x0)
-        # The last step of a workspace puts the best iterate in the newest one's place: so none is the last.
+        # The last step of a workspace replaces the newest iterate by the best one, so no step here is the last.
         self.workspace = workspace = solver.start(self.flat, _rules(x0.dtype), evaluations + 1)
         self.damping = damping
         self.step = workspace.step
@@ -154,7 +155,7 @@ class Stepped(Process):
         self.storage = self.buffers[0].untyped_storage()._cdata
 
     def _leave_buffers(self) -> None:
-        """Leave the iterates' memory to whoever holds it, and hand out copies from now on."""
+        """Leave the iterates' memory to f, which holds on to it, and give f copies from now on."""
         both = torch.stack(self.workspace.z)
         self.workspace.z = (both[0], both[1])
         self._look_at_buffers()

@@ -35,7 +35,7 @@ class Rewritten:
         source: The new source.
         changes: (line, import before, import after).
         doubts: (line, what was not understood).
-        left: (line, what the code base has changed, and was left alone).
+        left: (line, what was left as it is because the code base has changed it).
     """
 
     source: bytes = b""
@@ -71,10 +71,10 @@ def rewrite(source: bytes, path: Path | None = None, around: Surroundings | None
 
 
 def inspect_notebook(source: bytes, path: Path | None = None, around: Surroundings | None = None) -> Rewritten:
-    """What :func:`rewrite` would do to the code cells of a notebook, as doubts: the notebook stays as it is.
+    """Report what :func:`rewrite` would do to the code cells of a notebook, as doubts. The notebook is not changed.
 
-    A doubt's line is the number of its cell. Cells that are no plain Python, but for lines that begin with % or !, are
-    doubts where they name torchdeq.
+    A doubt's line is the number of its cell. A cell that names torchdeq and is not plain Python, apart from lines that
+    begin with % or !, is a doubt.
 
     Raises:
         UnparsableError: If the source is no notebook.
@@ -195,7 +195,7 @@ class _Rewriter(cst.CSTTransformer):
     def _from_module(
         self, original: cst.ImportFrom, node: cst.ImportFrom, functions: Functions | None
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
-        """``from lib.solvers import ...``; what the code base has changed is left alone."""
+        """Rewrite ``from lib.solvers import ...``; what the code base has changed stays as it is."""
         if functions == {}:  # a module of another kind
             return node
         if isinstance(node.names, cst.ImportStar):
@@ -329,7 +329,7 @@ def _is_library(name: str) -> bool:
 
 
 def _resolve(path: str) -> Any:
-    """What a dotted path names; None if there is no such thing."""
+    """Import what a dotted path names; None if there is no such thing."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError:

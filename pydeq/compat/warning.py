@@ -1,4 +1,4 @@
-"""What the replacements say once: modified arguments, samples that depend on each other, inexact backward solves."""
+"""Warnings that are given once: modified arguments, samples that depend on each other, inexact backward solves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _said: set[str] = set()
 
 
 def warn_of_modification() -> None:
-    """Say that f modifies its argument."""
+    """Warn that f modifies its argument."""
     _say_once(
         "modification",
         "func modifies its argument in place: from now on it is given a copy at each call, which costs time. To save"
@@ -20,11 +20,11 @@ def warn_of_modification() -> None:
 
 
 def warn_of_coupling(left: int, batch: int) -> None:
-    """Say that samples moved away from a solution they had found.
+    """Warn that samples moved away from a solution they had found.
 
     Args:
-        left: How many.
-        batch: Of how many.
+        left: Number of these samples.
+        batch: Number of all samples.
     """
     _say_once(
         "coupling",

@@ -1,7 +1,7 @@
 """Dropout whose mask is drawn once per solve.
 
-Dropout that draws anew for each evaluation leaves a DEQ without a fixed point to find. Here all evaluations of a solve,
-and those that its gradients need, share one mask; the next solve draws another. Outside of a solve, every call draws.
+Dropout that draws a new mask for each evaluation leaves a DEQ without a fixed point. Here all evaluations of a solve,
+and those that its gradients need, share one mask; the next solve draws a new one. Outside of a solve, every call draws.
 
     y = x * mask / (1 - p),   mask ~ Bernoulli(1 - p)
 
@@ -51,7 +51,7 @@ class VariationalDropout(Scoped):
         """Drop entries of x, in training mode.
 
         Raises:
-            ValueError: If x has not the dimensions that the module is for.
+            ValueError: If x does not have the dimensions that the module is for.
         """
         shared = self._shared(x)
         if not self.training or self.p == 0.0:

@@ -155,7 +155,7 @@ def spectral_norm(
     """Divide a parameter by its largest singular value, w = bound v / sigma(v); computed once per solve.
 
     sigma is that of v as a matrix, ``dim`` by all else, estimated by power iteration. In training mode a solve begins
-    with ``n_power_iterations`` steps of it, outside of solves every access does; evaluation mode leaves it. With a
+    with ``n_power_iterations`` steps of it; outside of solves every access does. Evaluation mode takes none. With a
     bound below 1 and 1-Lipschitz activations, a linear cell contracts; of a convolution, sigma is not the norm of the
     map. Like ``torch.nn.utils.parametrizations.spectral_norm``, whose checkpoints it reads, as well as those with
     ``<name>_orig``.
@@ -165,7 +165,7 @@ def spectral_norm(
         name: Of the parameter.
         dim: The dimension of outputs; by default 0, and 1 for transposed convolutions.
         bound: The largest singular value of w, greater than 0.
-        clip: Leave parameters alone whose sigma is below the bound.
+        clip: Leave a parameter unchanged if its sigma is below the bound.
         n_power_iterations: Steps of power iteration per solve, at least 1.
         eps: Guards the norms of the power iteration.
 
@@ -210,7 +210,7 @@ def apply_norm(
         The qualified names of the normalized parameters.
 
     Raises:
-        TypeError, ValueError: If the norm is unknown, an option is not one of its, or nothing was found to normalize.
+        TypeError, ValueError: If the norm is unknown, it does not take an option, or nothing was found to normalize.
     """
     known = {"weight_norm": weight_norm, "spectral_norm": spectral_norm}
     if norm not in known:
@@ -234,7 +234,7 @@ def apply_norm(
 
 
 def remove_norm(model: nn.Module) -> list[str]:
-    """Replace what :func:`weight_norm` and :func:`spectral_norm` normalized by plain parameters of the same values.
+    """Replace the parameters normalized by :func:`weight_norm` or :func:`spectral_norm` by plain ones of equal value.
 
     Args:
         model: Its submodules, and itself, are looked through.

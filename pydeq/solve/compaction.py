@@ -24,9 +24,9 @@ class Evaluator:
     """
 
     counts_running = False
-    """Whether ``evaluate`` must know exactly how many samples run: the loop may not be ahead of the device then."""
+    """Whether ``evaluate`` must know exactly how many samples run. The loop then never runs ahead of the device."""
     detaches = True
-    """Whether images are without a graph."""
+    """Whether images are detached from their graph."""
 
     def __init__(self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool) -> None:
         self.fn, self.context, self.layout, self.cast = fn, context, layout, cast
@@ -36,13 +36,13 @@ class Evaluator:
         self.watch = not torch.is_inference_mode_enabled()
 
     def evaluate(self, workspace: Workspace, k: int, running: int) -> Tensor:
-        """The images of the iterates of step ``k``, contiguous [B, D]; ``running`` samples need theirs."""
+        """Evaluate fn at the iterates of step ``k``; contiguous [B, D]. Only ``running`` samples need their images."""
         if not self.views:
             self.views = [self.layout.view(z) for z in workspace.z]
         return self.call(workspace.z[k % 2], self.views[k % 2], self.layout, self.context)
 
     def call(self, z: Tensor, view: State, layout: Layout, context: Sequence[Any]) -> Tensor:
-        """``fn`` at the flat ``z``, of which ``view`` is the state."""
+        """Evaluate ``fn`` at the flat ``z``; ``view`` is z as a state."""
         version = z._version if self.watch else 0
         self.calls += 1
         result = self.fn(view, *context)
@@ -52,10 +52,10 @@ class Evaluator:
 
 
 class CompactingEvaluator(Evaluator):
-    """Calls ``fn`` on the running samples alone, and on what of the context belongs to them.
+    """Calls ``fn`` on the running samples only, with their rows of the context.
 
-    The set shrinks when at least half of it has stopped: gathering context costs a copy, and few batch sizes, log2(B)
-    at most, keep the caches and compilers behind fn warm. On a GPU each evaluation waits for the step before it, and
+    The set shrinks when at least half of it has stopped. Gathering context costs a copy, and with at most log2(B)
+    batch sizes, caches and compilers behind fn stay warm. On a GPU each evaluation waits for the step before it, and
     shrinking synchronizes.
 
     Args:
@@ -74,7 +74,7 @@ class CompactingEvaluator(Evaluator):
         self.images: Tensor | None = None
 
     def evaluate(self, workspace: Workspace, k: int, running: int) -> Tensor:
-        if 0 < 2 * running <= self.part.batch:  # with none left, fn is called for other ranks' sake
+        if 0 < 2 * running <= self.part.batch:  # with 0 left, fn is called only because other ranks need it
             rows = (workspace.counters[:, Counter.STATUS] == RUNNING).nonzero()[:, 0]
             self.rows, self.part = rows, self.layout.with_batch(len(rows))
             self.part_context = [
@@ -92,7 +92,7 @@ class CompactingEvaluator(Evaluator):
 
 
 def gather(entry: Any, rows: Tensor) -> Any:
-    """Rows of a tensor, or of every tensor in a (nested) tuple or list."""
+    """Select rows of a tensor, or of every tensor in a (nested) tuple or list."""
     if isinstance(entry, Tensor):
         return entry.index_select(0, rows)
     return type(entry)(gather(part, rows) for part in entry)

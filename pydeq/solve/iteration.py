@@ -31,8 +31,8 @@ def iterate(
     """Solve from the initial iterates ``flat`` [B, D].
 
     Args:
-        agreement: With whom the end is agreed on.
-        states_at: After how many evaluations the best image is kept.
+        agreement: With the other ranks, on when to stop.
+        states_at: Numbers of evaluations after which the best image is kept.
 
     Returns:
         The solution, its value, image and states in the evaluator's layout; and the solver's workspace.
@@ -43,10 +43,10 @@ def iterate(
     evaluations = 0
     with agreement:
         workspace = solver.start(flat, rules, max_steps)
-        # Samples that are done are iterated on without freezing: then a step too many would show. Compaction has no
-        # images of them to look back at.
+        # With freeze=False an extra step changes the result, so the loop does not run ahead of the device. Compaction
+        # has no images of finished samples to look back at.
         frozen = rules.freeze and not evaluator.counts_running
-        looked = agreement is ALONE and not frozen  # ranks look back together, whether or not each leaves samples alone
+        looked = agreement is ALONE and not frozen  # all ranks look back together, or none
         lag = int(frozen and workspace.reports_late)
         with open_reports(layout.device, layout.batch, workspace.progress, lag) as reports:
             f: Tensor | None = None
@@ -78,7 +78,7 @@ def iterate(
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)
         traced = traced.to(torch.promote_types(layout.dtype, torch.float32))
     value, image = layout.view(workspace.best[0]), layout.view(workspace.best[1])
-    # Of a solve that was done by then, whose last evaluation may have shown that an image has moved.
+    # Where the solve had ended by then: its last evaluation may have shown that an image has moved.
     states[sum(count < evaluations for count in states_at) :] = []
     states += [image] * (len(states_at) - len(states))
     solution = Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
@@ -87,11 +87,11 @@ def iterate(
 
 
 def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, k: int, frozen: bool) -> int:
-    """Judge once more, by the last of ``k`` evaluations, the samples that were done before it.
+    """Judge the samples that were done before the last of ``k`` evaluations again, by their images there.
 
-    CONVERGED is to hold for all samples at one and the same evaluation. The image of a sample that was left alone is
-    the one it had, unless it depends on other samples, which have moved since. If one is not done there, all that were
-    ``frozen`` iterate on, without freezing.
+    CONVERGED must hold for all samples at one and the same evaluation. A frozen sample's image changes only if it
+    depends on other samples, which have moved since. If one is no longer done, all ``frozen`` samples iterate on,
+    without freezing.
 
     Returns:
         How many samples run again, here or on another rank.
@@ -113,7 +113,7 @@ def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: 
 def _look_back_at_the_end(
     workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, max_steps: int
 ) -> None:
-    """The same after the last evaluation, where samples that are not done end as MAX_STEPS; waits for nothing."""
+    """Look back after the last evaluation: samples that are no longer done end as MAX_STEPS. Waits for nothing."""
     if not len(f) or not (agreement is not ALONE or reports.staggered(exhausted=True)):
         return
     workspace.progress = reports.place(max_steps)
@@ -129,7 +129,7 @@ _warned_of_coupling = False
 
 
 def warn_of_coupling(woken: int, batch: int) -> None:
-    """Say, once, that samples depend on each other."""
+    """Warn once that samples depend on each other."""
     global _warned_of_coupling
     if _warned_of_coupling:
         return
@@ -145,7 +145,7 @@ def warn_of_coupling(woken: int, batch: int) -> None:
 
 
 def _best_image(workspace: Workspace, f: Tensor) -> Tensor:
-    """The images of the best iterates after a step with the images ``f``, [B, D]; a copy."""
+    """Copy the images of the best iterates after a step with the images ``f``; [B, D]."""
     newest = workspace.counters[:, Counter.FRESH] == 1  # not in ``best`` yet
     return torch.where(newest[:, None], f, workspace.best[1])
 

@@ -2,12 +2,12 @@
 
 In the norm of the whole state a part whose entries are a thousandth of another's is invisible at rtol 1e-3. Here each
 part of each sample is divided by about its own norm, a power of two, so that nothing is rounded, and the solvers see
-parts of like size. A sample is CONVERGED once, at one evaluation, for every part p
+parts of similar size. A sample is CONVERGED once, at one evaluation, for every part p
 
     ||f_p - z_p|| <= atol + rtol ||f_p||
 
-The scale is that of the first image, f(z0), with atol / rtol as the least. Where parts have grown apart since, so that
-one that the solver was content with does not meet its tolerance, the solve goes on from the image, with new scales.
+The scale is that of the first image, f(z0), and at least atol / rtol. If parts change so much that one misses its
+tolerance although the scaled state met its own, the solve goes on from the image, with new scales.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pydeq.state import Layout
 
 @dataclass
 class _Tolerances:
-    """What each part is held against: rtol and atol, of the whole."""
+    """The tolerance of each part: rtol and atol of the solve."""
 
     layout: Layout
     rules: Rules
@@ -51,13 +51,13 @@ class _Tolerances:
         return (residual <= self.rules.atol + self.rules.rtol * norm).all(1)
 
     def scale(self, norm: Tensor) -> Tensor:
-        """By what to divide each part, [B, P]: powers of two."""
+        """Divisors of the parts, [B, P]: powers of two."""
         rules = self.rules
         if rules.rtol == 0.0 and rules.atol > 0.0:
             return torch.ones_like(norm)
         size = norm if rules.atol == 0.0 else norm + rules.atol / rules.rtol
         size = torch.where(size.isfinite(), size, 0.0)
-        # A part that is zero: nothing is known of it yet.
+        # The scale of a part that is zero is not known yet.
         size = torch.where(size > 0, size, size.amax(1, keepdim=True))
         size = torch.where(size > 0, size, 1.0)
         tiny = torch.finfo(self.layout.dtype).tiny
@@ -65,7 +65,7 @@ class _Tolerances:
         return torch.exp2(size.log2().round().clamp(*limits))
 
     def scaled_rules(self) -> Rules:
-        """Rules that, held against the scaled state, have every part meet its tolerance.
+        """Rules for the scaled state under which every part meets its tolerance.
 
         Part p is within a factor sqrt(2) of its scale s_p. So sum_p (r_p / s_p)^2 <= c^2 sum_p (n_p / s_p)^2 for
         c = rtol / (2 sqrt(P)) gives r_p <= rtol n_p; with atol > 0 half of the bound is absolute.
@@ -84,9 +84,9 @@ class _Scaled(Evaluator):
 
     Args:
         inner: Evaluates fn itself.
-        tolerances: What measures parts.
-        scale: Of each part, [B, P].
-        given_up: Samples that are not to be iterated on, bool [B]: the image that they get is their iterate.
+        tolerances: Measures the parts.
+        scale: Divisor of each part, [B, P].
+        given_up: Samples that are iterated no more, bool [B]: their image is set to their iterate.
         first: The image of the first iterates, where it is known.
         trace: Whether to measure every evaluation.
     """
@@ -103,7 +103,7 @@ class _Scaled(Evaluator):
         super().__init__(inner.fn, inner.context, inner.layout, inner.cast)
         self.inner, self.tolerances, self.first, self.trace = inner, tolerances, first, trace
         self.scale, self.given_up = scale.to(inner.layout.dtype), given_up[:, None]
-        self.worst: list[Tensor] = []  # the largest relative residual of a part, of each evaluation, [B]
+        self.worst: list[Tensor] = []  # for each evaluation the largest relative residual of a part, [B]
 
     def evaluate(self, workspace: Workspace, k: int, running: int) -> Tensor:
         z = self.up(workspace.z[k % 2])
@@ -118,25 +118,25 @@ class _Scaled(Evaluator):
         return self.down(f)
 
     def down(self, flat: Tensor) -> Tensor:
-        """States as solvers see them, [B, D]."""
+        """Divide states by the scale, [B, D]."""
         parts = flat.split(self.layout.sizes, dim=1)
         return torch.cat([part / self.scale[:, i, None] for i, part in enumerate(parts)], dim=1)
 
     def up(self, flat: Tensor) -> Tensor:
-        """States as fn sees them, [B, D]."""
+        """Multiply states by the scale, [B, D]."""
         parts = flat.split(self.layout.sizes, dim=1)
         return torch.cat([part * self.scale[:, i, None] for i, part in enumerate(parts)], dim=1)
 
 
 @dataclass
 class _Course:
-    """How far the solve has come: what each sample has, over all rounds.
+    """The state of the solve over all rounds.
 
     Args:
         value, image: [B, D].
-        scalars, counters: As a workspace has them.
+        scalars, counters: As in a workspace.
         trace: Rows of relative residuals, [B] each.
-        states: Of the ``states_at`` that were passed, [B, D].
+        states: The states for the entries of ``states_at`` that were passed, [B, D].
     """
 
     value: Tensor
@@ -156,7 +156,7 @@ def iterate_by_parts(
     trace: bool,
     states_at: Sequence[int] = (),
 ) -> tuple[Solution, Workspace]:
-    """:func:`pydeq.solve.iteration.iterate` where each part of a state is to meet the tolerance.
+    """Run :func:`pydeq.solve.iteration.iterate` until each part of a state meets the tolerance.
 
     Returns:
         The solution, whose residuals are those of the part with the largest relative one; and the workspace of the
@@ -170,7 +170,7 @@ def iterate_by_parts(
     begin = _begin(evaluator, flat, tolerances, 1 if captured else min(max_steps, len(layout.shapes)), states_at)
     start, first, scale = begin.start, begin.image, tolerances.scale(tolerances.norms(begin.image))
     none = torch.zeros(layout.batch, dtype=torch.bool, device=flat.device)
-    again, given_up, course = ~none, none, None  # which samples this round is about
+    again, given_up, course = ~none, none, None  # again: the samples of this round
     before = evaluator.calls - 1  # evaluations of earlier rounds
     while True:
         scaled = _Scaled(evaluator, tolerances, scale, given_up, first, trace)
@@ -213,12 +213,12 @@ def iterate_by_parts(
 
 @dataclass
 class _Begin:
-    """Where the first round begins.
+    """The start of the first round.
 
     Args:
-        start, image: The iterates and fn there, [B, D].
-        evaluations: How many each sample has had before that one, int32 [B].
-        trace, states: Of those evaluations, as in :class:`_Course`.
+        start, image: Iterates and their images, [B, D].
+        evaluations: Earlier evaluations of each sample, int32 [B].
+        trace, states: Those of the earlier evaluations, as in :class:`_Course`.
     """
 
     start: Tensor
@@ -229,7 +229,7 @@ class _Begin:
 
 
 def _begin(evaluator: Evaluator, flat: Tensor, tolerances: _Tolerances, most: int, states_at: Sequence[int]) -> _Begin:
-    """Evaluate fn, and again after plain steps of samples that have a part at zero, whose scale is not known yet."""
+    """Evaluate fn. Samples with a part at zero, whose scale is not known yet, take plain steps first."""
     layout = evaluator.layout
 
     def call(start: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def _begin(evaluator: Evaluator, flat: Tensor, tolerances: _Tolerances, most: in
 
 
 def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: Workspace, again: Tensor) -> _Course:
-    """What samples have after a round; those that it was not ``again`` about, and that it left alone, keep theirs."""
+    """Merge a round into the course. Samples that are not in ``again`` and were not moved keep what they had."""
     value, image = scaled.up(workspace.best[0]), scaled.up(workspace.best[1])
     scalars, counters = workspace.scalars, workspace.counters
     rows: list[Tensor] = []
@@ -263,7 +263,7 @@ def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: 
         ]
     if course is None:
         return _Course(value, image, scalars, counters, rows)
-    # A sample that is done is evaluated once, at its value; where others have moved it, it goes on.
+    # A sample that is done is evaluated once, at its value; if other samples have moved it, it goes on.
     moved = ~scaled.given_up[:, 0] & (counters[:, Counter.EVALUATIONS] > 1)
     new = again | moved
     counters[:, Counter.EVALUATIONS] += course.counters[:, Counter.EVALUATIONS]
@@ -279,9 +279,9 @@ def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: 
 
 
 def _judge(course: _Course, met: Tensor, unmet: Tensor) -> None:
-    """Statuses by the tolerance of the parts, which that of the scaled state is a little finer than.
+    """Set statuses by the tolerance of the parts; that of the scaled state is a little finer.
 
-    Only of values of the last evaluation: where samples depend on each other, an earlier one says nothing of them now.
+    Only for values of the last evaluation: where samples depend on each other, earlier ones say nothing about now.
     """
     status = course.counters[:, Counter.STATUS]
     ended = (status == Status.MAX_STEPS) & (course.counters[:, Counter.SINCE_BEST] == 0)

@@ -29,30 +29,30 @@ class Ranks:
     """The processes that solve together.
 
     Args:
-        process_group: All call with their own samples, or with their own entries of the same samples.
-        sharded: The latter.
+        process_group: Each rank calls with its own samples or, if ``sharded``, its own entries of the same samples.
+        sharded: Whether each rank holds a shard of every sample.
     """
 
     process_group: dist.ProcessGroup
     sharded: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return self  # copies of a layer in this process solve with the same others
+        return self  # copies of a layer in this process solve with the same ranks
 
     def __reduce__(self) -> Any:
-        raise TypeError("a process group cannot be pickled: save the state_dict, and make the layer anew")
+        raise TypeError("a process group cannot be pickled: save the state_dict, and make the layer again")
 
     def serves(self, device: torch.device) -> bool:
         """Whether the group has collectives for tensors there."""
         return f"{device.type}:" in dist.get_backend_config(self.process_group)  # like cpu:gloo,cuda:nccl
 
     def reduction(self) -> Reduction:
-        """How sums over the entries of a state are completed."""
+        """The reduction that completes sums over the entries of a state."""
         return _RankReduction(self) if self.sharded else WHOLE
 
 
 def check_ranks(process_group: Any, sharded: Any) -> Ranks | None:
-    """The ranks that solve together; None where each solves alone.
+    """Check the arguments, and return the ranks that solve together; None where each rank solves by itself.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type, there is no such group, or this rank is not in it.
@@ -82,7 +82,7 @@ def check_ranks(process_group: Any, sharded: Any) -> Ranks | None:
 
 
 class Agreement:
-    """What one solve has to agree on with others. This one: nothing, it is alone."""
+    """The agreement of one solve with other ranks. This class is for a solve on a single rank."""
 
     def __enter__(self) -> Agreement:
         return self
@@ -91,42 +91,42 @@ class Agreement:
         return None
 
     def running(self, count: int) -> int:
-        """How many samples run on where most do, given how many do here; 0 once all are done everywhere."""
+        """The largest number of running samples on any rank, given that of this rank; 0 once all are done."""
         return count
 
     def evaluated(self) -> None:
-        """Goes on once all ranks have evaluated fn."""
+        """Wait until all ranks have evaluated fn."""
 
 
 ALONE = Agreement()
 
 
 class RankAgreement(Agreement):
-    """The agreement of one solve on one rank with the others'.
+    """The agreement of one solve on one rank with the other ranks.
 
-    Used in a with statement, which tells the other ranks of an exception: at their next agreement they raise, too.
+    Used in a with statement, which tells the other ranks about an exception: they raise at their next agreement.
 
     Args:
-        ranks: Who agrees.
-        device: Of the states.
-        max_steps: Must be the same everywhere.
-        settings: Where states are sharded, what else must be.
+        ranks: The ranks that agree.
+        device: Device of the states.
+        max_steps: Must be the same on all ranks.
+        settings: Must be the same on all ranks where states are sharded.
     """
 
     def __init__(self, ranks: Ranks, device: torch.device, max_steps: int, settings: object) -> None:
         self.ranks = ranks
-        cpu = torch.device("cpu")  # where the counts are, if the group can
+        cpu = torch.device("cpu")  # the counts are there, if the group can send from it
         self.device = cpu if ranks.serves(cpu) else device
         self.max_steps = max_steps
         self.settings = settings if ranks.sharded else None
         self.digest = zlib.crc32(repr((ranks.sharded, self.settings)).encode())
-        self.open = True  # whether others count on this rank's next message
+        self.open = True  # whether other ranks wait for this rank's next message
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not (self.open and isinstance(error, Exception)):
             return
         self.open = False
-        # Others may be inside a collective of fn, and never answer: the error must not wait for them long.
+        # Other ranks may be inside a collective of fn and never answer: the error must not wait long for them.
         with contextlib.suppress(Exception):
             work = dist.all_reduce(
                 self._message(0, failed=True), dist.ReduceOp.MAX, self.ranks.process_group, async_op=True
@@ -146,7 +146,7 @@ class RankAgreement(Agreement):
             self._agree(1)
 
     def _message(self, count: int, failed: bool = False) -> Tensor:
-        """Integers whose largest over the ranks say it all: of x and -x both the largest and the smallest x."""
+        """Integers whose maxima over the ranks suffice: those of x and -x give the largest and the smallest x."""
         failure = dist.get_rank() + 1 if failed else 0
         numbers = (failure, count, self.max_steps, -self.max_steps, self.digest, -self.digest)
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)

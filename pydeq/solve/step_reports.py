@@ -8,9 +8,9 @@ step k may well be the last: the loop waits for its report, too, since a call of
 between the report and the next launch. So it does for the first step, which is the last one of a solve that starts
 solved. A solve then calls fn at most once too often, rarely so, and always as often on the same input.
 
-Two reports of a solve can be on their way at once, so it has two places, taken in turns: a place is written again only
-after it was read. Places come from a pool and go back to it once the last step of their solve has reported: a solve
-that an exception ended leaves steps behind that will still write.
+Two reports of a solve can be on their way at once, so it has two places and alternates between them: a place is
+written again only after it was read. Places come from a pool and go back to it once the last step of their solve has
+reported: a solve that ended with an exception leaves steps behind that will still write.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ _BLOCK = 64  # solves' places allocated at once: a page
 
 
 class Reports(ABC):
-    """The reports of one solve. Used as a context, which it must not outlive."""
+    """The reports of one solve; a context manager, not to be used after its end."""
 
     @abstractmethod
     def place(self, k: int) -> Tensor:
-        """Where step ``k`` is to write its report, int64 [len(Progress)] on the CPU. The step is launched next."""
+        """The place for the report of step ``k``, which is launched next; int64 [len(Progress)] on the CPU."""
 
     @abstractmethod
     def running(self, k: int) -> int:
-        """Samples that ran after the newest step known of before step ``k``, of those that ran at the start."""
+        """The number of running samples before step ``k``, by the newest report that is known."""
 
     def staggered(self, exhausted: bool = False) -> bool:
-        """Whether samples were done before the last step, and others were not.
+        """Whether some samples were done before the last step while others still ran.
 
         Args:
-            exhausted: Whether the solve ended with its last step, which may not have reported: then rather yes than no.
+            exhausted: Whether the solve ended with its last step, which may not have reported: if in doubt, True.
         """
         return self._staggered
 
@@ -58,13 +58,13 @@ class Reports(ABC):
 
     @abstractmethod
     def woken(self, k: int) -> int:
-        """Samples that run after step ``k`` has looked back."""
+        """The number of running samples after step ``k`` has looked back."""
 
     def resume(self, k: int) -> None:  # noqa: B027  # most have nothing to do
-        """The solve goes on with step ``k``, without steps under way, although a step of that number has reported."""
+        """Go on with step ``k``, although a step of that number has reported. No steps are under way."""
 
     def close(self) -> None:  # noqa: B027  # most have nothing to do
-        """No step follows."""
+        """End: no step follows."""
 
     def __enter__(self) -> Reports:
         return self
@@ -74,11 +74,11 @@ class Reports(ABC):
 
 
 class HostReports(Reports):
-    """Of steps that have reported when they return.
+    """Reports of steps that have reported when they return.
 
     Args:
         batch: Samples at the start.
-        place: Where they report, int64 [len(Progress)] on the CPU.
+        place: Where the steps report, int64 [len(Progress)] on the CPU.
     """
 
     def __init__(self, batch: int, place: Tensor) -> None:
@@ -99,7 +99,7 @@ class HostReports(Reports):
         return self._after(k + 1)
 
     def _after(self, steps: int) -> int:
-        """Samples that run after so many steps."""
+        """The number of running samples after ``steps`` steps."""
         if self._values[Progress.STEP] != steps:
             raise RuntimeError(
                 f"step {steps - 1} of the solver did not report: write a solver of your own as a pydeq.CustomSolver,"
@@ -109,7 +109,7 @@ class HostReports(Reports):
 
 
 class CapturedReports(Reports):
-    """Of steps that are captured into a graph: nobody reads them, and every replay writes them.
+    """Reports of steps that are captured into a graph: every replay writes them, and nobody reads them.
 
     All graphs share one place, which lives as long as the process.
     """
@@ -131,27 +131,27 @@ class CapturedReports(Reports):
 
 
 class Stream(Protocol):
-    """A device's queue of work, which can be asked how it is."""
+    """A device's queue of work."""
 
     def await_report(self, address: int, steps: int, idle: bool) -> int:
-        """Wait until ``steps`` steps have reported at ``address``; how many samples run.
+        """Wait until ``steps`` steps have reported at ``address``; return the number of running samples.
 
         Args:
             idle: Whether the device has nothing to do after these steps.
 
         Raises:
-            RuntimeError: If they never will.
+            RuntimeError: If the reports will never come.
         """
         ...
 
 
 class StreamReports(Reports):
-    """Of steps that report from a device while the host goes on.
+    """Reports of steps on a device that come while the host goes on.
 
     Args:
         batch: Samples at the start.
-        pool: Where the places come from.
-        stream: What the steps run on.
+        pool: The source of places.
+        stream: The stream that the steps run on.
         lag: Steps that may be under way when the next one is launched, 0 or 1.
     """
 
@@ -176,7 +176,7 @@ class StreamReports(Reports):
         return self._await(k, idle=True)[0]
 
     def _await(self, steps: int, idle: bool) -> tuple[int, int]:
-        """Samples that run, and that are far from their tolerance, after ``steps`` steps."""
+        """The numbers of samples that run and that are far from their tolerance after ``steps`` steps."""
         turn = (steps - 1) % _TURNS
         running = self._stream.await_report(self._slot.addresses[turn], steps, idle)
         self._staggered |= 0 < running < self._batch
@@ -215,18 +215,18 @@ class Slot:
 
 
 class Pool:
-    """Slots, reused once the last step of the solve that had them has reported. Threads may share it.
+    """Slots that are reused once the last step of their solve has reported. Threads may share a pool.
 
     Args:
-        allocate: From bytes to the address of memory that lives as long as the process.
-        has_reported: From the address of a place and a number of steps to whether so many have reported there.
+        allocate: allocate(bytes) -> address of memory that lives as long as the process.
+        has_reported: has_reported(address of a place, steps) -> whether that many steps have reported there.
     """
 
     def __init__(self, allocate: Callable[[int], int], has_reported: Callable[[int, int], bool]) -> None:
         self._allocate, self._has_reported = allocate, has_reported
         self._lock = threading.Lock()
         self._free: list[Slot] = []
-        self._busy: deque[tuple[Slot, int]] = deque()  # given back, each with the steps that must report
+        self._busy: deque[tuple[Slot, int]] = deque()  # given back, each with the number of steps that must report
 
     def take(self) -> Slot:
         with self._lock:
@@ -244,7 +244,7 @@ class Pool:
             self._busy.append((slot, launched))
 
     def _collect(self) -> None:
-        """Move the slots to the free ones whose steps have all reported."""
+        """Free the slots whose steps have all reported."""
         for _ in range(len(self._busy)):
             slot, launched = self._busy.popleft()
             if launched == 0 or self._has_reported(slot.addresses[(launched - 1) % _TURNS], launched):
@@ -265,7 +265,7 @@ class CudaStream:
 
 
 def any_running(counters: Tensor) -> bool:
-    """Whether a sample runs, [B, len(Counter)]; waits for the device. While a graph is captured, one may."""
+    """Whether a sample runs, by counters [B, len(Counter)]. Waits for the device; True while a graph is captured."""
     return capturing(counters.device) or bool((counters[:, Counter.STATUS] == RUNNING).any())
 
 
@@ -275,11 +275,11 @@ _lock = threading.Lock()
 
 
 def open_reports(device: torch.device, batch: int, place: Tensor, lag: int) -> Reports:
-    """The reports of a solve on ``device`` that starts now.
+    """Open the reports of a solve on ``device`` that starts now.
 
     Args:
         batch: Samples at the start.
-        place: Where steps report that are not ahead of the device, int64 [len(Progress)] on the CPU.
+        place: Where steps report that have reported when they return, int64 [len(Progress)] on the CPU.
         lag: Steps that may be under way when the next one is launched, 0 or 1.
     """
     if device.type != "cuda" or batch == 0:  # without samples, no kernel runs

@@ -27,7 +27,7 @@ __all__ = ["DEQBase", "DEQIndexing", "DEQSliced", "get_deq", "register_deq", "re
 
 
 class DEQBase(nn.Module):
-    """What every core has: solvers and their options.
+    """Base class of the cores: solvers and their options.
 
     An option is looked up in ``args`` first, then among the keywords.
 
@@ -110,7 +110,7 @@ class DEQBase(nn.Module):
     def _run_solver(
         self, deq_func: Callable[..., Any], z_init: Any, f_max_iter: Any, options: dict[str, Any] | None, **more: Any
     ) -> tuple[Any, list[Any], Any]:
-        """What the forward solver returns; no gradient."""
+        """Run the forward solver; no gradient."""
         given: dict[str, Any] = {"tol": self.f_tol, "stop_mode": self.f_stop_mode}
         given |= more | self.f_solver_kwargs | (options or {})
         given.pop("f_max_iter", None)

@@ -70,7 +70,7 @@ class SolverImplicit(Implicit):
             image = fn(u, *v)
             return image if tau == 1.0 else tau * image + (1 - tau) * u
 
-        if self.b_solver not in _OWN or self.reproduce:  # others may rely on starting from 0
+        if self.b_solver not in _OWN or self.reproduce:  # other solvers may rely on starting from 0
             start = torch.zeros_like(start)
         with legacy(self.reproduce):  # backward may run in a thread of its own
             u, _, info = self.b_solver(func, start, **self.b_solver_kwargs)
@@ -89,9 +89,10 @@ class SolverImplicit(Implicit):
     def _watch(self, u: Tensor, lowest: Tensor, relative: Tensor, finite: Tensor) -> None:
         """Warn once of samples that met neither the tolerance of ``b_solver`` nor the one of :class:`Implicit`.
 
-        The latter is relative: where a small absolute tolerance is out of rounding's reach, gradients are as exact as
-        they can be. An absolute one that is large next to the gradients is warned about, too: it is met at once where
-        the loss is a mean over many terms. Samples that are not finite get NaN gradients instead.
+        That of :class:`Implicit` is relative: where rounding keeps a solve from a small absolute tolerance, gradients
+        are as exact as they can be. An absolute tolerance that is large compared with the gradients is warned about,
+        too: it is met at once where the loss is a mean over many terms. Samples that are not finite get NaN gradients
+        instead.
         """
         tol = self.b_solver_kwargs.get("tol", 0.0)
         missed = (relative if self.b_solver_kwargs.get("stop_mode") == "rel" else lowest) >= tol

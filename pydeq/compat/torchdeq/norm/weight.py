@@ -1,4 +1,4 @@
-"""What the norms share: a weight made of parameters, kept as a plain attribute of its module between two resets."""
+"""Base of the norms: a weight made of parameters, kept as a plain attribute of its module between two resets."""
 
 from __future__ import annotations
 

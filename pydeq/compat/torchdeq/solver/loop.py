@@ -1,9 +1,9 @@
 """The loop of the solvers: when they stop, which state they return, what they report.
 
-Two loops over the same processes. ``run`` keeps torchdeq's conventions and none of its faults: it looks at every
-evaluation, states asked for are always returned, and NaN stays in its sample. Like torchdeq it ends where all samples
-meet the tolerance in one step, and then returns that step: samples may depend on each other. ``run_legacy`` decides in
-everything as torchdeq does.
+There are two loops over the same processes. ``run`` keeps torchdeq's conventions and none of its faults: it looks at
+every evaluation, states asked for are always returned, and NaN stays in its sample. Like torchdeq it ends where all
+samples meet the tolerance in one step, and then returns that step: samples may depend on each other. ``run_legacy``
+makes every decision as torchdeq does. Neither is pydeq's own loop, which stops sample by sample, by other rules.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Convention:
 
 @dataclass
 class Request:
-    """What a caller asks of a solve.
+    """The wishes of a caller.
 
     Args:
         tol: Tolerance.
@@ -123,7 +123,7 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
         return _relative(row[:, RESIDUAL], row[:, NORM]) if relative else row[:, RESIDUAL]
 
     # The tolerance is compared with one sample's residual, that of the worst one when all were looked at last: until
-    # it is met there, there is no need to look at the others.
+    # it is met there, there is no need to look at the other samples.
     worst, met = slice(0, 1), False
     for k in range(evaluations):
         row = advance()

@@ -1,4 +1,4 @@
-"""Parts that solvers of one's own are made of: shapes, the best state so far, statistics."""
+"""Building blocks for solvers of users: shapes, the best state so far, statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch_flatten(x: Tensor) -> Tensor:
 def batch_masked_mixing(mask: Tensor, mask_var: Any, orig_var: Any) -> Tensor:
     """Samples of ``mask_var`` where ``mask``, (B,), else of ``orig_var``: (B, ...), or one of them a number.
 
-    What is not chosen does not matter, be it NaN.
+    NaN in samples that are not chosen does no harm.
 
     Raises:
         ValueError: If neither is a tensor.
