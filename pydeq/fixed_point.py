@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from pydeq.arguments import keywords_for
-from pydeq.cell.adapter import Adapter
 from pydeq.cell.batched_context import check_compact
+from pydeq.cell.prepared import PreparedCell
 from pydeq.cell.scope import solve_scope
 from pydeq.cell.torch_compile import Compiler, skipped
 from pydeq.solution import ConvergenceError, Solution
@@ -117,20 +117,20 @@ def fixed_point(
         if not callable(fn):
             raise TypeError(f"fn must be callable, got {type(fn).__name__}")
         keywords = keywords_for("fixed_point", fn, keywords, _KEYWORDS)
-        adapter = Adapter(z0, keywords, has_aux)
+        cell = PreparedCell(fn, z0, keywords, has_aux, compiler=compiler, scoped=False)
+        adapter = cell.adapter
         if compact:
             batched_context = check_compact(fn, context, batched_context, adapter, freeze)
         context = adapter.context(context)
         with solve_scope():
-            inner = adapter.inside(compiler.compiled(fn))
             solution = solve(
-                inner, adapter.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
+                cell.call, cell.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
                 freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
                 process_group=process_group, sharded=sharded, states_at=states_at, norm=norm,
             )  # fmt: skip
             if has_aux:
                 with torch.no_grad():
-                    solution.aux = adapter.aux_at_image(inner, solution, context)
+                    solution.aux = adapter.aux_at_image(cell.call, solution, context)
         solution = adapter.solution(solution)
         if throw and not bool(solution.converged.all()):
             raise ConvergenceError(solution)

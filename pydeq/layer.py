@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from pydeq.adjoints import Adjoint, Implicit
-from pydeq.adjoints.base import Attached, Problem
+from pydeq.adjoints.base import AdjointResult, Problem
 from pydeq.adjoints.functional import transforms_active
-from pydeq.adjoints.start import warn_about_learned_start
+from pydeq.adjoints.learned_start_warning import warn_about_learned_start
 from pydeq.arguments import (
     check_max_steps,
     check_norm,
@@ -22,19 +22,17 @@ from pydeq.arguments import (
     keywords_for,
     unknown_keyword,
 )
-from pydeq.cell.adapter import Adapter
 from pydeq.cell.batched_context import check_compact
-from pydeq.cell.parameters import fill_parametrization_cache
-from pydeq.cell.replay_rng import Replayed, random_modules
-from pydeq.cell.scope import Bound, scope_of
-from pydeq.cell.torch_compile import Compiler, skipped, uncompiled
+from pydeq.cell.prepared import PreparedCell, module_of
+from pydeq.cell.replay_rng import random_modules
+from pydeq.cell.torch_compile import Compiler, skipped
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.solution import Solution
 from pydeq.solve.ranks import check_ranks
 from pydeq.solvers import Anderson, Solver
-from pydeq.state import as_tuple, layout_of
-from pydeq.supervision import attach_states
+from pydeq.state import as_tuple
+from pydeq.supervision import differentiable_states
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,7 +125,7 @@ class DEQ(nn.Module):
         self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
         self.freeze_rng = bool(freeze_rng)
         self._memory: dict[str, Any] = {}  # an adjoint's, from call to call
-        if not freeze_rng and (names := random_modules(_module_of(cell))):
+        if not freeze_rng and (names := random_modules(module_of(cell))):
             warnings.warn(
                 f"the cell draws random numbers in training mode ({', '.join(names)}): each evaluation draws"
                 " different ones, so there is no fixed point. DEQ(..., freeze_rng=True) draws the same in all"
@@ -188,105 +186,84 @@ class DEQ(nn.Module):
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
         """
-        keywords = keywords_for("DEQ.forward", self.cell, keywords, _CALL, _ELSEWHERE)
-        border = Adapter(z0, keywords, self.has_aux)
-        if penalty is not None:
-            if not isinstance(penalty, JacobianPenalty):
-                raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
-            if not return_solution:
-                raise ValueError("penalty is returned in the solution: it needs return_solution=True")
-        if trace and not return_solution:
-            raise ValueError("trace is returned in the solution: it needs return_solution=True")
-        steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
-        options = {
-            "solver": self.solver if solver is None else self._check_solver(solver),
-            "rtol": self.rtol if rtol is None else rtol,
-            "atol": self.atol if atol is None else atol,
-            "max_steps": steps if max_steps is None else max_steps,
-            "states_at": self.states_at,
-        }
-        options |= self._check_course(border, context, trace, freeze, stall, compact, batched_context)
-        if self.norm != "all":
-            options["norm"] = self.norm
-        if self.ranks is not None:
-            options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
         with Compiler() as compiler:
-            attached = self._solve(border, context, options, compiler, return_solution, penalty)
-        return (attached.output, attached.solution) if return_solution else attached.output
+            keywords = keywords_for("DEQ.forward", self.cell, keywords, _CALL, _ELSEWHERE)
+            cell = PreparedCell(self.cell, z0, keywords, self.has_aux, compiler=compiler, freeze_rng=self.freeze_rng)
+            if penalty is not None:
+                if not isinstance(penalty, JacobianPenalty):
+                    raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
+                if not return_solution:
+                    raise ValueError("penalty is returned in the solution: it needs return_solution=True")
+            if trace and not return_solution:
+                raise ValueError("trace is returned in the solution: it needs return_solution=True")
+            steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
+            options: dict[str, Any] = {
+                "solver": self.solver if solver is None else self._check_solver(solver),
+                "rtol": self.rtol if rtol is None else rtol,
+                "atol": self.atol if atol is None else atol,
+                "max_steps": steps if max_steps is None else max_steps,
+                "states_at": self.states_at,
+            }
+            if trace or not freeze or not stall or compact or batched_context is not None:
+                options |= self._check_course(cell, context, trace, freeze, stall, compact, batched_context)
+            if self.norm != "all":
+                options["norm"] = self.norm
+            if self.ranks is not None:
+                options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
+            problem = Problem(cell, cell.adapter.context(context), options, self._memory)
+            result = self._solve(problem, penalty)
+            output = cell.adapter.outside(result.output)
+            if not return_solution:
+                return output
+            return output, cell.adapter.solution(self._solution(problem, result, penalty))
 
-    def _solve(
-        self,
-        border: Adapter,
-        context: tuple[Any, ...],
-        options: dict[str, Any],
-        compiler: Compiler,
-        with_solution: bool,
-        penalty: JacobianPenalty | None,
-    ) -> Attached:
-        z0, context = border.z0, border.context(context)
+    def _solve(self, problem: Problem, penalty: JacobianPenalty | None) -> AdjointResult:
+        """The fixed point, with gradients where these are on."""
         transformed = transforms_active()
         if transformed:
             self._check_transforms(penalty)
-        module, scope = _module_of(self.cell), scope_of(self.cell)
-        fn, eager = border.inside(compiler.compiled(self.cell)), border.inside(uncompiled(self.cell))
-        if self.freeze_rng:
-            fn = Replayed(fn, layout_of(z0).device)
-            eager = fn.of(eager)
-        if module is not None and torch.is_grad_enabled() and not transformed:
-            fill_parametrization_cache(module)
-        if scope is not None:
-            fn, eager = Bound(fn, scope), Bound(eager, scope)
-        problem = Problem(fn, z0, context, options, module, self._memory)
-        # Compiled graphs are not differentiated twice, which a penalty by products with the Jacobian needs.
-        decompile = penalty is not None and compiler.compiles(self.cell) and penalty.differentiates_twice()
-        if decompile and self.freeze_rng and random_modules(module):
-            raise RuntimeError(
-                "a compiled cell draws other random numbers than the uncompiled one that a penalty needs: use"
-                " pydeq.nn.VariationalDropout or mode='difference', or do not compile"
-            )
-        if torch.is_grad_enabled() or transformed:
-            warn_about_learned_start(z0, self.adjoint)
-            attached = self.adjoint.solve(problem)
-        else:
+        if not (torch.is_grad_enabled() or transformed):
             solution = self.adjoint.evaluate(problem)
-            attached = Attached(solution.image, solution, states=solution.states)
-        solution = attached.solution
-        if self.states_at and with_solution:
-            states = attach_states(problem, attached) if attached.states is None else attached.states
-            solution = solution.with_states([*states, attached.output])
-        if with_solution:
-            solution = self._with_evaluated(solution, attached)
-        if self.has_aux and with_solution:
-            solution = copy.copy(solution)  # not the one that the graph keeps
-            solution.aux = self._aux(border, problem, attached)
-        if penalty is not None:
-            at = None if decompile else attached.linearization
-            map = fn if compiler.compiles(self.cell) and not decompile else eager
-            term = penalty.evaluate(map, solution.image, context, at, self._reduction())
-            solution = copy.copy(solution)  # not the one that the graph keeps
-            solution.penalty = term
-        return Attached(border.outside(attached.output), border.solution(solution))
+            return AdjointResult(solution.image, solution, states=solution.states)
+        if not transformed:
+            problem.cell.fill_parametrization_cache()
+        warn_about_learned_start(problem.z0, self.adjoint)
+        return self.adjoint.solve(problem)
 
-    def _with_evaluated(self, solution: Solution, attached: Attached) -> Solution:
-        """The solution, which knows fn at its image where that was evaluated."""
-        at = attached.linearization
-        if at is not None:
-            y = tuple(part.detach() for part in at.y)
-        elif attached.evaluated is not None:
-            y = tuple(part.detach().clone() for part in as_tuple(attached.evaluated))  # it may be the output
-        else:
-            return solution
-        if transforms_active() or (self.ranks is not None and self.ranks.sharded):
-            return solution
-        solution = copy.copy(solution)  # not the one that the graph keeps
-        solution._evaluated = solution.image, y
+    def _solution(self, problem: Problem, result: AdjointResult, penalty: JacobianPenalty | None) -> Solution:
+        """The solution with everything that the call asked for."""
+        solution = copy.copy(result.solution)  # the graph keeps the original, which must not keep the graph
+        if self.states_at:
+            states = differentiable_states(problem, result) if result.states is None else result.states
+            solution.states = [*states, result.output]
+        self._add_evaluated(solution, result)
+        if self.has_aux:
+            solution.aux = self._aux(problem, result)
+        if penalty is not None:
+            # Compiled graphs are not differentiated twice, which a penalty by products with the Jacobian needs.
+            fn = problem.cell.for_penalty(penalty.differentiates_twice())
+            at = result.linearization if fn is problem.cell.call else None
+            solution.penalty = penalty.evaluate(fn, solution.image, problem.context, at, self._reduction())
         return solution
 
-    def _aux(self, border: Adapter, problem: Problem, attached: Attached) -> Any:
+    def _add_evaluated(self, solution: Solution, result: AdjointResult) -> None:
+        """Tell the solution the value of fn at its image where that was evaluated."""
+        if transforms_active() or (self.ranks is not None and self.ranks.sharded):
+            return
+        if result.linearization is not None:
+            y = tuple(part.detach() for part in result.linearization.y)
+        elif result.evaluated is not None:
+            y = tuple(part.detach().clone() for part in as_tuple(result.evaluated))  # it may be the output
+        else:
+            return
+        solution._evaluated = solution.image, y
+
+    def _aux(self, problem: Problem, result: AdjointResult) -> Any:
+        cell = problem.cell
         if not torch.is_grad_enabled() and not transforms_active():
-            return border.aux_at_image(problem.fn, attached.solution, problem.context)
-        problem.fn(attached.output, *problem.context)
-        return border.take_aux()
+            return cell.adapter.aux_at_image(cell.call, result.solution, problem.context)
+        cell.call(result.output, *problem.context)
+        return cell.adapter.take_aux()
 
     def _check_solver(self, solver: Any) -> Solver:
         if not isinstance(solver, Solver):
@@ -296,7 +273,7 @@ class DEQ(nn.Module):
 
     def _check_course(
         self,
-        border: Adapter,
+        cell: PreparedCell,
         context: tuple[Any, ...],
         trace: bool,
         freeze: bool,
@@ -304,24 +281,24 @@ class DEQ(nn.Module):
         compact: bool,
         batched_context: Sequence[bool] | None,
     ) -> dict[str, Any]:
-        """The options of the forward solve that say how it goes on, without those that are as always."""
+        """The options of the forward solve that say how it goes on, without those that have their default."""
         given = {"trace": trace, "freeze": freeze, "stall": stall, "compact": compact}
-        usual = {"trace": False, "freeze": True, "stall": True, "compact": False}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value != usual[name]}
+        default = {"trace": False, "freeze": True, "stall": True, "compact": False}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value != default[name]}
         if options and self.adjoint.iterates:
             name, value = next(iter(options.items()))
-            raise ValueError(f"{name}={value} does not work with {self.adjoint!r}, which iterates in its own way")
+            raise ValueError(f"{name}={value} does not work with {self.adjoint!r}, which has its own iteration")
         if compact:
             if self.norm != "all":
                 raise ValueError("norm='parts' does not work with compact=True")
             if transforms_active():
                 raise RuntimeError("compact=True does not work under torch.func and forward-mode AD")
-            if self.freeze_rng and (names := random_modules(_module_of(self.cell))):
+            if self.freeze_rng and (names := random_modules(cell.module)):
                 raise ValueError(
                     "compact=True changes the batch, and with it the random numbers that freeze_rng=True replays for"
                     f" {', '.join(names)}: use eval mode, or compact=False"
                 )
-            options["batched_context"] = check_compact(self.cell, context, batched_context, border, freeze)
+            options["batched_context"] = check_compact(cell.cell, context, batched_context, cell.adapter, freeze)
         elif batched_context is not None:
             raise ValueError("batched_context belongs to compact=True")
         return options
@@ -344,9 +321,3 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}, max_steps={self.max_steps}"
-
-
-def _module_of(cell: Any) -> nn.Module | None:
-    """What holds the parameters of a cell that is a module or a module's bound method."""
-    owner = getattr(cell, "__self__", cell)
-    return owner if isinstance(owner, nn.Module) else None

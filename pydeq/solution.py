@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,8 @@ ADVICE = {
     Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: look at its inputs and parameters, start closer,"
     " or iterate with pydeq.Picard(damping=0.5)",
 }
+_STATUS = int(Counter.STATUS)
+_CONVERGED = int(Status.CONVERGED).to_bytes(4, sys.byteorder)
 # A solution whose image has fallen to this share of fn(z0) is on its way to 0.
 _VANISHED = 1e-6
 
@@ -75,15 +78,6 @@ class Solution:
     def backward(self, solution: Solution | None) -> None:
         self._backward[0] = solution
 
-    def with_states(self, states: list[State]) -> Solution:
-        """This solution with other states.
-
-        The graph of an output keeps its solution, so that solution must not keep the output among its states.
-        """
-        other = copy.copy(self)
-        other.states = states
-        return other
-
     def restored(self, restore: Callable[[State], Any]) -> Solution:
         """This solution with ``restore`` of every state; also of those of ``backward``, once it is there."""
         other = copy.copy(self)
@@ -101,6 +95,14 @@ class Solution:
     def converged(self) -> Tensor:
         """Whether each sample met the tolerance, bool [B]."""
         return self._counters[:, Counter.STATUS] == Status.CONVERGED
+
+    def all_known_to_converge(self) -> bool:
+        """Whether all samples have converged, as far as that is known without waiting for a device."""
+        counters = self._counters
+        if type(counters) is not Tensor or counters.device.type != "cpu":
+            return False
+        # Compared as bytes: a comparison of tensors, like one of arrays, takes as long as a small evaluation.
+        return counters.numpy()[:, _STATUS].tobytes() == _CONVERGED * len(counters)
 
     @cached_property
     def residual(self) -> Tensor:

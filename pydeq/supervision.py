@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeq.adjoints.base import Attached, Problem
+from pydeq.adjoints.base import AdjointResult, Problem
 from pydeq.state import State, layout_of
 
 
-def attach_states(problem: Problem, attached: Attached) -> list[State]:
+def differentiable_states(problem: Problem, result: AdjointResult) -> list[State]:
     """The states of a solve with gradients, each that of one evaluation; from where it ended on, the output.
 
     Source: Bai, Geng, Savani and Kolter, Deep Equilibrium Optical Flow Estimation, CVPR 2022.
@@ -21,11 +21,11 @@ def attach_states(problem: Problem, attached: Attached) -> list[State]:
     layout = layout_of(problem.z0)
     cast = torch.is_autocast_enabled(layout.device.type)
     states: list[State] = []
-    for count, state in zip(problem.options["states_at"], attached.solution.states, strict=True):
-        if count < attached.solution.nfe:
-            states.append(layout.check(problem.fn(state, *problem.context), cast, detach=False))
+    for count, state in zip(problem.options["states_at"], result.solution.states, strict=True):
+        if count < result.solution.nfe:
+            states.append(layout.check(problem.cell.call(state, *problem.context), cast, detach=False))
         else:
-            states.append(attached.output)
+            states.append(result.output)
     return states
 
 

@@ -166,7 +166,7 @@ def test_states_without_values_are_refused(adjoint):
 
 @pytest.mark.parametrize("shape", ["leaf", "expanded"])
 def test_a_learned_initial_state_is_warned_about_once(monkeypatch, shape):
-    monkeypatch.setattr("pydeq.adjoints.start._warned", set())
+    monkeypatch.setattr("pydeq.adjoints.learned_start_warning._warned", set())
     start = torch.nn.Parameter(torch.zeros(1, 4))
     cell = torch.nn.Linear(4, 4)
     cell.weight.data.mul_(0.3)
@@ -184,7 +184,7 @@ def test_a_learned_initial_state_is_warned_about_once(monkeypatch, shape):
 
 
 def test_an_initial_state_that_is_data_is_not_warned_about(monkeypatch):
-    monkeypatch.setattr("pydeq.adjoints.start._warned", set())
+    monkeypatch.setattr("pydeq.adjoints.learned_start_warning._warned", set())
     cell, encoder = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     cell.weight.data.mul_(0.3)
     x = torch.ones(3, 4, requires_grad=True)

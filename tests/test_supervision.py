@@ -9,6 +9,9 @@ from torch import nn
 
 import pydeq
 from pydeq import Anderson, Broyden, Implicit, JacobianFree, Phantom, Picard, Reversible, Shine, Unrolled
+from pydeq.adjoints.base import Problem
+from pydeq.cell.prepared import PreparedCell
+from pydeq.cell.torch_compile import Compiler
 from pydeq.testing import CallCounter, softsign_map, tanh_map
 
 ADJOINTS = [
@@ -91,9 +94,9 @@ def test_a_layer_returns_attached_states_and_last_its_output(solver, adjoint):
     assert torch.equal(one, other)
     for count, state in zip([2, 4], solution.states, strict=False):
         if isinstance(adjoint, Reversible):
-            image = adjoint.evaluate(pydeq.adjoints.base.Problem(
-                problem.fn, problem.z0, problem.context, {"rtol": 1e-4, "max_steps": count},
-            )).image  # fmt: skip
+            cell = PreparedCell(problem.fn, problem.z0, compiler=Compiler())
+            options = {"rtol": 1e-4, "max_steps": count}
+            image = adjoint.evaluate(Problem(cell, problem.context, options)).image
         else:
             image = problem.solve(solver=solver, rtol=1e-4, max_steps=count).image
         (gradient,) = torch.autograd.grad(state.sum(), x, retain_graph=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _functorch  # pyright: ignore
 
+from pydeq.adjoints.explicit import Explicit
 from pydeq.cell.linearization import Linearization
+from pydeq.cell.prepared import PreparedCell
 from pydeq.solution import Solution
 from pydeq.solve.solve import solve
 from pydeq.solvers import Solver
@@ -22,30 +24,38 @@ class Problem:
     """One forward call of a layer.
 
     Args:
-        fn: fn(z, *context) -> like z, differentiable.
-        z0: Initial state.
-        context: What fn is given after z.
+        cell: The cell, with its initial state.
+        context: What the cell is given after the state.
         options: Keywords of :func:`pydeq.fixed_point`.
-        module: What holds the parameters that fn uses; None where fn is no module.
-        memory: Where an adjoint may keep something from call to call; the layer's.
+        memory: State of the adjoint that the layer keeps between calls.
     """
 
-    fn: Callable[..., Any]
-    z0: State
+    cell: PreparedCell
     context: Sequence[Any]
     options: dict[str, Any] = field(default_factory=dict)
-    module: nn.Module | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def z0(self) -> State:
+        """The initial state."""
+        return self.cell.z0
+
+    def solve(self) -> Solution:
+        """Solve without gradients."""
+        return solve(self.cell.call, self.z0, self.context, **self.options)
+
+    def explicit(self) -> Explicit:
+        """The cell as a function of all tensors that it is known to depend on."""
+        return Explicit(self.cell.call, self.context, self.cell.modules)
+
+    @property
     def shared(self) -> dict[str, Any]:
-        """The options that a solve of the adjoint system has in common with this one: who solves it together, and in
-        which norm."""
+        """The options that also hold for solves of the adjoint system: the ranks that solve together, and the norm."""
         return {name: self.options[name] for name in ("process_group", "sharded", "norm") if name in self.options}
 
 
 @dataclass(frozen=True)
-class Attached:
+class AdjointResult:
     """What a layer's call gives.
 
     Args:
@@ -95,12 +105,12 @@ class Adjoint(ABC):
     iterates: ClassVar[bool] = False
 
     @abstractmethod
-    def solve(self, problem: Problem) -> Attached:
+    def solve(self, problem: Problem) -> AdjointResult:
         """Solve, and attach the solution to the graph. Gradients are on."""
 
     def evaluate(self, problem: Problem) -> Solution:
         """Solve without gradients, by the same iteration."""
-        return solve(problem.fn, problem.z0, problem.context, **problem.options)
+        return problem.solve()
 
     def check(self, solver: Solver) -> None:  # noqa: B027  # most take any
         """Raise TypeError where this adjoint cannot differentiate what ``solver`` does."""

@@ -1,4 +1,4 @@
-"""A map as a function of all that it is known to depend on, for evaluations long after the layer has returned."""
+"""A map as a function of all tensors that it is known to depend on, to evaluate it again after the layer returned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pydeq.cell.parameters import Stateless
 
@@ -16,33 +16,33 @@ class Explicit:
 
     Args:
         fn: fn(z, *context) -> like z.
-        context: May be nested; what is no tensor in it stays what it is.
-        module: What holds tensors that fn uses; None where fn is no module.
+        context: May be nested. Entries that are not tensors are constants.
+        modules: The modules whose tensors fn uses.
 
     Attributes:
-        tensors: Those of the context, then those of the module.
-        given: How many belong to the context.
+        tensors: The tensors of the context, then those of the modules.
+        given: The number of tensors in the context.
+        lasting: The tensors that must be unchanged when fn is evaluated again.
+        learning: Numbers of the buffers that an evaluation may write to.
     """
 
-    def __init__(self, fn: Callable[..., Any], context: Sequence[Any], module: nn.Module | None) -> None:
-        leaves, self._tree = tree_flatten(tuple(context))
+    def __init__(self, fn: Callable[..., Any], context: Sequence[Any], modules: Sequence[nn.Module] = ()) -> None:
+        leaves: Sequence[Any] = context
+        self._tree: TreeSpec | None = None
+        if not all(type(x) is Tensor for x in context):
+            leaves, self._tree = tree_flatten(tuple(context))
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._stateless = None if module is None else Stateless(module, fn)
-        self._fn = fn
+        self._stateless = Stateless(modules, fn)
         self.given = len(self._places)
-        self.tensors: list[Tensor] = [leaves[i] for i in self._places]
-        self.learning: set[int] = set()  # numbers of buffers that an evaluation may write to
-        if self._stateless is not None:
-            self.tensors += self._stateless.tensors
-            self.learning = {self.given + number for number in self._stateless.learning}
+        self.tensors: list[Tensor] = [*(leaves[i] for i in self._places), *self._stateless.tensors]
+        self.lasting: list[Tensor] = [*self.tensors[: self.given], *self._stateless.lasting]
+        self.learning = {self.given + number for number in self._stateless.learning}
 
     def __call__(self, z: Any, tensors: Sequence[Tensor]) -> Any:
-        """fn at z with these in the place of ``self.tensors``."""
+        """fn at z with these tensors in the place of ``self.tensors``."""
         leaves = list(self._constants)
         for i, x in zip(self._places, tensors[: self.given], strict=True):
             leaves[i] = x
-        arguments = (z, *tree_unflatten(leaves, self._tree))
-        if self._stateless is None:
-            return self._fn(*arguments)
-        return self._stateless.call(tensors[self.given :], arguments)
+        context = leaves if self._tree is None else tree_unflatten(leaves, self._tree)
+        return self._stateless.call(tensors[self.given :], (z, *context))

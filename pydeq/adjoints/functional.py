@@ -25,8 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pydeq.adjoints.base import Problem
-from pydeq.adjoints.explicit import Explicit
-from pydeq.adjoints.watch import watch
+from pydeq.adjoints.convergence_warning import warn_if_unconverged
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.plain_operations import any_order
 from pydeq.cell.torch_compile import interpreted
@@ -352,7 +351,7 @@ def equation_of(
         settings: The adjoint, which a warning would name.
     """
     layout = layout_of(problem.z0)
-    explicit = Explicit(problem.fn, problem.context, problem.module)
+    explicit = problem.explicit()
     autocast = Autocast.current(layout.device)
 
     def live(z: Parts, *inputs: Tensor) -> Parts:
@@ -384,7 +383,7 @@ def equation_of(
     def record_adjoint(solution: Solution) -> None:
         if solutions:
             solutions[0].backward = solution
-        watch(settings, solution)
+        warn_if_unconverged(settings, solution)
 
     options = dict(problem.options)
     equation = Equation(

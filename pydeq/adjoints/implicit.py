@@ -20,12 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
+from pydeq.adjoints.base import Adjoint, AdjointResult, Problem, refuse_vectorized
+from pydeq.adjoints.change_check import ChangeCheck
+from pydeq.adjoints.convergence_warning import warn_if_unconverged
 from pydeq.adjoints.explicit import Explicit
 from pydeq.adjoints.functional import solve_functional, transforms_active
+from pydeq.adjoints.graph_inputs import edge_of, graph_ends, graph_inputs
 from pydeq.adjoints.handover import hand_over, take_over
-from pydeq.adjoints.sources import Watched, borders_of, edge_of, held, hooks_postponed, sources_of
-from pydeq.adjoints.watch import watch
+from pydeq.adjoints.postponed_hooks import hooks_postponed
 from pydeq.arguments import check_max_steps, check_tolerance, set_fields, suggests_keywords
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.linearization import Linearization, linearize
@@ -82,16 +84,17 @@ class Implicit(Adjoint):
         rtol = finer * default_rtol(dtype) if self.rtol is None else self.rtol
         return {"solver": self.solver, "rtol": rtol, "max_steps": self.max_steps}
 
-    def solve(self, problem: Problem) -> Attached:
+    def solve(self, problem: Problem) -> AdjointResult:
         if transforms_active():
             layout = layout_of(problem.z0)
             dtype = Autocast.current(layout.device).coarsest(layout.dtype)
-            return Attached(*solve_functional(problem, self.options(dtype) | problem.shared, self))
-        solution = solve(problem.fn, problem.z0, problem.context, **problem.options)
-        output, at = attach(
-            self, problem.fn, solution.image, problem.context, problem.module, solution, problem.memory, problem.shared
+            return AdjointResult(*solve_functional(problem, self.options(dtype) | problem.shared, self))
+        solution = problem.solve()
+        cell = problem.cell
+        output, at = evaluate_at_fixed_point(
+            self, cell.call, solution.image, problem.context, cell.modules, solution, problem.memory, problem.shared
         )
-        return Attached(output, solution, at)
+        return AdjointResult(output, solution, at)
 
     def solve_adjoint(
         self, fn: Callable[..., Any], start: State, v: Sequence[Tensor], options: dict[str, Any]
@@ -100,12 +103,12 @@ class Implicit(Adjoint):
         return solve(fn, start, v, **options)
 
 
-def attach(
+def evaluate_at_fixed_point(
     settings: Implicit,
     fn: Callable[..., Any],
     image: State,
     context: Sequence[Any],
-    module: nn.Module | None = None,
+    modules: Sequence[nn.Module] = (),
     solution: Solution | None = None,
     memory: dict[str, Any] | None = None,
     shared: dict[str, Any] | None = None,
@@ -113,36 +116,39 @@ def attach(
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
     Args:
-        module: What holds the parameters that fn uses; None where fn is no module.
+        modules: The modules whose tensors fn uses.
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Where the last cotangent is kept for a warm start.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
     """
-    read = Watched(held(module, context), module)
-    explicit = Explicit(fn, context, module)
+    explicit = Explicit(fn, context, modules)
+    before = ChangeCheck(explicit.lasting, modules)
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     at = linearize(fn, image, context)
     layout, y = at.layout, at.y
-    sources, hidden = sources_of(at, explicit, first_node)
+    sources, hidden = graph_inputs(at, explicit, first_node)
     if sources or hidden:
         # Of what fn may read, what fn itself does not modify must stay for a second derivative.
-        watched, autocast = read.with_tensors(sources), Autocast.current(layout.device)
-        y = _attach(
-            _Problem(settings, layout, explicit, sources, hidden, autocast, shared or {}, watched, solution, memory), at
+        unchanged, autocast = before.with_tensors(sources), Autocast.current(layout.device)
+        y = _with_adjoint_solve(
+            _AdjointSystem(
+                settings, layout, explicit, sources, hidden, autocast, shared or {}, unchanged, solution, memory
+            ),
+            at,
         )
     else:  # everything is frozen: no adjoint to solve
         y = tuple(part.detach() for part in y)
     return y if layout.is_tuple else y[0], at
 
 
-def _attach(problem: _Problem, at: Linearization) -> tuple[Tensor, ...]:
+def _with_adjoint_solve(problem: _AdjointSystem, at: Linearization) -> tuple[Tensor, ...]:
     """The parts of ``at.y``, the image of a fixed point, with the gradients of the fixed point."""
-    y = _Attach.apply(problem, hand_over(at), *at.y, *at.z, *problem.sources)
+    y = _AdjointSolve.apply(problem, hand_over(at), *at.y, *at.z, *problem.sources)
     return tuple(part.clone() for part in y)  # which may be modified in place
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _AdjointSystem:
     """What backward needs next to the graph.
 
     Args:
@@ -151,7 +157,7 @@ class _Problem:
         hidden: Whether f captures tensors that are neither: results of other computations.
         autocast: That of the forward.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
-        watched: What must not have changed where f is evaluated again.
+        unchanged: What must not have changed where f is evaluated again.
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Where the last cotangent is kept for a warm start.
         norm: A norm in f whose third derivative torch has wrong, in a problem that is of second order itself.
@@ -164,7 +170,7 @@ class _Problem:
     hidden: bool
     autocast: Autocast
     shared: dict[str, Any]
-    watched: Watched
+    unchanged: ChangeCheck
     solution: Solution | None = None
     memory: dict[str, Any] | None = None
     norm: str | None = None
@@ -181,9 +187,11 @@ class _Problem:
             )
         if self.solution is not None:
             self.solution.backward = solution
-        watch(settings, solution)
+        warn_if_unconverged(settings, solution)
         if settings.warm_start and self.memory is not None:
             self.memory["cotangent"] = as_tuple(solution.image)
+        if solution.all_known_to_converge():
+            return as_tuple(solution.image)
         lost = solution.status == Status.NONFINITE
         return tuple(
             part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan) for part in as_tuple(solution.image)
@@ -211,7 +219,7 @@ class _Problem:
                 " #196700), and the cell calls it where pydeq cannot put plain operations in its place, like"
                 " TorchScript: call it outside of TorchScript, or write it in plain operations"
             )
-        self.watched.check("f is to be evaluated again for a second derivative")
+        self.unchanged.check("f is to be evaluated again for a second derivative")
         gate, tensors = _Gate(), self.explicit.tensors
         z = tuple(_Substitute.apply(gate, part) for part in out)
         # Partial derivatives: neither z nor what made the tensors is followed; their own gradients go there.
@@ -219,8 +227,8 @@ class _Problem:
         inputs = [substitutes.get(id(x), x) for x in tensors]
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
         at = Linearization(self.layout, z, self._evaluate(z, inputs))
-        leaves, borders = borders_of(at, first_node)
-        if borders & {edge_of(x) for x in tensors if x.grad_fn is not None}:
+        leaves, edges_out = graph_ends(at, first_node)
+        if edges_out & {edge_of(x) for x in tensors if x.grad_fn is not None}:
             raise RuntimeError(
                 "this gradient cannot be differentiated (create_graph): the cell captures a computed tensor that it is"
                 " also given as context: let it use the one that it is given"
@@ -265,7 +273,7 @@ class _Problem:
             with torch.enable_grad():
                 return self._adjoint(Linearization(self.layout, z, self._evaluate(z, inputs)))(u, *v)
 
-        explicit = Explicit(again, (*v, *at.z, *inputs), None)
+        explicit = Explicit(again, (*v, *at.z, *inputs))
         followed = {id(x): x for x in explicit.tensors if x.requires_grad}
         known = {id(x) for x in self.explicit.tensors}
         followed.update({id(x): x for x in self.sources if id(x) not in known})
@@ -279,7 +287,7 @@ class _Problem:
             norm=norm,
         )
         with self.autocast.again():
-            return _attach(problem, linearize(self._adjoint(at), u if self.layout.is_tuple else u[0], v))
+            return _with_adjoint_solve(problem, linearize(self._adjoint(at), u if self.layout.is_tuple else u[0], v))
 
     def _adjoint(self, at: Linearization) -> Callable[..., State]:
         """The map u, v -> J^T u + v."""
@@ -297,24 +305,23 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.device
 
 
-class _Attach(torch.autograd.Function):
+class _AdjointSolve(torch.autograd.Function):
     """Hands y through; on the way back replaces its cotangent v by the adjoint's solution u."""
 
     @staticmethod
-    def forward(problem: _Problem, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(y.view_as(y) for y in tensors[: len(problem.layout.shapes)])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        parts = len(inputs[0].layout.shapes)
-        ctx.problem = inputs[0]
+    def forward(ctx: Any, problem: _AdjointSystem, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # Never called under torch.func, so it needs no setup_context, which costs as much as a small evaluation.
+        parts = len(problem.layout.shapes)
+        output = tuple(y.view_as(y) for y in tensors[:parts])
+        ctx.problem = problem
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1 : 2 + 2 * parts], *output)
+        ctx.save_for_backward(courier, *tensors[: 2 * parts], *output)
+        return output
 
     @staticmethod
     @interpreted
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        problem: _Problem = ctx.problem
+        problem: _AdjointSystem = ctx.problem
         parts, sources = len(cotangents), len(problem.sources)
         if all(v is None for v in cotangents):
             return (None,) * (2 + 2 * parts + sources)

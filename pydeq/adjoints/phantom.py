@@ -17,17 +17,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem
-from pydeq.adjoints.explicit import Explicit
+from pydeq.adjoints.base import Adjoint, AdjointResult, Problem
 from pydeq.adjoints.functional import solve_functional, transforms_active
+from pydeq.adjoints.graph_inputs import graph_inputs
 from pydeq.adjoints.handover import hand_over, take_over
-from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_max_steps, set_fields, suggests_keywords
 from pydeq.cell.linearization import Linearization, linearize
-from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
 from pydeq.solution import Solution
-from pydeq.solve.solve import solve
 from pydeq.solvers.base import check_damping
 from pydeq.state import Layout, State, as_tuple, layout_of
 
@@ -60,29 +57,29 @@ class Phantom(Adjoint):
         if self.form not in ("unroll", "neumann"):
             raise ValueError(f"form must be 'unroll' or 'neumann', got {self.form!r}")
 
-    def solve(self, problem: Problem) -> Attached:
+    def solve(self, problem: Problem) -> AdjointResult:
         if transforms_active():
             if self.form == "neumann":
                 raise RuntimeError('Phantom(form="neumann") does not work under torch.func: use form="unroll"')
             z, solution = self._solve_transformed(problem)
         else:
-            solution = solve(problem.fn, problem.z0, problem.context, **problem.options)
+            solution = problem.solve()
             if self.form == "neumann":
                 return self._neumann(problem, solution)
             z = solution.image
-        layout, fn = layout_of(problem.z0), share_weights(problem.fn)
+        layout, fn = layout_of(problem.z0), problem.cell.sharing_weights()
         first = None
         for _ in range(self.steps):
             y = layout.check(fn(z, *problem.context), torch.is_autocast_enabled(layout.device.type), detach=False)
             first = y if first is None else first
             z = y if self.damping == 1.0 else self._blend(z, y, layout)
-        return Attached(z, solution, evaluated=first)
+        return AdjointResult(z, solution, evaluated=first)
 
     def _solve_transformed(self, problem: Problem) -> tuple[State, Solution]:
         if not torch._C._are_functorch_transforms_active():
             # Forward-mode AD: the steps from here on have the tangents, also of what the cell captures.
             with forward_ad._set_fwd_grad_enabled(False):
-                solution = solve(problem.fn, problem.z0, problem.context, **problem.options)
+                solution = problem.solve()
             return solution.image, solution
         z, solution = solve_functional(problem, problem.options, self)
         return tuple(part.detach() for part in z) if isinstance(z, tuple) else z.detach(), solution
@@ -91,16 +88,16 @@ class Phantom(Adjoint):
         parts = tuple(a + self.damping * (b - a) for a, b in zip(as_tuple(z), as_tuple(y), strict=True))
         return parts if layout.is_tuple else parts[0]
 
-    def _neumann(self, problem: Problem, solution: Solution) -> Attached:
-        explicit = Explicit(problem.fn, problem.context, problem.module)
+    def _neumann(self, problem: Problem, solution: Solution) -> AdjointResult:
+        explicit = problem.explicit()
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
-        at = linearize(problem.fn, solution.image, problem.context)
+        at = linearize(problem.cell.call, solution.image, problem.context)
         y = at.y
-        if any(sources_of(at, explicit, first_node)):
+        if any(graph_inputs(at, explicit, first_node)):
             y = _Neumann.apply(self, at.layout, hand_over(at), *at.z, *y)
         else:  # everything is frozen
             y = tuple(part.detach() for part in y)
-        return Attached(y if at.layout.is_tuple else y[0], solution, at)
+        return AdjointResult(y if at.layout.is_tuple else y[0], solution, at)
 
 
 def JacobianFree() -> Phantom:  # noqa: N802  # reads like the other adjoints

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
+from pydeq.adjoints.base import Adjoint, AdjointResult, Problem, refuse_vectorized
+from pydeq.adjoints.change_check import ChangeCheck
 from pydeq.adjoints.explicit import Explicit
-from pydeq.adjoints.sources import Watched, held, hooks_postponed, sources_of
+from pydeq.adjoints.graph_inputs import graph_inputs
+from pydeq.adjoints.postponed_hooks import hooks_postponed
 from pydeq.arguments import (
     check_integer,
     check_max_steps,
@@ -96,13 +98,13 @@ class Reversible(Adjoint):
             raise ValueError(f"damping must be in (0, 1), got {damping}")
         set_fields(self, damping=damping, checkpoints=check_integer("checkpoints", self.checkpoints, 0))
 
-    def solve(self, problem: Problem) -> Attached:
-        read = Watched(held(problem.module, problem.context), problem.module)
-        explicit = Explicit(problem.fn, problem.context, problem.module)
+    def solve(self, problem: Problem) -> AdjointResult:
+        explicit = problem.explicit()
+        read = ChangeCheck(explicit.lasting, problem.cell.modules)
         ends, sources = self._iterate(problem, explicit)
         z0 = as_tuple(problem.z0)
         if not sources and not any(part.requires_grad for part in z0):
-            return Attached(ends.solution.image, ends.solution)
+            return AdjointResult(ends.solution.image, ends.solution)
         device = ends.layout.device.type
         autocast = (
             device,
@@ -112,7 +114,7 @@ class Reversible(Adjoint):
         )
         run = _Run(self, ends.layout, explicit, sources, autocast, read.with_tensors(()))
         output = _Reverse.apply(run, ends, *z0, *sources)
-        return Attached(output if ends.layout.is_tuple else output[0], ends.solution)
+        return AdjointResult(output if ends.layout.is_tuple else output[0], ends.solution)
 
     def evaluate(self, problem: Problem) -> Solution:
         return self._iterate(problem)[0].solution
@@ -132,7 +134,7 @@ class Reversible(Adjoint):
 
         def evaluate(wide: Tensor) -> Tensor:
             z = layout.view(wide.to(layout.dtype))
-            return layout.flatten(layout.check(problem.fn(z, *problem.context), cast))
+            return layout.flatten(layout.check(problem.cell.call(z, *problem.context), cast))
 
         with torch.no_grad():
             start = layout.flatten(problem.z0)
@@ -303,7 +305,7 @@ class _Run:
     explicit: Explicit
     sources: tuple[Tensor, ...]
     autocast: tuple[str, torch.dtype, bool, bool]
-    watched: Watched
+    watched: ChangeCheck
 
     def pull(self, wide: Tensor, seed: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
         """f at ``wide`` [B, D], and the cotangent of ``wide`` for the one ``seed`` of f; ``sums`` gets the sources'."""
@@ -338,7 +340,7 @@ def _first_evaluation(explicit: Explicit, start: Tensor, layout: Layout) -> tupl
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     tensors, cut = _cut(explicit.tensors)
     at = linearize(lambda z: explicit(z, tensors), layout.view(start), ())
-    sources, hidden = sources_of(at, explicit, first_node, tensors)
+    sources, hidden = graph_inputs(at, explicit, first_node, tensors)
     whole = {id(cut[id(x)]): x for x in explicit.tensors if id(x) in cut}
     sources = tuple(whole.get(id(source), source) for source in sources)
     if hidden:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem, refuse_vectorized
-from pydeq.adjoints.explicit import Explicit
+from pydeq.adjoints.base import Adjoint, AdjointResult, Problem, refuse_vectorized
+from pydeq.adjoints.graph_inputs import graph_inputs
 from pydeq.adjoints.handover import hand_over, take_over
-from pydeq.adjoints.sources import sources_of
 from pydeq.arguments import check_integer, check_tolerance, set_fields, suggests_keywords
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.torch_compile import interpreted
@@ -76,24 +75,24 @@ class Shine(Adjoint):
         if not isinstance(solver, Broyden):
             raise TypeError(f"Shine needs the memory of pydeq.Broyden as the solver, got {solver!r}")
 
-    def solve(self, problem: Problem) -> Attached:
+    def solve(self, problem: Problem) -> AdjointResult:
         self.check(problem.options["solver"])
         if problem.options.get("sharded"):
             raise ValueError("Shine does not take sharded states: use pydeq.Implicit")
-        solution, workspace = solve_keeping_workspace(problem.fn, problem.z0, problem.context, **problem.options)
+        solution, workspace = solve_keeping_workspace(problem.cell.call, problem.z0, problem.context, **problem.options)
         assert isinstance(workspace, BroydenWorkspace)
         inverse = workspace.inverse_jacobian()
         del workspace  # before fn allocates
-        explicit = Explicit(problem.fn, problem.context, problem.module)
+        explicit = problem.explicit()
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
-        at = linearize(problem.fn, solution.image, problem.context)
+        at = linearize(problem.cell.call, solution.image, problem.context)
         y = at.y
-        if any(sources_of(at, explicit, first_node)):
+        if any(graph_inputs(at, explicit, first_node)):
             backward = _Backward(self, at.layout, solution, problem.shared)
             y = _Shine.apply(backward, inverse, hand_over(at), *at.z, *y)
         else:  # everything is frozen
             y = tuple(part.detach() for part in y)
-        return Attached(y if at.layout.is_tuple else y[0], solution, at)
+        return AdjointResult(y if at.layout.is_tuple else y[0], solution, at)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pydeq.adjoints.base import Adjoint, Attached, Problem
-from pydeq.adjoints.sources import Watched, held
+from pydeq.adjoints.base import Adjoint, AdjointResult, Problem
+from pydeq.adjoints.change_check import ChangeCheck
 from pydeq.arguments import check_max_steps, check_states_at, suggests_keywords
 from pydeq.cell.parameters import Stateless
-from pydeq.cell.scope import share_weights
 from pydeq.cell.torch_compile import interpreted
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.ops.capture import capturing
@@ -69,7 +68,7 @@ class Unrolled(Adjoint):
             names = " or ".join(f"pydeq.{kind.__name__}" for kind in _WORKSPACES)
             raise TypeError(f"Unrolled differentiates the iterations of {names}, got {solver!r}")
 
-    def solve(self, problem: Problem) -> Attached:
+    def solve(self, problem: Problem) -> AdjointResult:
         options = problem.options
         solver: Solver = options["solver"]
         self.check(solver)
@@ -79,9 +78,9 @@ class Unrolled(Adjoint):
         states_at = check_states_at(options.get("states_at", ()))
         cast = torch.is_autocast_enabled(layout.device.type)
 
-        read = Watched(held(problem.module, problem.context), problem.module)
-        repeated = _Repeated(problem.fn, problem.module)
-        fn = share_weights(problem.fn)
+        read = ChangeCheck(problem.explicit().lasting, problem.cell.modules)
+        repeated = _Repeated(problem.cell.call, problem.cell.modules)
+        fn = problem.cell.sharing_weights()
         if self.checkpoint:  # an early stop is an exception, which TorchScript in a cell would not let through
             fn = partial(checkpoint, repeated, use_reentrant=False, early_stop=False)
         evaluator = _AttachedEvaluator(fn, problem.context, layout, cast)
@@ -92,7 +91,7 @@ class Unrolled(Adjoint):
         repeated.watched = read.with_tensors(())
         output, states = solution.image, solution.states
         solution.value, solution.image, solution.states = _detach(solution.value), _detach(output), []
-        return Attached(output, solution, states=states)
+        return AdjointResult(output, solution, states=states)
 
 
 class _AttachedEvaluator(Evaluator):
@@ -112,17 +111,17 @@ class _Repeated:
     the first one.
     """
 
-    def __init__(self, fn: Callable[..., Any], module: nn.Module | None) -> None:
+    def __init__(self, fn: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
         self.fn = fn
-        self.stateless = None if module is None else Stateless(module, fn)
-        self.watched: Watched | None = None
+        self.stateless = Stateless(modules, fn)
+        self.watched: ChangeCheck | None = None
 
     @interpreted
     def __call__(self, *arguments: Any) -> Any:
         if self.watched is None:
             return self.fn(*arguments)
         self.watched.check("a checkpoint evaluates f again")
-        return self.fn(*arguments) if self.stateless is None else self.stateless.call(self.stateless.tensors, arguments)
+        return self.stateless.call(self.stateless.tensors, arguments)
 
 
 @dataclass(frozen=True)

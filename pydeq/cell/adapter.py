@@ -69,31 +69,31 @@ class Adapter:
 class _Inside:
     """A map as it is called inside the package."""
 
-    def __init__(self, fn: Callable[..., Any], border: Adapter) -> None:
-        self.fn, self.border = fn, border
+    def __init__(self, fn: Callable[..., Any], adapter: Adapter) -> None:
+        self.fn, self.adapter = fn, adapter
 
     def __call__(self, z: State, *context: Any) -> State:
-        border = self.border
+        adapter = self.adapter
         keywords: dict[str, Any] = {}
-        if border.keywords:
+        if adapter.keywords:
             context, keywords = context[:-1], context[-1]
-        result = self.fn(border.outside(z), *context, **keywords)
+        result = self.fn(adapter.outside(z), *context, **keywords)
         aux = None
-        if border.has_aux:
+        if adapter.has_aux:
             if not isinstance(result, tuple | list) or len(result) != 2:
                 raise TypeError(f"fn must return a pair (state, aux) with has_aux=True, got {_describe(result)}")
             result, aux = result
-        if border.structure is not None:
-            result = border.structure.of_result(result)
-        if border.has_aux:
-            border.newest = result, aux
+        if adapter.structure is not None:
+            result = adapter.structure.of_result(result)
+        if adapter.has_aux:
+            adapter.newest = result, aux
         return result
 
 
 def canonical(fn: Callable[..., Any], z: Any) -> tuple[Callable[..., Any], State]:
     """A map and a state as they are inside the package."""
-    border = Adapter(z)
-    return border.inside(fn), border.z0
+    adapter = Adapter(z)
+    return adapter.inside(fn), adapter.z0
 
 
 def _describe(result: Any) -> str:

@@ -1,4 +1,4 @@
-"""A module's tensors, told apart from the module: for calls with substituted tensors, and for calls long after."""
+"""Call a module with substituted or remembered parameters."""
 
 from __future__ import annotations
 
@@ -8,36 +8,52 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pydeq.cell.scope import Scoped
+
 
 class Stateless:
-    """``fn``, which uses ``module``, as a function of the module's tensors.
+    """``fn``, which uses ``modules``, as a function of their tensors.
 
-    These are its parameters, its buffers, and what was put in their place: ``torch.func.functional_call`` exchanges
-    them for the time of a call, a loop of meta-learning or forward-mode AD may set plain attributes.
+    These are parameters, buffers, and tensors that were put in their place: ``torch.func.functional_call`` exchanges
+    them during a call, and meta-learning or forward-mode AD may set plain attributes.
+
+    Args:
+        modules: A module and all modules in it, each once; none where fn uses no module.
+        fn: Any function.
 
     Attributes:
-        tensors: What is in the module now, each once.
+        tensors: The tensors that the modules have now, each once.
+        learning: Numbers of the buffers that a call may write to.
+        lasting: Parameters and buffers that a call must find unchanged when it is repeated. Modules that keep their
+            values in the scope of a solve have none: their tensors may change.
     """
 
-    def __init__(self, module: nn.Module, fn: Callable[..., Any]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], fn: Callable[..., Any]) -> None:
         self.fn = fn
         self.tensors: list[Tensor] = []
-        self.learning: set[int] = set()  # numbers of buffers that a call may write to
+        self.learning: set[int] = set()
+        self.lasting: list[Tensor] = []
         self._slots: list[tuple[Any, str, int]] = []  # which of the tensors belongs where
         numbers: dict[int, int] = {}
-        for part in module.modules():  # each once, while a tensor may be in several
-            for holder in (part._parameters, part._buffers, part.__dict__):
+        for part in modules:  # a tensor may be in several
+            attributes = part.__dict__
+            lasts = not isinstance(part, Scoped)
+            for holder in (part._parameters, part._buffers, attributes):
                 for name, x in holder.items():
                     if isinstance(x, Tensor):
                         number = numbers.setdefault(id(x), len(self.tensors))
                         if number == len(self.tensors):
                             self.tensors.append(x)
                         self._slots.append((holder, name, number))
+                        if lasts and holder is not attributes:
+                            self.lasting.append(x)
                         if holder is part._buffers and part.training:
                             self.learning.add(number)
 
     def call(self, tensors: Sequence[Tensor], args: tuple[Any, ...]) -> Any:
-        """fn(*args) with these in the place of ``self.tensors``."""
+        """fn(*args) with these tensors in the place of ``self.tensors``."""
+        if not self._slots:
+            return self.fn(*args)
         before: list[tuple[Any, str, Tensor | None]] = []
         try:
             for holder, name, number in self._slots:
@@ -51,13 +67,13 @@ class Stateless:
                 holder[name] = found
 
 
-def fill_parametrization_cache(module: nn.Module) -> None:
+def fill_parametrization_cache(modules: Sequence[nn.Module]) -> None:
     """Inside ``parametrize.cached()``: let the cache hold parametrized tensors with their graphs.
 
-    The first one to use a tensor fills it, which would be a solve, without gradients.
+    The first use of a tensor fills the cache, and that would be in a solve, without gradients.
     """
     if parametrize._cache_enabled:
-        for part in module.modules():
+        for part in modules:
             if parametrize.is_parametrized(part):
                 for name in part.parametrizations:  # pyright: ignore
                     getattr(part, name)

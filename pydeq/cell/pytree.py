@@ -1,7 +1,7 @@
 """States of any type: what solvers see is a tensor or a tuple of tensors, what fn sees is what the user gave.
 
 A dict, a list, a namedtuple, any type that is registered with torch's pytree, nested in each other, and complex tensors
-become a tuple of real tensors, the parts, at the border of the package, and are made again for every call of fn.
+become a tuple of real tensors, the parts, on their way in, and are made again for every call of fn.
 """
 
 from __future__ import annotations

@@ -4,15 +4,15 @@ A fixed point exists only of a map that stays the same from one evaluation to th
 is costly and does not depend on the state, therefore keep it in a scope: one object for a solve and for all that is
 evaluated again for its gradients, be it long after. A module holds nothing of it, so that nothing in it gets stale.
 
-The scope belongs to the callable that a solve is given (:class:`Bound`): whoever calls that, in forward or in backward,
-on whichever thread, calls the cell in its scope.
+The scope belongs to the callable that a solve is given (:class:`InScope`). Every call of that callable is in its scope,
+in forward and in backward, on any thread.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,7 @@ def _out() -> Iterator[None]:
         yield
 
 
-class Bound:
+class InScope:
     """A cell and the scope that it is always called in.
 
     Args:
@@ -168,30 +168,34 @@ class Bound:
             _active.scope = before
 
 
-def scope_of(cell: Callable[..., Any]) -> Scope | None:
-    """The scope for a solve of ``cell``: one of its own, or the one around it, as an outer solve must see inner ones
-    stay the same; None for a module that keeps nothing in a scope."""
-    if isinstance(cell, nn.Module) and not any(isinstance(module, Scoped) for module in cell.modules()):
+def scope_of(cell: Callable[..., Any], modules: Sequence[nn.Module]) -> Scope | None:
+    """The scope for a solve of ``cell``; None for a module that keeps nothing in a scope.
+
+    It is the scope around the solve where there is one: an outer solve needs inner solves to stay the same.
+
+    Args:
+        modules: All modules in a cell that is a module.
+    """
+    if isinstance(cell, nn.Module) and not any(isinstance(module, Scoped) for module in modules):
         return None
     return _active.scope or Scope()
 
 
 def share_weights(cell: Callable[..., Any]) -> Callable[..., Any]:
-    """The cell of a :class:`Bound`, for evaluations with gradients that end in one graph, like unrolled steps.
+    """The cell of a :class:`InScope`, for evaluations with gradients that end in one graph, like unrolled steps.
 
     Its normalized weights are computed once for all of them. Not for evaluations that are checkpointed: each of these
     must save the same tensors when it is run again.
     """
-    if isinstance(cell, Bound):
-        return Bound(cell.cell, Scope(cell.scope, share_graph=True))
+    if isinstance(cell, InScope):
+        return InScope(cell.cell, Scope(cell.scope, share_graph=True))
     return cell
 
 
-@contextmanager
-def solve_scope() -> Iterator[None]:
+class solve_scope(ContextDecorator):  # noqa: N801  # reads like torch.no_grad
     """Keep dropout masks and normalized weights from one call to the next.
 
-    Solves do this on their own, each for itself. Use it where the same masks must hold beyond a solve::
+    Every solve does this by itself. Use it where the same masks must hold for more than one solve::
 
         with pydeq.nn.solve_scope():
             z = deq(z0, x)
@@ -199,12 +203,15 @@ def solve_scope() -> Iterator[None]:
 
     Inside a scope it has no effect.
     """
-    before = _active.scope
-    scope = before or Scope()
-    _active.scope = scope
-    try:
-        yield
-    finally:
-        _active.scope = before
-        if before is None:
-            scope.close()
+
+    def _recreate_cm(self) -> solve_scope:  # each call of a decorated function has its own
+        return solve_scope()
+
+    def __enter__(self) -> None:
+        self._before = _active.scope
+        _active.scope = self._scope = self._before or Scope()
+
+    def __exit__(self, *exception: object) -> None:
+        _active.scope = self._before
+        if self._before is None:
+            self._scope.close()

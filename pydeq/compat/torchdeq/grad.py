@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pydeq.adjoints import Implicit
-from pydeq.adjoints.implicit import attach
+from pydeq.adjoints.implicit import evaluate_at_fixed_point
 from pydeq.compat.mode import is_legacy, legacy
 from pydeq.compat.processes import flatten
 from pydeq.compat.torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
@@ -138,8 +138,8 @@ class ImplicitGradient:
         )
         z = z_pred.detach()
         if z.dim():  # a copy, as func may modify its argument
-            return [attach(settings, lambda z: func(z.clone()), z, ())[0]]
-        y, _ = attach(settings, lambda z: func(z[0].clone())[None], z[None], ())
+            return [evaluate_at_fixed_point(settings, lambda z: func(z.clone()), z, ())[0]]
+        y, _ = evaluate_at_fixed_point(settings, lambda z: func(z[0].clone())[None], z[None], ())
         assert isinstance(y, Tensor)
         return [y[0]]
 

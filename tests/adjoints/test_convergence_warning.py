@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pydeq
-from pydeq.adjoints import watch as module
-from pydeq.adjoints.watch import watch
+from pydeq.adjoints import convergence_warning as module
+from pydeq.adjoints.convergence_warning import warn_if_unconverged
 
 
 def slow(adjoint):
@@ -67,14 +67,14 @@ def test_a_look_at_what_a_device_found_asks_cuda_nothing(monkeypatch):
     flag = torch.full((), module._UNWRITTEN, dtype=torch.int8)
     monkeypatch.setattr(module, "_pending", [("these settings", flag)])
     solution = pydeq.fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3))
-    watch("others", solution)
+    warn_if_unconverged("others", solution)
     assert len(module._pending) == 1  # the device has not written it yet
     flag.fill_(1)  # as the device does, some time later
     with pytest.warns(pydeq.ConvergenceWarning, match="these settings"):
-        watch("others", solution)
+        warn_if_unconverged("others", solution)
     assert not module._pending
     module._pending.append(("these settings", torch.zeros((), dtype=torch.int8)))
-    watch("others", solution)
+    warn_if_unconverged("others", solution)
     assert not module._pending
 
 
@@ -84,4 +84,4 @@ def test_nothing_is_launched_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(module, "_warned", set())
     solution = pydeq.fixed_point(lambda z: 2.0 * z + 1.0, torch.zeros(2, 3), solver=pydeq.Picard(), max_steps=3)
     assert not solution.converged.any()
-    watch("captured", solution)  # a warning is an error here
+    warn_if_unconverged("captured", solution)  # a warning is an error here

@@ -19,13 +19,13 @@ _pending: list[tuple[Any, Tensor]] = []
 _UNWRITTEN = -1
 
 
-def watch(settings: Any, solution: Solution) -> None:
+def warn_if_unconverged(settings: Any, solution: Solution) -> None:
     """Warn once for these settings of an adjoint if one of its solves left samples unconverged.
 
     Not about NONFINITE ones: their gradients are NaN, which a gradient scaler provokes and expects.
     """
     _look_at_pending()
-    if settings in _warned or not len(solution.converged):
+    if solution.all_known_to_converge() or settings in _warned or not len(solution.converged):
         return
     device = solution.converged.device
     if capturing(device) or any(known == settings for known, _ in _pending):
