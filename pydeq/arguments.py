@@ -20,6 +20,8 @@ def check_number(name: str, value: Any) -> float:
     Raises:
         TypeError: If it is something else; booleans are no numbers.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
@@ -40,7 +42,7 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
         TypeError: If it is something else; booleans are no integers.
         ValueError: If it is less.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {int(value)}")
@@ -67,6 +69,8 @@ def check_norm(norm: Any) -> Literal["all", "parts"]:
 
 def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
     """Numbers of evaluations, at least 1 and increasing."""
+    if type(value) is tuple and not value:
+        return value
     if not isinstance(value, list | tuple | range):
         raise TypeError(f"states_at must be a list of ints, got {type(value).__name__}")
     counts = tuple(check_max_steps(f"states_at[{i}]", count) for i, count in enumerate(value))

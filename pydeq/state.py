@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -33,15 +34,20 @@ class Layout:
     device: torch.device
     is_tuple: bool
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Entries of each part, per sample."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """D, entries of state per sample."""
         return sum(self.sizes)
+
+    @cached_property
+    def _shape(self) -> torch.Size:
+        """The shape of a state of one part, with the batch."""
+        return torch.Size((self.batch, *self.shapes[0]))
 
     def with_batch(self, batch: int) -> Layout:
         return Layout(self.shapes, batch, self.dtype, self.device, self.is_tuple)
@@ -49,7 +55,7 @@ class Layout:
     def view(self, flat: Tensor) -> State:
         """[B, D] -> the state, as views."""
         if not self.is_tuple:
-            return flat.view(self.batch, *self.shapes[0])
+            return flat.view(*self._shape)  # as one argument a shape takes twice as long
         parts = flat.split(self.sizes, dim=1)
         return tuple(part.view(self.batch, *shape) for part, shape in zip(parts, self.shapes, strict=True))
 
@@ -76,6 +82,9 @@ class Layout:
             ValueError: If its shape, dtype or device is another.
         """
         if not self.is_tuple:
+            usual = type(state) is Tensor and state.dtype is self.dtype and state.device == self.device
+            if usual and state.shape == self._shape:
+                return state.detach() if detach and state.requires_grad else state
             return self._check_part(state, self.shapes[0], "", cast, detach)
         if not isinstance(state, tuple | list):
             raise TypeError(f"fn must return a tuple of {len(self.shapes)} tensors like z0, got {type(state).__name__}")
@@ -120,6 +129,8 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
         ValueError: If it is an empty tuple, has no batch dimension, batch sizes, dtypes or devices that disagree, or a
             dtype that is not one of ``DTYPES``.
     """
+    if type(z0) is Tensor and not z0.is_meta and z0.dtype in DTYPES and z0.dim():
+        return Layout((z0.shape[1:],), z0.shape[0], z0.dtype, z0.device, False)
     if isinstance(z0, Tensor):
         parts: Sequence[Any] = (z0,)
     elif isinstance(z0, tuple):

@@ -87,6 +87,8 @@ def in_compiled_autograd() -> bool:
 
 def is_compiled(fn: Callable[..., Any]) -> bool:
     """Whether this came from torch.compile."""
+    if isinstance(fn, torch.nn.Module):  # which takes long to say that it has no such attribute
+        return "_orig_mod" in fn._modules or "_torchdynamo_orig_callable" in fn.__dict__
     return hasattr(fn, "_orig_mod") or hasattr(fn, "_torchdynamo_orig_callable")
 
 

@@ -78,9 +78,10 @@ def iterate(
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)
         traced = traced.to(torch.promote_types(layout.dtype, torch.float32))
     value, image = layout.view(workspace.best[0]), layout.view(workspace.best[1])
-    # Where the solve had ended by then: its last evaluation may have shown that an image has moved.
-    states[sum(count < evaluations for count in states_at) :] = []
-    states += [image] * (len(states_at) - len(states))
+    if states_at:
+        # Where the solve had ended by then: its last evaluation may have shown that an image has moved.
+        states[sum(count < evaluations for count in states_at) :] = []
+        states += [image] * (len(states_at) - len(states))
     solution = Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
     solution.states = states
     return solution, workspace

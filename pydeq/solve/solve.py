@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+_DEFAULT_SOLVER = Anderson()
+
+
 def solve(fn: Callable[..., Any], z0: State, context: Sequence[Any] = (), **options: Any) -> Solution:
     """Solve z = fn(z, *context) for a tensor or a tuple of tensors; the keywords are :func:`pydeq.fixed_point`'s."""
     solution, workspace = solve_keeping_workspace(fn, z0, context, **options)
@@ -60,7 +63,7 @@ def solve_keeping_workspace(
         batched_context: Checked, where ``compact`` is set.
     """
     if solver is None:
-        solver = Anderson()
+        solver = _DEFAULT_SOLVER
     elif not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
     if torch._C._are_functorch_transforms_active():
@@ -102,7 +105,9 @@ def stopping_rules(
     reduction: Reduction = WHOLE,
 ) -> Rules:
     """The stopping rules of a solve under the present autocast state; see :func:`fixed_point`."""
-    coarsest = Autocast.current(layout.device).coarsest(layout.dtype)
+    coarsest = layout.dtype
+    if torch.is_autocast_enabled(layout.device.type):
+        coarsest = Autocast.current(layout.device).coarsest(coarsest)
     return Rules(
         rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
         atol=check_tolerance("atol", atol),

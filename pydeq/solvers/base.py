@@ -36,10 +36,9 @@ class Workspace(ABC):
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
-        iterates = empty(flat, 2, *flat.shape)
-        iterates[0] = flat
-        self.z = (iterates[0], iterates[1])
-        self.best = empty(flat, 2, *flat.shape)
+        shape = flat.shape
+        self.z = (empty(flat, *shape).copy_(flat), empty(flat, *shape))
+        self.best = empty(flat, 2, *shape)
         self.scalars, self.counters, *self.zeroed = zeros(
             flat,
             (torch.float64, (batch, len(Scalar))),

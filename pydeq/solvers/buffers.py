@@ -29,8 +29,8 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 
     Large ones on the CPU lie in huge pages as far as these fit.
     """
-    buffer = like.new_empty(shape, dtype=dtype or like.dtype)
-    if like.device.type == "cpu" and buffer.nbytes >= _LARGE:
+    buffer = like.new_empty(shape, dtype=dtype)
+    if buffer.nbytes >= _LARGE and like.device.type == "cpu":
         advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
     return buffer
 
@@ -65,7 +65,10 @@ class Scratch:
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialized buffer of this shape."""
-        return self._take(math.prod(shape), self._like.dtype).view(shape)
+        count = math.prod(shape)
+        if count * self._like.itemsize < _KEPT_FROM:
+            return self._like.new_empty(shape)
+        return self._take(count, self._like.dtype).view(shape)
 
     def rows(self, first: int, count: int, dtype: torch.dtype) -> list[Tensor]:
         """Rows ``first`` to ``first + count - 1`` of a history that grows, uninitialized, each like ``like``."""
@@ -79,6 +82,8 @@ class Scratch:
 
     def release(self) -> None:
         """Keep the buffers for the next solve: nobody has any of them any more."""
+        if not self._taken:
+            return
         for buffer in self._taken:
             if buffer.device.type == "cpu" and buffer.nbytes >= _KEPT_FROM and type(buffer) is Tensor:
                 _kept.append(buffer)
