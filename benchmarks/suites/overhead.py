@@ -2,7 +2,8 @@
 
     overhead = (time of the solve - time spent inside f) / calls of f
 
-Every sample runs every iteration: no tolerance, no freezing, no stall. A solve's allocations count.
+Every sample runs every iteration: no tolerance, no freezing, no stall. A solve's allocations count. A small layer next
+to a loop written by hand shows what a solve and a training step cost as a whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from benchmarks.peers.base import METHODS
 from benchmarks.problems.base import Problem
 from benchmarks.problems.maps import elementwise
 from benchmarks.results import number, times
+from benchmarks.suites import small_layers
 from benchmarks.suites.base import BASELINE, Context
 from benchmarks.timing import Timed, alternate, ratios, spread, threads
 
@@ -66,6 +68,7 @@ def run(context: Context) -> None:
         mean = math.prod(values) ** (1 / len(values))
         results.figure(f"overhead.{solver}.mean.t{count}.{name}_over_{BASELINE}", mean, "1")
     _set_targets(context, found)
+    small_layers.measure(context)
 
 
 def _overhead_of(peer: Peer, problem: Problem, method: Method) -> Callable[[], float]:
