@@ -21,10 +21,10 @@ from torch import Tensor
 import pydeq
 from benchmarks.environment import thread_counts
 from benchmarks.profiles import BEYOND_CACHE, PROFILES
-from pydeq.ops.anderson_step import anderson_step_reference
-from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.anderson_step import anderson_step
+from pydeq.ops.broyden_step import broyden_step
 from pydeq.ops.constants import Counter, Scalar
-from pydeq.ops.picard_step import picard_step_reference
+from pydeq.ops.picard_step import picard_step
 from pydeq.ops.termination import Rules
 from pydeq.solvers import Solver
 
@@ -34,9 +34,9 @@ STORED = 15  # steps in Broyden's history, the mean over a solve of 30
 
 # operation -> solver, steps before the one that is timed, reference
 OPERATIONS: dict[str, tuple[Solver, int, Callable[..., None]]] = {
-    "picard_step": (pydeq.Picard(), 1, picard_step_reference),
-    "anderson_step": (pydeq.Anderson(memory=MEMORY), MEMORY, anderson_step_reference),
-    "broyden_step": (pydeq.Broyden(memory=2 * STORED), STORED, broyden_step_reference),
+    "picard_step": (pydeq.Picard(), 1, picard_step.reference),
+    "anderson_step": (pydeq.Anderson(memory=MEMORY), MEMORY, anderson_step.reference),
+    "broyden_step": (pydeq.Broyden(memory=2 * STORED), STORED, broyden_step.reference),
 }
 # operation -> vectors of D read and written per sample
 VECTORS = {
@@ -69,7 +69,7 @@ class Step:
         # The arguments as the solver puts them, without a second list of them here.
         with mock.patch(f"pydeq.solvers.{operation.removesuffix('_step')}.{operation}") as recorder:
             self.workspace.step(self.f, self.before)
-        self.arguments: tuple[Any, ...] = recorder.call_args.args
+        self.arguments: tuple[Any, ...] = recorder.overload.call_args.args
 
     def prepare(self, k: int) -> None:
         """New images in ``f``, written just before, as fn's would be; and any residual is to be the smallest so far."""

@@ -3,25 +3,33 @@
 import ast
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
-def schemas(source: str) -> list[str]:
-    """The schemas of the operations that a file of ``pydeq/ops`` defines: what it calls ``define`` with."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return [
-        ast.literal_eval(call.args[0])
-        for call in calls
-        if isinstance(call.func, ast.Name) and call.func.id == "define" and call.args
-    ]
+def schemas(source: str, step_schema: Callable[[str, str], str]) -> list[str]:
+    """The schemas of the operations that a file of ``pydeq/ops`` defines.
+
+    They are the texts that it calls ``define`` with, and ``step_schema`` of those that it calls ``StepOperation`` with.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            continue
+        texts = [ast.literal_eval(argument) for argument in node.args if isinstance(argument, ast.Constant)]
+        if node.func.id == "define" and texts:
+            found.append(texts[0])
+        elif node.func.id == "StepOperation":
+            found.append(step_schema(*texts))
+    return found
 
 
 def package_interface(package: Path) -> str:
     """What libraries that are built for this package must agree on with it."""
-    found = [schema for path in sorted(package.glob("ops/*.py")) for schema in schemas(path.read_text())]
-    return runpy.run_path(str(package / "ops" / "interface.py"))["interface"](
-        found, runpy.run_path(str(package / "ops" / "constants.py"))
-    )
+    interface = runpy.run_path(str(package / "ops" / "interface.py"))
+    files = [path.read_text() for path in sorted(package.glob("ops/*.py"))]
+    found = [schema for text in files for schema in schemas(text, interface["step_schema"])]
+    return interface["interface"](found, runpy.run_path(str(package / "ops" / "constants.py")))
 
 
 if __name__ == "__main__":

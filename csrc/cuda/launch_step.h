@@ -2,7 +2,10 @@
 // one in clusters where the GPU has them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <type_traits>
+#include <vector>
 
 #include "cuda/cuda_path.h"
 #include "cuda/kept_scratch.h"
@@ -177,6 +180,18 @@ class Scratch {
   Tensor captured_;
   unsigned char* bytes_ = nullptr;
 };
+
+// What the kernels of a step take: its arguments, with the list of vectors where they have one.
+template <class Step, class Args>
+typename Step::Args with_list(const Args& args, [[maybe_unused]] const std::vector<void*>& addresses) {
+  if constexpr (std::is_same_v<typename Step::Args, Args>) {
+    return args;
+  } else {
+    Listing<Args> all{args, {}};
+    std::copy(addresses.begin(), addresses.end(), all.rows);
+    return all;
+  }
+}
 
 // `args` has the host's address in step.progress; `like` is any of its tensors.
 template <class Step>

@@ -4,8 +4,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "shared/dispatch.h"
 #include "shared/stable.h"
-#include "shared/step_args.h"
 
 namespace pydeq {
 
@@ -66,37 +66,6 @@ inline Dtype state_dtype(const Tensor& t, const char* name) {
 // What states of this dtype are computed in.
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The arguments that all steps share; checked. All are on z's device but progress, which is the host's.
-inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best,
-                          const Tensor& scalars, const Tensor& counters, const Tensor& progress, int64_t step,
-                          double rtol, double atol, double eps, bool freeze, bool stall, bool last,
-                          int64_t look_back = 0) {
-  STD_TORCH_CHECK(z.dim() == 2, "z must be of shape (batch, state), got ", describe(z));
-  const int64_t batch = z.size(0), state = z.size(1);
-  const ScalarType dtype = z.scalar_type();
-  const Dtype kind = state_dtype(z, "z");
-  expect(z, "z", dtype, {batch, state}, &z);
-  expect(f, "f", dtype, {batch, state}, &z);
-  expect(next, "next", dtype, {batch, state}, &z);
-  expect(best, "best", dtype, {2, batch, state}, &z);
-  expect(scalars, "scalars", ScalarType::Double, {batch, constants::SCALAR_SIZE}, &z);
-  expect(counters, "counters", ScalarType::Int, {batch, constants::COUNTER_SIZE}, &z);
-  expect(progress, "progress", ScalarType::Long, {constants::PROGRESS_SIZE});
-  return {batch,
-          state,
-          kind,
-          z.data_ptr(),
-          f.data_ptr(),
-          next.data_ptr(),
-          best.data_ptr(),
-          static_cast<double*>(scalars.data_ptr()),
-          static_cast<int32_t*>(counters.data_ptr()),
-          static_cast<int64_t*>(progress.data_ptr()),
-          step,
-          {rtol, atol, eps, freeze, stall, last, look_back},
-          torch_parallel()};
 }
 
 }  // namespace pydeq

@@ -1,6 +1,7 @@
 // Random probes; pydeq/ops/random_probes.py says what it means.
 #pragma once
 
+#include "pydeq_constants.h"
 #include "shared/dispatch.h"
 #include "shared/parallel.h"
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -124,6 +124,7 @@ class Reversible(Adjoint):
         options, b = problem.options, self.damping
         layout = layout_of(problem.z0)
         rules = stopping_rules(layout, options.get("rtol"), options.get("atol", 0.0))
+        unfrozen = replace(rules, freeze=False)
         max_steps = check_max_steps("max_steps", options.get("max_steps", 50))
         if max_steps < 2:
             raise ValueError(f"max_steps must be at least 2 for Reversible, which evaluates in pairs, got {max_steps}")
@@ -168,10 +169,7 @@ class Reversible(Adjoint):
                 rounded = y.to(layout.dtype)
                 f = evaluate(y)
                 z = torch.where(active, (1.0 - b) * z + b * f, z)
-                verdict = judge(
-                    rounded, f, scalars, counters,
-                    rules.rtol, rules.atol, rules.eps, rules.freeze and awake is None, rules.stall, n == last,
-                )  # fmt: skip
+                verdict = judge(rounded, f, scalars, counters, rules if awake is None else unfrozen, n == last)
                 counters[:, Counter.EVALUATIONS] += verdict.active.int()  # judge counts one of the two
                 # A plain step from the best iterate could not be undone.
                 counters[verdict.retry, Counter.STATUS] = int(Status.NONFINITE)
@@ -231,10 +229,7 @@ def _look_back(
     """
     others = (counters[:, Counter.STATUS] != Status.CONVERGED)[:, None]
     before = scalars.clone(), counters.clone()
-    verdict = judge(
-        y, f, scalars, counters,
-        rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, look_back=evaluations,
-    )  # fmt: skip
+    verdict = judge(y, f, scalars, counters, rules, last, look_back=evaluations)
     for now, then in zip((scalars, counters), before, strict=True):
         now.copy_(torch.where(others, then, now))
     moved = verdict.improved & ~others[:, 0]

@@ -25,7 +25,8 @@ from pydeq.cell.torch_compile import interpreted
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import Counter
-from pydeq.ops.termination import Rules, Verdict, judge, report
+from pydeq.ops.step import report
+from pydeq.ops.termination import Rules, Verdict, judge
 from pydeq.solve.compaction import Evaluator
 from pydeq.solve.iteration import iterate
 from pydeq.solve.solve import stopping_rules
@@ -170,12 +171,8 @@ class _Unroll(Workspace):
         self.counters[:, Counter.COUNT] = 0
 
     def _judge(self, z: Tensor, f: Tensor, k: int, last: bool, look_back: int = 0) -> Verdict:
-        rules = self.rules
         with torch.no_grad():
-            verdict = judge(
-                z.detach(), f.detach(), self.scalars, self.counters,
-                rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, look_back=look_back,
-            )  # fmt: skip
+            verdict = judge(z.detach(), f.detach(), self.scalars, self.counters, self.rules, last, look_back=look_back)
         if not capturing(f.device):  # nobody reads it then
             report(self.progress, self.counters, k)
         return verdict

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from pydeq.ops.constants import COEFFICIENT_LIMIT, Counter
-from pydeq.ops.reduction import WHOLE, Reduction
-from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
-from pydeq.ops.termination import judge, report, settle
+from pydeq.ops.step import Step, StepOperation, report, settle
+from pydeq.ops.termination import judge
 
 
 def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -60,39 +59,36 @@ def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tens
 
 
 def anderson_step_reference(
-    z: Tensor,  # [B, D]
-    f: Tensor,  # [B, D]
-    next: Tensor,  # [B, D]
-    best: Tensor,  # [2, B, D]
+    step: Step,
     residuals: Tensor,  # [B, S, D]
     values: Tensor,  # [B, S, D]
     gram: Tensor,  # [B, S, S]
-    scalars: Tensor,  # [B, len(Scalar)]
-    counters: Tensor,  # [B, len(Counter)]
-    progress: Tensor,  # [len(Progress)]
-    step: int,
-    rtol: float,
-    atol: float,
-    eps: float,
-    freeze: bool,
-    stall: bool,
-    last: bool,
     memory: int,
     damping: float,
     ridge: float,
-    reduction: Reduction = WHOLE,
 ) -> None:
+    """Take a step of Anderson mixing.
+
+    Args:
+        residuals: Ring of g = f(z) - z, with S >= max(memory, 2) slots.
+        values: Ring of f(z).
+        gram: <g_i, g_j> by slot, float64.
+        memory: Columns mixed, at least 1.
+        damping: In (0, 1].
+        ridge: Relative to the diagonal of the Gram matrix, at least 0.
+    """
+    z, f, next, counters, reduction = step.z, step.f, step.next, step.counters, step.rules.reduction
     slots = values.shape[1]
     sample = torch.arange(z.shape[0], device=z.device)
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
+    verdict = judge(z, f, step.scalars, counters, step.rules, step.last)
     head, count = counters[:, Counter.HEAD].long(), counters[:, Counter.COUNT].long()
     before = z.clone()  # settling moves the iterates of stopped samples
-    settle(z, f, next, best, verdict, values[sample, (head - 1) % slots], damping)
+    settle(step, verdict, values[sample, (head - 1) % slots], damping)
     count = torch.where(verdict.retry, 0, count)
     counters[:, Counter.COUNT] = count.int()
 
     compute = torch.promote_types(z.dtype, torch.float32)
-    if not last:  # the slot is free: a sample that does not proceed leaves its head where it is
+    if not step.last:  # the slot is free: a sample that does not proceed leaves its head where it is
         rows = verdict.active.nonzero()[:, 0]
         residuals[rows, head[rows]] = (f[rows].to(compute) - before[rows].to(compute)).to(z.dtype)
         values[rows, head[rows]] = f[rows]
@@ -123,60 +119,11 @@ def anderson_step_reference(
         # Mixing one column is a plain step, and from a new best it is the one a retry would take.
         plain = (used == 1) & verdict.improved[rows]
         counters[rows, Counter.TRIED] = torch.where(plain, 1, counters[rows, Counter.TRIED])
-    report(progress, counters, step)
+    report(step.progress, step.counters, step.number)
 
 
-_anderson_step = define(
-    "anderson_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) residuals, Tensor(e!) values,"
-    " Tensor(f!) gram, Tensor(g!) scalars, Tensor(h!) counters, Tensor(i!) progress, int step, float rtol, float atol,"
-    " float eps, bool freeze, bool stall, bool last, int memory, float damping, float ridge) -> ()",
+anderson_step = StepOperation(
+    "anderson_step",
+    "Tensor(g!) residuals, Tensor(h!) values, Tensor(i!) gram, int memory, float damping, float ridge",
     anderson_step_reference,
-    returns_nothing,
 )
-
-
-def anderson_step(
-    z: Tensor,
-    f: Tensor,
-    next: Tensor,
-    best: Tensor,
-    residuals: Tensor,
-    values: Tensor,
-    gram: Tensor,
-    scalars: Tensor,
-    counters: Tensor,
-    progress: Tensor,
-    step: int,
-    rtol: float,
-    atol: float,
-    eps: float,
-    freeze: bool,
-    stall: bool,
-    last: bool,
-    memory: int,
-    damping: float,
-    ridge: float,
-    reduction: Reduction = WHOLE,
-) -> None:
-    """Measure f(z), decide for each sample whether it is done, and mix the next iterates.
-
-    Args:
-        z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last: As in
-            :func:`pydeq.ops.picard_step`.
-        residuals: Ring of g = f(z) - z, [B, S, D], with S >= max(memory, 2) slots.
-        values: Ring of f(z), [B, S, D].
-        gram: <g_i, g_j> by slot, float64 [B, S, S].
-        memory: Columns mixed, at least 1.
-        damping: In (0, 1].
-        ridge: Relative to the diagonal of the Gram matrix, at least 0.
-        reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
-
-    Raises:
-        RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
-    """
-    refuse_gradients("anderson_step", z, f)
-    op = _anderson_step if reduction is WHOLE else reducing(anderson_step_reference, reduction)
-    op(
-        z, f, next, best, residuals, values, gram, scalars, counters, progress,
-        step, rtol, atol, eps, freeze, stall, last, memory, damping, ridge,
-    )  # fmt: skip

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from pydeq.ops.constants import DENOMINATOR_LIMIT, Counter
-from pydeq.ops.reduction import WHOLE, Reduction
-from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
-from pydeq.ops.termination import judge, report, settle
+from pydeq.ops.reduction import Reduction
+from pydeq.ops.step import Step, StepOperation, report, settle
+from pydeq.ops.termination import judge
 
 
 def denominator_damping(d: Tensor) -> Tensor:
@@ -127,30 +127,29 @@ def _restarted_step(history: _History, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def broyden_step_reference(
-    z: Tensor,  # [B, D]
-    f: Tensor,  # [B, D]
-    next: Tensor,  # [B, D]
-    best: Tensor,  # [2, B, D]
-    iterate: Tensor,  # [B, D] float32 for half states, else empty
+    step: Step,
+    iterate: Tensor,  # [B, D], or empty
     steps: Sequence[Tensor],  # each [B, D]
-    restart: Tensor,  # [B, D], or empty where no restart can come
+    restart: Tensor,  # [B, D], or empty
     gram: Tensor,  # [B, K, K]
     thetas: Tensor,  # [B, K]
-    scalars: Tensor,  # [B, len(Scalar)]
-    counters: Tensor,  # [B, len(Counter)]
-    progress: Tensor,  # [len(Progress)]
-    step: int,
-    rtol: float,
-    atol: float,
-    eps: float,
-    freeze: bool,
-    stall: bool,
-    last: bool,
     memory: int,
-    reduction: Reduction = WHOLE,
 ) -> None:
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
-    settle(z, f, next, best, verdict, None, 1.0)
+    """Take a step of Broyden's method.
+
+    Args:
+        iterate: The iterates in float32 where z is of a half type; else of no elements.
+        steps: s_0, s_1, ..., float32 for half states; at least min(step.number, memory) + 1 of them unless this
+            evaluation is the last.
+        restart: u_0 and, before a restart, the previous residual, of the dtype of the steps. Of no elements where the
+            solve ends before a restart could come.
+        gram: S^T S, lower triangle, float64, with K the largest number of steps.
+        thetas: Damping of each update, float64.
+        memory: Pairs kept, at least 1.
+    """
+    z, f, next, counters = step.z, step.f, step.next, step.counters
+    verdict = judge(z, f, step.scalars, counters, step.rules, step.last)
+    settle(step, verdict)
     exact = iterate.numel() > 0  # then z is the rounding of iterate
     counters[verdict.retry, Counter.COUNT] = 0
     if exact:
@@ -162,7 +161,7 @@ def broyden_step_reference(
     kinds = counters[samples][:, [Counter.COUNT, Counter.RESTARTED]]
     for count, restarted in kinds.unique(dim=0).tolist():
         rows = samples[((kinds[:, 0] == count) & (kinds[:, 1] == restarted))]
-        history = _History(rows, steps, restart, gram, thetas, counters, memory, reduction)
+        history = _History(rows, steps, restart, gram, thetas, counters, memory, step.rules.reduction)
         g = f[rows].to(compute) - position[rows]
         if count == 0:
             new, sound = g, torch.zeros(len(rows), dtype=torch.bool, device=z.device)
@@ -172,7 +171,7 @@ def broyden_step_reference(
             new, sound = _next_step(history, g, count, bool(restarted))
         plain = ~sound
         if plain.any():
-            history = _History(rows[plain], steps, restart, gram, thetas, counters, memory, reduction)
+            history = _History(rows[plain], steps, restart, gram, thetas, counters, memory, step.rules.reduction)
             new[plain] = _first_step(history, g[plain])
         moved = position[rows] + new
         if exact:
@@ -180,63 +179,11 @@ def broyden_step_reference(
         next[rows] = moved.to(z.dtype)
         # From a new best a plain step is the one a retry would take.
         counters[rows[plain & verdict.improved[rows]], Counter.TRIED] = 1
-    report(progress, counters, step)
+    report(step.progress, step.counters, step.number)
 
 
-_broyden_step = define(
-    "broyden_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) iterate, Tensor(e!)[] steps,"
-    " Tensor(f!) restart, Tensor(g!) gram, Tensor(h!) thetas, Tensor(i!) scalars, Tensor(j!) counters,"
-    " Tensor(k!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last,"
-    " int memory) -> ()",
+broyden_step = StepOperation(
+    "broyden_step",
+    "Tensor(g!) iterate, Tensor(h!)[] steps, Tensor(i!) restart, Tensor(j!) gram, Tensor(k!) thetas, int memory",
     broyden_step_reference,
-    returns_nothing,
 )
-
-
-def broyden_step(
-    z: Tensor,
-    f: Tensor,
-    next: Tensor,
-    best: Tensor,
-    iterate: Tensor,
-    steps: Sequence[Tensor],
-    restart: Tensor,
-    gram: Tensor,
-    thetas: Tensor,
-    scalars: Tensor,
-    counters: Tensor,
-    progress: Tensor,
-    step: int,
-    rtol: float,
-    atol: float,
-    eps: float,
-    freeze: bool,
-    stall: bool,
-    last: bool,
-    memory: int,
-    reduction: Reduction = WHOLE,
-) -> None:
-    """Measure f(z), decide for each sample whether it is done, and take Broyden's step.
-
-    Args:
-        z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last: As in
-            :func:`pydeq.ops.picard_step`.
-        iterate: The iterates in float32 where z is of a half type, [B, D]; else of no elements.
-        steps: s_0, s_1, ..., each [B, D], float32 for half states; at least min(step, memory) + 1 of them unless
-            ``last``.
-        restart: u_0 and, before a restart, the previous residual, [B, D] like the steps. Of no elements where the solve
-            ends before a restart could come.
-        gram: S^T S, lower triangle, float64 [B, K, K] with K the largest number of steps.
-        thetas: Damping of each update, float64 [B, K].
-        memory: Pairs kept, at least 1.
-        reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
-
-    Raises:
-        RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
-    """
-    refuse_gradients("broyden_step", z, f)
-    op = _broyden_step if reduction is WHOLE else reducing(broyden_step_reference, reduction)
-    op(
-        z, f, next, best, iterate, steps, restart, gram, thetas, scalars, counters, progress,
-        step, rtol, atol, eps, freeze, stall, last, memory,
-    )  # fmt: skip

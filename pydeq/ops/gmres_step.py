@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 
 from pydeq.ops.constants import BREAKDOWN_EPSILONS, CONTRACTION, MARGIN, NEWEST_SHARE, Coordinate, Counter, Scalar
-from pydeq.ops.reduction import WHOLE, Reduction, inner
-from pydeq.ops.registry import define, reducing, refuse_gradients, returns_nothing
-from pydeq.ops.termination import judge, report, settle
+from pydeq.ops.reduction import inner
+from pydeq.ops.step import Step, StepOperation, report, settle
+from pydeq.ops.termination import judge
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,8 @@ def _norm(gram: Tensor, u: Tensor) -> Tensor:
 
 
 def gmres_step_reference(
-    z: Tensor,  # [B, D]
-    f: Tensor,  # [B, D]
-    next: Tensor,  # [B, D]
-    best: Tensor,  # [2, B, D]
-    iterate: Tensor,  # [B, D] float32 for half states, else empty
+    step: Step,
+    iterate: Tensor,  # [B, D], or empty
     start: Tensor,  # [B, D]
     basis: Sequence[Tensor],  # each [B, D]
     gram: Tensor,  # [B, K, K]
@@ -140,22 +137,28 @@ def gmres_step_reference(
     directions: Tensor,  # [B, K, K]
     coordinates: Tensor,  # [B, len(Coordinate), K]
     lengths: Tensor,  # [B]
-    scalars: Tensor,  # [B, len(Scalar)]
-    counters: Tensor,  # [B, len(Counter)]
-    progress: Tensor,  # [len(Progress)]
-    step: int,
-    rtol: float,
-    atol: float,
-    eps: float,
-    freeze: bool,
-    stall: bool,
-    last: bool,
     penultimate: bool,
     restart: int,
-    reduction: Reduction = WHOLE,
 ) -> None:
-    verdict = judge(z, f, scalars, counters, rtol, atol, eps, freeze, stall, last, reduction)
-    settle(z, f, next, best, verdict, None, 1.0)
+    """Take a step of restarted GMRES.
+
+    Args:
+        iterate: The iterates in float32 where z is of a half type; else of no elements.
+        start: Where each sample's cycle starts, float32 for half states.
+        basis: V, each vector of the dtype of ``start``; at least min(step.number + 1, restart) of them unless this
+            evaluation is the last.
+        gram: V^T V, float64, with K the largest number of basis vectors.
+        images, directions: Coordinates of e_i and p_i, float64.
+        coordinates: By :class:`pydeq.ops.constants.Coordinate`, float64.
+        lengths: beta, the unit of the coordinates, float64.
+        penultimate: Whether exactly one evaluation follows. It is spent on the point with the smallest known residual
+            where the one after that is not expected to be better.
+        restart: Basis vectors of a cycle, at least 1.
+    """
+    z, f, next, scalars, counters = step.z, step.f, step.next, step.scalars, step.counters
+    rules, reduction = step.rules, step.rules.reduction
+    verdict = judge(z, f, scalars, counters, rules, step.last)
+    settle(step, verdict)
     exact = iterate.numel() > 0  # then z is the rounding of iterate
     counters[verdict.retry, Counter.COUNT] = 0
     if exact:
@@ -207,7 +210,7 @@ def gmres_step_reference(
         )  # fmt: skip
         sound = torch.cat([new.h, new.x, new.rho], 1).isfinite().all(1)
         norm = scalars[rows, Scalar.NORM]
-        tolerance = torch.minimum(atol + rtol * norm, CONTRACTION * scalars[rows, Scalar.FIRST])
+        tolerance = torch.minimum(rules.atol + rules.rtol * norm, CONTRACTION * scalars[rows, Scalar.FIRST])
         target = torch.maximum(MARGIN * tolerance, torch.finfo(z.dtype).eps * norm) / beta
         closes = (new.known <= target) | (new.remainder == 0) | ~new.usable | (n == restart)
         closes |= (ratio > old) & penultimate
@@ -243,69 +246,12 @@ def gmres_step_reference(
             counters[r, Counter.COUNT] = n + 1
         if not sound.all():
             begin(rows[~sound], g[~sound], size[~sound])
-    report(progress, counters, step)
+    report(step.progress, step.counters, step.number)
 
 
-_gmres_step = define(
-    "gmres_step(Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) iterate, Tensor(e!) start,"
-    " Tensor(f!)[] basis, Tensor(g!) gram, Tensor(h!) images, Tensor(i!) directions, Tensor(j!) coordinates,"
-    " Tensor(k!) lengths, Tensor(l!) scalars, Tensor(m!) counters, Tensor(n!) progress, int step, float rtol,"
-    " float atol, float eps, bool freeze, bool stall, bool last, bool penultimate, int restart) -> ()",
+gmres_step = StepOperation(
+    "gmres_step",
+    "Tensor(g!) iterate, Tensor(h!) start, Tensor(i!)[] basis, Tensor(j!) gram, Tensor(k!) images,"
+    " Tensor(l!) directions, Tensor(m!) coordinates, Tensor(n!) lengths, bool penultimate, int restart",
     gmres_step_reference,
-    returns_nothing,
 )
-
-
-def gmres_step(
-    z: Tensor,
-    f: Tensor,
-    next: Tensor,
-    best: Tensor,
-    iterate: Tensor,
-    start: Tensor,
-    basis: Sequence[Tensor],
-    gram: Tensor,
-    images: Tensor,
-    directions: Tensor,
-    coordinates: Tensor,
-    lengths: Tensor,
-    scalars: Tensor,
-    counters: Tensor,
-    progress: Tensor,
-    step: int,
-    rtol: float,
-    atol: float,
-    eps: float,
-    freeze: bool,
-    stall: bool,
-    last: bool,
-    penultimate: bool,
-    restart: int,
-    reduction: Reduction = WHOLE,
-) -> None:
-    """Measure f(z), decide for each sample whether it is done, and take a step of restarted GMRES.
-
-    Args:
-        z, f, next, best, scalars, counters, progress, step, rtol, atol, eps, freeze, stall, last: As in
-            :func:`pydeq.ops.picard_step`.
-        iterate: The iterates in float32 where z is of a half type, [B, D]; else of no elements.
-        start: Where each sample's cycle starts, [B, D], float32 for half states.
-        basis: V, each vector [B, D] like ``start``; at least min(step + 1, restart) of them unless ``last``.
-        gram: V^T V, float64 [B, K, K] with K the largest number of basis vectors.
-        images, directions: Coordinates of e_i and p_i, float64 [B, K, K].
-        coordinates: By :class:`pydeq.ops.constants.Coordinate`, float64 [B, len(Coordinate), K].
-        lengths: beta, the unit of the coordinates, float64 [B].
-        penultimate: Whether exactly one evaluation follows. It is spent on the point with the smallest known residual
-            where the one after that is not expected to be better.
-        restart: Basis vectors of a cycle, at least 1.
-        reduction: Completes sums over the entries of a state; where some are elsewhere, the reference runs.
-
-    Raises:
-        RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
-    """
-    refuse_gradients("gmres_step", z, f)
-    op = _gmres_step if reduction is WHOLE else reducing(gmres_step_reference, reduction)
-    op(
-        z, f, next, best, iterate, start, basis, gram, images, directions, coordinates, lengths, scalars, counters,
-        progress, step, rtol, atol, eps, freeze, stall, last, penultimate, restart,
-    )  # fmt: skip

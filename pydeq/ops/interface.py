@@ -10,6 +10,21 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 
+STEP = (
+    "Tensor(a!) z, Tensor f, Tensor(b!) next, Tensor(c!) best, Tensor(d!) scalars, Tensor(e!) counters,"
+    " Tensor(f!) progress, int step, float rtol, float atol, float eps, bool freeze, bool stall, bool last"
+)
+"""The arguments that the steps of all solvers share; see :class:`pydeq.ops.step.Step`."""
+
+
+def step_schema(name: str, own: str) -> str:
+    """The schema of a solver's step.
+
+    Args:
+        own: The arguments that only this solver has.
+    """
+    return f"{name}({STEP}, {own}) -> ()"
+
 
 def interface(schemas: Iterable[str], constants: Mapping[str, object]) -> str:
     """Digests of what must be the same on both sides, "name=digest" between spaces.

@@ -49,7 +49,7 @@ def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reducing(reference: Callable[..., Any], reduction: Reduction) -> Callable[..., Any]:
-    """The operation as its reference does it, where sums over a state are completed by ``reduction``."""
+    """The operation as its reference does it, where ``reduction`` completes sums over a state."""
     return functools.partial(without_autocast(reference), reduction=reduction)
 
 

@@ -1,9 +1,7 @@
 """When a sample is done: the reference of ``csrc/shared/termination.h``.
 
-One rule for every solver. A step measures the residual g = f(z) - z of each sample, ``judge`` turns it into a verdict,
-and ``settle`` does what every solver does with one: it keeps the best iterate and places stopped samples.
-
-Shapes: B samples, D entries of state. ``z``, ``f`` and ``next`` are [B, D], ``best`` is [2, B, D] (iterate, image).
+One rule for every solver. A step measures the residual g = f(z) - z of each sample, and ``judge`` turns it into a
+verdict. What every solver does with a verdict is in :mod:`pydeq.ops.step`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from pydeq.ops.constants import (
     STALL_WINDOW,
     SUM_ROUNDING,
     Counter,
-    Progress,
     Scalar,
     Status,
 )
@@ -78,33 +75,29 @@ def judge(
     f: Tensor,
     scalars: Tensor,
     counters: Tensor,
-    rtol: float,
-    atol: float,
-    eps: float,
-    freeze: bool,
-    stall: bool,
+    rules: Rules,
     last: bool,
-    reduction: Reduction = WHOLE,
     look_back: int = 0,
 ) -> Verdict:
     """Measure g = f - z, update ``scalars`` and ``counters`` in place, and decide.
 
     Args:
         z, f: Iterates and their images, [B, D].
-        rtol, atol, eps, freeze, stall: See :class:`Rules`.
+        scalars: float64 [B, len(Scalar)].
+        counters: int32 [B, len(Counter)].
+        rules: When a sample is done.
         last: Whether no evaluation follows.
-        reduction: Completes the norms.
         look_back: Evaluations so far where a step looks back: it judges the samples that were done before the last one,
             and no others. Else 0.
     """
     compute = torch.promote_types(z.dtype, torch.float32)
-    residual, image = norms([f.to(compute) - z.to(compute), f], reduction)
+    residual, image = norms([f.to(compute) - z.to(compute), f], rules.reduction)
     if look_back:
-        return _judge_again(residual, image, scalars, counters, rtol, atol, eps, last, look_back)
+        return _judge_again(residual, image, scalars, counters, rules, last, look_back)
     status, best = counters[:, Counter.STATUS], scalars[:, Scalar.BEST]
     active = running = status == RUNNING
     had_converged, had_stalled = status == Status.CONVERGED, status == Status.STALLED
-    if not freeze:
+    if not rules.freeze:
         active = running | had_converged | had_stalled
     counters[:, Counter.EVALUATIONS] += active.int()
     begins = active & (counters[:, Counter.EVALUATIONS] == 1)
@@ -119,9 +112,9 @@ def judge(
     first, first_norm = scalars[:, Scalar.FIRST], scalars[:, Scalar.FIRST_NORM]
 
     # z + c has no fixed point, but far out z + c rounds to z: there a small residual says nothing.
-    absorbed = (0.5 * eps * image > (1.0 - CONTRACTION) * first) & (image > GROWTH * first_norm)
+    absorbed = (0.5 * rules.eps * image > (1.0 - CONTRACTION) * first) & (image > GROWTH * first_norm)
     contracted = (residual < CONTRACTION * first) & ~absorbed
-    tolerance = atol + rtol * image
+    tolerance = rules.atol + rules.rtol * image
     meets = active & finite & (residual <= tolerance) & (begins | contracted | had_converged)
     # Without freezing, a sample has converged while it meets the tolerance: others may move it.
     reopened = active & had_converged & ~meets
@@ -136,8 +129,8 @@ def judge(
     counters[:, Counter.SINCE_BEST] = torch.where(active, since, counters[:, Counter.SINCE_BEST])
     tried = counters[:, Counter.TRIED].clone()
 
-    explained = scalars[:, Scalar.BEST] <= STALL_EPSILONS * eps * scalars[:, Scalar.BEST_NORM]
-    stalled = (counters[:, Counter.SINCE_BEST] >= STALL_WINDOW) & explained & stall
+    explained = scalars[:, Scalar.BEST] <= STALL_EPSILONS * rules.eps * scalars[:, Scalar.BEST_NORM]
+    stalled = (counters[:, Counter.SINCE_BEST] >= STALL_WINDOW) & explained & rules.stall
     lost = active & ~finite & (begins | (tried > RECOVERIES))
     verdict = torch.where(lost, int(Status.NONFINITE), RUNNING)
     for rule, name in (
@@ -151,7 +144,7 @@ def judge(
     status = counters[:, Counter.STATUS] = torch.where(judged, verdict, status).int()
 
     done = status != RUNNING
-    ended = done if freeze else (status >= Status.DIVERGED) | lost
+    ended = done if rules.freeze else (status >= Status.DIVERGED) | lost
     stopped = active & (ended | last)
     retry = active & ~finite & ~stopped
     # A step from a history of one evaluation was a plain one.
@@ -160,7 +153,7 @@ def judge(
     materialize = improved & (done | last)
     counters[:, Counter.FRESH] = torch.where(active, (improved & ~materialize).int(), counters[:, Counter.FRESH])
     # What would end soon without meeting the tolerance is not far from its end, either.
-    stalls = (counters[:, Counter.SINCE_BEST] + 1 >= STALL_WINDOW) & explained & stall
+    stalls = (counters[:, Counter.SINCE_BEST] + 1 >= STALL_WINDOW) & explained & rules.stall
     squared = torch.where(residual < previous, residual / previous, 1.0).square()
     far = (residual * (squared * squared) > FAR * tolerance) & ~done & ~begins & finite & ~stalls
     counters[:, Counter.FAR] = torch.where(active, far.int(), counters[:, Counter.FAR])
@@ -173,9 +166,7 @@ def _judge_again(
     image: Tensor,
     scalars: Tensor,
     counters: Tensor,
-    rtol: float,
-    atol: float,
-    eps: float,
+    rules: Rules,
     last: bool,
     look_back: int,
 ) -> Verdict:
@@ -189,7 +180,7 @@ def _judge_again(
     if not last:  # what seemed to diverge while other samples moved gets another chance
         active = active | (status == Status.DIVERGED)
     active &= counters[:, Counter.EVALUATIONS] < look_back
-    change, noise = (residual - scalars[:, Scalar.BEST]).abs(), STALL_EPSILONS * eps * image
+    change, noise = (residual - scalars[:, Scalar.BEST]).abs(), STALL_EPSILONS * rules.eps * image
     same = change <= SUM_ROUNDING * residual
     same &= (image - scalars[:, Scalar.BEST_NORM]).abs() <= SUM_ROUNDING * image
     changed = active & ~same
@@ -202,7 +193,7 @@ def _judge_again(
         (Scalar.BEST_NORM, image),
     ):
         scalars[:, column] = torch.where(moved, value, scalars[:, column])
-    meets = moved & (residual <= atol + rtol * image)
+    meets = moved & (residual <= rules.atol + rules.rtol * image)
     woken = moved & ~meets & ~((status == Status.STALLED) & (residual <= noise))
     for rule, name in (
         (changed & ~finite, Status.NONFINITE),
@@ -219,39 +210,3 @@ def _judge_again(
     scalars[:, Scalar.FIRST] = torch.where(woken & (residual > first), residual, first)
     never = torch.zeros_like(active)
     return Verdict(active, moved, never, never, retry, retry, never, never, moved)
-
-
-def settle(
-    z: Tensor, f: Tensor, next: Tensor, best: Tensor, verdict: Verdict, previous_image: Tensor | None, damping: float
-) -> None:
-    """Save best iterates that would be lost, place stopped samples, and start retries.
-
-    Args:
-        next: On entry the previous iterates, on exit the next ones for stopped and retried samples. After a retry ``z``
-            holds what it starts from, a finite iterate, as it does after any other step.
-        previous_image: f at the previous iterates, [B, D], read for displaced samples. None where the solver does not
-            keep it: then every improvement saves its image at once.
-    """
-    value, image = best[0], best[1]
-    save, keep = verdict.materialize[:, None], verdict.displaced[:, None]
-    value.copy_(torch.where(save, z, torch.where(keep, next, value)))
-    if previous_image is None:
-        image.copy_(torch.where(verdict.improved[:, None], f, image))
-    else:
-        image.copy_(torch.where(save, f, torch.where(keep, previous_image, image)))
-    compute = torch.promote_types(z.dtype, torch.float32)
-    wide_value, wide_image = value.to(compute), image.to(compute)
-    plain = image if damping == 1.0 else (wide_value + damping * (wide_image - wide_value)).to(z.dtype)
-    wide_previous = next.to(compute)
-    half = (wide_previous + 0.5 * (z.to(compute) - wide_previous)).to(z.dtype)
-    stopped, from_best, halfway = (rows[:, None] for rows in (verdict.stopped, verdict.from_best, verdict.halfway))
-    previous = next.clone()
-    next.copy_(torch.where(stopped, value, torch.where(from_best, plain, torch.where(halfway, half, next))))
-    z.copy_(torch.where(stopped | from_best, value, torch.where(halfway, previous, z)))
-
-
-def report(progress: Tensor, counters: Tensor, step: int) -> None:
-    """Write (steps done, samples running, samples far from their tolerance) to ``progress``."""
-    progress[Progress.STEP] = step + 1
-    progress[Progress.RUNNING] = (counters[:, Counter.STATUS] == RUNNING).sum().to(progress.device)
-    progress[Progress.FAR] = counters[:, Counter.FAR].sum().to(progress.device)

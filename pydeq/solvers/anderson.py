@@ -57,16 +57,11 @@ class _AndersonWorkspace(Workspace):
         memory = min(solver.memory, max_steps)
         slots = max(memory, 2)  # the image of the previous iterate must outlive the next evaluation
         super().__init__(flat, rules, max_steps, (batch, slots, slots))
-        self.solver, self.memory, self.damping = solver, memory, solver.damping
+        self.memory, self.damping, self.ridge = memory, solver.damping, solver.ridge
         (self.gram,) = self.zeroed
         self.residuals = self.scratch.empty(batch, slots, size)
         self.values = self.scratch.empty(batch, slots, size)
 
     def step(self, f: Tensor, k: int) -> None:
-        rules, parity, solver = self.rules, k % 2, self.solver
-        anderson_step(
-            self.z[parity], f, self.z[1 - parity], self.best, self.residuals, self.values, self.gram,
-            self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
-            self.memory, solver.damping, solver.ridge, rules.reduction,
-        )  # fmt: skip
+        own = self.residuals, self.values, self.gram, self.memory, self.damping, self.ridge
+        self.take(anderson_step, f, k, k + 1 == self.max_steps, own)

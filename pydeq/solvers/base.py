@@ -14,6 +14,8 @@ from pydeq.ops import picard_step
 from pydeq.ops.constants import CUDA_VECTORS, RUNNING, Counter, Progress, Scalar, Status
 from pydeq.ops.kernels import cuda_loaded
 from pydeq.ops.reduction import WHOLE
+from pydeq.ops.registry import refuse_gradients
+from pydeq.ops.step import StepOperation
 from pydeq.ops.termination import Rules
 from pydeq.solvers.buffers import Scratch, empty, zeros
 
@@ -61,16 +63,33 @@ class Workspace(ABC):
         :func:`pydeq.ops.picard_step` for all that it reads and writes.
         """
 
+    def take(
+        self, operation: StepOperation, f: Tensor, k: int, last: bool, own: tuple[Any, ...], at: int | None = None
+    ) -> None:
+        """Run a solver's operation as step ``k``.
+
+        Args:
+            f: Images of the iterates of step ``at``, by default ``k``; [B, D].
+            last: Whether no evaluation follows.
+            own: The arguments that only this operation has.
+        """
+        rules = self.rules
+        parity = k % 2 if at is None else at % 2
+        z = self.z[parity]
+        if torch.is_grad_enabled():
+            refuse_gradients(operation.name, z, f)
+        run = operation.overload if rules.reduction is WHOLE else operation.completed_by(rules.reduction)
+        run(
+            z, f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
+            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, *own,
+        )  # fmt: skip
+
     def look_back(self, f: Tensor, k: int, last: bool) -> None:
         """Judge samples that were done before the last of ``k`` evaluations by their images ``f`` [B, D] there.
 
         Those that are done no more run again, from plain steps, or are MAX_STEPS where ``last``.
         """
-        rules = self.rules
-        picard_step(
-            self.z[(k - 1) % 2], f, self.z[k % 2], self.best, self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.damping, k, rules.reduction,
-        )  # fmt: skip
+        self.take(picard_step, f, k, last, (self.damping, k), at=k - 1)
 
     def unfreeze(self, k: int) -> None:
         """Iterate on with all samples after ``k`` evaluations, each from its value, but those that are lost."""

@@ -69,7 +69,7 @@ class BroydenWorkspace(Workspace):
         self.evaluations = 0  # that a step was taken with, on a GPU perhaps not yet
 
     def step(self, f: Tensor, k: int) -> None:
-        rules, parity, last = self.rules, k % 2, k + 1 == self.max_steps
+        last = k + 1 == self.max_steps
         self.evaluations = k + 1
         if not last and k <= self.memory:
             if k == len(self.steps):
@@ -78,11 +78,8 @@ class BroydenWorkspace(Workspace):
                     self._widen(2 * self.thetas.shape[1])
             if k == self.memory and k + 2 < self.max_steps:  # the next step restarts
                 self.restart = empty(f, *f.shape, dtype=self.wide)
-        broyden_step(
-            self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.steps, self.restart,
-            self.gram, self.thetas, self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, self.memory, rules.reduction,
-        )  # fmt: skip
+        own = self.iterate, self.steps, self.restart, self.gram, self.thetas, self.memory
+        self.take(broyden_step, f, k, last, own)
 
     def inverse_jacobian(self) -> InverseJacobian:
         """What the solve, which has ended, has learned of (I - J)^-1. Takes the steps over.

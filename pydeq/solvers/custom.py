@@ -109,11 +109,7 @@ class _CustomWorkspace(Workspace):
     def step(self, f: Tensor, k: int) -> None:
         z, next, rules, counters = self.z[k % 2], self.z[1 - k % 2], self.rules, self.counters
         # A plain step, judged; with damping, the image of every new best is saved at once.
-        picard_step(
-            z, f, next, self.best, self.scalars, counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
-            _DAMPING, 0, rules.reduction,
-        )  # fmt: skip
+        self.take(picard_step, f, k, k + 1 == self.max_steps, (_DAMPING, 0))
         if k + 1 == self.max_steps:
             return
         status, tried = counters[:, Counter.STATUS], counters[:, Counter.TRIED]

@@ -74,14 +74,12 @@ class _GMRESWorkspace(Workspace):
         self.lengths = flat.new_empty(batch, dtype=torch.float64)
 
     def step(self, f: Tensor, k: int) -> None:
-        rules, parity, left = self.rules, k % 2, self.max_steps - 1 - k
+        left = self.max_steps - 1 - k
         if left and k < self.restart and k == len(self.basis):
             count = min(_BLOCK, self.capacity - k)
             self.basis.extend(self.scratch.rows(k, count, self.wide))
-        gmres_step(
-            self.z[parity], f, self.z[1 - parity], self.best, self.iterate, self.begin, self.basis,
-            self.gram, self.images, self.directions, self.coordinates, self.lengths,
-            self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, left == 0, left == 1, self.restart,
-            rules.reduction,
+        own = (
+            self.iterate, self.begin, self.basis, self.gram, self.images, self.directions, self.coordinates,
+            self.lengths, left == 1, self.restart,
         )  # fmt: skip
+        self.take(gmres_step, f, k, left == 0, own)

@@ -43,12 +43,7 @@ class _PicardWorkspace(Workspace):
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Picard) -> None:
         super().__init__(flat, rules, max_steps)
-        self.solver, self.damping = solver, solver.damping
+        self.damping = solver.damping
 
     def step(self, f: Tensor, k: int) -> None:
-        rules, parity = self.rules, k % 2
-        picard_step(
-            self.z[parity], f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
-            k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, k + 1 == self.max_steps,
-            self.solver.damping, 0, rules.reduction,
-        )  # fmt: skip
+        self.take(picard_step, f, k, k + 1 == self.max_steps, (self.damping, 0))

@@ -15,11 +15,11 @@ import traffic
 from check_op import DTYPES, SCALES, bits, compare, run
 from emulated import Case, Limits, Result, emulate
 
-from pydeq.ops.anderson_step import anderson_step_reference
-from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.anderson_step import anderson_step
+from pydeq.ops.broyden_step import broyden_step
 from pydeq.ops.constants import RUNNING, Counter, CudaPath, Distribution, Progress, Status
-from pydeq.ops.gmres_step import gmres_step_reference
-from pydeq.ops.picard_step import picard_step_reference
+from pydeq.ops.gmres_step import gmres_step
+from pydeq.ops.picard_step import picard_step
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import squared_norm_reference
 
@@ -30,10 +30,10 @@ MODULES = {
     "gmres_step": test_gmres_step,
 }
 REFERENCES = {
-    "picard_step": picard_step_reference,
-    "anderson_step": anderson_step_reference,
-    "broyden_step": broyden_step_reference,
-    "gmres_step": gmres_step_reference,
+    "picard_step": picard_step.reference,
+    "anderson_step": anderson_step.reference,
+    "broyden_step": broyden_step.reference,
+    "gmres_step": gmres_step.reference,
 }
 # One launch, by a block or by a cluster of two that takes its tiles in turns, and two launches. Tiles have 256 entries.
 PATHS = {"block": Limits(), "cluster": Limits(cluster_blocks=2), "split": Limits(block_state=-1)}

@@ -12,20 +12,20 @@ from check_op import DTYPES, SCALES, bits, check_frozen, compare, copy, run
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pydeq.ops.anderson_step import anderson_step_reference
-from pydeq.ops.broyden_step import broyden_step_reference
+from pydeq.ops.anderson_step import anderson_step
+from pydeq.ops.broyden_step import broyden_step
 from pydeq.ops.constants import Distribution, Progress
-from pydeq.ops.gmres_step import gmres_step_reference
-from pydeq.ops.picard_step import picard_step_reference
+from pydeq.ops.gmres_step import gmres_step
+from pydeq.ops.picard_step import picard_step
 from pydeq.ops.random_probes import random_probes_reference
 from pydeq.ops.squared_norm import mean_squared_norm, squared_norm, squared_norm_reference
 from pydeq.testing import tolerance
 
 STEPS = [
-    (test_picard_step, picard_step_reference),
-    (test_anderson_step, anderson_step_reference),
-    (test_broyden_step, broyden_step_reference),
-    (test_gmres_step, gmres_step_reference),
+    (test_picard_step, picard_step.reference),
+    (test_anderson_step, anderson_step.reference),
+    (test_broyden_step, broyden_step.reference),
+    (test_gmres_step, gmres_step.reference),
 ]
 # Either side of a pack, a warp, the smallest block, the largest state of one block, clusters with and without a
 # remainder, the largest state of a cluster.

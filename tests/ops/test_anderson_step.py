@@ -17,7 +17,7 @@ from check_op import (
 )
 
 from pydeq import Anderson
-from pydeq.ops.anderson_step import anderson_step_reference, mixing_coefficients
+from pydeq.ops.anderson_step import anderson_step, mixing_coefficients
 from pydeq.ops.constants import COEFFICIENT_LIMIT, RUNNING, Counter
 from pydeq.testing import assert_close, tolerance
 
@@ -50,7 +50,7 @@ def perturb(arguments, generator):
 
 
 def allowance(before, after):
-    moved = sensitivity(anderson_step_reference, before, after, perturb)["next"]
+    moved = sensitivity(anderson_step.reference, before, after, perturb)["next"]
     ulp = torch.finfo(before["z"].dtype).eps * after["next"].double().abs().nan_to_num(0.0, 0.0)
     # Where the ring was not moved on, its next slot is free: what is written there is not read.
     proceeds = proceeded(before, after)
@@ -80,23 +80,23 @@ def steps(batch=7, dim=33, dtype=torch.float32, max_steps=12, memory=4, damping=
 @pytest.mark.parametrize("damping", [1.0, 0.6])
 def test_equals_its_reference(dtype, damping):
     samples = steps(dtype=dtype, damping=damping)
-    check_op(OP, anderson_step_reference, samples, allowance, opcheck=[5])
+    check_op(OP, anderson_step.reference, samples, allowance, opcheck=[5])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size):
-    check_op(OP, anderson_step_reference, steps(dim=size, max_steps=6), allowance)
-    check_op(OP, anderson_step_reference, steps(dim=size, dtype=torch.bfloat16, max_steps=6), allowance)
+    check_op(OP, anderson_step.reference, steps(dim=size, max_steps=6), allowance)
+    check_op(OP, anderson_step.reference, steps(dim=size, dtype=torch.bfloat16, max_steps=6), allowance)
 
 
 @pytest.mark.parametrize(("batch", "dim"), [(0, 33), (1, 1), (1, 9000), (3, 0)])
 def test_batches(batch, dim):
-    check_op(OP, anderson_step_reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
+    check_op(OP, anderson_step.reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
 
 
 @pytest.mark.parametrize("memory", [1, 2, 3, 7, 20])
 def test_memories(memory):
-    check_op(OP, anderson_step_reference, steps(memory=memory, dim=65, max_steps=16), allowance)
+    check_op(OP, anderson_step.reference, steps(memory=memory, dim=65, max_steps=16), allowance)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_memories(memory):
     ids=str,
 )
 def test_rules(rules):
-    check_op(OP, anderson_step_reference, steps(max_steps=24, **rules), allowance)
+    check_op(OP, anderson_step.reference, steps(max_steps=24, **rules), allowance)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
 def test_scales(dtype, scale):
-    check_op(OP, anderson_step_reference, steps(dtype=dtype, scale=scale), allowance)
+    check_op(OP, anderson_step.reference, steps(dtype=dtype, scale=scale), allowance)
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -17,7 +17,7 @@ from check_op import (
 )
 
 from pydeq import Broyden
-from pydeq.ops.broyden_step import broyden_step_reference, denominator_damping
+from pydeq.ops.broyden_step import broyden_step, denominator_damping
 from pydeq.ops.constants import DENOMINATOR_LIMIT, RUNNING, Counter
 from pydeq.testing import tolerance
 
@@ -75,7 +75,7 @@ def perturb(arguments, generator):
 
 
 def allowance(before, after):
-    moved = sensitivity(broyden_step_reference, before, after, perturb)
+    moved = sensitivity(broyden_step.reference, before, after, perturb)
     eps = torch.finfo(torch.promote_types(before["z"].dtype, torch.float32)).eps
     active = proceeded(before, after)[:, None]
     # The terms of v, g and c_j s_{j+1}, are about as large as this; v is divided by no less than 0.1.
@@ -118,18 +118,18 @@ def steps(batch=7, dim=33, dtype=torch.float32, max_steps=12, memory=30, scale=1
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory", [3, 30])
 def test_equals_its_reference(dtype, memory):
-    check_op(OP, broyden_step_reference, steps(dtype=dtype, memory=memory), allowance, opcheck=[5])
+    check_op(OP, broyden_step.reference, steps(dtype=dtype, memory=memory), allowance, opcheck=[5])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size):
-    check_op(OP, broyden_step_reference, steps(dim=size, max_steps=6), allowance)
-    check_op(OP, broyden_step_reference, steps(dim=size, dtype=torch.bfloat16, memory=2, max_steps=6), allowance)
+    check_op(OP, broyden_step.reference, steps(dim=size, max_steps=6), allowance)
+    check_op(OP, broyden_step.reference, steps(dim=size, dtype=torch.bfloat16, memory=2, max_steps=6), allowance)
 
 
 @pytest.mark.parametrize(("batch", "dim"), [(0, 33), (1, 1), (1, 9000), (3, 0)])
 def test_batches(batch, dim):
-    check_op(OP, broyden_step_reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
+    check_op(OP, broyden_step.reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
 
 
 @pytest.mark.parametrize("memory", [1, 2, 3, 5])
@@ -138,23 +138,23 @@ def test_restarts(memory):
     samples = steps(batch=9, dim=65, dtype=torch.float64, memory=memory, max_steps=18)
     counts = {tuple(sample[NAMES.index("counters")][:, Counter.COUNT].tolist()) for sample in samples}
     assert any(len(set(count)) > 2 for count in counts)
-    check_op(OP, broyden_step_reference, samples, allowance)
+    check_op(OP, broyden_step.reference, samples, allowance)
 
 
 @pytest.mark.parametrize("memory", [1, 4, 10])
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 5, 6, 7])
 def test_the_last_steps_around_a_restart(memory, max_steps):
-    check_op(OP, broyden_step_reference, steps(memory=memory, max_steps=max_steps), allowance)
+    check_op(OP, broyden_step.reference, steps(memory=memory, max_steps=max_steps), allowance)
 
 
 @pytest.mark.parametrize("rules", [{"freeze": False}, {"stall": False}, {"atol": 1e-1}, {"rtol": 0.0}], ids=str)
 def test_rules(rules):
-    check_op(OP, broyden_step_reference, steps(dtype=torch.float64, max_steps=24, **rules), allowance)
+    check_op(OP, broyden_step.reference, steps(dtype=torch.float64, max_steps=24, **rules), allowance)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
 def test_scales(dtype, scale):
-    check_op(OP, broyden_step_reference, steps(dtype=dtype, memory=5, scale=scale), allowance)
+    check_op(OP, broyden_step.reference, steps(dtype=dtype, memory=5, scale=scale), allowance)
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -66,6 +66,9 @@ def test_a_build_reads_the_interface_that_the_package_has(interface_generator):
     }
 
 
-def test_schemas_are_read_from_calls_of_define(interface_generator):
-    source = 'x = define("a(int x)"\n    " -> ()", f, g)\nother("b() -> ()")\ndefine\n'
-    assert interface_generator["schemas"](source) == ["a(int x) -> ()"]
+def test_schemas_are_read_from_the_sources(interface_generator):
+    source = (
+        'x = define("a(int x)"\n    " -> ()", f, g)\nother("b() -> ()")\ndefine\n'
+        'y = StepOperation("c", "int y," " int z", f)\ndefine(text, f)\n'
+    )
+    assert interface_generator["schemas"](source, "{}({})".format) == ["a(int x) -> ()", "c(int y, int z)"]

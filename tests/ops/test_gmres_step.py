@@ -18,7 +18,7 @@ from check_op import (
 
 from pydeq import GMRES
 from pydeq.ops.constants import RUNNING, Coordinate, Counter
-from pydeq.ops.gmres_step import gmres_step_reference
+from pydeq.ops.gmres_step import gmres_step
 from pydeq.testing import tolerance
 
 OP = torch.ops.pydeq.gmres_step.default
@@ -49,7 +49,7 @@ def perturb(arguments, generator):
 
 
 def allowance(before, after):
-    moved = sensitivity(gmres_step_reference, before, after, perturb)
+    moved = sensitivity(gmres_step.reference, before, after, perturb)
     eps = torch.finfo(torch.promote_types(before["z"].dtype, torch.float32)).eps
     count = after["counters"][:, Counter.COUNT]
     moves = proceeded(before, after)
@@ -96,18 +96,18 @@ def steps(batch=7, dim=33, dtype=torch.float32, max_steps=12, restart=30, scale=
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("restart", [3, 30])
 def test_equals_its_reference(dtype, restart):
-    check_op(OP, gmres_step_reference, steps(dtype=dtype, restart=restart), allowance, opcheck=[5])
+    check_op(OP, gmres_step.reference, steps(dtype=dtype, restart=restart), allowance, opcheck=[5])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size):
-    check_op(OP, gmres_step_reference, steps(dim=size, max_steps=6), allowance)
-    check_op(OP, gmres_step_reference, steps(dim=size, dtype=torch.bfloat16, restart=2, max_steps=6), allowance)
+    check_op(OP, gmres_step.reference, steps(dim=size, max_steps=6), allowance)
+    check_op(OP, gmres_step.reference, steps(dim=size, dtype=torch.bfloat16, restart=2, max_steps=6), allowance)
 
 
 @pytest.mark.parametrize(("batch", "dim"), [(0, 33), (1, 1), (1, 9000), (3, 0)])
 def test_batches(batch, dim):
-    check_op(OP, gmres_step_reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
+    check_op(OP, gmres_step.reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
 
 
 @pytest.mark.parametrize("restart", [1, 2, 3, 5])
@@ -117,23 +117,23 @@ def test_restarts(restart):
     counts = {tuple(sample[NAMES.index("counters")][:, Counter.COUNT].tolist()) for sample in samples}
     assert any(len(set(count)) > 1 for count in counts)
     assert max(max(count) for count in counts) == restart
-    check_op(OP, gmres_step_reference, samples, allowance)
+    check_op(OP, gmres_step.reference, samples, allowance)
 
 
 @pytest.mark.parametrize("restart", [1, 4, 10])
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 5, 6, 7])
 def test_the_last_steps_around_a_restart(restart, max_steps):
-    check_op(OP, gmres_step_reference, steps(restart=restart, max_steps=max_steps), allowance)
+    check_op(OP, gmres_step.reference, steps(restart=restart, max_steps=max_steps), allowance)
 
 
 @pytest.mark.parametrize("rules", [{"freeze": False}, {"stall": False}, {"atol": 1e-1}, {"rtol": 0.0}], ids=str)
 def test_rules(rules):
-    check_op(OP, gmres_step_reference, steps(dtype=torch.float64, max_steps=16, **rules), allowance)
+    check_op(OP, gmres_step.reference, steps(dtype=torch.float64, max_steps=16, **rules), allowance)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
 def test_scales(dtype, scale):
-    check_op(OP, gmres_step_reference, steps(dtype=dtype, restart=5, scale=scale), allowance)
+    check_op(OP, gmres_step.reference, steps(dtype=dtype, restart=5, scale=scale), allowance)
 
 
 @pytest.mark.parametrize("freeze", [True, False])

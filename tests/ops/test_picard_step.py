@@ -8,7 +8,7 @@ from check_op import DTYPES, SCALES, SIZES, check_frozen, check_op, mixed_map, r
 
 from pydeq import Picard, Status
 from pydeq.ops.constants import RUNNING, Counter, Scalar
-from pydeq.ops.picard_step import picard_step_reference
+from pydeq.ops.picard_step import picard_step
 from pydeq.ops.reduction import norm
 
 OP = torch.ops.pydeq.picard_step.default
@@ -27,28 +27,28 @@ def steps(batch=7, dim=33, dtype=torch.float32, damping=1.0, max_steps=12, scale
 @pytest.mark.parametrize("damping", [1.0, 0.6])
 def test_equals_its_reference(dtype, damping):
     samples = steps(dtype=dtype, damping=damping)
-    check_op(OP, picard_step_reference, samples, allowance, opcheck=[5])
+    check_op(OP, picard_step.reference, samples, allowance, opcheck=[5])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size):
-    check_op(OP, picard_step_reference, steps(dim=size, max_steps=6), allowance)
-    check_op(OP, picard_step_reference, steps(dim=size, dtype=torch.bfloat16, damping=0.5, max_steps=6), allowance)
+    check_op(OP, picard_step.reference, steps(dim=size, max_steps=6), allowance)
+    check_op(OP, picard_step.reference, steps(dim=size, dtype=torch.bfloat16, damping=0.5, max_steps=6), allowance)
 
 
 @pytest.mark.parametrize(("batch", "dim"), [(0, 33), (1, 1), (1, 9000), (3, 0)])
 def test_batches(batch, dim):
-    check_op(OP, picard_step_reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
+    check_op(OP, picard_step.reference, steps(batch, dim, max_steps=4), allowance, opcheck=[0])
 
 
 @pytest.mark.parametrize("rules", [{"freeze": False}, {"stall": False}, {"atol": 1e-1}, {"rtol": 0.0}], ids=str)
 def test_rules(rules):
-    check_op(OP, picard_step_reference, steps(max_steps=30, **rules), allowance)
+    check_op(OP, picard_step.reference, steps(max_steps=30, **rules), allowance)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
 def test_scales(dtype, scale):
-    check_op(OP, picard_step_reference, steps(dtype=dtype, scale=scale), allowance)
+    check_op(OP, picard_step.reference, steps(dtype=dtype, scale=scale), allowance)
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -122,7 +122,7 @@ def looking_back(dtype: torch.dtype, damping: float = 1.0, last: bool = False, d
 @pytest.mark.parametrize("last", [False, True])
 def test_looks_back(dtype, damping, last):
     samples = looking_back(dtype, damping, last)
-    check_op(OP, picard_step_reference, samples, allowance, opcheck=[0])
+    check_op(OP, picard_step.reference, samples, allowance, opcheck=[0])
     z, f, next, best, scalars, counters, progress, *more = (
         entry.clone() if isinstance(entry, torch.Tensor) else entry for entry in samples[0]
     )
