@@ -151,7 +151,7 @@ def choose(environment: Mapping[str, str], local: bool) -> tuple[Toolkit, str]:
 
     Args:
         environment: Its switches are above.
-        local: Compile for this machine alone; the environment can name others.
+        local: Compile only for the GPUs of this machine; the environment can name other architectures.
 
     Raises:
         CudaError: If CUDA kernels are not to be compiled, or cannot be.
@@ -163,7 +163,7 @@ def choose(environment: Mapping[str, str], local: bool) -> tuple[Toolkit, str]:
     if switch == "0":
         raise CudaError("PYDEQ_WITH_CUDA=0 was set when pydeq was installed")
     if environment.get("PYDEQ_SANITIZE"):
-        raise CudaError("PYDEQ_SANITIZE was set when pydeq was installed, and sanitizes CPU kernels alone")
+        raise CudaError("PYDEQ_SANITIZE was set when pydeq was installed, and sanitizers work on CPU kernels only")
     toolkit = find_toolkit(environment)
     if wanted := environment.get("TORCH_CUDA_ARCH_LIST"):
         return toolkit, translate(wanted, toolkit.archs)

@@ -1,4 +1,4 @@
-"""Writes ``pydeq_constants.h`` from ``pydeq/ops/constants.py``, so that no number stands in both languages.
+"""Writes ``pydeq_constants.h`` from ``pydeq/ops/constants.py``, so that no number is written in both languages.
 
 ``class CounterColumn(IntEnum)`` with a member ``STATUS = 0`` becomes ``COUNTER_COLUMN_STATUS``, and
 ``COUNTER_COLUMN_SIZE`` says how many members there are. A number in capitals keeps its name, as an int64_t or a double.
@@ -41,7 +41,7 @@ def header(constants: dict[str, tuple[str, str]]) -> str:
     lines = [f"constexpr {kind} {name} = {value};" for name, (kind, value) in constants.items()]
     return "\n".join(
         [
-            "// Generated from pydeq/ops/constants.py, which says what these mean.",
+            "// Generated from pydeq/ops/constants.py, which explains them.",
             "#pragma once",
             "",
             "#include <cstdint>",

@@ -1,4 +1,4 @@
-"""Writes ``pydeq_interface.h``: what a library tells the package that loads it, see ``pydeq/ops/interface.py``."""
+"""Writes ``pydeq_interface.h``: what a library and the package must agree on; see ``pydeq/ops/interface.py``."""
 
 import ast
 import runpy

@@ -86,7 +86,7 @@ struct AndersonStep {
     if (!plan.verdict.proceed) return;
 
     const int64_t previous = older(counters), slots = args.slots;
-    if (!fits && sizeof(T) < 8) {  // float sums over- or underflowed: once more in double
+    if (!fits && sizeof(T) < 8) {  // float sums over- or underflowed: again in double
       for (int64_t i = 2; i < this->sums(); ++i) sums[i] = 0.0;
       double* part = coefficients;
       for (int64_t begin = 0; begin < args.step.state; begin += kChunk) {

@@ -13,14 +13,14 @@ enum class Isa { PYDEQ_FOR_EACH_ISA(PYDEQ_ISA_ENUMERATOR, ) };
 // The instruction set of every kernel call: the best this CPU has, unless select_isa chose another.
 Isa active_isa();
 
-// Chooses one that this CPU has. Not while an operation runs.
+// Chooses an instruction set that this CPU has. Must not be called while an operation runs.
 void select_isa(Isa isa);
 
 bool cpu_supports(Isa isa);
 
 }  // namespace pydeq
 
-// Declares `void op(const Args&)` for every instruction set. Stands outside of any namespace; Args is looked up in
+// Declares `void op(const Args&)` for every instruction set. Use it outside of any namespace; Args is looked up in
 // pydeq.
 #define PYDEQ_DECLARE_KERNEL(op, Args) PYDEQ_FOR_EACH_ISA(PYDEQ_DECLARE_KERNEL_, op, Args)
 #define PYDEQ_DECLARE_KERNEL_(isa, op, Args) \

@@ -1,6 +1,6 @@
 // The C functions of libpydeq_cpu.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: waiting for a
 // device, choosing the instruction set, advising the operating system about memory, and saying what was compiled. This
-// file needs neither torch nor Python. The operations in csrc/cpu register themselves with torch when the library loads.
+// file needs neither torch nor Python. The operations in csrc/cpu register themselves when the library is loaded.
 #include <chrono>
 #include <cstdint>
 
@@ -20,7 +20,8 @@
 // What this library and the Python package must agree on; pydeq/ops/interface.py.
 PYDEQ_EXPORT const char* pydeq_interface() { return PYDEQ_INTERFACE; }
 
-// Of the CUDA library that was built with this one; empty where there is none, and then why.
+// About the CUDA library that was built with this one: version and architectures, empty where there is none, and the
+// reason why there is none.
 PYDEQ_EXPORT const char* pydeq_cuda_version() { return PYDEQ_CUDA_VERSION; }
 PYDEQ_EXPORT const char* pydeq_cuda_archs() { return PYDEQ_CUDA_ARCHS; }
 PYDEQ_EXPORT const char* pydeq_cuda_reason() { return PYDEQ_CUDA_REASON; }
@@ -37,7 +38,7 @@ PYDEQ_EXPORT bool pydeq_supports_instruction_set(int index) {
 // The index of the instruction set whose kernels run.
 PYDEQ_EXPORT int pydeq_instruction_set() { return static_cast<int>(pydeq::active_isa()); }
 
-// Runs the kernels of another one that this CPU has. Not while an operation runs.
+// Selects another instruction set that this CPU has. Must not be called while an operation runs.
 PYDEQ_EXPORT void pydeq_select_instruction_set(int index) { pydeq::select_isa(static_cast<pydeq::Isa>(index)); }
 
 // Samples that run after `steps` steps, once that is reported; else a number of constants::ANSWER_*. `query` is a

@@ -1,5 +1,4 @@
-// What the steps of all solvers share: the arguments, the rows, the norms, keeping the best iterate, and the order of
-// work.
+// The parts of a step that all solvers share: rows, norms, keeping the best iterate, and the order of work.
 //
 // A step is two passes over the state of each active sample. The first reduces: it forms g = f - z and sums of
 // products. From the totals one thread decides and solves. The second applies: it writes the next iterate. Passes go
@@ -90,7 +89,7 @@ inline void careful_norms(const Rows<T>& row, int64_t state, double* residual, d
   }
 }
 
-// Whether sums of squares of the compute type may be trusted at this size; 0 is looked at once more.
+// Whether sums of squares of the compute type may be trusted at this size; 0 may not.
 template <class T>
 inline bool in_range(double total) {
   if constexpr (sizeof(T) == 8) return total > 1e-280 && total < 1e280;
@@ -109,7 +108,7 @@ inline bool norms(const Rows<T>& row, int64_t state, double rr, double ff, doubl
 
 // Saves the best iterate where it would be lost, places stopped samples, starts retries; [begin, begin + n) of a
 // sample. previous_image is null where the solver does not keep it: every improvement then saves its image at once.
-// After a retry z holds what it starts from, a finite iterate, as it does after any other step.
+// After a retry z holds the finite iterate that it starts from, as after any other step.
 template <class T>
 inline void settle(const Rows<T>& row, const Verdict& verdict, const T* previous_image, double damping, int64_t begin,
                    int64_t n) {
@@ -150,7 +149,7 @@ inline void settle(const Rows<T>& row, const Verdict& verdict, const T* previous
 }
 
 // Runs a step over all active samples. Step has:
-//   struct Plan                                             what decide hands to apply, for one sample
+//   struct Plan                                             passed from decide to apply, for one sample
 //   int64_t sums() const, products() const                  totals of the first and of the second pass
 //   int64_t coefficients() const                            doubles a sample's plan needs, scratch included
 //   void reduce(b, begin, n, double* sums)                  first pass over a chunk; writes every entry of sums
@@ -173,7 +172,7 @@ struct Runner {
   }
   int64_t width() const { return sums > products ? sums : products; }
 
-  // All of a sample on one thread. The second pass goes backwards: it finds in the cache what the first one read last.
+  // A whole sample on one thread. The second pass goes backwards: the chunks that the first one read last are in cache.
   // scratch: [width + max(sums, chunks * products)].
   void run_sample(int64_t s, double* scratch) const {
     const int64_t b = samples[s];

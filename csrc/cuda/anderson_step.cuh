@@ -2,9 +2,9 @@
 // next[b, d]    = sum_j a[j] * (values[b, j, d] - (1 - damping) * residuals[b, j, d])
 //                                            z, f, next: [B, D]   residuals, values: [B, S, D]   gram: [B, S, S]
 //
-// Threads as cuda/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
-// fits their shared memory, else a block per tile of 2048 entries (two); neighbouring threads read neighbouring
-// 16 bytes. A warp solves for a.
+// Threads as in cuda/step.cuh. One launch where rows that are read twice fit shared memory: a block, or a cluster of up
+// to 8, per sample. Else two launches: a block per tile of 2048 entries. Neighbouring threads read neighbouring 16
+// bytes. A warp solves for a.
 // With m columns: reads z, f, m - 1 residuals and m values (the newest from shared memory in one launch; with damping
 // m residuals too); writes one residual, one value, next. The image of the previous iterate is still in the ring and
 // the iterate in next, so a best iterate is only copied once it is no longer the newest.

@@ -5,11 +5,11 @@
 //
 // u_j is s_{j+1}, but for the u_0 that a restart stored.
 //
-// Threads as cuda/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
-// fits their shared memory, else a block per tile of 1024 entries (two); neighbouring threads read neighbouring
-// 16 bytes. A warp solves for c, a row of the triangle to each lane.
-// With k + 1 steps stored: reads z, f and s_0..s_k; in two launches z, f and s_1..s_k once more, and what does not fit
-// shared memory then a third time, for the new row of the Gram matrix. Writes the new step, next, and the image of an
+// Threads as in cuda/step.cuh. One launch where rows that are read twice fit shared memory: a block, or a cluster of up
+// to 8, per sample. Else two launches: a block per tile of 1024 entries. Neighbouring threads read neighbouring 16
+// bytes. A warp solves for c, a row of the triangle to each lane.
+// With k + 1 steps stored: reads z, f and s_0..s_k; in two launches z, f and s_1..s_k again, and rows that do not fit
+// shared memory a third time, for the new row of the Gram matrix. Writes the new step, next, and the image of an
 // improved iterate.
 #pragma once
 
@@ -54,7 +54,7 @@ struct BroydenStep {
     const int64_t steps = args.step.step < args.memory ? args.step.step : args.memory;
     return fused ? steps + 5 : 2 * steps + 6;
   }
-  // In one launch the iterate, f, s_1, s_2, ...; else the steps alone.
+  // In one launch the iterate, f, s_1, s_2, ...; else only the steps.
   static int64_t stage_rows(const Args& args, bool fused) {
     const int64_t steps = args.stored > 1 ? args.stored - 1 : 0;
     return args.step.rules.last ? 0 : fused ? 2 + steps : steps;
@@ -193,7 +193,7 @@ struct BroydenStep {
     counters[COUNTER_RESTARTED] = plan.restarted;
   }
 
-  // c[j] for j < k; returns a. Lane j % 32 alone reads and writes c[j]; once c[i] is known, all j > i take their term.
+  // c[j] for j < k; returns a. Only lane j % 32 reads and writes c[j]. Once c[i] is known, all j > i take their term.
   PYDEQ_DEVICE double solve(const double* t, double* c) const {
     const int64_t K = args.capacity;
     const int lane = lane_index();

@@ -3,12 +3,12 @@
 // next[b,d]   = start[b,d] + beta (sum_{i<n} point[i] V_i[b,d] + point[n] V_n[b,d])
 //                  z, f, next, start and each V_i: [B, D]   gram = V^T V: [B, K, K]   x, r, point: [B, K], in V
 //
-// Threads as cuda/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
-// fits their shared memory, else a block per tile of 1024 entries (two); neighbouring threads read neighbouring
-// 16 bytes. A warp solves the least-squares problem (cuda/krylov.cuh).
-// With n vectors in the basis: reads z, f, V_0..V_{n-1} and start; in two launches z, f and V_0..V_{n-1} once more, and
-// what does not fit shared memory then a third time, for the new row of the Gram matrix. Writes V_n, next, and the
-// image of an improved iterate; at the start of a cycle start, too.
+// Threads as in cuda/step.cuh. One launch where rows that are read twice fit shared memory: a block, or a cluster of up
+// to 8, per sample. Else two launches: a block per tile of 1024 entries. Neighbouring threads read neighbouring 16
+// bytes. A warp solves the least-squares problem (cuda/krylov.cuh).
+// With n vectors in the basis: reads z, f, V_0..V_{n-1} and start; in two launches z, f and V_0..V_{n-1} again, and
+// rows that do not fit shared memory a third time, for the new row of the Gram matrix. Writes V_n, next, and the image
+// of an improved iterate; at the beginning of a cycle also start.
 #pragma once
 
 #include "cuda/krylov.cuh"
@@ -52,7 +52,7 @@ struct GmresStep {
     const int64_t basis = args.step.step < args.restart ? args.step.step : args.restart;
     return fused ? basis + 6 : 2 * basis + 8;
   }
-  // In one launch the iterate, f, V_0, V_1, ...; else the vectors alone.
+  // In one launch the iterate, f, V_0, V_1, ...; else only the vectors.
   static int64_t stage_rows(const Args& args, bool fused) {
     return args.step.rules.last ? 0 : fused ? 2 + args.stored : args.stored;
   }

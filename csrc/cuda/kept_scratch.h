@@ -13,12 +13,12 @@ struct ScratchKey {
   bool operator==(const ScratchKey& other) const { return device == other.device && stream == other.stream; }
 };
 
-// The memory of a few keys, the ones used last.
+// The memory of the few keys that were used last.
 template <class Memory>
 class KeptScratch {
  public:
-  // At least `bytes` bytes; `allocate(size)` is called where there are not as many. Sizes double, since the needs of a
-  // growing history do: else every few steps would allocate.
+  // At least `bytes` bytes; calls `allocate(size)` where the kept memory is smaller. Sizes double because a history
+  // grows: otherwise a solve would allocate every few steps.
   template <class Allocate>
   Memory& take(const ScratchKey& key, int64_t bytes, const Allocate& allocate) {
     int at = 0;

@@ -1,4 +1,4 @@
-// What shared/krylov.h computes for a CPU thread, by a warp: lane j % 32 has entry j of every vector.
+// The computations of shared/krylov.h, by a warp instead of a thread: lane j % 32 has entry j of every vector.
 #pragma once
 
 #include "cuda/simt.cuh"
@@ -25,7 +25,7 @@ PYDEQ_DEVICE void warp_apply_gram(const Cycle& cycle, const double* u, double* o
     for (int64_t j = 0; j < cycle.n; ++j) total += cycle.gram[j * cycle.stride + i] * u[j];
     out[i] = total;
   }
-  warp_sync();  // and may be written anew
+  warp_sync();  // u may be written again
 }
 
 // ||u|| in G's inner product, u with one more entry along a unit vector where it is given; work: [n].
@@ -56,8 +56,8 @@ PYDEQ_DEVICE void warp_combine(const Cycle& cycle, const double* rows, int64_t c
 }
 
 // extend of shared/krylov.h, met by a whole warp; `known_before` takes the ||r|| that the cycle had. The images are
-// orthonormal to rounding, so that all of them are projected out at once, and once more: what a CPU does one by one
-// would be a chain of n exchanges. All memory is the warp's; work: [warp_extension_size(n)].
+// orthonormal up to rounding, so that all of them are projected out at once, twice. The CPU does it one by one, which
+// would be a chain of n exchanges here. All memory is the warp's; work: [warp_extension_size(n)].
 PYDEQ_DEVICE Extension warp_extend(const Cycle& cycle, const double* products, double ratio, double eps, double* work,
                                    double& known_before) {
   const int64_t n = cycle.n, s = cycle.stride, newest = n - 1;

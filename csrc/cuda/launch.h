@@ -1,5 +1,4 @@
-// What every launch of CUDA kernels needs: the device of the tensors, its current stream, and errors that say what to
-// do.
+// Every launch of CUDA kernels needs this: the tensors' device, its current stream, and errors that say what to do.
 #pragma once
 
 #include <cuda_runtime.h>

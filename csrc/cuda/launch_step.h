@@ -19,7 +19,7 @@ namespace pydeq {
 // Blocks that a cluster can have on every GPU that has clusters.
 constexpr int kPortableCluster = 8;
 
-// How a kernel is launched in clusters of `cluster` blocks; `attribute` takes what the configuration points to.
+// How a kernel is launched in clusters of `cluster` blocks; the configuration points to `attribute`.
 inline cudaLaunchConfig_t in_clusters(int cluster, dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
                                       cudaLaunchAttribute& attribute) {
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -41,7 +41,7 @@ int measure_clusters(const Launch& launch, Kernel* kernel, int64_t shared_bytes)
   int supported = 0;
   launch.check(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, launch.device()));
   if (!supported) return 1;
-  // On such a GPU, too, code can run that was compiled for one without clusters: it would take each block for the only.
+  // Such a GPU may run code that was compiled for GPUs without clusters, in which each block is alone.
   cudaFuncAttributes attributes{};
   launch.check(cudaFuncGetAttributes(&attributes, kernel));
   if (attributes.ptxVersion < 90) return 1;
@@ -56,7 +56,7 @@ int measure_clusters(const Launch& launch, Kernel* kernel, int64_t shared_bytes)
   return 1;
 }
 
-// What a device answered, or was told, about something; asked once for each device.
+// An answer that is asked for once on each device, then remembered.
 class OncePerDevice {
  public:
   // `ask` must not answer 0.
@@ -73,7 +73,7 @@ class OncePerDevice {
   std::atomic<int> known_[kDevices]{};
 };
 
-// What a device says of itself; asked once.
+// An attribute of a device; asked once.
 template <cudaDeviceAttr attribute>
 int device_attribute(const Launch& launch) {
   static OncePerDevice known;
@@ -84,7 +84,7 @@ int device_attribute(const Launch& launch) {
   });
 }
 
-// What this device allows, and the path that is forced; the rest of the limits stays as it is, since sums depend on it.
+// The limits of this device, and the forced path. The other limits keep their defaults, since sums depend on them.
 inline StepLimits step_limits(const Launch& launch) {
   StepLimits limits;
   limits.shared_bytes = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(launch);
@@ -110,9 +110,9 @@ int largest_cluster(const Launch& launch, int64_t shared_bytes) {
   return largest(launch.device(), [&] { return measure_clusters(launch, kernel, shared_bytes); });
 }
 
-// Where kernels report. A device can write to pinned memory while the host goes on. What the pool of reports allocated
-// is pinned, and has the same address on every device (CUDA C++ Programming Guide, unified virtual addressing), so
-// nobody is asked. For other memory, which no solve hands over, the step waits, and copies.
+// Where kernels report. A device can write to pinned memory while the host goes on. Memory from the pool of reports is
+// pinned and has the same address on every device (CUDA C++ Programming Guide, unified virtual addressing), so the
+// driver need not be asked. For other memory, which no solve passes, the step waits and copies.
 class ReportPlace {
  public:
   ReportPlace(const Launch& launch, const Tensor& like, int64_t* host) : launch_(launch), host_(host), address_(host) {
@@ -151,8 +151,8 @@ class ReportPlace {
 //   streams   memory is reused only on the stream that it was allocated for, where kernels run one after the other; a
 //             stream is known by its id, which no later stream gets, not by its handle
 //   threads   each has its own, so that no other thread's kernel comes between the two launches of a step
-//   graphs    what is captured has memory of its own, from the graph's pool: a replay may run beside anything
-//   the end   torch's allocator gets it back when the thread ends, as any tensor
+//   graphs    a captured step has its own memory, from the graph's pool: its replay may run at any time
+//   the end   torch's allocator gets it back when the thread ends, like any tensor
 class Scratch {
  public:
   Scratch(const Launch& launch, const Tensor& like, int64_t bytes) {
@@ -181,7 +181,7 @@ class Scratch {
   unsigned char* bytes_ = nullptr;
 };
 
-// What the kernels of a step take: its arguments, with the list of vectors where they have one.
+// The arguments as the kernels of a step take them: with the list of vectors, if there is one.
 template <class Step, class Args>
 typename Step::Args with_list(const Args& args, [[maybe_unused]] const std::vector<void*>& addresses) {
   if constexpr (std::is_same_v<typename Step::Args, Args>) {

@@ -15,7 +15,7 @@
 
 namespace {
 
-// While it lives, what this thread calls is allowed although some thread captures a graph.
+// While it lives, this thread's calls are allowed even though some thread captures a graph.
 class Uncaptured {
  public:
   Uncaptured() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -53,7 +53,7 @@ PYDEQ_EXPORT const char* pydeq_interface() { return PYDEQ_INTERFACE; }
 PYDEQ_EXPORT const char* pydeq_cuda_version() { return PYDEQ_CUDA_VERSION; }
 PYDEQ_EXPORT const char* pydeq_cuda_archs() { return PYDEQ_CUDA_ARCHS; }
 
-// Whether a stream still works, without waiting for it: a pydeq::StreamQuery.
+// Whether a stream is still working; does not wait for it. A pydeq::StreamQuery.
 PYDEQ_EXPORT int pydeq_query_stream(void* stream, int device) {
   const Uncaptured uncaptured;
   const OnDevice guard(device);
@@ -61,7 +61,7 @@ PYDEQ_EXPORT int pydeq_query_stream(void* stream, int device) {
   if (status == cudaSuccess) return pydeq::kDone;
   cudaGetLastError();  // an answer, not an error that the next check should find
   if (status == cudaErrorNotReady) return pydeq::kWorking;
-  // Another thread's capture can forbid the question; it says nothing of this stream.
+  // Another thread's capture can forbid the query, which then says nothing about this stream.
   if (status == cudaErrorStreamCaptureUnsupported || status == cudaErrorStreamCaptureImplicit) return pydeq::kWorking;
   return status;
 }

@@ -1,11 +1,11 @@
 // next[b, d] = z[b, d] + damping * (f[b, d] - z[b, d])                    z, f, next: [B, D]
 //
-// Threads as cuda/step.cuh says: a block, or a cluster of up to 8, per sample (one launch) where what is read twice
-// fits their shared memory, else a block per tile of 2048 entries (two); neighbouring threads read neighbouring
-// 16 bytes.
-// Reads z and f, once where a block keeps them in shared memory, else f (and z unless damping is 1) once more; writes
-// next. Without damping the image of the previous iterate is z itself, so a best iterate is only copied once it is no
-// longer the newest; with damping each new best copies its image.
+// Threads as in cuda/step.cuh. One launch where rows that are read twice fit shared memory: a block, or a cluster of up
+// to 8, per sample. Else two launches: a block per tile of 2048 entries. Neighbouring threads read neighbouring 16
+// bytes.
+// Reads z and f: once where a block keeps them in shared memory, else f (and z unless damping is 1) again. Writes next.
+// Without damping the image of the previous iterate is z itself, so a best iterate is only copied once it is no longer
+// the newest; with damping each new best copies its image.
 #pragma once
 
 #include "cuda/step.cuh"

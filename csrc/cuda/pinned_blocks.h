@@ -1,4 +1,4 @@
-// Which host memory is known to be pinned, so that no step needs to ask the driver: the blocks that the pool of reports
+// Host memory that is known to be pinned, so that no step needs to ask the driver: the blocks that the pool of reports
 // has allocated. They are never freed. Plain host code.
 #pragma once
 

@@ -4,7 +4,7 @@
 // and numbers come from them by the same operations in the same order: the same bits.
 //
 // A block of at most 256 threads per kTurns tiles of 8 entries a thread of a row (k, b); neighbouring threads write
-// neighbouring 16 bytes. The signs of a warp come from 8 or 16 blocks of words, which as many lanes draw and hand over.
+// neighbouring 16 bytes. The signs of a warp come from 8 or 16 blocks of words, each drawn by one lane and broadcast.
 // One launch; writes out once, reads the seed's 8 bytes and nothing else.
 #pragma once
 

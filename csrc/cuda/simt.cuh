@@ -1,6 +1,6 @@
-// The whole vocabulary of device code: what every other .cuh says of threads, memory and synchronization, it says in
-// these words. nvcc takes them from here; tests/csrc/emulator has the same words for the CPU, where each access,
-// barrier and exchange is checked and counted.
+// The vocabulary of device code: every other .cuh uses only these names for threads, memory and synchronization. nvcc
+// takes them from here. tests/csrc/emulator defines the same names for the CPU, where each access, barrier and exchange
+// is checked and counted.
 //
 // Warps are always whole: every collective is met by all 32 lanes, at one place in the source. Blocks are one-
 // dimensional and hold a multiple of 32 threads.
@@ -13,8 +13,8 @@
 
 namespace pydeq {
 
-// What a thread holds entries in as they are stored: registers have 32 bits, so a word is two halves, the first one
-// low. Taking a word apart reads what was loaded, and waits for it: rows stay in words until they are computed with.
+// The type in which a thread holds stored entries. Registers have 32 bits, so a word holds two halves, the first one
+// in the low bits. Taking a word apart waits for its load: rows stay in words until they are computed with.
 template <class T>
 struct WordOf {
   using Type = T;
@@ -74,8 +74,8 @@ struct alignas(sizeof(T) * N) Pack {
 // A parameter of a kernel that is read in place, however large it is.
 #define PYDEQ_PARAMETER const __grid_constant__
 #define PYDEQ_UNROLL_LOOP _Pragma("unroll")
-// Before a loop that mostly runs once, such as one over what a lane has of a short vector: several copies of it would
-// take registers from what matters.
+// Before a loop that mostly runs once, such as one over a lane's entries of a short vector: unrolled copies would waste
+// registers.
 #define PYDEQ_ROLL_LOOP _Pragma("unroll 1")
 // type name[count] in a block's shared memory; count is a constant. Not initialized.
 #define PYDEQ_SHARED(type, name, count) __shared__ type name[count]
@@ -105,15 +105,15 @@ __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline void warp_sync() { __syncwarp(); }
 
 // Clusters: as many neighbouring blocks as the launch says run at once, and see each other's shared memory from the
-// first cluster_sync that they met on, until one of them returns. Met by all threads of all blocks, it shows them all
-// that was written before, as block_sync does in a block. GPUs before 9.0 have none: each block is alone.
+// first cluster_sync on, until one of them returns. All threads of all blocks must call cluster_sync, which shows them
+// all that was written before, as block_sync does in a block. GPUs before 9.0 have no clusters: each block is one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ inline int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
 __device__ inline void cluster_sync() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
-// Where the block of this rank has what this block has at `shared`.
+// The address in the block of this rank that corresponds to `shared` in this block.
 template <class T>
 __device__ inline T* cluster_peer(T* shared, int rank) {
   return static_cast<T*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
@@ -131,7 +131,7 @@ __device__ inline T* cluster_peer(T* shared, int /*rank*/) {
 __device__ inline void fence_device() { __threadfence(); }
 __device__ inline void fence_system() { __threadfence_system(); }
 
-// Adds to a counter in global memory and returns what it was. Orders nothing else: see fence_device.
+// Adds to a counter in global memory and returns the old value. Orders no other access: see fence_device.
 __device__ inline int32_t atomic_add(int32_t* counter, int32_t value) { return atomicAdd(counter, value); }
 
 // --- Exchange within a warp
@@ -161,8 +161,8 @@ __device__ inline bool warp_any(bool vote) { return __any_sync(0xffffffffu, vote
 
 // --- Global memory
 
-// A pack goes as one of CUDA's vector types, member by member: what is copied byte by byte, the compiler takes apart.
-// And it is stored by name, or the compiler merges the store with those of single entries beside it, which end a row.
+// A pack is copied as one of CUDA's vector types, member by member: the compiler splits a copy made byte by byte. The
+// store is an intrinsic, or the compiler would merge it with the stores of single entries at the end of a row.
 namespace detail {
 
 __device__ inline void load(const double* p, Pack<double, 2>& out) {
@@ -231,7 +231,7 @@ __device__ inline void store_one(T* p, T value) {
 // Writes where the host is watching.
 __device__ inline void store_system(int64_t* p, int64_t value) { *static_cast<volatile int64_t*>(p) = value; }
 
-// --- Storage types to what they are computed in, and back, to nearest even
+// --- From storage types to compute types, and back, rounding to nearest even
 
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(float x) { return x; }

@@ -1,4 +1,4 @@
-// What shared/small_solve.h computes for a CPU thread, by a warp: the rows of the system are spread over its lanes.
+// The computations of shared/small_solve.h, by a warp: its lanes share the rows of the system.
 #pragma once
 
 #include "cuda/simt.cuh"

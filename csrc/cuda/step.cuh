@@ -1,20 +1,20 @@
-// What the steps of all solvers share on a GPU; cpu/step.h is the same for the CPU.
+// The parts of a step that all solvers share, on a GPU; cpu/step.h has them for the CPU.
 //
-// A step is two passes over the state of each active sample: one reduces, from the totals a warp decides and solves,
-// and one applies. Samples that are done cost their block one look at their status.
+// A step is two passes over the state of each active sample. The first reduces. From the totals a warp decides and
+// solves. The second pass applies. For a sample that is done, a block only reads its status.
 //
-// Small states, step_fused_kernel, one launch: the blocks of a cluster, or one block, have a sample, and keep in shared
-// memory what the second pass needs again, so that each vector is read once. The first block, the leader, takes what
-// its peers have summed up from their shared memory, decides, and they take the plan from its. Large ones, two
-// launches: step_reduce_kernel has a block for each tile of each sample; the block that finishes a sample's last tile
-// adds up the tiles and decides. step_apply_kernel has the same blocks for the second pass; where that has sums too,
-// the last block of a sample closes them.
+// Small states take one launch, of step_fused_kernel: one block or a cluster of blocks has a sample. Its blocks keep in
+// shared memory what the second pass needs again, so that each vector is read once. The first block, the leader, adds
+// up its peers' sums from their shared memory and decides, and the peers read the plan from its shared memory.
+// Large states take two launches. step_reduce_kernel has a block for each tile of each sample; the block that finishes
+// a sample's last tile adds up the tiles and decides. step_apply_kernel has the same blocks for the second pass; where
+// that has sums too, the last block of a sample closes them.
 //
 // Totals are sums over a warp in the compute type, then in double over the warps of a tile, then over tiles, in an
-// order that follows from D alone: both paths and clusters of any size give the same bits. The block that decides last
+// order that follows only from D: both paths and clusters of any size give the same bits. The block that decides last
 // reports to the host.
 //
-// A Step has, beside what cuda/step_shape.h asks of it:
+// A Step has these members in addition to those that cuda/step_shape.h needs:
 //   kResident                                              threads that a multiprocessor has registers for
 //   Step(args, b)                                          of one sample; reads its counters
 //   template <Sum, first> reduce(tile, sums, stage)        first pass; writes its results where `first`
@@ -29,7 +29,7 @@
 
 namespace pydeq {
 
-// Vectors that a launch can name.
+// The most vectors that a launch can be given.
 constexpr int kMaxListed = static_cast<int>(constants::CUDA_VECTORS);
 
 // The arguments of a step that has a list of vectors, with the list where a kernel can read it: by value.
@@ -60,8 +60,8 @@ struct DeviceRows {
 };
 
 // Saves the best iterate where it would be lost, places stopped samples, starts retries. previous_image is null where
-// the solver does not keep it: then the caller, who has f at hand, saves the image of every improvement that it is not
-// materialized here (see saves_image). After a retry z holds what it starts from.
+// the solver does not keep it: then the caller, who has loaded f, saves the image of every improvement that is not
+// materialized here (see saves_image). After a retry z holds the iterate that it starts from.
 template <int W, class T>
 PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const T* previous_image, double damping,
                          const Tile<W>& tile) {
@@ -94,7 +94,7 @@ PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const
 // Of a sample that proceeds.
 PYDEQ_DEVICE bool saves_image(const Verdict& verdict) { return verdict.improved && !verdict.materialize; }
 
-// Whether a sum of squares of the compute type may be trusted at this size; 0 is looked at once more.
+// Whether a sum of squares of the compute type may be trusted at this size; 0 may not.
 template <class T>
 PYDEQ_DEVICE bool in_range(double total) {
   return sizeof(T) == 8 ? total > 1e-280 && total < 1e280 : total > 1e-30 && total < 1e30;
@@ -231,7 +231,7 @@ PYDEQ_DEVICE void report(const StepArgs& args) {
     }
   }
   if (!warp_any(last)) return;
-  warp_sync();                  // what lane 0 has seen, all see
+  warp_sync();                  // all lanes see what lane 0 has seen
   int32_t samples[2] = {0, 0};  // running, far
   for (int64_t first = 0; first < args.batch; first += kWarp) {
     const int64_t b = first + lane_index();
@@ -249,7 +249,7 @@ PYDEQ_DEVICE void report(const StepArgs& args) {
   }
 }
 
-// Whether this block is the last of `expected` to come by; then it sees what all of them wrote.
+// Whether this block is the last of `expected` to arrive here. The last one sees all that the other blocks wrote.
 PYDEQ_DEVICE bool arrives_last(int32_t* counter, int expected, int* flag) {
   block_sync();
   if (thread_index() == 0) {
@@ -287,7 +287,7 @@ PYDEQ_DEVICE void add_tiles(const double* partial, double* totals, int count, in
   add_up([&](int j, int t) { return partial[static_cast<int64_t>(j) * tiles + t]; }, totals, count, tiles);
 }
 
-// The same, of what the blocks of a cluster have in shared memory.
+// The same for tiles that the blocks of a cluster have in shared memory.
 PYDEQ_DEVICE void add_tiles_of_peers(double* partial, double* totals, int count, const StepShape& shape) {
   const int slots = shape.slots();
   add_up(

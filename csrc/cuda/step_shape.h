@@ -3,8 +3,8 @@
 // A launch, for Step one of PicardStep<T>, AndersonStep<T>, BroydenStep<T>, GmresStep<T> of csrc/cuda/<op>.cuh:
 //
 //   StepShape shape = step_shape<Step>(args, limits);           refuse unless shape.valid
-//   scratch: shape.scratch_bytes of device memory, uninitialized, until the step's last kernel has run; null for 0 bytes
-//   fused:   step_fused_kernel<Step><<<shape.blocks, shape.threads, shape.shared_bytes, stream>>>(args, shape, scratch),
+//   scratch: shape.scratch_bytes of device memory, uninitialized, until the last kernel has run; null for 0 bytes
+//   fused:   step_fused_kernel<Step><<<blocks, threads, shape.shared_bytes, stream>>>(args, shape, scratch),
 //            in clusters of shape.cluster blocks
 //   else:    step_reduce_kernel<Step><<<blocks, threads, shape.reduce_shared_bytes, ...>>>(args, shape, scratch), then
 //            step_apply_kernel<Step><<<blocks, threads, shape.shared_bytes, ...>>>(args, shape, scratch)
@@ -13,18 +13,17 @@
 // the sums is then the same as on the CPU to the last bit. limits.shared_bytes is what cudaFuncSetAttribute granted
 // each kernel; progress is pinned memory of the host.
 //
-// What is summed in which order follows from D, the dtype and the solver's memory alone: never from B, the GPU, how
-// many launches and blocks there are, or the limits that a caller sets on them and on shared memory. So the path, which
-// is one launch by a block or by a cluster for each sample, or two launches by a block for each tile, may be whatever
-// is fastest here and now:
+// The order of sums follows only from D, the dtype and the solver's memory. It does not depend on B, the GPU, the
+// number of launches and blocks, or the caller's limits on these and on shared memory. So a step may take the fastest
+// path: one launch with a block or a cluster for each sample, or two launches with a block for each tile:
 //
-//   time  ~  bytes that the busiest multiprocessor moves  +  what a launch, or a cluster, costs more, in such bytes
+//   time  ~  bytes that the busiest multiprocessor moves  +  the extra cost of a launch or a cluster, in bytes
 //
-// One launch reads each vector once, but a sample keeps at most as many multiprocessors busy as a cluster has blocks:
-// with few samples most of the GPU idles. Two launches spread the tiles of all samples over the whole GPU, and read
-// some vectors twice. An H200 gives each of its 132 multiprocessors 36 KB a us of its memory's 4.8 TB/s, and one that
-// finds the others idle takes more, some 50. The second launch of a step follows the first one's last block after some
-// 2.5 us: kLaunchBytes. The three barriers of a cluster cost some 0.3 us: kClusterBytes.
+// One launch reads each vector once, but a sample keeps at most one multiprocessor busy for each block of its cluster:
+// with few samples most of the GPU is idle. Two launches spread the tiles of all samples over the whole GPU, and read
+// some vectors twice. An H200 gives each of its 132 multiprocessors 36 KB a us of its memory's 4.8 TB/s, and about 50
+// where the other ones are idle. The second launch of a step follows the last block of the first one after 2.5 us:
+// kLaunchBytes. The three barriers of a cluster cost about 0.3 us: kClusterBytes.
 #pragma once
 
 #include <cmath>
@@ -36,15 +35,15 @@ namespace pydeq {
 
 // Threads of a block, at most; kernels are compiled for it.
 constexpr int kMaxThreads = 256;
-// Threads that a multiprocessor is to have registers for: enough of them to hide what each waits for.
+// Threads that a multiprocessor has registers for: enough of them to hide each other's waits.
 constexpr int kResidentThreads = 512;
 // Entries of a row that a thread has of each tile.
 constexpr int kShare = 8;
 constexpr int kWarp = 32;
-// Bytes of a multiprocessor's shared memory that each block costs beside its own.
+// Bytes of a multiprocessor's shared memory that each block costs in addition to its own.
 constexpr int64_t kReservedShared = 1 << 10;
 
-// What the costs of a path's launches are, in bytes that a multiprocessor moves meanwhile.
+// Cost of a second launch and of a cluster, in bytes that a multiprocessor moves in that time.
 constexpr int64_t kLaunchBytes = 128 << 10, kClusterBytes = 16 << 10;
 
 struct StepLimits {
@@ -53,8 +52,8 @@ struct StepLimits {
   int64_t block_state = 8192;            // entries that a block of a single launch has, at most; below 0: two launches
   int64_t cluster_blocks = 1;            // of a cluster, at most; a power of 2
   int64_t tile_threads = kMaxThreads;    // at most; a multiple of 32. Changes the order of sums.
-  int64_t multiprocessors = 0;           // of the GPU; 0: not known, and as many as there are blocks
-  int path = constants::CUDA_PATH_AUTO;  // what takes a step where that fits; two launches always do
+  int64_t multiprocessors = 0;           // of the GPU; 0 where it is unknown: then as many as there are blocks
+  int path = constants::CUDA_PATH_AUTO;  // of a step where it fits; two launches always fit
 };
 
 struct StepShape {
@@ -101,7 +100,7 @@ struct SharedLayout {
 };
 
 // Lays out the shared memory of a block that has `staged_tiles` tiles for each team; returns whether all rows that are
-// wanted there fit, so that the second pass reads no vector of the first once more.
+// wanted there fit, so that the second pass reads no vector of the first again.
 template <class Step>
 bool lay_out(const typename Step::Args& args, int64_t available, int64_t slots, int64_t staged_tiles,
              StepShape& shape) {
@@ -123,7 +122,7 @@ bool lay_out(const typename Step::Args& args, int64_t available, int64_t slots, 
   return shape.valid && rows >= wanted;
 }
 
-// One launch by clusters of `cluster` blocks. Returns whether its blocks can keep what the second pass needs again.
+// One launch by clusters of `cluster` blocks. Returns whether blocks can keep the rows that the second pass needs.
 template <class Step>
 bool lay_out_fused(const typename Step::Args& args, const StepLimits& limits, int64_t cluster, StepShape& shape) {
   const int64_t mine = (shape.tiles + cluster - 1) / cluster, threads = shape.tile_threads;
@@ -148,7 +147,7 @@ void lay_out_split(const typename Step::Args& args, const StepLimits& limits, St
   lay_out<Step>(args, limits.shared_bytes, 0, 1, shape);
 }
 
-// What a shape costs, in bytes that a multiprocessor moves: see above.
+// The cost of a shape, in bytes that a multiprocessor moves: see above.
 template <class Step>
 double step_cost(const typename Step::Args& args, const StepLimits& limits, const StepShape& shape) {
   const int64_t batch = Step::common(args).batch, each = shape.fused ? shape.cluster : shape.tiles;
@@ -169,7 +168,7 @@ void choose_path(const typename Step::Args& args, const StepLimits& limits, Step
   const StepShape plain = shape;
   lay_out_split<Step>(args, limits, shape);
   if (limits.path == constants::CUDA_PATH_SPLIT || limits.block_state < 0) return;
-  // Forced, or on a GPU that is not known: one launch where it fits, with as many blocks as there are.
+  // A forced path or an unknown GPU: one launch where it fits, with the largest cluster.
   const bool compare = limits.path == constants::CUDA_PATH_AUTO && limits.multiprocessors > 0;
   // Sums of one tile are never split, so then a second launch would gain nothing.
   double least = compare && plain.tiles > 1 && shape.valid ? step_cost<Step>(args, limits, shape) : HUGE_VAL;
@@ -187,7 +186,7 @@ void choose_path(const typename Step::Args& args, const StepLimits& limits, Step
   }
 }
 
-// Step::Args are what its kernels take.
+// The layout of a step; Step::Args are its kernels' arguments.
 template <class Step>
 StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) {
   using Plan = typename Step::Plan;

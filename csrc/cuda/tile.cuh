@@ -5,8 +5,8 @@
 // that neighbouring threads read neighbouring packs. Which entries a thread has depends on neither alignment nor type,
 // so sums do not either: a row that is not aligned to packs is read entry by entry, into the same shares.
 //
-// Sums: a thread adds up its share, a warp its lanes, both in the compute type; what warps have is added up in double,
-// in order.
+// Sums: a thread adds up its share, a warp its lanes, both in the compute type; the sums of warps are added up in
+// double, in order.
 #pragma once
 
 #include "cuda/simt.cuh"
@@ -111,7 +111,7 @@ PYDEQ_DEVICE void narrow_share(const Compute<T> (&in)[kShare], Share<T>& out) {
   PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare / kEach; ++i) out[i] = narrow_word<T>(in + i * kEach);
 }
 
-// Where it is the only row at hand: the next load waits until this one has arrived.
+// For a single row: the next load waits until this one has arrived.
 template <int W, class T>
 PYDEQ_DEVICE void load_wide(const T* row, const Tile<W>& tile, Compute<T> (&out)[kShare]) {
   Share<T> stored;
@@ -141,7 +141,7 @@ PYDEQ_DEVICE Sum dot_share(const A (&x)[kShare], const A (&y)[kShare]) {
 }
 
 // Shares of rows that a block keeps in shared memory: rows [0, capacity), each of every tile that a team visits. A
-// thread gets back what it put, so nobody waits.
+// thread reads only what it wrote itself, so no barrier is needed.
 template <int W, class T>
 struct Stage {
   static constexpr int kWidth = 16 / static_cast<int>(sizeof(T));  // entries of a place
@@ -175,7 +175,7 @@ struct Stage {
   }
 };
 
-// Sums over a block: totals[j] of what every thread adds under j, in double. The same bits on every run.
+// Sums over a block, in double: totals[j] of everything that threads add under j. The same bits on every run.
 struct Sums {
   double* by_warp;  // [warps, width] shared
   int width;
@@ -195,9 +195,9 @@ struct Sums {
       }
     }
   }
-  // Ends: all threads may read the totals, and begin anew.
+  // Ends: all threads may read the totals, and begin again.
   PYDEQ_DEVICE void finish(double* totals) const { finish(Team::whole_block(), totals, 1, width); }
-  // Ends for each team alone: totals[j * stride] gets what its threads added under j < count. `totals` is the team's.
+  // Ends for each team separately: totals[j * stride], the team's own, gets what its threads added under j < count.
   PYDEQ_DEVICE void finish(const Team& team, double* totals, int stride, int count) const {
     block_sync();
     const int warps = team.threads / kWarp;

@@ -1,4 +1,4 @@
-// One step of Anderson mixing; pydeq/ops/anderson_step.py says what it means.
+// One step of Anderson mixing; pydeq/ops/anderson_step.py defines it.
 #pragma once
 
 #include "shared/step_args.h"

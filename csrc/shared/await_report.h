@@ -14,7 +14,7 @@
 
 namespace pydeq {
 
-// What a stream answers: negative numbers are kWorking and kDone, others are the code of an error.
+// A stream's answer: kWorking, kDone, or the code of an error, which is not negative.
 constexpr int kWorking = -1, kDone = -2;
 using StreamQuery = int (*)(void* stream, int device);
 
@@ -55,14 +55,14 @@ inline Report await_report(const int64_t* progress, int64_t steps, StreamQuery q
     const Clock::time_point now = Clock::now();
     if (now - asked >= query_interval) {
       const int answer = query(stream, device);
-      // What the stream did before it answered is visible by now.
+      // All that the stream did before it answered is visible now.
       if (has_reported(progress, steps)) return report();
       if (answer == kDone) return {Report::lost, 0};
       if (answer != kWorking) return {Report::failed, answer};
       asked = Clock::now();
       if (asked - begin >= patience) return {Report::pending, 0};
     }
-    // A long wait is for fn. Where the device has more of it, being late by a nap costs nothing.
+    // A long wait is a wait for fn. While the device has more of it to run, being late by one nap costs nothing.
     if (!idle && now - begin >= spinning) std::this_thread::sleep_for(nap);
   }
 }

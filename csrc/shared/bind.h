@@ -63,7 +63,7 @@ inline Dtype state_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// What states of this dtype are computed in.
+// The dtype that states of this dtype are computed in.
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -8,11 +8,11 @@
 
 namespace pydeq {
 
-// What a solver's own arguments are checked against and added to.
+// The shared arguments, which a solver's own are checked against and added to.
 struct SharedArguments {
   const Tensor& z;
   StepArgs step;
-  std::vector<void*>& addresses;  // of a list of tensors, which arguments may point to while the step is launched
+  std::vector<void*>& addresses;  // of a list of tensors; valid until the step is launched
 };
 
 // The arguments that all steps share; checked. All are on z's device but progress, which is the host's.
@@ -45,7 +45,7 @@ inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, 
           torch_parallel()};
 }
 
-// `call` is what torch calls for a step: with the shared arguments, then with the solver's own.
+// torch calls `call` for a step, with the arguments of the schema: the shared ones, then the solver's own.
 //
 //   make    Args make(const SharedArguments&, own...), in csrc/shared/<op>_bind.h: checks the solver's own arguments
 //   Device  Device::run(z, arguments, addresses) launches the step; arguments() checks all arguments and returns Args

@@ -1,4 +1,4 @@
-// One step of good Broyden, kept in steps alone; pydeq/ops/broyden_step.py says what it means.
+// One step of good Broyden, stored as steps only; pydeq/ops/broyden_step.py defines it.
 #pragma once
 
 #include "shared/step_args.h"

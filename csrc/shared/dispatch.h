@@ -15,7 +15,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// What a type is computed in.
+// The type that a storage type is computed in.
 template <class T>
 struct ComputeOf {
   using Type = float;
@@ -30,7 +30,7 @@ using Compute = typename ComputeOf<T>::Type;
 template <class T>
 constexpr bool is_half = sizeof(T) == 2;
 
-// What 1 is away from the next larger number.
+// The distance from 1 to the next larger number.
 template <class T>
 constexpr double epsilon = __DBL_EPSILON__;
 template <>

@@ -1,4 +1,4 @@
-// One step of restarted GMRES; pydeq/ops/gmres_step.py says what it means.
+// One step of restarted GMRES; pydeq/ops/gmres_step.py defines it.
 #pragma once
 
 #include "shared/step_args.h"

@@ -1,7 +1,7 @@
 // Philox 4x32-10: a bijection of 128-bit counters for each 64-bit key, whose images pass as random (Salmon, Moraes,
 // Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011). No state: any thread can draw any number.
 //
-// For host and device; 32-bit words and their 64-bit products alone, so the words are the same everywhere.
+// For host and device. Only 32-bit words and their 64-bit products are used, so the words are the same everywhere.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// One step of damped fixed-point iteration; pydeq/ops/picard_step.py says what it means.
+// One step of damped fixed-point iteration; pydeq/ops/picard_step.py defines it.
 #pragma once
 
 #include "shared/step_args.h"

@@ -1,4 +1,4 @@
-// Random probes; pydeq/ops/random_probes.py says what it means.
+// Random probes; pydeq/ops/random_probes.py defines them.
 #pragma once
 
 #include "pydeq_constants.h"

@@ -23,7 +23,7 @@ PYDEQ_HOST_DEVICE inline int64_t mixing_coefficients(Gram gram, int64_t count, d
   for (int64_t i = 0; i < count; ++i) inverse[i] = 1.0 / __builtin_sqrt(gram(i, i));
   const double newest = __builtin_sqrt(gram(0, 0));
   for (int64_t i = 0; i < count; ++i, ++sound) {
-    // Correlations: the diagonal is 1 whatever the scale of the residuals.
+    // Correlations: the diagonal is 1 at any scale of the residuals.
     for (int64_t j = 0; j < i; ++j) {
       double s = gram(i, j) * inverse[i] * inverse[j];
       for (int64_t k = 0; k < j; ++k) s -= factor[i * count + k] * factor[j * count + k];

@@ -1,4 +1,4 @@
-// Mean over probes of the sums of squares of rows; pydeq/ops/squared_norm.py says what it means.
+// Mean over probes of the sums of squares of rows; pydeq/ops/squared_norm.py defines it.
 #pragma once
 
 #include "shared/dispatch.h"

@@ -1,5 +1,5 @@
-// The one include of torch, and only of its stable ABI: what is compiled here runs with every torch from
-// TORCH_TARGET_VERSION on.
+// The only include of torch, and only of its stable ABI: the libraries run with every torch from TORCH_TARGET_VERSION
+// on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

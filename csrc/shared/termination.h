@@ -17,23 +17,23 @@ struct Rules {
   double rtol, atol, eps;
   bool freeze, stall;
   bool last;  // no evaluation follows
-  // Evaluations so far where a step looks back: it judges the samples that were done before the last one, and no
-  // others.
+  // 0, or the number of evaluations so far where a step looks back: it judges only samples that were done before the
+  // last evaluation.
   int64_t look_back = 0;
 };
 
 struct Verdict {
   bool improved;     // this iterate is the best so far
-  bool displaced;    // it is not, and the best one is the previous iterate: save it now
+  bool displaced;    // it is not, and the best iterate is the previous one: save that now
   bool proceed;      // take the solver's step
-  bool retry;        // forget the history, and try another iterate: by default the previous one once more
+  bool retry;        // forget the history, and try another iterate: by default the previous one again
   bool from_best;    // retry: a plain step from the best iterate
   bool halfway;      // retry: half the step from the previous iterate to this one
   bool stopped;      // done now: its rows hold its value from here on
   bool materialize;  // the best iterate is this one and must be saved now
 };
 
-namespace {  // compiled for several instruction sets: never one copy for all
+namespace {  // compiled for several instruction sets, which must not share one copy
 
 PYDEQ_HOST_DEVICE inline bool finite(double x) { return x - x == 0.0; }
 
@@ -43,14 +43,14 @@ PYDEQ_HOST_DEVICE inline bool is_active(const int32_t* counters, const Rules& ru
   const int32_t status = counters[COUNTER_STATUS];
   const bool may_move = status == STATUS_CONVERGED || status == STATUS_STALLED;
   if (rules.look_back > 0) {
-    // What seemed to diverge while other samples moved gets another chance, where one is left.
+    // A sample that seemed to diverge while other samples moved gets another chance, if an evaluation is left.
     return (may_move || (status == STATUS_DIVERGED && !rules.last)) && counters[COUNTER_EVALUATIONS] < rules.look_back;
   }
   return status == RUNNING || (!rules.freeze && may_move);
 }
 
-// Takes ||f(z) - z|| and ||f(z)|| at the value of a sample that was done before this evaluation. They are those that it
-// has, unless its image depends on other samples.
+// Judges a sample that was done before this evaluation by ||f(z) - z|| and ||f(z)|| at its value. They are the recorded
+// ones unless its image depends on other samples.
 PYDEQ_HOST_DEVICE inline Verdict judge_again(double residual, double norm, double* scalars, int32_t* counters,
                                              const Rules& rules) {
   using namespace constants;
@@ -102,7 +102,7 @@ PYDEQ_HOST_DEVICE inline Verdict judge(double residual, double norm, double* sca
   const bool contracted = residual < CONTRACTION * scalars[SCALAR_FIRST] && !absorbed;
   const double tolerance = rules.atol + rules.rtol * norm;
   const bool meets = is_finite && residual <= tolerance && (begins || contracted || before == STATUS_CONVERGED);
-  // Without freezing, a sample has converged while it meets the tolerance: others may move it.
+  // Without freezing, a sample counts as converged only while it meets the tolerance: other samples may move it.
   const bool reopened = before == STATUS_CONVERGED && !meets;
   if (reopened && is_finite && residual > scalars[SCALAR_FIRST]) scalars[SCALAR_FIRST] = residual;
 
@@ -150,7 +150,7 @@ PYDEQ_HOST_DEVICE inline Verdict judge(double residual, double norm, double* sca
     counters[COUNTER_TRIED] = 0;
   }
   counters[COUNTER_FRESH] = verdict.improved && !verdict.materialize;
-  // What would end soon without meeting the tolerance is not far from its end, either.
+  // A sample about to stall is not far from its end either.
   const bool stalls = rules.stall && counters[COUNTER_SINCE_BEST] + 1 >= STALL_WINDOW && explained;
   const double reduction = residual < previous ? residual / previous : 1.0, squared = reduction * reduction;
   const bool far = residual * (squared * squared) > FAR * tolerance;
