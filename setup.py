@@ -1,4 +1,4 @@
-"""Has CMake compile the kernels; everything else stands in pyproject.toml.
+"""Compiles the kernels by CMake; everything else is in pyproject.toml.
 
 Two libraries hold the kernels and serve every Python version; they are compiled again only where a source or an option
 has changed. The module pydeq._C, of one Python version, takes seconds.
@@ -40,13 +40,13 @@ if NEEDED and int(setuptools.__version__.split(".")[0]) < int(NEEDED[1]):
 
 
 def folder_of(package: str) -> Path | None:
-    """Where an installed package lies, found without importing it."""
+    """Return the folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0]).resolve() if spec and spec.submodule_search_locations else None
 
 
 def find_tool(name: str) -> str | None:
-    """A build tool from its package in this environment, whether or not that is on PATH; else from PATH."""
+    """Return the path of a build tool: from its package in this environment, else from PATH."""
     if folder_of(name):
         module = importlib.import_module(name)
         return str(Path(getattr(module, "CMAKE_BIN_DIR", None) or module.BIN_DIR) / name)
@@ -54,7 +54,7 @@ def find_tool(name: str) -> str | None:
 
 
 def why_no_kernels() -> str:
-    """What keeps the kernels from being compiled here; empty where nothing does."""
+    """Return why no kernels can be compiled here; empty if they can."""
     if os.environ.get("PYDEQ_WITH_KERNELS") == "0":
         return "PYDEQ_WITH_KERNELS=0 was set when pydeq was installed"
     missing = [f"the package {name}" for name in ("torch", "pybind11") if not folder_of(name)]
@@ -70,7 +70,7 @@ TOOLKIT = runpy.run_path(str(ROOT / "csrc" / "cuda_toolkit.py"))
 
 
 def why_no_cuda() -> str:
-    """What keeps the CUDA kernels from being compiled here; empty where nothing does."""
+    """Return why no CUDA kernels can be compiled here; empty if they can."""
     try:
         TOOLKIT["choose"](os.environ, local=False)
     except TOOLKIT["CudaError"] as error:
@@ -87,21 +87,21 @@ LIBRARIES = ROOT / "build" / "libraries"
 
 
 class BuildPython(build_py):
-    """Leaves in the package why it has no kernels, so that the warning at import can say so: pip hides this output."""
+    """Writes into the package why it has no kernels, for the warning at import: pip hides this output."""
 
     def run(self):
         if REASON and os.environ.get("PYDEQ_REQUIRE_KERNELS") == "1":
             raise CompileError(f"PYDEQ_REQUIRE_KERNELS=1, but no kernels can be compiled: {REASON}")
         if CUDA_REASON and os.environ.get("PYDEQ_WITH_CUDA") == "1":
             raise CompileError(f"PYDEQ_WITH_CUDA=1, but no CUDA kernels can be compiled: {CUDA_REASON}")
-        if not self.editable_mode:  # what an earlier build left there would be packed
+        if not self.editable_mode:  # files of an earlier build would be packed
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         package = ROOT / "pydeq" if self.editable_mode else Path(self.build_lib, "pydeq")
         reason_file = package / "no_kernels.txt"
         reason_file.unlink(missing_ok=True)
         for pattern, reason in ((CPU_LIBRARY, REASON), (CUDA_LIBRARY, CUDA_REASON), ("_C.*.so", REASON)):
-            if reason:  # what an earlier build left there would be loaded
+            if reason:  # libraries of an earlier build would be loaded
                 for library in package.glob(pattern):
                     library.unlink()
         if REASON:
@@ -112,7 +112,7 @@ class BuildPython(build_py):
 
 
 class BuildKernels(build_ext):
-    """Has CMake build the libraries and the module, into pydeq/."""
+    """Builds the libraries and the module by CMake, into pydeq/."""
 
     def run(self):
         # setuptools clears the first of these while it builds, and copies modules itself, but no libraries.
@@ -165,7 +165,7 @@ class BuildKernels(build_ext):
             replace(built, module.parent / built.name)
 
     def cmake(self, build: Path, options: dict) -> None:
-        """Configure and build all there is to build in a folder."""
+        """Configure a folder and build all its targets."""
         cmake = str(find_tool("cmake"))
         define = [f"-D{name}={value}" for name, value in options.items()]
         try:
@@ -180,7 +180,7 @@ class BuildKernels(build_ext):
 
 
 def build_state(options: dict) -> str:
-    """What decides on the content of the libraries, whichever Python builds them."""
+    """Return a text that changes whenever the libraries must be built again, for any Python."""
     interface = runpy.run_path(str(ROOT / "csrc" / "generate_interface.py"))["package_interface"](ROOT / "pydeq")
     digest = hashlib.sha256(interface.encode())
     for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").rglob("*"))]:

@@ -5,7 +5,7 @@ With residuals g_j = f(z_j) - z_j of the last columns, the coefficients minimize
     (Gram + ridge * diag(Gram)) a = 1, normalized to sum a = 1;   Gram[i, j] = <g_i, g_j>
     z' = sum_j a_j (f(z_j) - (1 - damping) g_j)
 
-The ridge is relative, so that scaling f scales the iterates and nothing else.
+The ridge is relative, so that scaling f only scales the iterates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydeq.ops.termination import judge
 
 
 def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Solve the small system of each sample, without its oldest columns where they spoil it.
+    """Solve the small system of each sample, without its oldest columns if they make it unsound.
 
     Args:
         gram: Gram matrices with the newest column first, float64 [B, M, M].
@@ -37,7 +37,7 @@ def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tens
         open_ = (used == 0) & (count >= columns)
         if not open_.any():
             continue
-        # Work on the correlation matrix: its diagonal is 1 whatever the scale.
+        # Work on the correlation matrix: its diagonal is 1 at any scale.
         inside = (age < columns).expand(batch, memory)
         safe = torch.where(inside & (length > 0), length, 1.0)
         system = gram / safe[:, :, None] / safe[:, None, :]

@@ -1,6 +1,6 @@
-"""One step of good Broyden with unit steps from H0 = -I, kept in steps alone, on each sample.
+"""One step of good Broyden with unit steps from H0 = -I, stored as steps only, on each sample.
 
-With unit steps the inverse Jacobian's factors need no vectors but the steps s_j = z_{j+1} - z_j (Kelley 2003,
+With unit steps the inverse Jacobian's factors need only the steps s_j = z_{j+1} - z_j (Kelley 2003,
 ``brsola``):
 
     -H_k g = (I + w_{k-1} s_{k-1}^T) ... (I + w_0 s_0^T) g,    w_j = theta_j s_{j+1} / ||s_j||^2
@@ -17,7 +17,7 @@ A full memory restarts from the newest pair (s, y), which keeps the secant condi
 
     w_0 = u_0 / ||s||^2,   u_0 = theta (s + y) / (1 - theta + theta gamma),   gamma = -s^T y / ||s||^2
 
-as u_0, which is of the size of s, and s becomes s_0. u_0 then takes the place of theta_0 s_1. Row j of G keeps
+as u_0, which has the size of s, and s becomes s_0. From then on u_0 replaces theta_0 s_1. Row j of G keeps
 <s_j, u_0> in column 0, which is free for j > 0.
 """
 
@@ -43,7 +43,7 @@ def denominator_damping(d: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _History:
-    """The steps of some samples that have equally many, and what a new step adds to them."""
+    """The steps of some samples that have the same number of steps, and how a new step is added."""
 
     rows: Tensor  # [R] which samples
     steps: Sequence[Tensor]  # each [B, D]
@@ -70,7 +70,7 @@ class _History:
         for j, row in enumerate(self.products(new, others), first):
             self.gram[rows, slot, j] = row
         if self.restart.numel():
-            if slot == self.memory:  # the next step restarts, and needs this residual for y
+            if slot == self.memory:  # the next step restarts and needs this residual for y
                 self.restart[rows] = g
             elif u0 is not None:
                 self.restart[rows] = u0
@@ -84,7 +84,7 @@ def _first_step(history: _History, g: Tensor) -> Tensor:
 
 
 def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tuple[Tensor, Tensor]:
-    """The new step [R, D] from ``count`` old ones, and whether it is sound, [R]; stored either way."""
+    """Return the new step [R, D] from ``count`` old ones, and whether it is sound, [R]. Store it in both cases."""
     rows, k = history.rows, count - 1
     G, theta = history.gram[rows], history.thetas[rows]
     s = [history.steps[j][rows].double() for j in range(count)]
@@ -108,7 +108,7 @@ def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tup
 
 
 def _restarted_step(history: _History, g: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``_next_step``, where the memory is full: the newest pair alone is kept."""
+    """Do the same as ``_next_step`` where the memory is full: keep only the newest pair."""
     rows, newest = history.rows, history.memory
     s, squared = history.steps[newest][rows], history.gram[rows, newest, newest]
     y = g.double() - history.restart[rows].double()

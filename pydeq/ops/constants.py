@@ -1,6 +1,6 @@
-"""What the references in Python and the compiled kernels agree on.
+"""The numbers that the references in Python and the compiled kernels share.
 
-The only place where these numbers stand: the build turns this file into ``pydeq_constants.h``. It imports nothing
+They are written only here: the build turns this file into ``pydeq_constants.h``. It imports nothing
 but the standard library, so that a build can read it without torch.
 """
 
@@ -26,7 +26,7 @@ class Status(IntEnum):
 
 
 RUNNING: Final = 0
-"""In the status column while a sample is still iterated; users never see it."""
+"""The status of a sample that is still iterated; users never see it."""
 
 
 class Counter(IntEnum):
@@ -37,10 +37,9 @@ class Counter(IntEnum):
     SINCE_BEST = 2
     """Evaluations since the smallest residual was seen."""
     FRESH = 3
-    """1 while the best iterate is the one evaluated last, which then is not yet copied to ``best``."""
+    """1 while the best iterate is the one evaluated last and is not yet copied to ``best``."""
     TRIED = 4
-    """Steps taken since the best iterate that could be repeated after a step into non-finite values: 1 for a plain step
-    from it, then 1 for each way back."""
+    """Since the best iterate: 1 for a plain step from it, plus 1 for each way back from non-finite values tried."""
     COUNT = 5
     """Columns (Anderson), steps (Broyden) or basis vectors (GMRES) in the sample's history."""
     HEAD = 6
@@ -95,12 +94,12 @@ class Progress(IntEnum):
 
 
 class Answer(IntEnum):
-    """Answers to a wait for a step's report that are not a number of running samples."""
+    """Answers to a wait for a step's report, other than a number of running samples."""
 
     PENDING = -1
     """Nothing has happened so far."""
     LOST = -2
-    """The stream is done with all its work, and the step was not among it."""
+    """The stream has done all its work, which did not include the step."""
     FAILED = -3
     """This number and smaller ones: the stream has an error, whose code is ``FAILED - number``."""
 
@@ -114,14 +113,14 @@ DIVERGENCE: Final = 1e6
 SUM_ROUNDING: Final = 1e-6
 """Relative difference of two norms of the same vector whose sums were formed in another order, at most."""
 RECOVERIES: Final = 4
-"""Ways back from non-finite values that are tried after a plain step from the best iterate, before NONFINITE."""
+"""After a plain step from the best iterate, this many ways back from non-finite values are tried before NONFINITE."""
 STALL_WINDOW: Final = 10
 """Evaluations without a new best before a sample can be STALLED."""
 STALL_EPSILONS: Final = 64
 """... which also needs a relative residual within this many machine epsilons."""
 FAR: Final = 10.0
-"""A residual is far from its tolerance where even a reduction by the fourth power of the last one would leave it beyond
-this multiple: reductions grow from step to step, and faster the fewer entries a state has."""
+"""A residual is far from its tolerance if even a reduction by the fourth power of the last one would leave it beyond
+this multiple. Reductions grow from step to step, faster for states with fewer entries."""
 COEFFICIENT_LIMIT: Final = 1e4
 """Anderson drops its oldest column while the 1-norm of the mixing coefficients is beyond this."""
 DENOMINATOR_LIMIT: Final = 0.1
@@ -135,7 +134,7 @@ class CudaPath(IntEnum):
     """How a CUDA kernel's blocks share a step; all give the same bits. See ``csrc/cuda/step_shape.h``."""
 
     AUTO = 0
-    """What is likely the fastest for this GPU, batch and state."""
+    """Probably the fastest for this GPU, batch and state."""
     BLOCK = 1
     """One launch, a block for each sample."""
     CLUSTER = 2
@@ -145,7 +144,7 @@ class CudaPath(IntEnum):
 
 
 class Distribution(IntEnum):
-    """Of random probes; the last word of their counters, so that no two distributions share random bits."""
+    """Distributions of random probes. The number is the last word of a counter, so they share no random bits."""
 
     RADEMACHER = 0
     """+1 or -1, each with probability 1/2."""
@@ -179,6 +178,6 @@ LOG_2: Final = 0.6931471824645996
 MARGIN: Final = 0.9
 """GMRES evaluates its solution once the known residual is within this share of the tolerance."""
 NEWEST_SHARE: Final = 0.1
-"""A direction of GMRES has at least this share of the newest basis vector: along it alone the map is not yet known."""
+"""A direction of GMRES has at least this share of the newest basis vector, along which the map is not known yet."""
 BREAKDOWN_EPSILONS: Final = 16
-"""What is smaller by this many machine epsilons than what it was subtracted from is rounding, no direction."""
+"""A difference within this many machine epsilons of what it was subtracted from is rounding, not a direction."""

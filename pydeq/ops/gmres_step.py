@@ -1,7 +1,7 @@
 """One step of restarted GMRES (Saad and Schultz 1986) on each sample, for affine f(z) = A z + v: M z = v, M = I - A.
 
-Every point that is evaluated is measured: its residual is g = f(y) - y = r(y), with r(y) = v - M y, and nothing else is
-taken for a residual. A cycle starts at a measured point x_0 with beta = ||r_0||, V = [r_0 / beta], and evaluates
+Every residual is measured: a point y that is evaluated has g = f(y) - y = r(y), with r(y) = v - M y. A cycle starts at
+a measured point x_0 with beta = ||r_0||, V = [r_0 / beta], and evaluates
 
     y = x + d,   d = c (r + a share of the newest basis vector where r has next to none of it)
 
@@ -47,7 +47,7 @@ from pydeq.ops.termination import judge
 
 @dataclass(frozen=True)
 class Extension:
-    """What a measured residual adds to the cycles of R samples with n basis vectors each; lengths in units of beta."""
+    """The addition of a measured residual to the cycles of R samples with n basis vectors; lengths in units of beta."""
 
     h: Tensor  # [R, n] coordinates of g / ||g||
     remainder: Tensor  # [R] ||g - V h|| / ||g||; 0 where there is no new direction
@@ -71,7 +71,7 @@ def extend(
     ratio: Tensor,
     eps: float,
 ) -> Extension:
-    """Take the residual measured at ``a`` into the least-squares problem; all float64.
+    """Add the residual measured at ``a`` to the least-squares problem; all float64.
 
     Args:
         gram: G, [R, n, n].
@@ -173,7 +173,7 @@ def gmres_step_reference(
             iterate[rows] = to.to(compute)
 
     def begin(rows: Tensor, g: Tensor, size: Tensor) -> None:
-        """A cycle from the iterate, by a plain step; without one where the residual cannot be normalized."""
+        """Begin a cycle at the iterate and take a plain step; no cycle where the residual cannot be normalized."""
         sound = (1.0 / size).to(compute).isfinite() & (size > 0)
         start[rows] = position[rows]
         counters[rows, Counter.COUNT] = sound.int()

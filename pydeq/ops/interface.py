@@ -1,6 +1,6 @@
-"""What the package and its compiled libraries must agree on: the schemas of operations, the constants.
+"""The interface of the package and its compiled libraries: schemas of operations and constants, as digests.
 
-A library carries this text as of its build. It imports nothing but the standard library, so that a build can read it
+A library holds the digests from its build. It imports nothing but the standard library, so that a build can read it
 without torch.
 """
 
@@ -27,7 +27,7 @@ def step_schema(name: str, own: str) -> str:
 
 
 def interface(schemas: Iterable[str], constants: Mapping[str, object]) -> str:
-    """Digests of what must be the same on both sides, "name=digest" between spaces.
+    """Return digests of everything that must be the same on both sides, "name=digest" separated by spaces.
 
     Args:
         schemas: Of the operations, ``name(args) -> returns``.
@@ -44,6 +44,6 @@ def interface(schemas: Iterable[str], constants: Mapping[str, object]) -> str:
 
 
 def differences(ours: str, theirs: str) -> list[str]:
-    """The names whose digests differ, or that only one side has."""
+    """Return the names whose digests differ, or that only one side has."""
     both = set(ours.split()) ^ set(theirs.split())
     return sorted({part.split("=")[0] for part in both})

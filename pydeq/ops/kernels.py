@@ -48,7 +48,7 @@ _missed_cuda = False  # whether a solve on a GPU was told that it runs without C
 
 @dataclass(frozen=True)
 class Kernels:
-    """What runs: which compiled kernels are loaded, and the versions they stand on."""
+    """The compiled kernels that are loaded, and the versions that they were built with and run on."""
 
     cpu: bool
     """Whether compiled CPU kernels are loaded; the plain-torch references run otherwise."""
@@ -113,8 +113,8 @@ def package_version() -> str:
 
 
 def kernels() -> Kernels:
-    """Say which kernels are loaded, for which instruction set and torch, and why others are not."""
-    # A GPU is looked for here alone: at import, that would cost time and could start CUDA in a process that forks.
+    """Say which kernels are loaded, for which instruction set and torch, and why the other ones are not."""
+    # Only this looks for a GPU: at import, that would cost time and could start CUDA in a process that forks.
     reason = _cuda_reason or ("" if torch.cuda.is_available() else "torch finds no GPU here")
     driver = cuda_driver() if torch.version.cuda else None
     compiled = _cuda_library or _library  # with CUDA
@@ -196,7 +196,7 @@ def load() -> None:
 
 
 def _interface() -> str:
-    """What the libraries must agree on with this package."""
+    """The interface that the libraries must have been built for."""
     return interface(schemas, vars(constants))
 
 
@@ -242,7 +242,7 @@ def check_capability(capability: tuple[int, int], name: str) -> None:
 
     Args:
         capability: Its compute capability, such as (9, 0).
-        name: What it is called, such as "cuda:0, NVIDIA H100".
+        name: Its name, such as "cuda:0, NVIDIA H100".
 
     Raises:
         RuntimeError: If it runs none of them.
@@ -316,7 +316,7 @@ def await_report(address: int, steps: int, stream: int, device: int, idle: bool)
     """Wait until ``steps`` steps have reported at ``address``; return how many samples run.
 
     Args:
-        stream, device: What the steps were launched on; asked for errors now and then, and never waited for.
+        stream, device: Where the steps were launched; asked for errors now and then, never waited for.
         idle: Whether the device has nothing to do after these steps: then the wait takes no naps.
 
     Raises:
@@ -331,7 +331,7 @@ def await_report(address: int, steps: int, stream: int, device: int, idle: bool)
 
 
 def check_report(answer: int, steps: int, describe: Callable[[int], str]) -> int:
-    """What a wait has answered, with its failures as exceptions; ``describe`` says what an error's code means."""
+    """Return a wait's answer, or raise its failure; ``describe`` explains the code of an error."""
     if answer >= 0:
         return answer
     if answer == Answer.LOST:

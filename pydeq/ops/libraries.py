@@ -1,4 +1,4 @@
-"""The two libraries of compiled kernels and their C functions, called by ctypes, which releases the GIL meanwhile.
+"""The two libraries of compiled kernels and their C functions, called by ctypes, which releases the GIL during a call.
 
 Their operations register themselves with torch when a library is loaded. They hold no Python symbol, so that the same
 files serve every Python version. A call of a C function costs less than half of an operation's dispatch, and no
@@ -32,7 +32,7 @@ class CpuLibrary:
 
     Args:
         path: The file.
-        interface: What it must agree on with this package, see ``pydeq/ops/interface.py``.
+        interface: The interface of this package, see ``pydeq/ops/interface.py``.
 
     Raises:
         OSError: If it does not load.
@@ -109,7 +109,7 @@ class CudaLibrary:
         self._allocate = _function(library, "pydeq_allocate_pinned", c_int, c_size_t, ctypes.POINTER(c_void_p))
 
     def describe_error(self, code: int) -> str:
-        """What an error's code means."""
+        """Explain the code of an error."""
         return self._describe(code).decode()
 
     def allocate_pinned(self, size: int) -> int:

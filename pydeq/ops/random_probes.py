@@ -1,10 +1,10 @@
 """Random probes for estimators of traces and norms, from a counter-based generator.
 
-Entry d of probe k of sample b is decided by the seed and (k, b, d) alone. A block of four random words is Philox
+Entry d of probe k of sample b depends only on the seed and (k, b, d). A block of four random words is Philox
 4x32-10 of the counter (block, b, k, distribution) under the seed as its key. Rademacher probes take 128 signs from a
 block, entry d the bit d % 32 of word d % 128 // 32 of block d // 128, +1 where it is 0. Gaussian probes take 4 numbers
 from a block, the transforms of its words (0, 1) and (2, 3); they are computed in float32 for every dtype, by additions,
-multiplications and square roots alone, which IEEE 754 defines to the last bit.
+multiplications and square roots, which IEEE 754 defines to the last bit.
 
 So a seed gives the same bits on every device, instruction set and number of threads; a sample's probes do not depend
 on the batch around it, and the first probes do not depend on how many there are.
@@ -35,7 +35,7 @@ _ROOT_HALF, _ONE = 0x3F3504F3, 0x3F800000  # the bits of sqrt(1/2) and 1 as floa
 
 
 def _multiply(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low word of a product of 32-bit words; int64 alone would overflow."""
+    """The high and the low word of a product of 32-bit words, which would overflow int64."""
     low = (x & 0xFFFF) * multiplier
     high = (x >> 16) * multiplier + (low >> 16)
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
@@ -144,7 +144,7 @@ def random_probes(
     """Draw probes v with E[v v^T] = I.
 
     Args:
-        like: [B, D], read for its shape, dtype and device alone.
+        like: [B, D], read only for its shape, dtype and device.
         probes: K, at least 1.
         distribution: Of the entries; independent, mean 0, variance 1.
         generator: Where the seed is drawn; by default torch's own for the device of ``like``.

@@ -1,8 +1,7 @@
-"""Where sums over the entries of a state are completed: inner products, norms.
+"""Sums over the entries of a state: inner products, norms, and how they are completed over processes.
 
-Solvers do arithmetic entry by entry, but for these sums. So a solver whose sums all go through a :class:`Reduction`
-also solves for states that are sharded over processes: each process sums over the entries it has, the reduction over
-the processes.
+Apart from these sums solvers compute entry by entry. So a solver whose sums all go through a :class:`Reduction` also
+works for states that are sharded over processes: each process sums over its entries, the reduction over processes.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from torch import Tensor
 
 
 class Reduction:
-    """Completes sums over the entries that are here. This one: all entries are."""
+    """Completes the sums of a process over its entries of a state. This class: the process has all entries."""
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The whole of partial sums."""
+        """Return the complete sums from the partial ones."""
         return partial
 
     def max(self, partial: Tensor) -> Tensor:
-        """The whole of partial maxima; NaN where one is."""
+        """Return the complete maxima from the partial ones; NaN where one of them is."""
         return partial
 
 
@@ -29,7 +28,7 @@ WHOLE = Reduction()
 
 
 def inner(a: Tensor, b: Tensor, reduction: Reduction = WHOLE) -> Tensor:
-    """<a, b> over the last dimension, in float64; what comes before broadcasts."""
+    """<a, b> over the last dimension, in float64; earlier dimensions broadcast."""
     return reduction.sum((a.double() * b.double()).sum(-1))
 
 

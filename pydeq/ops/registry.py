@@ -1,7 +1,7 @@
-"""How an operation is registered: schema, reference and fake kernel from Python, compiled kernels on top.
+"""Registration of an operation: schema, reference and fake kernel from Python, compiled kernels on top.
 
-The schema is defined once, here. The reference serves every device that has no compiled kernel
-(CompositeExplicitAutograd); ``csrc/cpu/<op>.cpp`` overrides it for the CPU.
+The reference serves every device without a compiled kernel (CompositeExplicitAutograd). The bindings in ``csrc/cpu``
+and ``csrc/cuda`` override it for their device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydeq.ops.reduction import Reduction
 
 _library = torch.library.Library("pydeq", "DEF")
 schemas: list[str] = []
-"""Those of all operations, which the compiled libraries must have been built for."""
+"""The schemas of all operations, which the compiled libraries must have been built for."""
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -26,7 +26,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     Args:
         schema: ``name(args) -> returns``, without defaults.
         reference: What the operation means, in plain torch.
-        fake: Output shapes and dtypes alone, for torch.compile.
+        fake: Output shapes and dtypes, for torch.compile.
     """
     name = schema.split("(", 1)[0]
     schemas.append(schema)
@@ -38,7 +38,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
 
 def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """A reference is called where fn is, maybe under autocast, which would round its products."""
+    """Return ``reference`` with autocast off, which would round its products: fn, and so a step, may run under it."""
 
     @functools.wraps(reference)
     def exact(first: Tensor, *others: Any, **options: Any) -> Any:
@@ -49,7 +49,7 @@ def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reducing(reference: Callable[..., Any], reduction: Reduction) -> Callable[..., Any]:
-    """The operation as its reference does it, where ``reduction`` completes sums over a state."""
+    """Return the reference with sums over a state completed by ``reduction``."""
     return functools.partial(without_autocast(reference), reduction=reduction)
 
 

@@ -1,6 +1,6 @@
 """The squared Euclidean norm of each sample, averaged over probes: y[b] = 1/K sum_k sum_d x[k, b, d]^2.
 
-What every estimate of a Jacobian's norm ends in.
+Every estimate of a Jacobian's norm ends with it.
 """
 
 from __future__ import annotations

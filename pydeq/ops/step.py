@@ -1,7 +1,7 @@
-"""What the steps of all solvers share: their arguments, how one is registered, and what each does with a verdict.
+"""The parts of a step that all solvers share: arguments, registration, and what follows from a verdict.
 
-The only list of the shared arguments in Python is :class:`Step`, beside their schema in :mod:`pydeq.ops.interface`.
-``csrc/shared/step_args.h`` is the same for the compiled kernels.
+The shared arguments are :class:`Step` and, as a schema, ``STEP`` in :mod:`pydeq.ops.interface`. The kernels
+have them in ``csrc/shared/step_args.h`` and ``csrc/shared/bind_step.h``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StepOperation:
     Args:
         name: Of the operation.
         own: Schema of the arguments that only this solver has. They follow the shared ones.
-        reference: What the operation means: a function of a :class:`Step` and the solver's own arguments.
+        reference: Defines the operation; a function of a :class:`Step` and the solver's own arguments.
     """
 
     def __init__(self, name: str, own: str, reference: Callable[..., None]) -> None:
@@ -89,7 +89,7 @@ class StepOperation:
 def settle(step: Step, verdict: Verdict, previous_image: Tensor | None = None, damping: float = 1.0) -> None:
     """Save best iterates that would be lost, place stopped samples, and start retries.
 
-    After a retry ``z`` holds what it starts from, a finite iterate, as it does after any other step.
+    After a retry ``z`` holds the finite iterate that it starts from, as after any other step.
 
     Args:
         step: ``next`` holds the previous iterates, and gets the next ones of stopped and retried samples.

@@ -1,7 +1,7 @@
 """When a sample is done: the reference of ``csrc/shared/termination.h``.
 
 One rule for every solver. A step measures the residual g = f(z) - z of each sample, and ``judge`` turns it into a
-verdict. What every solver does with a verdict is in :mod:`pydeq.ops.step`.
+verdict. :mod:`pydeq.ops.step` has what every solver does with a verdict.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rules:
         rtol: CONVERGED when ||f(z) - z|| <= atol + rtol * ||f(z)||.
         atol: See ``rtol``; in units of the residual.
         eps: Machine epsilon of the coarsest dtype that fn computes in.
-        freeze: Whether a sample that is done is left alone. False iterates it on until the worst one is done.
+        freeze: Whether a sample that is done is left alone. False iterates all samples until the worst one is done.
         stall: Whether a sample without progress, at a residual that rounding explains, is STALLED.
         reduction: Completes sums over the entries of a state.
     """
@@ -57,13 +57,13 @@ def default_rtol(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step does with each sample; all bool [B]."""
+    """Decisions of a step about each sample; all bool [B]."""
 
     active: Tensor  # judged at this step
     improved: Tensor  # this iterate is the best so far
     displaced: Tensor  # not improved, and the best iterate is the previous one: save it now
     proceed: Tensor  # take the solver's step
-    retry: Tensor  # forget the history, and try another iterate: by default the previous one once more
+    retry: Tensor  # forget the history, and try another iterate: by default the previous one again
     from_best: Tensor  # retry: a plain step from the best iterate
     halfway: Tensor  # retry: half the step from the previous iterate to this one
     stopped: Tensor  # done now; its rows hold its value from here on
@@ -87,8 +87,8 @@ def judge(
         counters: int32 [B, len(Counter)].
         rules: When a sample is done.
         last: Whether no evaluation follows.
-        look_back: Evaluations so far where a step looks back: it judges the samples that were done before the last one,
-            and no others. Else 0.
+        look_back: 0, or the number of evaluations so far where a step looks back: it judges only samples that were done
+            before the last evaluation.
     """
     compute = torch.promote_types(z.dtype, torch.float32)
     residual, image = norms([f.to(compute) - z.to(compute), f], rules.reduction)
@@ -116,7 +116,7 @@ def judge(
     contracted = (residual < CONTRACTION * first) & ~absorbed
     tolerance = rules.atol + rules.rtol * image
     meets = active & finite & (residual <= tolerance) & (begins | contracted | had_converged)
-    # Without freezing, a sample has converged while it meets the tolerance: others may move it.
+    # Without freezing, a sample counts as converged only while it meets the tolerance: other samples may move it.
     reopened = active & had_converged & ~meets
     first = scalars[:, Scalar.FIRST] = torch.where(reopened & finite & (residual > first), residual, first)
 
@@ -152,7 +152,7 @@ def judge(
     counters[:, Counter.TRIED] = torch.where(retry, tried + 1, torch.where(improved, 0, tried))
     materialize = improved & (done | last)
     counters[:, Counter.FRESH] = torch.where(active, (improved & ~materialize).int(), counters[:, Counter.FRESH])
-    # What would end soon without meeting the tolerance is not far from its end, either.
+    # A sample about to stall is not far from its end either.
     stalls = (counters[:, Counter.SINCE_BEST] + 1 >= STALL_WINDOW) & explained & rules.stall
     squared = torch.where(residual < previous, residual / previous, 1.0).square()
     far = (residual * (squared * squared) > FAR * tolerance) & ~done & ~begins & finite & ~stalls
@@ -170,14 +170,14 @@ def _judge_again(
     last: bool,
     look_back: int,
 ) -> Verdict:
-    """Of samples that were done before this evaluation of their values.
+    """Judge samples that were done before this evaluation of their values.
 
-    ``residual`` and ``image``, the norms of g and f, are those that a sample has, unless its image depends on other
+    ``residual`` and ``image``, the norms of g and f, are the recorded ones unless a sample's image depends on other
     samples.
     """
     status = counters[:, Counter.STATUS].clone()
     active = (status == Status.CONVERGED) | (status == Status.STALLED)
-    if not last:  # what seemed to diverge while other samples moved gets another chance
+    if not last:  # a sample that seemed to diverge while other samples moved gets another chance
         active = active | (status == Status.DIVERGED)
     active &= counters[:, Counter.EVALUATIONS] < look_back
     change, noise = (residual - scalars[:, Scalar.BEST]).abs(), STALL_EPSILONS * rules.eps * image

@@ -1,4 +1,4 @@
-"""Solvers: how the next iterate comes from the ones before. This is the list of them."""
+"""The solvers: each computes the next iterate from the previous ones."""
 
 from pydeq.solvers.anderson import Anderson
 from pydeq.solvers.base import Solver

@@ -1,4 +1,4 @@
-"""What a solver is: hyperparameters, and a workspace for one solve."""
+"""The base classes of solvers: hyperparameters, and the workspace of one solve."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Workspace(ABC):
     """The buffers of one solve, allocated once. Solvers of users need none: see :class:`pydeq.CustomSolver`.
 
     The iterates of step k are in ``z[k % 2]``, and the step writes the next ones to the other buffer, so that the
-    previous iterate is still there when it turns out to have been the best.
+    previous iterate is still there if it turns out to be the best.
 
     Args:
         flat: Initial iterates, [B, D], contiguous.
         rules: When a sample stops.
         max_steps: Evaluations of each sample at most.
-        own: Shapes of what the solver needs zeroed at the start; ``zeroed`` has these tensors, float64.
+        own: Shapes of the solver's buffers that start as zeros; ``zeroed`` has them, float64.
     """
 
     reports_late: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class Workspace(ABC):
         )
         self.progress = torch.empty(len(Progress), dtype=torch.int64, device="cpu")  # read after a step wrote it
         self.scratch = Scratch(flat)  # the history, which a solve that ends well releases
-        # Of half states, the iterates before they were rounded, where a solver has them.
+        # For half states, the iterates before they were rounded, if the solver keeps them.
         self.iterate = flat.new_empty(0)
         self.rules = rules
         self.max_steps = max_steps
@@ -87,18 +87,18 @@ class Workspace(ABC):
     def look_back(self, f: Tensor, k: int, last: bool) -> None:
         """Judge samples that were done before the last of ``k`` evaluations by their images ``f`` [B, D] there.
 
-        Those that are done no more run again, from plain steps, or are MAX_STEPS where ``last``.
+        Samples that are no longer done run again, from plain steps, or are MAX_STEPS where ``last``.
         """
         self.take(picard_step, f, k, last, (self.damping, k), at=k - 1)
 
     def unfreeze(self, k: int) -> None:
-        """Iterate on with all samples after ``k`` evaluations, each from its value, but those that are lost."""
+        """Iterate all samples that are not lost from their values, after ``k`` evaluations."""
         self.rules = dataclasses.replace(self.rules, freeze=False)
         status = self.counters[:, Counter.STATUS]
         stalled = status == Status.STALLED
         counted = (status == RUNNING) | (status == Status.CONVERGED) | stalled
         self.counters[:, Counter.EVALUATIONS].masked_fill_(counted, k)
-        self.counters[:, Counter.COUNT].masked_fill_(stalled, 0)  # the value is not where its history ends
+        self.counters[:, Counter.COUNT].masked_fill_(stalled, 0)  # its history does not end at the value
         if self.iterate.numel():
             self.iterate.copy_(self.z[k % 2])
 
@@ -119,11 +119,11 @@ class Solver(ABC):
 
 
 def check_vectors(device: torch.device, rules: Rules, needed: int, max_steps: int, **depth: int) -> None:
-    """Refuse, before a solve, a history that it would later have no room for on a GPU.
+    """Refuse a history that would not fit on a GPU, before the solve.
 
     Args:
-        needed: Vectors that the solve may come to keep.
-        depth: The argument that decides, by its name, of ``needed`` vectors or of one less.
+        needed: Vectors that the solve may keep.
+        depth: The hyperparameter that limits them, by its name; ``needed`` or one less.
 
     Raises:
         ValueError: If these are more than CUDA kernels can be given.

@@ -1,4 +1,4 @@
-"""Broyden's good method (Broyden 1965), stored in steps alone; the step is in :mod:`pydeq.ops.broyden_step`."""
+"""Broyden's good method (Broyden 1965), stored as steps only; the step is in :mod:`pydeq.ops.broyden_step`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty, zeros
 from pydeq.solvers.inverse_jacobian import InverseJacobian
 
-# Steps whose inner products there is room for at first; the room doubles.
+# Initial capacity for inner products of steps; it doubles.
 _COLUMNS = 16
 # Steps allocated at once: enough for huge pages behind small states, few enough that little is left unused.
 _BLOCK = 3
@@ -51,7 +51,7 @@ class Broyden(Solver):
 
 
 class BroydenWorkspace(Workspace):
-    """At most k + 6 state vectors beside f after k steps; float32 steps for half states."""
+    """At most k + 6 state vectors besides f after k steps; float32 steps for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Broyden) -> None:
         # The last evaluation takes no step, so at most max_steps - 1 are ever stored.
@@ -66,7 +66,7 @@ class BroydenWorkspace(Workspace):
             self.iterate = flat.to(self.wide)
         self.restart = flat.new_empty(0, dtype=self.wide)
         self.steps: list[Tensor] = []
-        self.evaluations = 0  # that a step was taken with, on a GPU perhaps not yet
+        self.evaluations = 0  # whose steps were taken or, on a GPU, are queued
 
     def step(self, f: Tensor, k: int) -> None:
         last = k + 1 == self.max_steps
@@ -82,7 +82,7 @@ class BroydenWorkspace(Workspace):
         self.take(broyden_step, f, k, last, own)
 
     def inverse_jacobian(self) -> InverseJacobian:
-        """What the solve, which has ended, has learned of (I - J)^-1. Takes the steps over.
+        """Return the approximation of (I - J)^-1 after the solve, which takes over its steps.
 
         Raises:
             RuntimeError: If a sample's memory was full: a restart overwrites steps that factors are made of.
@@ -103,7 +103,7 @@ class BroydenWorkspace(Workspace):
         taken = max(0, min(len(self.steps), self.evaluations - 1))
         position = self.iterate if self.iterate.numel() else self.best[0]
         counts = counters[:, Counter.COUNT].long()
-        # Only where the last evaluation was the best one are its iterate and image still there.
+        # The last evaluation's iterate and image are kept only where it was the best one.
         complete = (counters[:, Counter.SINCE_BEST] == 0) & (counts > 0)
         residual = torch.where(complete[:, None], self.best[1].to(self.wide) - position, 0.0)
         return InverseJacobian(self.steps[:taken], self.gram, self.thetas, counts, residual, complete)

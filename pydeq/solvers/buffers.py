@@ -14,20 +14,20 @@ from torch import Tensor
 
 from pydeq.ops.kernels import advise_huge_pages
 
-# From here on huge pages are asked for, and buffers are kept; and as much is kept.
+# Bytes: of a buffer, from which on huge pages are asked for; of a buffer, from which on it is kept; kept in all.
 _LARGE, _KEPT_FROM, _KEPT_BYTES = 1 << 21, 1 << 17, 1 << 26
-# Rows of a history are read at the same entries all at once. A cache finds a line by its place within a page: rows that
-# start at the same place would push each other out. So each starts 17 lines after the one before, with room for that.
+# All rows of a history are read at the same entries. A cache finds a line by its place within a page, so rows that
+# start at the same place would evict each other. So each row starts 17 lines later in its page than the row before.
 _PAGE, _LINE, _LINES_APART, _STAGGERED_FROM = 4096, 64, 17, 1 << 16
 
-# Each operation on it is atomic: threads share it without a lock, which a fork could leave locked.
+# Its operations are atomic, so threads share it without a lock. A fork could leave a lock locked.
 _kept: deque[Tensor] = deque()
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized buffer of this shape, of the device and, by default, the dtype of ``like``.
 
-    Large ones on the CPU lie in huge pages as far as these fit.
+    Large ones on the CPU lie in huge pages where these fit.
     """
     buffer = like.new_empty(shape, dtype=dtype)
     if buffer.nbytes >= _LARGE and like.device.type == "cpu":
@@ -81,7 +81,7 @@ class Scratch:
         return [storage[start : start + size].view(like.shape) for start in starts]
 
     def release(self) -> None:
-        """Keep the buffers for the next solve: nobody has any of them any more."""
+        """Keep the buffers for the next solve. Nothing may use them any more."""
         if not self._taken:
             return
         for buffer in self._taken:
@@ -106,7 +106,7 @@ class Scratch:
 
 
 def _find_kept(count: int, dtype: torch.dtype) -> Tensor | None:
-    """A kept buffer of this size, which is kept no longer."""
+    """Take a kept buffer of this size, if there is one."""
     inference = torch.is_inference_mode_enabled()
     for _ in range(len(_kept)):
         try:

@@ -26,9 +26,9 @@ class GMRES(Solver):
 
     x_k = argmin ||f(x) - x||  over  x in z0 + span(r, M r, ..., M^{k-1} r),   M = I - A,  r = f(z0) - z0
 
-    Every residual that decides anything is measured, at the point that is returned: where dense GMRES needs k products,
-    at most k + 2 evaluations are made, the first of z0 and the last of the solution. A map that is not affine is solved
-    as if it were, cycle by cycle, which need not converge; statuses and residuals stay true.
+    Every residual that decides is measured, at the point that is returned. Where dense GMRES needs k products, at most
+    k + 2 evaluations are made, the first at z0 and the last at the solution. A map that is not affine is solved as if
+    it were, cycle by cycle, which need not converge; statuses and residuals stay true.
 
     Args:
         restart: Products of a cycle, at least 1; the next cycle starts from the smallest residual. Vectors are
@@ -53,7 +53,7 @@ class GMRES(Solver):
 
 
 class _GMRESWorkspace(Workspace):
-    """At most min(k, restart) + 6 state vectors beside f after k steps; a float32 basis for half states."""
+    """At most min(k, restart) + 6 state vectors besides f after k steps; a float32 basis for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: GMRES) -> None:
         super().__init__(flat, rules, max_steps)

@@ -1,11 +1,11 @@
-"""The inverse Jacobian that Broyden's method has gathered by the end of a solve, as a linear map.
+"""The inverse Jacobian that Broyden's method has approximated by the end of a solve, as a linear map.
 
 In the terms of :mod:`pydeq.ops.broyden_step`, for a sample with n steps,
 
     N = (I + w_{n-1} s_{n-1}^T) ... (I + w_0 s_0^T) ~ (I - J)^-1,    w_j = theta_j s_{j+1} / ||s_j||^2
 
-The last factor needs s_n, the step that the residual at the solution asks for. The solve ends without taking it, so it
-is made here: it is what the solve learned by its last evaluation. Products with N and N^T take the inner products of a
+The last factor needs s_n, the step that the residual at the solution leads to. The solve ends without this step, so it
+is computed here, from the last evaluation. Products with N and N^T take the inner products of a
 vector with the steps, a small triangular recursion with the Gram matrix, and one combination of the steps.
 """
 
@@ -28,7 +28,7 @@ class InverseJacobian:
         thetas: float64 [B, >= K].
         counts: n of each sample, at most K, int64 [B].
         residual: g at the iterate that the last step led to, [B, D].
-        complete: Whether that is so, bool [B]; the last factor is left out elsewhere.
+        complete: Whether ``residual`` is known, bool [B]; elsewhere the last factor is left out.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class InverseJacobian:
         index = torch.arange(columns, device=residual.device)
         taken = index < counts[:, None]  # [B, K]
         for j, s in enumerate(steps):
-            s.masked_fill_(~taken[:, j, None], 0.0)  # they were never written
+            s.masked_fill_(~taken[:, j, None], 0.0)  # these rows were never written
         self.steps = tuple(steps)
         gram = gram[:, :columns, :columns]
         self.gram = torch.where(taken[:, :, None] & taken[:, None, :], gram, 0.0)
@@ -91,7 +91,7 @@ class InverseJacobian:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that products need, for autograd to keep; see ``from_tensors``."""
+        """The tensors that products need, for autograd to save; see ``from_tensors``."""
         return self.newest, self.gram, self.weights, self.last, *self.steps
 
     @classmethod
