@@ -121,6 +121,25 @@ def test_a_tuple_of_tensors(solver):
         assert_close(one, other, condition=1e3)
 
 
+class Plain(pydeq.CustomSolver):
+    def propose(self, z, f, state):
+        return f
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_solver_of_a_user_that_returns_f_is_picard(freeze):
+    problem = to_gpu(softsign_map(RHOS[:5], 300))
+    ran = {"rtol": 1e-4, "max_steps": 300, "freeze": freeze}
+    actual, expected = problem.solve(solver=Plain(), **ran), problem.solve(solver=pydeq.Picard(), **ran)
+    assert_identical(actual, expected)
+    assert actual.nfe == int(actual.sample_nfe.max())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problem.z0.clone()  # an empty graph is warned about
+        with pytest.raises(RuntimeError, match="Plain cannot be captured into a CUDA graph"):
+            problem.solve(solver=Plain(), **ran)
+
+
 def gradients(device: str, solver, adjoint) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = (0.5 / 8 * torch.randn(64, 64, generator=generator, dtype=torch.float64)).to(device).requires_grad_()

@@ -350,6 +350,52 @@ def test_a_solve_on_a_late_device_is_the_same_but_for_one_call(solver, stream, o
         assert actual.trace[expected.nfe :].isnan().all()
 
 
+class Plain(pydeq.CustomSolver):
+    def propose(self, z, f, state):
+        return f
+
+
+def coupled(z, x, rate):
+    """The second sample moves the first one, which is done early."""
+    return rate * z + x + torch.cat([0.5 * z[1:2], 0.0 * z[1:2]])
+
+
+@pytest.mark.filterwarnings("ignore::pydeq.CouplingWarning")
+@pytest.mark.parametrize("fn", [softsign_map(RHOS, 9).fn, coupled], ids=["independent", "coupled"])
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [(Plain(), pydeq.Implicit()), (pydeq.Picard(), pydeq.Unrolled()), (pydeq.Anderson(), pydeq.Unrolled())],
+    ids=lambda part: type(part).__name__,
+)
+def test_steps_that_have_reported_when_they_return_cost_no_call(fn, solver, adjoint, stream, pool, monkeypatch):
+    """Of solvers in plain torch on a GPU: the loop has no reason to be ahead of the device."""
+    problem = softsign_map(RHOS, 9, dtype=torch.float64)
+    z0, context = problem.z0, problem.context
+    if fn is coupled:
+        rate = torch.tensor([[0.1], [0.9]], dtype=torch.float64)
+        z0, context = z0[:2], (torch.ones_like(z0[:2]), rate)
+    counter = CallCounter(fn)
+    deq = pydeq.DEQ(counter, solver=solver, adjoint=adjoint, rtol=1e-6, max_steps=300)
+    lags = []
+
+    def solve():
+        counter.batches.clear()
+        return deq(z0, *context, return_solution=True)[1], counter.calls
+
+    def open_reports(device, batch, place, lag):
+        lags.append(lag)
+        return StreamReports(batch, pool, stream, lag)
+
+    expected, calls = solve()
+    monkeypatch.setattr(iteration, "open_reports", open_reports)
+    actual, again = solve()
+    assert lags == [0]
+    assert again == calls
+    assert actual.nfe == expected.nfe == int(expected.sample_nfe.max())
+    assert expected.status.eq(int(pydeq.Status.CONVERGED))[:2].all()
+    assert_identical(actual, expected)
+
+
 def test_calls_do_not_depend_on_how_late_the_device_is(solver, stream, on_device):
     problem = softsign_map(RHOS, 9)
     on_device(stream)
