@@ -215,7 +215,7 @@ class Reversible(Adjoint):
 
 
 def _kept(status: Tensor) -> Tensor:
-    """Which samples run on, or could: those that are not lost."""
+    """Whether each sample is not lost: it runs on, or could."""
     return status <= Status.STALLED
 
 
@@ -240,7 +240,7 @@ def _look_back(
 
 @dataclass(frozen=True)
 class _Taken:
-    """Which iterations led to the outputs.
+    """The iterations that led to the outputs.
 
     Args:
         best: The number of the iteration whose f(y) is a sample's output, from 1; int32 [B].
@@ -264,7 +264,7 @@ class _Taken:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Where the iteration began and where it had the best iterate.
+    """The start of the iteration, and its states at the best iterate.
 
     Args:
         start: z0, [B, D].
@@ -303,7 +303,7 @@ class _Run:
     watched: ChangeCheck
 
     def pull(self, wide: Tensor, seed: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """f at ``wide`` [B, D], and the cotangent of ``wide`` for the one ``seed`` of f; ``sums`` gets the sources'."""
+        """Return f at ``wide`` [B, D] and pull the cotangent ``seed`` of f back to ``wide``, adding to ``sums``."""
         layout = self.layout
         device, dtype, enabled, cached = self.autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled, cached):
@@ -331,7 +331,7 @@ class _Run:
 
 
 def _first_evaluation(explicit: Explicit, start: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """f at ``start`` [B, D], and the tensors with gradients that fn is made from."""
+    """Return f at ``start`` [B, D], and the tensors with gradients that fn is made from."""
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     tensors, cut = _cut(explicit.tensors)
     at = linearize(lambda z: explicit(z, tensors), layout.view(start), ())
@@ -348,7 +348,7 @@ def _first_evaluation(explicit: Explicit, start: Tensor, layout: Layout) -> tupl
 
 
 def _cut(tensors: Sequence[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """The tensors with leaves in place of computed ones, and these leaves by the ids of what they are for.
+    """Replace computed tensors by leaves; also return the leaves by the ids of what they replace.
 
     What the tensors were computed from may be a source, too; its share through them is formed by the graph outside.
     """

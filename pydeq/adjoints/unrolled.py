@@ -199,7 +199,7 @@ class _UnrollPicard(_Unroll):
 
 
 class _UnrollAnderson(_Unroll):
-    """See :mod:`pydeq.ops.anderson_step`, whose rings have no derivative; lists with the newest entry first do."""
+    """Anderson mixing with lists, newest entry first: the rings of :mod:`pydeq.ops.anderson_step` have no gradient."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
         super().__init__(flat, rules, max_steps, solver)

@@ -1,4 +1,4 @@
-"""Copies of the originals in a code base: whether what an import names is what :mod:`pydeq.compat` replaces.
+"""Find copies of the originals in a code base, and tell whether they were changed.
 
 locuslab/deq is no package: its users copied ``lib/solvers.py`` into their own code, and many changed it. An import of a
 changed solver must not be replaced without a word.
@@ -22,7 +22,7 @@ PACKAGE = "torchdeq"
 
 @dataclass(frozen=True)
 class Changed:
-    """A function that is not the original's.
+    """A function that differs from the original.
 
     Args:
         path, line: Where it is.
@@ -83,7 +83,7 @@ class Surroundings:
         return self._known[path]
 
     def copies(self) -> Iterator[tuple[Path, int, str]]:
-        """(file, line, text) of copies of the originals' solvers that no import statement leads to."""
+        """Yield (file, line, text) for copies of the originals' solvers that no import statement leads to."""
         for package in self.packages:
             yield (
                 package / "__init__.py",
@@ -127,7 +127,7 @@ def _parents(path: Path) -> Iterator[Path]:
 
 
 def _differences(node: ast.FunctionDef, original: Callable[..., Any]) -> str:
-    """How a function differs from the original, whose parameters ``original`` has; "" where it does not seem to."""
+    """Describe how a function differs from ``original``; "" if no difference is found."""
     differences = []
     parameters = inspect.signature(original).parameters.values()
     expected = [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -176,7 +176,7 @@ def _listed(parameters: list[tuple[str, Any]]) -> list[str]:
 
 
 def _assigned(node: ast.FunctionDef) -> Iterator[str]:
-    """The names that the function's own body assigns to, not those of functions in it."""
+    """Names that the function's own body assigns to, without functions inside it."""
     inner = [n for n in ast.walk(node) if n is not node and isinstance(n, ast.FunctionDef | ast.Lambda)]
     hidden = {id(n) for f in inner for n in ast.walk(f)}
     for n in ast.walk(node):
@@ -185,7 +185,7 @@ def _assigned(node: ast.FunctionDef) -> Iterator[str]:
 
 
 def _keys(node: ast.FunctionDef) -> set[str] | None:
-    """The keys of the dict that the function returns; None where it returns none that is written out."""
+    """Keys of the dict that the function returns; None if no such dict is written out."""
     for n in ast.walk(node):
         if isinstance(n, ast.Dict):
             keys = {key.value for key in n.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}

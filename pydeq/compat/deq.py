@@ -223,7 +223,7 @@ class _Loop:
         }
 
     def _stalled(self, trace: list[float]) -> bool:
-        """Whether the residual is near the tolerance and has got nowhere in the last steps."""
+        """Whether the residual is near the tolerance and the last steps made no progress."""
         if not self.stalls or len(trace) <= STALL_WINDOW or trace[-1] >= STALL_TOLERANCES * self.eps:
             return False
         last = trace[-STALL_WINDOW:]
@@ -231,7 +231,7 @@ class _Loop:
 
 
 def _in_backward(name: str) -> bool:
-    """Whether a solve is one for gradients, by its name or because autograd is at work."""
+    """Whether a solve is for gradients: by its name, or because autograd is running."""
     if name == "unknown":
         return torch._C._current_graph_task_id() != -1  # pyright: ignore
     return name == "backward"

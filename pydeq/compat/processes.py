@@ -37,12 +37,12 @@ _RIDGE_PER_LAM = 1e-2
 
 @functools.cache
 def _rules(dtype: torch.dtype) -> Rules:
-    """Iterate every sample until it diverges or is lost; stopping is the caller's."""
+    """Rules that iterate every sample until it diverges or is lost; the caller decides when to stop."""
     return Rules(rtol=0.0, atol=0.0, eps=torch.finfo(dtype).eps, freeze=False, stall=False)
 
 
 class Process(ABC):
-    """One solve.
+    """A solve, one evaluation of f at a time.
 
     Args:
         func: f, on tensors of x0's shape. Its result is reshaped and cast to x0's.
@@ -81,7 +81,7 @@ class Process(ABC):
         return None
 
     def call(self, z: Tensor, view: Tensor) -> Tensor:
-        """f at z, [B, D]; ``view`` is z in the shape of x0."""
+        """Evaluate f at z; [B, D]. ``view`` is z in the shape of x0."""
         self.calls += 1
         return self.result(self.func(view))
 
@@ -162,7 +162,7 @@ class Stepped(Process):
         self.copies = True
 
     def _after_modification(self, z: Tensor, view: Tensor, f: Tensor) -> Tensor:
-        """The image of z, which f has modified, [B, D]; f is handed copies from now on."""
+        """Return the image of z, [B, D], where f has modified z; f is given copies from now on."""
         warn_of_modification()
         self.copies = True
         if self.k == 0:
@@ -442,7 +442,7 @@ def anderson_process(
 
 
 def _begin_undamped(process: Stepped, solver: Anderson) -> None:
-    """Let the first step be f(x0), as that of the originals: tau damps what is mixed."""
+    """Make f(x0) the first step, as in the originals: tau damps only mixed steps."""
     workspace: Any = process.workspace
     workspace.solver = replace(solver, damping=1.0)
 
@@ -463,7 +463,7 @@ def broyden_process(
 
 
 def storage_references(storage: int) -> int:
-    """How many tensors hold a storage, given by its ``_cdata``."""
+    """Count the tensors that hold a storage, given by its ``_cdata``."""
     return torch._C._storage_Use_Count(storage)  # pyright: ignore
 
 
@@ -473,7 +473,7 @@ def flatten(x: Tensor) -> Tensor:
 
 
 def column(mask: np.ndarray, like: Tensor) -> Tensor:
-    """A mask of samples, bool [B], as [B, 1] where ``like`` is."""
+    """Turn a mask of samples, bool [B], into [B, 1] on the device of ``like``."""
     return torch.from_numpy(mask).to(like.device)[:, None]
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: N802  # libcst finds visitors by the names of its nodes
-"""Rewriting imports in one file, on its concrete syntax tree; all else stays as it is. Needs libcst."""
+"""Rewrite imports in one file, on its concrete syntax tree; everything else stays as it is. Needs libcst."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class _Rewriter(cst.CSTTransformer):
         return self._from(original, node, LIBRARY_REPLACEMENT, left)
 
     def _leaves(self, node: cst.CSTNode, functions: Functions | None, names: Sequence[str]) -> bool:
-        """Whether one of these names is a changed function; says so."""
+        """Report changed functions among these names; return whether there are any."""
         changed = {name: change for name in names if (change := (functions or {}).get(name)) is not None}
         for name, change in changed.items():
             text = f"{name} of {change.path}:{change.line} is not the original's: {change.differences}"
@@ -213,7 +213,7 @@ class _Rewriter(cst.CSTTransformer):
         return bool(changed)
 
     def _leaves_package(self, node: cst.CSTNode) -> bool:
-        """Whether torchdeq is a copy in this code base; says so."""
+        """Report a copy of torchdeq in this code base; return whether there is one."""
         if self.around.packages:
             text = f"{_code(node)}: {self.around.packages[0]} may be what it names"
             self.found.left.append((self.line(node), text))
@@ -222,7 +222,7 @@ class _Rewriter(cst.CSTTransformer):
     def _from(
         self, original: cst.ImportFrom, node: cst.ImportFrom, target: str, left: Sequence[cst.ImportAlias] = ()
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
-        """``from target import ...`` of what ``target`` has, without the names that are ``left`` where they are."""
+        """Import from ``target`` the names that it has, except those in ``left``, which stay where they are."""
         if not _exists(target):
             self.doubt(original, f"{_code(original)}: {target} does not exist")
             return node
@@ -255,7 +255,7 @@ class _Rewriter(cst.CSTTransformer):
     def _from_lib(
         self, original: cst.ImportFrom, node: cst.ImportFrom, name: str, level: int
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
-        """``from lib import solvers``, and ``from . import solvers`` inside of lib."""
+        """Rewrite ``from lib import solvers`` and, inside of lib, ``from . import solvers``."""
         assert not isinstance(node.names, cst.ImportStar)
 
         def is_ours(module: str) -> bool:
@@ -304,7 +304,7 @@ class _Rewriter(cst.CSTTransformer):
             self.doubt(node, f"the string {node.value}, which may name the module")
 
     def check_uses(self) -> None:
-        """Look up the attributes that are taken of rewritten modules."""
+        """Check that rewritten modules have the attributes that are used."""
         for line, name in self.uses:
             head, _, rest = name.partition(".")
             thing: Any = _resolve(self.bound[head]) if head in self.bound else None

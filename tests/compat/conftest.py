@@ -12,7 +12,7 @@ from pydeq.compat import warning
 
 @pytest.fixture(autouse=True)
 def nothing_was_said():
-    """What is said once is said in each test."""
+    """Give warnings that are given once again in each test."""
     warning._said.clear()
 
 

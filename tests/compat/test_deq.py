@@ -338,7 +338,7 @@ def test_legacy_reproduces_what_was_measured(name, rho, options, counts, trace, 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("share", [0.9, 1.1])
 def test_the_protective_break_is_where_the_original_has_it(stop_mode, growth, length, legacy, share):
-    """At a residual of so many times the first one and the length of the sequence."""
+    """The limit is a multiple of the first residual and of the length of the sequence."""
     calls, first = 0, 0.0
     x0 = torch.zeros(1, 6 // length, length, dtype=torch.float64)
     W = 0.9 * torch.sin(1.7 * torch.arange(36, dtype=torch.float64) + 0.3).view(6, 6)

@@ -1,4 +1,4 @@
-"""python -m pydeq migrate: which imports it rewrites, what it reports, and that it leaves all else alone."""
+"""python -m pydeq migrate: which imports it rewrites, what it reports, and that everything else stays as it is."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""What a solve keeps: one draw for all of its evaluations, wherever and whenever they happen."""
+"""A solve keeps one draw for all of its evaluations, wherever and whenever they happen."""
 
 import copy
 import gc

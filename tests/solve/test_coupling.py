@@ -39,7 +39,7 @@ def coupled_map(batch, dim, rho, seed, dtype=torch.float64, spread=1.0):
 
 
 def check_converged(fn, solution, rtol, atol=0.0):
-    """What is CONVERGED met the tolerance at one evaluation; where all are, it is that of the value."""
+    """CONVERGED samples met the tolerance at one evaluation; if all did, it is the one of the value."""
     value, image = solution.value.double(), fn(solution.value).double()
     slack = 64 * torch.finfo(solution.value.dtype).eps
     if bool(solution.converged.all()):
@@ -100,7 +100,7 @@ def test_converged_holds_for_all_rows_at_one_evaluation(
     solution = pydeq.fixed_point(recorded, z0, solver=solver, rtol=rtol, max_steps=max_steps, freeze=freeze)
     assert solution.nfe == len(seen) <= max_steps
     check_converged(fn, solution, rtol)
-    # Also where others have not converged: at the last evaluation.
+    # Also where other samples have not converged: at the last evaluation.
     z, f = seen[-1]
     rows = solution.converged
     assert torch.equal(solution.value[rows], z[rows])
@@ -198,7 +198,7 @@ def test_one_coupled_system_is_one_sample():
 
 
 def graph(nodes=40, hidden=6, seed=0):
-    """A random graph's normalized adjacency and features that reach most nodes only through others."""
+    """A random graph's normalized adjacency and features that reach most nodes only through other nodes."""
     generator = torch.Generator().manual_seed(seed)
     A = (torch.rand(nodes, nodes, generator=generator) < 3.0 / nodes).double()
     A = (A + A.T).clamp(max=1) + torch.eye(nodes, dtype=torch.float64)
@@ -247,7 +247,7 @@ def batch_norm_cell():
 @pytest.mark.parametrize("cell", [graph_cell, vector_cell, batch_norm_cell])
 @pytest.mark.parametrize("adjoint_solver", ADJOINT_SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_gradients_of_coupled_rows(cell, adjoint_solver):
-    """What says it has converged is right; Picard's and Anderson's adjoints converge."""
+    """A solve that says it has converged is right; the adjoints of Picard and Anderson converge."""
     fn, z0, inputs = cell()
     inputs = tuple(entry.clone().requires_grad_() for entry in inputs)
     z, gradients = exact(fn, z0, *inputs)

@@ -1,4 +1,4 @@
-"""The solver loop: what fn is called with and how often, when samples are left alone, what a sample may depend on."""
+"""The solver loop: the arguments and number of calls of fn, the freezing of samples, what a sample may depend on."""
 
 import gc
 import weakref

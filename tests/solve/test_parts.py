@@ -131,7 +131,7 @@ def test_parts_that_grow_apart_during_the_solve_are_scaled_again():
 
 
 def test_a_part_that_is_zero_at_first_gets_its_scale_from_the_next_evaluations(solver):
-    """Information needs two evaluations to arrive in the last part, which then is 1e10 times the others."""
+    """Information needs two evaluations to reach the last part, which then is 1e10 times the other parts."""
     a = torch.rand(3, 4, dtype=torch.float64) + 1.0
 
     def fn(z):

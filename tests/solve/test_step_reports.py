@@ -42,7 +42,7 @@ class FakeStream:
     """A device that a thread plays: tasks run one after another, each when the test lets it.
 
     Args:
-        delay: Seconds before each task, drawn anew.
+        delay: Seconds before each task, drawn for each one.
         answer: What it says when asked; by default whether tasks are left.
     """
 

@@ -83,7 +83,7 @@ class DEQBase(nn.Module):
         self.hook = None
 
     def _sradius(self, deq_func: Callable[..., Any], z_star: Any) -> Tensor:
-        """The spectral radius at ``z_star`` of each sample, (B,)."""
+        """Estimate the spectral radius at ``z_star`` of each sample, (B,)."""
         with torch.enable_grad():
             z = z_star.detach().requires_grad_()
             image = deq_func(z)
@@ -143,7 +143,7 @@ class DEQBase(nn.Module):
 
 
 class _Sampling(DEQBase):
-    """A core that samples states of a solve, and what becomes of them.
+    """Base class of cores that sample states of a solve and give them gradients.
 
     Args:
         ift, hook_ift: Differentiate the last state implicitly.
@@ -240,12 +240,12 @@ class _Sampling(DEQBase):
 
     @property
     def _measures_nothing(self) -> bool:
-        """Whether several tensors can stay apart: no solver needs them as one."""
+        """Whether several tensors can stay separate, because no solver needs them as one."""
         return self.f_solver is simple_fixed_point_iter and not any(hasattr(g, "b_solver") for g in self.produce_grad)
 
 
 class DEQIndexing(_Sampling):
-    """One solve, whose states are sampled on the way and given gradients each; options as in :class:`DEQBase`.
+    """One solve whose states are sampled on the way, each with gradients; options as in :class:`DEQBase`.
 
     Args:
         ift, hook_ift, grad, tau, sup_gap, sup_loc: How a state gets its gradient.
@@ -294,7 +294,7 @@ class DEQIndexing(_Sampling):
 
 
 class DEQSliced(_Sampling):
-    """Several solves in a row, each from the state that the last one's gradient steps ended in.
+    """Several solves in a row; each starts from the state after the gradient steps of the one before.
 
     Args:
         ift, hook_ift, grad, tau, sup_gap, sup_loc: How a state gets its gradient.

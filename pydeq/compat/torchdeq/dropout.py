@@ -43,7 +43,7 @@ class _VariationalDropoutNd(nn.Module):
         self._shape: tuple[int, ...] | None = None  # of a mask that was drawn here
 
     def mask_shape(self, x: Tensor) -> Sequence[int]:
-        """The shape of the mask of ``x``: 1 in dimensions that share their fate."""
+        """The shape of the mask of ``x``: 1 in dimensions along which the mask is the same."""
         return x.shape
 
     def reset_mask(self, x: Tensor) -> None:
@@ -65,7 +65,7 @@ class _VariationalDropoutNd(nn.Module):
         return self.mask * x
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether the mask is for tensors like ``x``: drawn here, for their shape; or by a subclass, or given."""
+        """Whether the mask fits ``x``: drawn here for this shape, drawn by a subclass, or given."""
         mask = self.mask
         if mask is None or mask.device != x.device:
             return False
@@ -154,7 +154,7 @@ def reset_dropout(model: nn.Module) -> None:
 
 
 def _join_original() -> None:
-    """Have the ``reset_deq`` and ``reset_dropout`` of a torchdeq that is imported, too, forget masks of this module.
+    """Make ``reset_deq`` and ``reset_dropout`` of an imported torchdeq forget the masks of this module, too.
 
     Code that was moved over in part may call the original's functions on a model with these dropouts.
     """

@@ -43,7 +43,7 @@ def make_pair(target: Sequence[Any], source: Sequence[T]) -> Sequence[T]:
 
 @dataclass(frozen=True, eq=False)  # its options have no hash
 class SolverImplicit(Implicit):
-    """Implicit differentiation whose adjoint is solved by a solver of this package's kind.
+    """Implicit differentiation whose adjoint is solved by a solver with torchdeq's signature.
 
     Args:
         b_solver: Called as b_solver(func, x0, **b_solver_kwargs).
@@ -87,7 +87,7 @@ class SolverImplicit(Implicit):
         return Solution(u, u, calls, scalars, counters, None)
 
     def _watch(self, u: Tensor, lowest: Tensor, relative: Tensor, finite: Tensor) -> None:
-        """Warn once of samples that met neither the tolerance of ``b_solver`` nor the one of :class:`Implicit`.
+        """Warn once about samples that met neither the tolerance of ``b_solver`` nor the one of :class:`Implicit`.
 
         That of :class:`Implicit` is relative: where rounding keeps a solve from a small absolute tolerance, gradients
         are as exact as they can be. An absolute tolerance that is large compared with the gradients is warned about,
@@ -116,7 +116,7 @@ class SolverImplicit(Implicit):
 
 
 def _lowest(info: Any, name: str, u: Tensor) -> Tensor:
-    """A smallest residual of each sample, (B,); 0 where a solver does not report it, as -1 or not at all."""
+    """The smallest residual of each sample, (B,); 0 where the solver reports -1 or nothing."""
     found = info.get(name) if isinstance(info, Mapping) else None
     if not isinstance(found, Tensor):
         return torch.zeros(len(u), dtype=torch.float64, device=u.device)

@@ -1,4 +1,4 @@
-"""``DEQConfig``: options from wherever they come."""
+"""``DEQConfig``: options from namespaces, mappings and other objects."""
 
 from __future__ import annotations
 

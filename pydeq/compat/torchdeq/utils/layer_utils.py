@@ -1,4 +1,4 @@
-"""How the map that a user gives is seen by solvers: as a function of one tensor that takes a damping."""
+"""Wrappers that turn a user's map into a function of one tensor and a damping, for solvers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class SpeedyMDEQWrapper(DEQWrapper):
 
 
 def deq_decorator(func: Callable[..., Any], z_init: Any = None, no_stat: bool = True) -> tuple[DEQWrapper, Any]:
-    """The map and the initial state as solvers see them.
+    """Wrap the map and the initial state for solvers.
 
     Args:
         func: func(z) for a tensor, func(*tensors) for a tuple or list of them.

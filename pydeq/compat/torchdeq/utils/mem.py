@@ -11,7 +11,7 @@ __all__ = ["mem_gc"]
 
 
 def mem_gc(func: Callable[..., Any], in_args: Sequence[Any] | None = None) -> Any:
-    """``func(*in_args)``, evaluated again in the backward pass instead of keeping its activations.
+    """Compute ``func(*in_args)``, and again in the backward pass instead of keeping its activations.
 
     Gradients reach the arguments and whatever ``func`` is made of. The second evaluation sees the autocast state and
     the random numbers of the first one.
