@@ -16,7 +16,8 @@ from pydeq.ops.constants import RUNNING, Counter, Scalar, Status
 from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Solver, Workspace
 
-_DAMPING = 0.5  # any below 1
+# Of the plain step that judges: with any below 1, the image of every new best is saved at once.
+_DAMPING = 0.5
 
 
 class CustomSolver(Solver):
@@ -164,5 +165,6 @@ class _CustomWorkspace(Workspace):
 
 def _tensors(state: Any) -> dict[str, Tensor]:
     """The tensors in a state, by their places."""
-    leaves, _ = tree_flatten_with_path(vars(state) if hasattr(state, "__dict__") else state)
+    nested = isinstance(state, Tensor | dict | list | tuple) or not hasattr(state, "__dict__")
+    leaves, _ = tree_flatten_with_path(state if nested else vars(state))
     return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}

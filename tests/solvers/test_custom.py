@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,6 +282,35 @@ def test_a_sample_that_met_nan_is_forgotten():
     assert not torch.equal(after.velocity[0], seen[3][0] + 1.0)
     assert before.velocity.isfinite().all()
     assert len(solver.memories) == 5  # all evaluations but the last
+
+
+@pytest.mark.parametrize(
+    ("make", "tensor"),
+    [
+        (lambda z: z + 1.0, lambda state: state),
+        (lambda z: OrderedDict(a=(z + 1.0,)), lambda state: state["a"][0]),
+        (lambda z: SimpleNamespace(a={"b": z + 1.0}, c=3), lambda state: state.a["b"]),
+    ],
+    ids=["tensor", "dict", "attributes"],
+)
+def test_states_of_every_type_forget(make, tensor):
+    seen = []
+
+    class Summing(CustomSolver):
+        def init(self, z0):
+            return make(z0)
+
+        def propose(self, z, f, state):
+            seen.append((z, tensor(state).clone()))
+            tensor(state).add_(1.0)
+            return f
+
+    problem = softsign_map([0.9, 0.9], 3)
+    fn = spoiled(problem, {(3, 1): torch.nan})
+    pydeq.fixed_point(fn, problem.z0, *problem.context, solver=Summing(), rtol=0.0, max_steps=6)
+    z, state = seen[3]
+    assert torch.equal(state[1], z[1] + 1.0)
+    assert torch.equal(state[0], torch.full((3,), 4.0))
 
 
 @pytest.mark.parametrize("solver", [HeavyBall(), Aitken()], ids=lambda solver: type(solver).__name__)
