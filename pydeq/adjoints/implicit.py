@@ -295,8 +295,9 @@ class _AdjointSystem:
         def adjoint(u: State, *v: Tensor) -> State:
             with self.autocast.off():
                 products = at.vjp(u, create_graph=torch.is_grad_enabled())
-                sums = tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
-            return sums if at.layout.is_tuple else sums[0]
+                if at.layout.is_tuple:
+                    return tuple(b if a is None else a + b for a, b in zip(products, v, strict=True))
+                return v[0] if products[0] is None else products[0] + v[0]
 
         return adjoint
 

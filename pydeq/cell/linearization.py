@@ -37,14 +37,13 @@ class Linearization:
     def vjp(self, v: State, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         """v^T J by parts, None for parts of z that y does not depend on. The graph is kept."""
         outputs, seeds = self.y, as_tuple(v)
-        if not all(part.requires_grad for part in outputs):
-            pairs = [(part, seed) for part, seed in zip(outputs, seeds, strict=True) if part.requires_grad]
-            if not pairs:
-                return (None,) * len(self.z)
-            outputs, seeds = zip(*pairs, strict=True)
-        if not create_graph and all(type(seed) is Tensor for seed in seeds):
+        if len(outputs) == 1 and type(v) is Tensor and not create_graph and outputs[0].requires_grad:
             # torch.autograd.grad without its checks of seeds, which take half as long as a small product.
             return _engine_run_backward(outputs, seeds, True, False, self.z, True, accumulate_grad=False)
+        pairs = [(part, seed) for part, seed in zip(outputs, seeds, strict=True) if part.requires_grad]
+        if not pairs:
+            return (None,) * len(self.z)
+        outputs, seeds = zip(*pairs, strict=True)
         return torch.autograd.grad(
             outputs, self.z, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
