@@ -1,6 +1,6 @@
 """pydeq: fast, trustworthy solvers for deep equilibrium models in PyTorch."""
 
-import torch as _torch  # noqa: F401  # The compiled library needs torch's own to be loaded.
+import torch as _torch  # noqa: F401  # The compiled library needs torch's libraries loaded first.
 
 from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled

@@ -15,10 +15,10 @@ from torch import nn
 
 
 def check_number(name: str, value: Any) -> float:
-    """A number, as a float; it may be infinite or NaN.
+    """Check a number and return it as a float; it may be infinite or NaN.
 
     Raises:
-        TypeError: If it is something else; booleans are no numbers.
+        TypeError: If it is not a number; a bool is not one.
     """
     if type(value) is float:
         return value
@@ -28,7 +28,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_tolerance(name: str, value: Any) -> float:
-    """A tolerance: a number, at least 0."""
+    """Check a tolerance, a number of at least 0."""
     value = check_number(name, value)
     if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
@@ -36,10 +36,10 @@ def check_tolerance(name: str, value: Any) -> float:
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
-    """An integer, at least ``least`` if given, as an int.
+    """Check an integer, of at least ``least`` if given, and return it as an int.
 
     Raises:
-        TypeError: If it is something else; booleans are no integers.
+        TypeError: If it is not an int; a bool is not one.
         ValueError: If it is less.
     """
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
@@ -50,25 +50,25 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def set_fields(settings: Any, **values: Any) -> None:
-    """Give fields of a frozen dataclass the values that checks have made of them."""
+    """Set fields of a frozen dataclass to their checked values."""
     for name, value in values.items():
         object.__setattr__(settings, name, value)
 
 
 def check_max_steps(name: str, value: Any) -> int:
-    """A number of evaluations, at least 1."""
+    """Check a number of evaluations, at least 1."""
     return check_integer(name, value, 1)
 
 
 def check_norm(norm: Any) -> Literal["all", "parts"]:
-    """The norm that residuals are measured in."""
+    """Check the name of the norm of residuals."""
     if norm not in ("all", "parts"):
         raise ValueError(f"norm must be 'all' or 'parts', got {norm!r}")
     return norm
 
 
 def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of evaluations, at least 1 and increasing."""
+    """Check numbers of evaluations, at least 1 and increasing."""
     if type(value) is tuple and not value:
         return value
     if not isinstance(value, list | tuple | range):
@@ -81,7 +81,7 @@ def check_states_at(value: Sequence[int]) -> tuple[int, ...]:
 
 T = TypeVar("T")
 
-# What other solver packages call these.
+# Names in other solver packages, and ours.
 _ELSEWHERE = {
     "max_iter": "max_steps",
     "maxiter": "max_steps",
@@ -129,17 +129,17 @@ def keywords_for(
     known: Collection[str],
     advice: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The keywords that ``where`` passes on to ``fn``: those that fn takes.
+    """Check the keywords that ``where`` passes on to ``fn``, and return them.
 
-    An fn that takes any keyword gets those that do not look like a misspelt one of ``where``.
+    If fn takes any keyword, names that look like a misspelt keyword of ``where`` are still refused.
 
     Args:
-        given: What ``where`` got and does not take itself.
-        known: What it takes.
-        advice: What to do about keywords that it does not take.
+        given: The keywords that ``where`` got and does not take itself.
+        known: The keywords that it takes.
+        advice: Texts for keywords that it is often given and does not take.
 
     Raises:
-        TypeError: If fn does not take one, naming the nearest that one of them takes.
+        TypeError: If fn does not take a keyword; the message names the nearest one that is taken.
     """
     if given:
         names, takes_any = _parameters(fn)
@@ -154,7 +154,7 @@ def keywords_for(
 
 
 def _parameters(fn: Callable[..., Any]) -> tuple[list[str], bool]:
-    """What fn takes by name, without its first argument, and whether it takes any other name."""
+    """The names of fn's arguments after the first one, and whether it takes any keyword."""
     fn = getattr(fn, "_orig_mod", fn)  # what torch.compile wraps takes anything
     fn = getattr(fn, "_torchdynamo_orig_callable", fn)
     if isinstance(fn, nn.Module):
@@ -172,7 +172,7 @@ def _resembles(name: str, known: Collection[str]) -> bool:
 
 
 def suggests_keywords(cls: type[T]) -> type[T]:
-    """Make a dataclass answer unknown keywords with the nearest of its fields."""
+    """Make a dataclass name the nearest of its fields when it gets an unknown keyword."""
     original = cls.__init__
     known = [field.name for field in fields(cls) if field.init]  # pyright: ignore[reportArgumentType]
 

@@ -48,65 +48,66 @@ def fixed_point(
     norm: Literal["all", "parts"] = "all",
     **keywords: Any,
 ) -> Solution:
-    """Find z with z = fn(z, *context, **keywords), each sample of the batch on its own; no gradient.
+    """Find z with z = fn(z, *context, **keywords) for each sample of the batch separately; no gradient.
 
-    A sample is CONVERGED once ||fn(z) - z|| <= atol + rtol * ||fn(z)|| and, after the first evaluation, the residual
-    is also below 0.9 of the first one; see :class:`pydeq.Status` for the other ends. Not converging is a status, not
-    an error.
+    A sample is CONVERGED once ||fn(z) - z|| <= atol + rtol * ||fn(z)||. After the first evaluation, its residual must
+    also be below 0.9 of the first one. :class:`pydeq.Status` lists the other ways to end. A sample that does not
+    converge has a status; it is not an error.
 
-    Samples are done one by one, and left alone from then on. Where fn makes them depend on each other, the last image
-    shows which ones have been moved: then all iterate on until they meet the tolerance at one and the same evaluation,
-    and a :class:`pydeq.CouplingWarning` says once that one coupled system is one sample, z[None]. A solve that has used
-    up its evaluations, or is captured into a CUDA graph, ends such samples as MAX_STEPS.
+    A sample that is done keeps its result. If fn makes samples depend on each other, later evaluations can move it; the
+    last image shows this. All samples then iterate on until they meet the tolerance at the same evaluation, and a
+    :class:`pydeq.CouplingWarning` says once that a coupled system is one sample, z[None]. If no evaluations are left,
+    or the solve is captured into a CUDA graph, such samples end as MAX_STEPS.
 
     Args:
-        fn: The map, fn(z, *context, **keywords) -> like z. The z it is given is valid during the call only, and is not
-            to be modified; what it returns may be a view or a reused buffer.
-        z0: Where to start: a tensor with the batch first, shape (batch, *state), or several such tensors, the parts of
-            the state, in a tuple, list, dict, namedtuple or another type of torch's pytree, nested at will. fn gets,
-            and the solution has, what z0 is. Parts are of one dtype; complex ones count as pairs of real numbers.
-            (batch,) is a batch of scalars.
+        fn: The map, fn(z, *context, **keywords) -> like z. It must not modify z, which is valid only during the call.
+            It may return a view or a reused buffer.
+        z0: The initial state: a tensor with the batch first, shape (batch, *state), or several such tensors, the parts
+            of the state, in a tuple, list, dict, namedtuple or another type of torch's pytree, nested in any way. The
+            states that fn gets, and those of the solution, have the type of z0. All parts have one dtype; complex
+            entries count as pairs of real numbers. (batch,) is a batch of scalars.
         context: Passed on to fn.
-        keywords: Passed on to fn, where it takes arguments of these names. A name that this function itself takes is
-            never passed on: give fn that argument by its place, or by ``functools.partial``.
+        keywords: Passed on to fn, which must take arguments of these names. A name that this function itself takes is
+            never passed on: give fn that argument by position, or by ``functools.partial``.
         solver: :class:`pydeq.Anderson` by default.
         rtol: Relative tolerance; by default 1e-3, and 1e-2 for half states or under half autocast.
         atol: Absolute tolerance, in units of ||fn(z) - z||.
-        max_steps: Evaluations of each sample at most, at least 1. With 1, ``image`` is fn(z0). On a GPU the solve runs
-            ahead of the device while samples are far from their tolerance, and now and then calls fn once more than any
-            sample needs, though never more often than this; while a CUDA graph is captured it calls fn exactly so
-            often.
+        max_steps: Maximum number of evaluations of each sample, at least 1. With 1, ``image`` is fn(z0). On a GPU the
+            solve runs ahead of the device while samples are far from their tolerance, and sometimes calls fn once more
+            than any sample needs, but never more than ``max_steps`` times. While a CUDA graph is captured it calls fn
+            exactly ``max_steps`` times.
         trace: Keep the relative residuals of every evaluation.
         throw: Raise if a sample did not converge.
-        freeze: Leave samples alone once they are done. False iterates on until all meet the tolerance at one and the
-            same evaluation.
+        freeze: Keep the result of a sample once it is done. With False, all samples iterate on until all meet the
+            tolerance at the same evaluation.
         stall: Stop samples that rounding keeps from the tolerance.
-        compact: Call fn on the running samples alone once half of them have stopped. fn must treat samples alike and
-            take what it needs per sample through ``context``: samples that depend on each other are not noticed. On a
-            GPU this waits for the device in every step, as ``freeze=False`` does.
+        compact: Call fn only on the running samples once half of them have stopped. fn must treat all samples alike and
+            take its data per sample through ``context``. It is not noticed if samples depend on each other. On a GPU
+            this waits for the device in every step, as ``freeze=False`` does.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
-        process_group: The ranks that call fn equally often, so that an fn that communicates finds them all: a rank
-            that is done calls it on its frozen states until all are. All must call with the same ``max_steps``; a
-            batch may be empty. An exception on one rank ends the solve on all; where fn was in a collective of its
-            own on others, they end with that one's timeout. ``throw`` looks at the samples of this rank alone.
-        sharded: Each rank of ``process_group`` has its own entries of the same samples: norms and inner products are
+        process_group: The ranks that call fn equally often, so that an fn that communicates finds all of them. A rank
+            that is done calls fn on its frozen states until all ranks are done. All ranks must give the same
+            ``max_steps``; a batch may be empty. An exception on one rank ends the solve on all ranks. A rank that waits
+            in a collective of fn at that time ends with the timeout of that collective. ``throw`` looks only at the
+            samples of this rank.
+        sharded: Each rank of ``process_group`` has its own entries of the same samples. Norms and inner products are
             those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
         states_at: Numbers of evaluations, increasing. For each number n, ``states`` gets the image that a solve with
-            ``max_steps=n`` returns; of :class:`pydeq.GMRES`, and where samples depend on each other, the best image
-            so far.
-        has_aux: fn returns a pair (state, aux), and ``solution.aux`` is the aux that came with ``solution.image``. The
-            last evaluation of a solve has it where all samples converged; else fn is called once more, uncounted.
-        norm: "all" measures residuals in the Euclidean norm of all entries. "parts" is for states of several parts: a
-            sample is CONVERGED once each of them meets the tolerance in its own norm, which with "all" a part that is
-            much smaller than another need not. Solvers then see each part divided by about its norm, and residuals in
-            the solution are those of the part with the largest relative one. Costs two passes over the state per
-            evaluation, and takes neither ``compact`` nor ``process_group``.
+            ``max_steps=n`` returns. With :class:`pydeq.GMRES`, and if samples depend on each other, it is the best
+            image so far.
+        has_aux: fn returns a pair (state, aux), and ``solution.aux`` is the aux that came with ``solution.image``. If
+            all samples converged, it is from the last evaluation; otherwise fn is called once more, uncounted.
+        norm: "all" measures residuals in the Euclidean norm of all entries. "parts" is for states whose parts have
+            different scales: a sample is CONVERGED once each part meets the tolerance in its own norm. Solvers then see
+            each part divided by about its norm, and residuals in the solution are those of the part with the largest
+            relative residual. This costs two passes over the state per evaluation, and does not work with ``compact``
+            or ``process_group``.
 
     Returns:
-        The solution. Its tensors are new ones.
+        The solution. It shares no memory with ``z0``.
 
     Raises:
-        TypeError: If an argument, or what fn returned, is of the wrong type, or a keyword is unknown.
+        TypeError: If an argument or the result of fn is of the wrong type, or a keyword is unknown.
         ValueError: If an argument is out of range, or fn changes the shape, dtype or device.
         RuntimeError: If the solve failed on another rank, or under a transform of ``torch.func``.
         ConvergenceError: If ``throw`` and a sample did not converge.

@@ -54,33 +54,33 @@ _ELSEWHERE = {name: f"it is the layer's: DEQ(cell, {name}=...)" for name in _INI
 class DEQ(nn.Module):
     """A layer whose output is the fixed point z = cell(z, *context, **keywords).
 
-    With gradients on, the cell is evaluated once more at the solution's image, which attaches parameters and context to
-    the graph; without, the output is the image that the solve already has. See :class:`pydeq.Solution` for which
-    residual belongs to which.
+    With gradients on, the cell is evaluated once more at the solution's image, which makes the graph with parameters
+    and context. Without gradients, the output is the image that the solve already has. :class:`pydeq.Solution` says
+    which residual belongs to which state.
 
     Args:
         cell: cell(z, *context, **keywords) -> like z; usually a module.
         solver: Forward solver; :class:`pydeq.Anderson` by default.
-        adjoint: How to differentiate; :class:`pydeq.Implicit` by default.
+        adjoint: The method to differentiate; :class:`pydeq.Implicit` by default.
         rtol, atol: Tolerances, see :func:`pydeq.fixed_point`.
-        max_steps: Evaluations of each sample at most, without the one that attaches the graph.
+        max_steps: Maximum number of evaluations of each sample, without the one that makes the graph.
         eval_max_steps: The same in evaluation mode; ``max_steps`` by default. The paper's hard stop.
         freeze_rng: Give every evaluation of one call the same random numbers, so that a cell that draws some, like
-            ``nn.Dropout``, has a fixed point. Without it such a cell is warned about.
-        process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`.
-            They call the layer equally often and differentiate it equally often: on all of them or on none.
+            ``nn.Dropout``, has a fixed point. Without it such a cell gives a warning.
+        process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`. All
+            of them must call the layer equally often, and differentiate it equally often.
         states_at: Numbers of evaluations, increasing. For each number n, the solution's ``states`` have the output of a
-            call with ``max_steps=n``, with the gradient of one evaluation, or the adjoint's own where the solve took
-            no more than n. The last state is the output: one more state than entries here. See
-            :func:`pydeq.fixed_point_correction`.
-        has_aux: The cell returns a pair (state, aux), like attention maps with the state. ``solution.aux`` is the aux
-            at the fixed point, for calls with ``return_solution=True``. With gradients on the cell is evaluated once
-            more for it, at the output, so that aux has the gradients of the fixed point, too.
-        norm: "parts" for states of several parts whose scales differ: each is to meet the tolerance, forward and
+            call with ``max_steps=n``. It has the gradient of one evaluation, or the adjoint's gradient if the solve
+            took no more than n evaluations. The last state is the output, so there is one state more than entries
+            here. See :func:`pydeq.fixed_point_correction`.
+        has_aux: The cell returns a pair (state, aux), for example attention maps with the state. ``solution.aux`` is
+            the aux at the fixed point, for calls with ``return_solution=True``. With gradients on, the cell is
+            evaluated once more at the output, so that aux also has the gradients of the fixed point.
+        norm: "parts" for states whose parts have different scales: each part must meet the tolerance, forward and
             backward, see :func:`pydeq.fixed_point`. For ``Implicit`` and ``Phantom``.
 
-    Under torch.compile a call is one graph break, and the cell is compiled: once for the solve, and once for the
-    evaluation with gradients.
+    Under torch.compile a call is one graph break, and the cell is compiled twice: for the solve, and for the evaluation
+    with gradients.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -124,7 +124,7 @@ class DEQ(nn.Module):
         self.max_steps = check_max_steps("max_steps", max_steps)
         self.eval_max_steps = None if eval_max_steps is None else check_max_steps("eval_max_steps", eval_max_steps)
         self.freeze_rng = bool(freeze_rng)
-        self._memory: dict[str, Any] = {}  # an adjoint's, from call to call
+        self._memory: dict[str, Any] = {}  # state that the adjoint keeps between calls
         if not freeze_rng and (names := random_modules(module_of(cell))):
             warnings.warn(
                 f"the cell draws random numbers in training mode ({', '.join(names)}): each evaluation draws"
@@ -167,21 +167,21 @@ class DEQ(nn.Module):
         """Solve from ``z0``.
 
         Args:
-            z0: Initial state: a tensor (batch, *state), or several in a tuple, list, dict or namedtuple, nested at
-                will, see :func:`pydeq.fixed_point`; gets no gradient under Implicit. The cell gets, and the call
-                returns, what z0 is.
+            z0: Initial state: a tensor (batch, *state), or several in a tuple, list, dict or namedtuple, nested in any
+                way, see :func:`pydeq.fixed_point`. The states that the cell gets and the call returns have its type.
+                It gets no gradient under Implicit.
             context: Passed on to the cell; gets gradients.
-            keywords: Passed on to the cell, where it takes arguments of these names, as in
-                ``deq(z0, x, attention_mask=mask)``; get gradients. The names below are the layer's and never passed
-                on: give the cell an argument of such a name by its place.
+            keywords: Passed on to the cell, which must take arguments of these names, as in
+                ``deq(z0, x, attention_mask=mask)``; get gradients. The names below belong to the layer and are never
+                passed on: give the cell an argument of such a name by position.
             return_solution: Also return the :class:`pydeq.Solution`.
-            solver, rtol, atol, max_steps: Override the layer's for this call.
-            trace, freeze, stall, compact, batched_context: Of the forward solve, see :func:`pydeq.fixed_point`.
+            solver, rtol, atol, max_steps: Override the layer's values for this call.
+            trace, freeze, stall, compact, batched_context: For the forward solve, see :func:`pydeq.fixed_point`.
                 ``Unrolled`` and ``Reversible`` take none of them.
-            penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is then a term for the loss. It
-                takes the evaluation that attaches the graph; another one is made with gradients off, and where the
-                adjoint evaluates the cell elsewhere (``Phantom(form="unroll")``). Penalties by differences make more,
-                also of a compiled cell, which penalties by products evaluate without the compiler.
+            penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is a term for the loss. It uses the
+                evaluation that makes the graph. With gradients off, and if the adjoint evaluates the cell at other
+                points (``Phantom(form="unroll")``), it makes one more. Penalties by differences make more evaluations,
+                with the compiler for a compiled cell; penalties by products evaluate a compiled cell without it.
 
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).

@@ -1,4 +1,4 @@
-"""What a solve returns: the value, how it ended, and what it cost."""
+"""The result of a solve: values, statuses and counts."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ _VANISHED = 1e-6
 class Solution:
     """The solution of a batch of fixed-point problems.
 
-    Three states belong to it, one evaluation of fn apart: ``value``, which ``residual`` and ``status`` are about;
-    ``image``, fn(value), which a :class:`pydeq.DEQ` returns without gradients; and fn(image), which it returns with
-    gradients on, except by ``Unrolled`` and ``Reversible``. Where fn contracts, each is closer to the fixed point than
-    the one before. Where it expands, the output may be much further from it than ``residual`` says: see
-    ``image_residual``.
+    It has three states, one evaluation of fn apart. ``residual`` and ``status`` describe ``value``. ``image`` is
+    fn(value); a :class:`pydeq.DEQ` returns it without gradients. With gradients on, a DEQ returns fn(image), except
+    with ``Unrolled`` and ``Reversible``. If fn contracts, each state is closer to the fixed point than the one before.
+    If it expands, the output may be much further away than ``residual`` says: see ``image_residual``.
 
     Attributes:
-        value: Per sample the iterate z with the smallest residual seen, or the one that met the tolerance; like z0. All
-            that are CONVERGED meet it at one and the same evaluation, also where samples depend on each other.
+        value: For each sample the iterate z with the smallest residual, or the one that met the tolerance; like z0. All
+            CONVERGED samples meet it at the same evaluation, even if samples depend on each other.
         image: fn(value), kept from the solve; like z0.
-        nfe: How often fn was called; on a GPU at most once more than the slowest sample took.
+        nfe: The number of calls of fn; on a GPU at most one more than the slowest sample needed.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
         states: The states asked for by ``states_at``, each like z0; those of a :class:`pydeq.DEQ` have gradients, and
             its output is the last one.
         penalty: The :class:`pydeq.JacobianPenalty` asked for, 0-d, to be added to the loss; set by :class:`pydeq.DEQ`.
-        aux: What fn returned with its state at the solution, with ``has_aux=True``; else None.
+        aux: The aux that fn returned at the solution, with ``has_aux=True``; else None.
     """
 
     def __init__(
@@ -58,7 +57,9 @@ class Solution:
         self.nfe = nfe
         self.trace = trace
         self.states: list[State] = []
-        self._backward: list[Solution | None] = [None]  # shared with copies: graphs set it, and must not see states
+        self._backward: list[Solution | None] = [
+            None
+        ]  # shared with copies; backward sets it without keeping their states
         self.penalty: Tensor | None = None
         self.aux: Any = None
         part = value if isinstance(value, Tensor) else value[0]
@@ -70,7 +71,7 @@ class Solution:
 
     @property
     def backward(self) -> Solution | None:
-        """The adjoint's solution once backward has run; of a :class:`pydeq.DEQ` whose adjoint solves something."""
+        """The adjoint's solution, once backward of a :class:`pydeq.DEQ` has run; None if its adjoint solves nothing."""
         solution = self._backward[0]
         return solution if solution is None or self._restore is None else solution.restored(self._restore)
 
@@ -79,7 +80,7 @@ class Solution:
         self._backward[0] = solution
 
     def restored(self, restore: Callable[[State], Any]) -> Solution:
-        """This solution with ``restore`` of every state; also of those of ``backward``, once it is there."""
+        """This solution with ``restore`` applied to every state, also to those of ``backward``."""
         other = copy.copy(self)
         other.value, other.image = restore(self.value), restore(self.image)
         other.states = [restore(state) for state in self.states]
@@ -88,7 +89,7 @@ class Solution:
 
     @cached_property
     def status(self) -> Tensor:
-        """How each sample ended, int8 [B]; values of :class:`pydeq.Status`."""
+        """The status of each sample, int8 [B]; values of :class:`pydeq.Status`."""
         return self._counters[:, Counter.STATUS].to(torch.int8)
 
     @cached_property
@@ -117,10 +118,10 @@ class Solution:
 
     @cached_property
     def image_residual(self) -> Tensor | None:
-        """||fn(image) - image|| of each sample, [B], like ``residual``; None where fn was not evaluated at the image.
+        """||fn(image) - image|| of each sample, [B], like ``residual``; None if fn was not evaluated at the image.
 
-        A :class:`pydeq.DEQ` with gradients on evaluates it there, except with ``Unrolled`` and ``Reversible``, under
-        torch.func, and with sharded states.
+        A :class:`pydeq.DEQ` with gradients on evaluates fn at the image, except with ``Unrolled`` and ``Reversible``,
+        under torch.func, and with sharded states.
         """
         return None if self._evaluated is None else self._measured[0].to(self._dtype)
 
@@ -138,7 +139,7 @@ class Solution:
         return self._counters[:, Counter.EVALUATIONS].long()
 
     def advice(self) -> str:
-        """What to change about the samples that did not converge; empty if all did."""
+        """Advice on the samples that did not converge; empty if all converged."""
         counts = _count_statuses(self.status)
         advice = [f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts]
         if not advice:
@@ -168,15 +169,15 @@ class Solution:
 
 
 class ConvergenceWarning(UserWarning):
-    """A solve that nobody looks at did not converge."""
+    """A backward solve did not converge."""
 
 
 class CouplingWarning(UserWarning):
-    """Samples of a batch, which are solved for on their own, depend on each other."""
+    """Samples of a batch, which a solve treats as separate problems, depend on each other."""
 
 
 class ConvergenceError(RuntimeError):
-    """Raised under ``throw=True`` when a sample did not converge; ``solution`` has what was reached."""
+    """Raised under ``throw=True`` when a sample did not converge; ``solution`` has the result so far."""
 
     def __init__(self, solution: Solution) -> None:
         super().__init__(repr(solution))

@@ -25,7 +25,7 @@ class Layout:
         shapes: Shape of each part without the batch; one part unless ``is_tuple``.
         batch: B.
         dtype, device: Shared by all parts.
-        is_tuple: Whether the state is a tuple, be it of one part.
+        is_tuple: Whether the state is a tuple, also of one part.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -70,16 +70,16 @@ class Layout:
         return torch.cat([part.reshape(self.batch, n) for part, n in zip(state, self.sizes, strict=True)], dim=1)
 
     def check(self, state: Any, cast: bool, detach: bool = True) -> State:
-        """Hold what ``fn`` returned against the state it was given.
+        """Check that a result of ``fn`` is like the state that it got.
 
         Args:
-            state: What came back.
-            cast: Under autocast: another floating dtype is cast instead of refused.
-            detach: Leave out the graph that a result may carry even with gradients off.
+            state: The result.
+            cast: Cast another floating dtype instead of raising; for autocast.
+            detach: Remove the graph that a result may have even with gradients off.
 
         Raises:
-            TypeError: If it is not a tensor, or not a tuple where the state is one.
-            ValueError: If its shape, dtype or device is another.
+            TypeError: If it is not a tensor, or not a tuple although the state is one.
+            ValueError: If it has another shape, dtype or device.
         """
         if not self.is_tuple:
             usual = type(state) is Tensor and state.dtype is self.dtype and state.device == self.device
@@ -122,7 +122,7 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
     """Validate an initial state and describe it.
 
     Args:
-        names: Of its parts, for messages; by default z0[0], z0[1] and so on.
+        names: The names of its parts in messages; by default z0[0], z0[1] and so on.
 
     Raises:
         TypeError: If z0 is neither a tensor nor a tuple of tensors, or has no values (meta tensors, torch.export).

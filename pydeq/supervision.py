@@ -1,4 +1,4 @@
-"""Supervision along the way: states from before the solution, and the losses on them."""
+"""Losses on intermediate states of a solve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydeq.state import State, layout_of
 
 
 def differentiable_states(problem: Problem, result: AdjointResult) -> list[State]:
-    """The states of a solve with gradients, each that of one evaluation; from where it ended on, the output.
+    """The intermediate states of a solve, each with the gradient of one evaluation; after its end, the output.
 
     Source: Bai, Geng, Savani and Kolter, Deep Equilibrium Optical Flow Estimation, CVPR 2022.
     """
@@ -57,9 +57,9 @@ def fixed_point_correction(
     gamma: float | None = None,
     return_losses: bool = False,
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
-    """Weigh the losses of states that lead to a fixed point.
+    """Sum the weighted losses of states that lead to a fixed point.
 
-    sum_k w_k criterion(states[k], *targets),   k = 0 ... n - 1, the last state being the fixed point
+    sum_k w_k criterion(states[k], *targets),   k = 0 ... n - 1; the last state is the fixed point
 
     Args:
         criterion: criterion(state, *targets) -> tensor, one loss or one per sample.

@@ -34,7 +34,7 @@ class Problem:
         return fixed_point(self.fn, self.z0, *self.context, **options)
 
     def rows(self, index: Any) -> Problem:
-        """The problems of some samples alone, or in another order; ``index`` as for a tensor's first dimension."""
+        """The problems of some samples only, or in another order; ``index`` indexes the first dimension of a tensor."""
         return replace(
             self,
             z0=self.z0[index],
@@ -132,7 +132,7 @@ class CallCounter:
 
     @property
     def calls(self) -> int:
-        """How often fn was called."""
+        """The number of calls of fn."""
         return len(self.batches)
 
     def __call__(self, z: Any, *context: Any) -> Any:
@@ -154,10 +154,10 @@ def assert_close(
     """Fail unless |actual - expected| <= condition * tolerance(dtype, size) * max |expected| in every entry.
 
     Args:
-        actual, expected: Of one shape. NaN and Inf must stand in the same places.
+        actual, expected: Of one shape. NaN and Inf must be in the same places.
         size: Terms summed for one entry.
         condition: How much the problem amplifies rounding errors.
-        dtype: What was computed in; by default the coarser one of the two.
+        dtype: The dtype of the computation; by default the coarser dtype of the two.
 
     Raises:
         AssertionError: Naming the worst entry.
@@ -186,9 +186,9 @@ def assert_identical(actual: Solution, expected: Solution, rows: Any = slice(Non
     """Fail unless the solutions are the same to the last bit, NaNs included.
 
     Args:
-        actual: A solution of some of the samples that ``expected`` is of, in some order.
+        actual: A solution of some of the samples of ``expected``, in any order.
         expected: A solution.
-        rows: Which samples of ``expected`` are those of ``actual``; an index of a tensor's first dimension.
+        rows: The samples of ``expected`` that ``actual`` has; an index of the first dimension of a tensor.
 
     Raises:
         AssertionError: Naming what differs, and for which samples.

@@ -102,7 +102,7 @@ def test_shows_the_functions_that_are_called_and_nothing_else(library):
     own = {name for name in defined if "pydeq" in name}
     assert all(name.startswith("pydeq_") for name in own)
     # All that is called: the CUDA library cannot be loaded where torch has no CUDA.
-    before, after = (PACKAGE / "libraries.py").read_text().split("class CudaLibrary")
+    before, after = (PACKAGE / "ops" / "libraries.py").read_text().split("class CudaLibrary")
     called = set(re.findall(r"\bpydeq_\w+", before if library.name == CPU else after))
     assert called - {"pydeq_cpu", "pydeq_cuda"} <= own
 

@@ -1,4 +1,4 @@
-"""What an adjoint is: how a layer's output is computed so that gradients flow."""
+"""The interface of adjoints, which compute a layer's output with its gradients."""
 
 from __future__ import annotations
 
@@ -56,15 +56,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class AdjointResult:
-    """What a layer's call gives.
+    """The result of an adjoint's forward pass.
 
     Args:
-        output: The layer's output, attached to the graph.
-        solution: How the solve went.
-        linearization: The evaluation at the solution, where the adjoint made one: a penalty on its Jacobian then needs
-            no other.
-        states: The states asked for by ``states_at`` with their gradients, where the adjoint has those.
-        evaluated: fn at the solution's image, where the adjoint made no linearization and still evaluated it.
+        output: The layer's output, with its graph.
+        solution: The solution of the forward solve.
+        linearization: The evaluation at the solution, if the adjoint made one. A penalty on the Jacobian uses it.
+        states: The states asked for by ``states_at`` with their gradients, if the adjoint has these.
+        evaluated: fn at the solution's image, if the adjoint evaluated it without a linearization.
     """
 
     output: State
@@ -75,10 +74,10 @@ class AdjointResult:
 
 
 def refuse_vectorized(cotangents: Sequence[Tensor], adjoint: Adjoint) -> None:
-    """Raise where autograd's own vectorization hands in several cotangents at once, which a solve cannot take.
+    """Raise if autograd vectorizes over several cotangents, which a solve cannot do.
 
     Raises:
-        RuntimeError: Under ``is_grads_batched=True`` of ``torch.autograd.grad``, and what is built on it.
+        RuntimeError: Under ``is_grads_batched=True`` of ``torch.autograd.grad``, or a function that uses it.
     """
     if any(_functorch.is_legacy_batchedtensor(part) for part in cotangents):
         instead = "torch.func.jacrev" if adjoint.transforms else "torch.func.jacrev with pydeq.Implicit"
@@ -89,14 +88,14 @@ def refuse_vectorized(cotangents: Sequence[Tensor], adjoint: Adjoint) -> None:
 
 
 class Adjoint(ABC):
-    """How to differentiate a fixed point; frozen, without state.
+    """A method to differentiate a fixed point; frozen, without state.
 
     Attributes:
         transforms: Whether it works under transforms of torch.func.
         distributes: Whether it works with a process_group.
         normed: Whether it works with ``norm="parts"``.
-        iterates: Whether it solves by an iteration of its own, which has no trace, freezes samples that are done,
-            evaluates the whole batch, and gives z0 a gradient.
+        iterates: Whether it has its own iteration instead of the solver's. Such an iteration has no trace, freezes
+            samples that are done, evaluates the whole batch, and gives z0 a gradient.
     """
 
     transforms: ClassVar[bool] = False
@@ -106,7 +105,7 @@ class Adjoint(ABC):
 
     @abstractmethod
     def solve(self, problem: Problem) -> AdjointResult:
-        """Solve, and attach the solution to the graph. Gradients are on."""
+        """Solve and return the solution with its graph. Gradients are on."""
 
     def evaluate(self, problem: Problem) -> Solution:
         """Solve without gradients, by the same iteration."""

@@ -1,4 +1,4 @@
-"""One warning about backward solves that do not converge."""
+"""Warn once about backward solves that do not converge."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pydeq.solution import ConvergenceWarning, Solution
 
 _warned: set[Any] = set()
 # On CUDA: (settings, flag in pinned memory). The device writes the flag over _UNWRITTEN some time later, and the next
-# backward looks at it: nothing waits, and CUDA is asked nothing, which would end the capture of a graph in any thread.
+# backward reads it. So nothing waits, and CUDA is not queried, which would end the capture of a graph in any thread.
 _pending: list[tuple[Any, Tensor]] = []
 _UNWRITTEN = -1
 
 
 def warn_if_unconverged(settings: Any, solution: Solution) -> None:
-    """Warn once for these settings of an adjoint if one of its solves left samples unconverged.
+    """Warn if a backward solve left samples unconverged; once for these settings of an adjoint.
 
-    Not about NONFINITE ones: their gradients are NaN, which a gradient scaler provokes and expects.
+    NONFINITE samples give no warning: their gradients are NaN, which a gradient scaler expects.
     """
     _look_at_pending()
     if solution.all_known_to_converge() or settings in _warned or not len(solution.converged):

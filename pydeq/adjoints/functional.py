@@ -1,13 +1,13 @@
 """Implicit differentiation under ``torch.func`` and forward-mode AD.
 
-There nothing may be captured: all that fn depends on is an explicit input, state, parameters, buffers and context. One
-``autograd.Function`` is enough, since the derivatives of a fixed point z = f(z, t) are fixed points themselves:
+Nothing may be captured there: state, parameters, buffers and context are explicit inputs. One ``autograd.Function`` is
+enough, since the derivatives of a fixed point z = f(z, t) are fixed points themselves:
 
     backward   u = J^T u + v,    then t's cotangent is (df/dt)^T u
     forward    w = J w + (df/dt) dt
 
-of maps that are made of f by ``torch.func.vjp`` and ``jvp``, and differentiated in the same way: to any order, in any
-mix of modes. ``vmap`` folds the mapped dimension into the batch: each mapped sample stops on its own.
+Their maps are made of f by ``torch.func.vjp`` and ``jvp``, and are differentiated in the same way: to any order, in any
+mix of modes. ``vmap`` folds the mapped dimension into the batch, so that each mapped sample stops separately.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore  # what tells a transformed tensor
+from torch._C import _functorch  # pyright: ignore  # recognizes transformed tensors
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -41,7 +41,7 @@ Map = Callable[..., Parts]
 
 
 def transforms_active() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode AD is under way."""
+    """True under a transform of ``torch.func`` or forward-mode AD."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -50,16 +50,17 @@ class Equation:
     """The fixed-point problem z = map(z, *inputs).
 
     Args:
-        map: Nothing but its arguments enters.
-        parts: Tensors in the state.
-        options: Of :func:`pydeq.fixed_point`.
-        adjoint: The same for the linear equations of its derivatives.
-        autocast: That of the forward, whenever it is solved; ``map`` turns it on where it belongs.
-        probe: Called like ``map``, evaluates it where a captured tensor is refused; None for maps made of others.
-        live: The map for the solve itself, where it writes to buffers, like running statistics: ``map`` leaves them as
-            they are. None where they are the same.
+        map: A function of only its arguments.
+        parts: Number of tensors in the state.
+        options: Keywords of :func:`pydeq.fixed_point`.
+        adjoint: The same for the linear equations of the derivatives.
+        autocast: The autocast state of forward, for every solve; ``map`` restores it around the evaluation of f.
+        probe: Evaluates ``map`` and raises if it captures a differentiated tensor; None for maps of derivatives.
+        live: The map for the solve itself, if it writes to buffers, like running statistics, which ``map`` does not
+            change. None if both are the same.
         written: Numbers of those buffers among the inputs.
-        record: Gets the solution, and ``record_adjoint`` the one of the backward equation.
+        record: Gets the solution.
+        record_adjoint: Gets the solution of the backward equation.
     """
 
     map: Map
@@ -77,7 +78,7 @@ class Equation:
         return FixedPoint.apply(self, *z0, *inputs)  # pyright: ignore[reportReturnType]
 
     def linear(self, map: Map, record: Callable[[Solution], None]) -> Equation:
-        """An equation of a derivative."""
+        """The linear equation of a derivative, with this map."""
         return replace(self, map=map, options=self.adjoint, probe=None, live=None, written=frozenset(), record=record)
 
 
@@ -93,17 +94,17 @@ class FixedPoint(torch.autograd.Function):
         map = equation.live or equation.map
 
         def fn(z: State, *inputs: Tensor) -> Parts:
-            # Derivatives are formed inside of the maps of derivatives: torch's LSTM needs gradients on for that.
+            # The maps of derivatives differentiate f, and torch's LSTM needs gradients on for that.
             with equation.autocast.off(), torch.set_grad_enabled(equation.probe is None):
                 return map(as_tuple(z), *inputs)
 
-        with equation.autocast.again():  # which says how exact the map is
+        with equation.autocast.again():  # it limits the precision of the map
             solution = solve(fn, z0, tuple(x.detach() for x in inputs), **equation.options)
         equation.record(solution)
         image = as_tuple(solution.image)
         if equation.probe is not None:
             return tuple(part.clone() for part in image)  # forward mode takes no views
-        # Of a derivative: a gradient scaler must see the overflow.
+        # In a derivative a gradient scaler must see the overflow.
         lost = solution.status == Status.NONFINITE
         return tuple(part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan) for part in image)
 
@@ -111,7 +112,7 @@ class FixedPoint(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
         equation, *tensors = inputs
         ctx.equation = equation
-        ctx.set_materialize_grads(False)  # a tangent of zeros would say that a buffer is differentiated
+        ctx.set_materialize_grads(False)  # a tangent of zeros would mean that a buffer is differentiated
         inputs = tuple(x.clone() if i in equation.written else x for i, x in enumerate(tensors[equation.parts :]))
         ctx.save_for_backward(*output, *inputs)
         ctx.save_for_forward(*output, *inputs)
@@ -126,7 +127,7 @@ class FixedPoint(torch.autograd.Function):
         if all(part is None for part in cotangents):
             return (None,) * (1 + parts + len(inputs))
         v = tuple(torch.zeros_like(of) if part is None else part for part, of in zip(cotangents, z, strict=True))
-        # Not buffers that nobody differentiates: not every operator could.
+        # Without buffers that nobody differentiates, since not every operator can differentiate them.
         smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() and ctx.needs_input_grad[1 + parts + i]]
 
         if torch.is_grad_enabled():
@@ -161,7 +162,7 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     @interpreted
     def jvp(ctx: Any, *tangents: Tensor | None) -> Parts:
-        # Torch turns forward mode off in here, and with it the outer levels of nested forward mode.
+        # Torch turns off forward mode in this function, and with it the outer levels of nested forward mode.
         with forward_ad._set_fwd_grad_enabled(transforms_active()):
             return FixedPoint._tangent(ctx, *tangents)
 
@@ -241,7 +242,7 @@ def _jvp(of: Callable[..., Parts], x: Parts, along: Parts) -> Parts:
 
 
 def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) -> Callable[..., Parts]:
-    """``map`` as a function of the inputs at ``indices`` only."""
+    """``map`` as a function of only the inputs at ``indices``."""
 
     def of(*moving: Tensor) -> Parts:
         every = list(inputs)
@@ -319,7 +320,7 @@ class RefuseCaptured(TorchFunctionMode):
             return True
         if forward_ad._current_level < 0:
             return False
-        with forward_ad._set_fwd_grad_enabled(True):  # inside of a Function, tangents are out of sight
+        with forward_ad._set_fwd_grad_enabled(True):  # tangents are hidden inside a Function
             return forward_ad.unpack_dual(x).tangent is not None
 
     def _made_inside(self, x: Tensor) -> bool:
@@ -343,19 +344,19 @@ class RefuseCaptured(TorchFunctionMode):
 def equation_of(
     problem: Problem, adjoint: dict[str, Any], record: Callable[[Solution], None], settings: Any
 ) -> tuple[Equation, Parts]:
-    """The problem with all that it depends on as explicit inputs: the equation, and its inputs.
+    """Make the problem an equation with explicit inputs; returns the equation and its inputs.
 
     Args:
-        adjoint: Options of :func:`pydeq.fixed_point` for the derivatives' equations.
-        record: Gets the solution, which gets the adjoint's as its ``backward``.
-        settings: The adjoint, which a warning would name.
+        adjoint: Keywords of :func:`pydeq.fixed_point` for the equations of the derivatives.
+        record: Gets the solution. The solution gets the adjoint's solution as its ``backward``.
+        settings: The adjoint, for the text of a warning.
     """
     layout = layout_of(problem.z0)
     explicit = problem.explicit()
     autocast = Autocast.current(layout.device)
 
     def live(z: Parts, *inputs: Tensor) -> Parts:
-        # Norms and attention have right derivatives of any order in plain operations only.
+        # Only plain operations make the derivatives of norms and attention right to any order.
         plain = any_order() if torch._C._are_functorch_transforms_active() else nullcontext()
         with autocast.again(), plain:
             y = explicit(z if layout.is_tuple else z[0], inputs)

@@ -14,12 +14,12 @@ from pydeq.cell.linearization import Linearization
 def graph_inputs(
     at: Linearization, explicit: Explicit, first_node: int, tensors: Sequence[Tensor] | None = None
 ) -> tuple[tuple[Tensor, ...], bool]:
-    """What the graph of y was made from, next to z, and whether it also reaches results of other computations.
+    """Find the inputs of the graph of y, without z, and whether there are also unknown results of other computations.
 
     Args:
-        explicit: Which tensors are known: those of the context are always among the result where they require grad.
+        explicit: The known tensors. Those of the context that require grad are always inputs.
         first_node: The number of the first node that belongs to the evaluation of y.
-        tensors: Where the evaluation had others in the place of ``explicit.tensors``.
+        tensors: The tensors that the evaluation used in place of ``explicit.tensors``, if it did.
     """
     tensors = explicit.tensors if tensors is None else tensors
     context, held = tensors[: explicit.given], tensors[explicit.given :]
@@ -35,12 +35,12 @@ def graph_inputs(
 
 
 def edge_of(x: Tensor) -> tuple[Any, int]:
-    """Where the gradient of a computed tensor goes; results of one operation (chunk) differ by their numbers."""
+    """The edge that the gradient of a computed tensor takes: its node, and its number among the node's results."""
     return x.grad_fn, x.output_nr
 
 
 def graph_ends(at: Linearization, first_node: int) -> tuple[list[Tensor], set[tuple[Any, int]]]:
-    """Where the graph of y ends: leaves, and edges to nodes from before ``first_node``."""
+    """Find the ends of the graph of y: leaves, and edges to nodes from before ``first_node``."""
     leaves: list[Tensor] = []
     edges_out: set[tuple[Any, int]] = set()
     edges = [edge_of(part) for part in at.y if part.grad_fn is not None]
@@ -61,6 +61,6 @@ def graph_ends(at: Linearization, first_node: int) -> tuple[list[Tensor], set[tu
 
 
 def _casts_a_leaf(node: Any) -> bool:
-    """Whether this is autocast's copy of a parameter, which may be from an earlier evaluation."""
+    """True if the node is autocast's cast of a parameter, which may be from an earlier evaluation."""
     (source, _), *others = node.next_functions or ((None, 0),)
     return node.name() == "ToCopyBackward0" and not others and hasattr(source, "variable")

@@ -1,10 +1,9 @@
-"""How a linearization gets to backward, also through a checkpoint around the layer.
+"""Hand a linearization from forward to backward, also through a checkpoint around the layer.
 
-A checkpoint that does not use reentrant autograd gives up what is saved for backward, and runs the whole forward again
-where that is asked for, once for each backward pass through autograd. A solve of the adjoint system makes many passes
-through the graph of one evaluation. So it must not ask there: the run again has made such a graph, too, and hands it
-over. It travels on a tensor that is saved, since that is what comes back from the run again, and what is let go once
-backward has run.
+A checkpoint without reentrant autograd drops the saved tensors, and runs the whole forward again when backward asks for
+one, once for each backward pass. A solve of the adjoint system makes many passes through the graph of one evaluation,
+so it must not ask for the tensors of that graph. Instead, the second forward makes such a graph, too, and hands it over
+as an attribute of a saved tensor: saved tensors come back from the second forward, and are freed once backward has run.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from pydeq.cell.torch_compile import in_compiled_autograd
 
 
 def hand_over(at: Linearization) -> Tensor:
-    """A tensor to save for backward."""
+    """Make a tensor that carries the linearization, to be saved for backward."""
     courier = torch.empty(0, device="cpu")
     courier.linearization = at  # pyright: ignore[reportAttributeAccessIssue]
     return courier
 
 
 def take_over(courier: Tensor) -> Linearization | None:
-    """The linearization; None where what was saved came back as a copy, as from hooks that move it to the CPU.
+    """Get the linearization; None if the saved tensor came back as a copy, as from hooks that move it to the CPU.
 
     Raises:
-        RuntimeError: Where its graph is no longer there.
+        RuntimeError: Under compiled autograd, where its graph does not exist any more.
     """
     if in_compiled_autograd():
         raise RuntimeError(

@@ -1,14 +1,14 @@
-"""Implicit differentiation: the gradient of a fixed point from the fixed point alone.
+"""Implicit differentiation: the gradient of a fixed point from only the fixed point, without the iterations.
 
-At z* = f(z*), a cotangent v of z* gives the cotangent u of f's value that solves u = J^T u + v, J = df/dz at z* (the
-implicit function theorem). f is evaluated once at the solution with gradients on, and u replaces v on its way into
-that graph: so parameters, context and whatever f closes over all get their gradients, and the memory does not grow with
-the solve.
+Let z* = f(z*), and J = df/dz at z*. By the implicit function theorem, a cotangent v of z* becomes the cotangent u of
+f's value that solves u = J^T u + v. f is evaluated once at the solution with gradients on, and in backward u replaces v
+at the output of that graph. So parameters, context and captured tensors get their gradients, and the memory does not
+grow with the solve.
 
-That graph is built at a detached z*, so it cannot carry the terms of a second derivative that come from z* moving with
-the parameters. Where a backward pass is itself to be differentiated (create_graph), f is rebuilt at the attached
-output, u becomes the fixed point of its own linear equation, differentiated in the same way to any order, and the
-gradients of what f was made from are formed on the rebuilt graph.
+The graph is built at a detached z*, so it lacks the terms of a second derivative that come from z* moving with the
+parameters. If a backward pass is differentiated itself (create_graph), f is evaluated again at the attached output. u
+is then the fixed point of its own linear equation, which is differentiated in the same way, to any order. The gradients
+of the inputs of f are formed on the new graph.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Implicit(Adjoint):
 
     Args:
         solver: Solves the adjoint system; any of the fixed-point solvers.
-        rtol: Relative tolerance of the adjoint; by default 1e-4, and 5e-3 for half states or under half autocast, which
-            reach about 2e-3.
-        max_steps: Vector-Jacobian products of each sample at most, at least 1.
-        warm_start: Begin each adjoint solve at the last one's solution where shapes agree; of use where a layer sees
-            the same samples again, in the same order. Costs one product more where it does not help.
+        rtol: Relative tolerance of the adjoint solve; by default 1e-4, and 5e-3 for half states or under half autocast,
+            which reach about 2e-3.
+        max_steps: Maximum number of vector-Jacobian products of each sample, at least 1.
+        warm_start: Start each adjoint solve from the solution of the last one if shapes agree. This helps if a layer
+            sees the same samples again in the same order, and otherwise costs one more product.
 
     A backward solve that leaves samples unconverged warns once. Samples whose adjoint is NONFINITE get NaN gradients,
-    so that a gradient scaler sees the overflow. Derivatives of any order are exact, and under torch.func in any mode;
-    norms whose third derivatives torch has wrong are made of plain operations for them (docs/penalty.md).
+    so that a gradient scaler sees the overflow. Derivatives of any order are exact, under torch.func in any mode. For
+    third derivatives, norms that torch differentiates wrongly are made of plain operations (docs/penalty.md).
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -79,7 +79,7 @@ class Implicit(Adjoint):
         set_fields(self, rtol=rtol, max_steps=check_max_steps("max_steps", self.max_steps))
 
     def options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Of :func:`pydeq.fixed_point`, for an adjoint that is computed in this dtype."""
+        """Keywords of :func:`pydeq.fixed_point` for an adjoint that is computed in this dtype."""
         finer = 0.5 if torch.finfo(dtype).bits < 32 else 0.1
         rtol = finer * default_rtol(dtype) if self.rtol is None else self.rtol
         return {"solver": self.solver, "rtol": rtol, "max_steps": self.max_steps}
@@ -118,7 +118,7 @@ def evaluate_at_fixed_point(
     Args:
         modules: The modules whose tensors fn uses.
         solution: Gets the adjoint's solution as its ``backward``.
-        memory: Where the last cotangent is kept for a warm start.
+        memory: Keeps the last cotangent for a warm start.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
     """
     explicit = Explicit(fn, context, modules)
@@ -128,7 +128,7 @@ def evaluate_at_fixed_point(
     layout, y = at.layout, at.y
     sources, hidden = graph_inputs(at, explicit, first_node)
     if sources or hidden:
-        # Of what fn may read, what fn itself does not modify must stay for a second derivative.
+        # A second derivative needs the tensors that fn reads, except those that fn itself modifies.
         unchanged, autocast = before.with_tensors(sources), Autocast.current(layout.device)
         y = _with_adjoint_solve(
             _AdjointSystem(
@@ -144,23 +144,23 @@ def evaluate_at_fixed_point(
 def _with_adjoint_solve(problem: _AdjointSystem, at: Linearization) -> tuple[Tensor, ...]:
     """The parts of ``at.y``, the image of a fixed point, with the gradients of the fixed point."""
     y = _AdjointSolve.apply(problem, hand_over(at), *at.y, *at.z, *problem.sources)
-    return tuple(part.clone() for part in y)  # which may be modified in place
+    return tuple(part.clone() for part in y)  # users may modify these in place
 
 
 @dataclass(frozen=True)
 class _AdjointSystem:
-    """What backward needs next to the graph.
+    """The data that backward needs, next to the graph, to solve u = J^T u + v.
 
     Args:
-        explicit: f, as a function of what it is known to depend on.
-        sources: What f was made from: tensors that ``explicit`` knows, and captured leaves, that require grad.
-        hidden: Whether f captures tensors that are neither: results of other computations.
-        autocast: That of the forward.
+        explicit: f as a function of all tensors that it is known to depend on.
+        sources: The inputs of the graph that require grad: tensors that ``explicit`` knows, and captured leaves.
+        hidden: Whether f captures results of other computations.
+        autocast: The autocast state of forward.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
-        unchanged: What must not have changed where f is evaluated again.
+        unchanged: Raises if tensors or modules have changed when f is evaluated again.
         solution: Gets the adjoint's solution as its ``backward``.
-        memory: Where the last cotangent is kept for a warm start.
-        norm: A norm in f whose third derivative torch has wrong, in a problem that is of second order itself.
+        memory: Keeps the last cotangent for a warm start.
+        norm: A norm in f whose third derivative torch has wrong; set in systems of a second derivative.
     """
 
     settings: Implicit
@@ -180,7 +180,7 @@ class _AdjointSystem:
         settings = self.settings
         refuse_vectorized(v, settings)
         start = self._start(v)
-        with self.autocast.again():  # which says how exact J is
+        with self.autocast.again():  # it limits the precision of J
             options = settings.options(self.autocast.coarsest(self.layout.dtype)) | self.shared
             solution = settings.solve_adjoint(
                 self._adjoint(at), start if self.layout.is_tuple else start[0], v, options
@@ -198,12 +198,12 @@ class _AdjointSystem:
         )
 
     def _start(self, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Where the adjoint solve begins."""
+        """The initial cotangent of the adjoint solve."""
         last = (self.memory or {}).get("cotangent", ())
         if self.settings.warm_start and [_kind(part) for part in last] == [_kind(part) for part in v]:
-            # Without the samples that were lost.
+            # Samples that were lost start from v.
             return tuple(torch.where(part.isfinite(), part, of) for part, of in zip(last, v, strict=True))
-        return v  # what the first evaluation at u = 0 would give
+        return v  # the first evaluation at u = 0 would give this
 
     def differentiate(self, out: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
         """The gradients of ``sources`` for the cotangent v of ``out``, with a graph."""
@@ -222,7 +222,7 @@ class _AdjointSystem:
         self.unchanged.check("f is to be evaluated again for a second derivative")
         gate, tensors = _Gate(), self.explicit.tensors
         z = tuple(_Substitute.apply(gate, part) for part in out)
-        # Partial derivatives: neither z nor what made the tensors is followed; their own gradients go there.
+        # Partial derivatives: gradients end at the substitutes, and do not go on to z or to the graphs of the tensors.
         substitutes = {id(x): _Substitute.apply(gate, x) for x in tensors if x.requires_grad}
         inputs = [substitutes.get(id(x), x) for x in tensors]
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
@@ -234,10 +234,10 @@ class _AdjointSystem:
                 " also given as context: let it use the one that it is given"
             )
         norm = wrong_third_derivative(nodes_of(at.y, first_node))
-        u = self._attached_adjoint(at, self.solve(at, v), v, inputs, norm)
+        u = self._differentiable_adjoint(at, self.solve(at, v), v, inputs, norm)
         outputs = [part for part in at.y if part.requires_grad]
         seeds = [part for part, of in zip(u, at.y, strict=True) if of.requires_grad]
-        captured = {id(x) for x in leaves}  # also where it is known: a list of parameters, say
+        captured = {id(x) for x in leaves}  # maybe known, too: parameters that fn also has in a list
         targets = [substitutes.get(id(x), x) for x in self.sources]
         also = [x for x in self.sources if id(x) in substitutes and id(x) in captured]
         with gate, hooks_postponed([*targets, *also]):
@@ -249,12 +249,12 @@ class _AdjointSystem:
         return [gradients[id(x)] for x in self.sources]
 
     def _evaluate(self, z: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The parts of f, as in forward; norms in plain operations, whose further derivatives are right."""
+        """Evaluate f as in forward, with norms in plain operations, whose further derivatives are right."""
         with self.autocast.again(), composed_norms():
             y = self.explicit(z if self.layout.is_tuple else z[0], tensors)
             return as_tuple(self.layout.check(y, self.autocast.enabled, detach=False))
 
-    def _attached_adjoint(
+    def _differentiable_adjoint(
         self,
         at: Linearization,
         u: tuple[Tensor, ...],
@@ -264,7 +264,7 @@ class _AdjointSystem:
     ) -> tuple[Tensor, ...]:
         """The adjoint's solution u with the gradients of a fixed point of u, v, z, inputs -> J^T u + v.
 
-        The graph of ``at`` serves its first derivative; f is evaluated again for further ones.
+        Its first derivative uses the graph of ``at``; further derivatives evaluate f again.
         """
         parts = len(v)
 
@@ -307,7 +307,7 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
 
 
 class _AdjointSolve(torch.autograd.Function):
-    """Hands y through; on the way back replaces its cotangent v by the adjoint's solution u."""
+    """The identity of y whose backward replaces the cotangent v by the adjoint's solution u."""
 
     @staticmethod
     def forward(ctx: Any, problem: _AdjointSystem, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -336,7 +336,7 @@ class _AdjointSolve(torch.autograd.Function):
 
 
 class _Gate:
-    """Closed inside a with statement: what :class:`_Substitute` hands back then ends there."""
+    """A context manager in which the gradients of a :class:`_Substitute` end there."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -358,7 +358,7 @@ class _Substitute(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.gate = inputs[0]
-        ctx.set_materialize_grads(False)  # what a closed gate stopped is no zero to be differentiated in turn
+        ctx.set_materialize_grads(False)  # a closed gate stops a gradient; it does not make it zero
 
     @staticmethod
     @interpreted

@@ -1,4 +1,4 @@
-"""One warning about initial states that are learned in vain."""
+"""Warn once if an initial state is a parameter that gets no gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _warned: set[type[Adjoint]] = set()
 
 
 def warn_about_learned_start(z0: State, adjoint: Adjoint) -> None:
-    """Warn once if z0 is a parameter, be it in another shape, that ``adjoint`` gives no gradient."""
+    """Warn once if z0 is a parameter, or a view of one, and ``adjoint`` gives z0 no gradient."""
     if adjoint.iterates or type(adjoint) in _warned:
         return
     if any(part.requires_grad and _is_learned(part) for part in as_tuple(z0)):

@@ -1,10 +1,10 @@
-"""Phantom gradients: a few steps of the adjoint instead of its solution.
+"""Phantom gradients: a few steps of the adjoint iteration instead of its solution.
 
 Cheap and biased. With damping tau and k steps, the cotangent v of the fixed point becomes
 
     u = tau sum_{i<k} (tau J^T + (1 - tau) I)^i v
 
-which for tau = 1 are the first k terms of the Neumann series of (I - J^T)^-1 v.
+For tau = 1 these are the first k terms of the Neumann series of (I - J^T)^-1 v.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Phantom(Adjoint):
 
     def _solve_transformed(self, problem: Problem) -> tuple[State, Solution]:
         if not torch._C._are_functorch_transforms_active():
-            # Forward-mode AD: the steps from here on have the tangents, also of what the cell captures.
+            # Forward-mode AD: the steps after the solve carry the tangents, also those of captured tensors.
             with forward_ad._set_fwd_grad_enabled(False):
                 solution = problem.solve()
             return solution.image, solution
@@ -109,7 +109,7 @@ def JacobianFree() -> Phantom:  # noqa: N802  # reads like the other adjoints
 
 
 class _Neumann(torch.autograd.Function):
-    """Hands y through; on the way back replaces its cotangent v by the truncated series u."""
+    """The identity of y whose backward replaces the cotangent v by the truncated series u."""
 
     @staticmethod
     def forward(settings: Phantom, layout: Layout, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

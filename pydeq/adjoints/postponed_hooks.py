@@ -1,4 +1,4 @@
-"""Gradients of tensors without their hooks."""
+"""Form gradients of tensors without running their hooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 @contextmanager
 def hooks_postponed(sources: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, no hook of these tensors runs where their gradients are formed: it does where autograd is handed them."""
+    """Context manager in which the hooks of these tensors do not run.
+
+    Autograd runs them later, when backward returns the gradients that were formed here.
+    """
     postponed = [(hooks, list(hooks.items())) for x in sources if (hooks := x._backward_hooks)]
     for hooks, _ in postponed:
         hooks.clear()

@@ -1,6 +1,6 @@
-"""Shine: Broyden's approximation of the inverse from the forward solve, transposed, instead of the adjoint's solution.
+"""Shine: use the approximate inverse that Broyden's method has from the forward solve as the adjoint's solution.
 
-Forward, Broyden gathers N ~ (I - J)^-1 (see :mod:`pydeq.ops.broyden_step`). The adjoint of a cotangent v is
+In forward, Broyden's method builds N ~ (I - J)^-1 (see :mod:`pydeq.ops.broyden_step`). The adjoint of a cotangent v is
 (I - J)^-T v, so u = N^T v costs no product with J.
 """
 
@@ -36,25 +36,25 @@ class Shine(Adjoint):
 
     u = v + c (N^T v - v),   c = min(1, limit ||v|| / ||N^T v - v||) of each sample
 
-    Cheap and biased: N is good where the solve went through, so it gets better the more evaluations the solve took.
-    After one evaluation it is :func:`pydeq.JacobianFree`. The steps of the solve are kept until backward has run, so
-    the memory grows with the evaluations.
+    Cheap and biased: N is accurate in the directions of the solve's steps, so it improves with the evaluations of the
+    solve. After one evaluation the gradient is that of :func:`pydeq.JacobianFree`. The steps of the solve are kept
+    until backward has run, so the memory grows with the evaluations.
 
     Args:
-        refine_steps: Products with J of each sample at most, at least 0, to improve on u. They solve
-            u = u + N^T (J^T u + v - u), the adjoint preconditioned by N, from u by Broyden's method.
+        refine_steps: Maximum number of products with J of each sample that improve u, at least 0. They solve
+            u = u + N^T (J^T u + v - u), the adjoint preconditioned by N, by Broyden's method.
         rtol: Relative tolerance of that solve; by default 1e-4, and 1e-3 for half states.
-        limit: Bound of the correction's norm relative to v, at least 0. N is known where the solve went, and elsewhere
-            it can be far too large: after hard solves of trained cells N^T v is at times a hundred times v, and without
-            a bound the gradient worse than :func:`pydeq.JacobianFree`, which is ``limit=0``. ``math.inf`` takes N^T v
-            as it is. The source falls back to v, for the whole of it, where ||N^T v|| > 1.3 ||v||.
+        limit: Bound of the correction's norm relative to v, at least 0. In directions without steps N can be far too
+            large: after hard solves of trained cells N^T v is sometimes a hundred times v, and without a bound the
+            gradient is worse than that of :func:`pydeq.JacobianFree`, which is ``limit=0``. ``math.inf`` takes N^T v
+            unchanged. The source uses v instead of N^T v if ||N^T v|| > 1.3 ||v||.
 
     The solution's ``backward`` is that of the refinement, and None without one. Second derivatives raise.
 
     Raises:
-        TypeError: If an argument is of the wrong type, or the layer's solver is another.
+        TypeError: If an argument is of the wrong type, or the layer's solver is not Broyden.
         ValueError: If an argument is out of range.
-        RuntimeError: In forward, if Broyden's memory was full, which overwrites what N is made of.
+        RuntimeError: In forward, if Broyden's memory was full, since a restart overwrites steps that N needs.
 
     Source: Ramzi, Mannel, Bai, Starck, Ciuciu and Moreau, SHINE: SHaring the INverse Estimate from the forward pass for
     bi-level optimization and implicit models, ICLR 2022.
@@ -97,7 +97,7 @@ class Shine(Adjoint):
 
 @dataclass(frozen=True)
 class _Backward:
-    """What backward needs besides tensors."""
+    """The data that backward needs, next to tensors."""
 
     settings: Shine
     layout: Layout
@@ -136,7 +136,7 @@ class _Backward:
 
 
 class _Shine(torch.autograd.Function):
-    """Hands y through; on the way back replaces its cotangent v by u."""
+    """The identity of y whose backward replaces the cotangent v by u."""
 
     @staticmethod
     def forward(problem: _Backward, inverse: InverseJacobian, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
-"""Where a user's cell meets the package: states of any type, keywords, and results that are not state.
+"""Convert between a user's cell and the package: states of any type, keywords, and auxiliary results.
 
-Inside, a map takes a state, a tensor or a tuple of tensors, and positional context, and returns a state. Outside it may
-take and return a state of any type, take keywords, and return something else with it. Keywords travel inside as a dict
-at the end of the context, where whoever follows the context for gradients finds them.
+Inside the package, a map takes a state, which is a tensor or a tuple of tensors, and positional context, and returns a
+state. Outside, it may also take and return states of other types, take keywords, and return a second result. Keywords
+are passed on inside as a dict at the end of the context, so that their tensors get gradients like the context.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pydeq.state import State, as_tuple
 
 
 class Adapter:
-    """How one problem looks from outside.
+    """The conversions of one problem.
 
     Args:
         z0: The initial state.
-        keywords: What fn is given by name.
-        has_aux: Whether fn returns a pair of the state and something else.
+        keywords: The arguments that fn gets by name.
+        has_aux: Whether fn returns a pair (state, aux).
     """
 
     def __init__(self, z0: Any, keywords: dict[str, Any] | None = None, has_aux: bool = False) -> None:
@@ -32,42 +32,43 @@ class Adapter:
         self.z0: State = z0 if self.structure is None else self.structure.parts(z0)
         self.keywords = keywords or {}
         self.has_aux = has_aux
-        self.newest: tuple[State, Any] | None = None  # what the newest evaluation returned, where it has aux
+        self.newest: tuple[State, Any] | None = None  # the result of the newest evaluation, with has_aux
 
     def inside(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn`` as it is called inside."""
+        """``fn`` as a map of states, which takes positional arguments."""
         return _Inside(fn, self) if self.structure or self.keywords or self.has_aux else fn
 
     def context(self, context: Sequence[Any]) -> tuple[Any, ...]:
-        """The context as it is passed on inside."""
+        """The context that a map inside gets, with the keywords at its end."""
         return (*context, self.keywords) if self.keywords else tuple(context)
 
     def outside(self, state: State) -> Any:
-        """A state as the user has it."""
+        """Convert a state to the user's type."""
         return state if self.structure is None else self.structure.restore(state)
 
     def solution(self, solution: Solution) -> Solution:
-        """A solution with states as the user has them."""
+        """Convert the states of a solution to the user's type."""
         return solution if self.structure is None else solution.restored(self.structure.restore)
 
     def aux_at_image(self, fn: Callable[..., Any], solution: Solution, context: Sequence[Any]) -> Any:
-        """What ``fn``, a map inside, returned with the solution's image; evaluates it again if that was not its last.
+        """The aux that ``fn``, a map inside, returns with the solution's image.
 
-        The last evaluation of a solve is that of the image in every sample that converged.
+        If all samples converged, the last evaluation of the solve returned the image, and its aux is taken. Otherwise
+        ``fn`` is evaluated again.
         """
         if self.newest is None or not _equal(self.newest[0], solution.image):
             fn(solution.value, *context)
         return self.take_aux()
 
     def take_aux(self) -> Any:
-        """What the newest evaluation returned with its state."""
+        """The aux of the newest evaluation."""
         assert self.newest is not None
         aux, self.newest = self.newest[1], None
         return aux
 
 
 class _Inside:
-    """A map as it is called inside the package."""
+    """A user's map as a map of states."""
 
     def __init__(self, fn: Callable[..., Any], adapter: Adapter) -> None:
         self.fn, self.adapter = fn, adapter
@@ -91,7 +92,7 @@ class _Inside:
 
 
 def canonical(fn: Callable[..., Any], z: Any) -> tuple[Callable[..., Any], State]:
-    """A map and a state as they are inside the package."""
+    """Convert a map and a state to those of the package."""
     adapter = Adapter(z)
     return adapter.inside(fn), adapter.z0
 

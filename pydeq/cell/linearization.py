@@ -1,4 +1,4 @@
-"""One evaluation of fn with gradients on, as the linear map that its derivative is."""
+"""Products with the Jacobian of fn, from one evaluation with gradients on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pydeq.state import Layout, State, as_tuple, layout_of
 
 @dataclass(frozen=True)
 class Linearization:
-    """y = fn(z, *context), with the graph between them.
+    """One evaluation y = fn(z, *context) with its graph.
 
-    J = dy/dz is never formed; products with it from either side are.
+    It forms products with J = dy/dz from either side, and never J itself.
 
     Args:
         layout: The shapes of z and y.
-        z: The parts of the point, leaves that require grad.
-        y: The parts of the image, with a graph wherever they depend on z, on parameters or on context.
+        z: The parts of the point; leaves that require grad.
+        y: The parts of the image. They have a graph if they depend on z, parameters or context.
         first_node: The number of the first node that belongs to the evaluation.
     """
 
@@ -35,7 +35,7 @@ class Linearization:
     first_node: int = 0
 
     def vjp(self, v: State, create_graph: bool = False) -> tuple[Tensor | None, ...]:
-        """v^T J by parts, None for parts of z that y does not depend on. The graph is kept."""
+        """v^T J by parts, with None for parts of z that y does not depend on. The graph is kept."""
         outputs, seeds = self.y, as_tuple(v)
         if len(outputs) == 1 and type(v) is Tensor and not create_graph and outputs[0].requires_grad:
             # torch.autograd.grad without its checks of seeds, which take half as long as a small product.
@@ -76,7 +76,7 @@ class Linearization:
     def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """J v_k for v [K, B, D], as [K, B, D], by vectorized products.
 
-        No forward mode, and no evaluation of fn: J v is the derivative of u^T J v by u. Costs a product more than K.
+        Uses neither forward mode nor an evaluation of fn: J v is the derivative of u^T J v by u. Costs K + 1 products.
         """
         u = torch.zeros(self.layout.batch, self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
         u.requires_grad_()
@@ -105,11 +105,11 @@ class Linearization:
         )
 
     def _at_once(self, v: Tensor) -> int:
-        """How many of the K vectors to take in one product.
+        """The number of the K vectors to take in one product.
 
-        All, but on a CPU: there operators are fast as long as what one leaves is still in the cache for the next, and
-        more vectors at once only help to read weights, and to add to their gradients, fewer times. Weights of the size
-        of a state are read in no time; where they are much larger, they set the pace.
+        On a GPU it is all of them. On a CPU an operator is fast if the result of the operator before it is still in the
+        cache. More vectors at once only save reading weights, and adding to their gradients. That is worth it only if
+        the weights are much larger than a state.
         """
         if v.device.type != "cpu" or v.numel() == 0:
             return max(1, len(v))
@@ -119,7 +119,7 @@ class Linearization:
         return max(1, min(len(v), max(CACHED_BYTES, self._leaf_bytes() // 2) // each))
 
     def _leaf_bytes(self) -> int:
-        """The size of what gradients go to: the leaves of the graph of y, without z."""
+        """The size of the leaves of the graph of y, without z."""
         leaves: dict[int, int] = {}
         nodes = [part.grad_fn for part in self.y if part.grad_fn is not None]
         seen = set(nodes)
@@ -151,10 +151,10 @@ class Linearization:
 def vectorize(
     batched: Callable[[Tensor], Tensor], single: Callable[[Tensor], Tensor], v: Tensor, at_once: int | None = None
 ) -> Tensor:
-    """``single`` of each v[k], stacked: by calls of ``batched``, or one by one where an operator cannot do that.
+    """Stack ``single`` of each v[k], by calls of ``batched``, or one by one if an operator does not vectorize.
 
     Args:
-        at_once: How many of v one call of ``batched`` gets; all by default.
+        at_once: The number of vectors in one call of ``batched``; all by default.
     """
     if v.numel() == 0:
         return torch.zeros_like(v)
@@ -169,13 +169,14 @@ def vectorize(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        products = torch.stack([single(one) for one in v])  # raises what is not about vectorization
+        products = torch.stack([single(one) for one in v])  # errors of fn itself are raised here
         _warn_once(str(error).split("\n", 1)[0])
         return products
 
 
-# On a CPU: what a vectorized product may leave per operator, a part of a core's cache. Found by measurement: eight
-# products of a transformer's block with states of 256 kB took 112 ms at once and 91 one by one, of 32 kB 12 and 15.
+# On a CPU: the largest result of an operator in a vectorized product, a part of a core's cache. Measured: eight
+# products of a transformer's block took 112 ms at once and 91 ms one by one with states of 256 kB, 12 ms and 15 ms
+# with states of 32 kB.
 CACHED_BYTES = 256 * 1024
 
 _warned: set[str] = set()
@@ -195,7 +196,7 @@ def linearize(fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Linea
     """Evaluate ``fn`` at ``z``, taken as a constant, with gradients on.
 
     Raises:
-        TypeError, ValueError: If fn does not return something like z.
+        TypeError, ValueError: If fn does not return a state like z.
     """
     if torch.is_inference_mode_enabled() or any(part.is_inference() for part in as_tuple(z)):
         with torch.inference_mode(False):
@@ -217,5 +218,5 @@ def _linearize(fn: Callable[..., Any], z: State, context: Sequence[Any]) -> Line
 
 
 def recordable(x: Tensor) -> Tensor:
-    """Tensors made in inference mode have no place in a graph; copies of them do."""
+    """Copy a tensor that was made in inference mode, which a graph cannot hold."""
     return x.clone() if x.is_inference() else x

@@ -86,7 +86,7 @@ def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _with_flag(composed: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The C++ function's signature has one argument more, whether to use cuDNN."""
+    """Drop the last argument of the C++ function's signature, whether to use cuDNN."""
 
     def call(*args: Any, cudnn_enabled: bool = True, **kwargs: Any) -> Tensor:
         return composed(*args[:8], **kwargs)
@@ -106,7 +106,7 @@ _COMPOSED: dict[Any, Callable[..., Tensor]] = {
 
 
 class _Composed(TorchFunctionMode):
-    """Calls of norms, also those of ``torch.nn``'s modules, made of plain operations."""
+    """Replace calls of norms, also those in modules of ``torch.nn``, by plain operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call: Callable[..., Any] = _COMPOSED.get(func) or func
@@ -115,13 +115,13 @@ class _Composed(TorchFunctionMode):
 
 @contextmanager
 def any_order() -> Iterator[None]:
-    """Evaluate fn inside, where it is to be differentiated more than twice, or by forward mode and then again."""
+    """Context manager for evaluations that are differentiated more than twice, or again after forward mode."""
     with composed_norms(), sdpa_kernel(SDPBackend.MATH):  # pyright: ignore
         yield
 
 
 def composed_norms() -> TorchFunctionMode:
-    """As :func:`any_order`, for norms only: fused attention stays, and raises where it cannot be differentiated."""
+    """Like :func:`any_order`, but only for norms: fused attention raises where it cannot be differentiated."""
     return _Composed()
 
 
@@ -135,15 +135,15 @@ _NORMS = {"native_layer_norm": "layer norm"} | dict.fromkeys(
     ),
     "batch or instance norm",
 )
-# Its forward-mode derivative takes the factors of the matrix for constants.
+# The forward-mode derivative of this operator takes the factors of the matrix for constants.
 _NORMS["_linalg_solve_ex"] = "torch.linalg.solve"
 
 
 class RefuseNorms(TorchDispatchMode):
-    """At its end, raises if an operator ran whose higher derivatives torch has wrong: called by TorchScript, say.
+    """Raise at the end if an operator ran whose higher derivatives torch has wrong, for example in TorchScript.
 
     Raises:
-        RuntimeError: If so.
+        RuntimeError: If such an operator ran.
     """
 
     norm: str | None = None

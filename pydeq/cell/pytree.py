@@ -1,7 +1,7 @@
-"""States of any type: what solvers see is a tensor or a tuple of tensors, what fn sees is what the user gave.
+"""States of any type: solvers see a tensor or a tuple of tensors, fn sees the user's type.
 
 A dict, a list, a namedtuple, any type that is registered with torch's pytree, nested in each other, and complex tensors
-become a tuple of real tensors, the parts, on their way in, and are made again for every call of fn.
+become a tuple of real tensors, the parts, inside the package, and are made again for every call of fn.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pydeq.state import State, as_tuple, layout_of
 
 
 class Structure:
-    """The type of a state: how its parts are found in it, and how it is made of them.
+    """The type of a state, which takes a state apart and makes one from its parts.
 
     Args:
         z0: A state of that type.
 
     Raises:
-        TypeError: If something in it is no tensor.
-        ValueError: If there is no tensor in it, or the tensors are not those of one state.
+        TypeError: If it holds something that is not a tensor.
+        ValueError: If it holds no tensor, or tensors that do not belong to one state.
     """
 
     def __init__(self, z0: Any) -> None:
@@ -37,13 +37,13 @@ class Structure:
             raise ValueError(f"z0 must have at least one tensor, got an empty {type(z0).__name__}")
         self.complex = tuple(leaf.is_complex() for leaf in leaves)
         self.dtypes = tuple(leaf.dtype for leaf in leaves)
-        # Where each part belongs, by its number.
+        # A state with the number of each part in its place.
         self.template = tree_unflatten(range(len(leaves)), self.spec)
         layout = layout_of(self._pack(leaves), self.names)
         self.shapes = layout.shapes
 
     def parts(self, z0: Any) -> State:
-        """A state of this type -> its parts, real."""
+        """A state of this type -> its parts, which are real."""
         return self._pack(tree_flatten(z0)[0])
 
     def restore(self, state: State) -> Any:
@@ -55,10 +55,10 @@ class Structure:
         return tree_unflatten(leaves, self.spec)
 
     def of_result(self, result: Any) -> State:
-        """The parts of what fn returned, which may have a tuple in place of a list or a namedtuple.
+        """The parts of a result of fn, which may have a tuple in place of a list or a namedtuple.
 
         Raises:
-            TypeError, ValueError: If it is of another type, has another shape or is real in place of complex.
+            TypeError, ValueError: If the result has another type or shape, or is real instead of complex.
         """
         leaves: list[Any] = [None] * len(self.names)
         _collect(self.template, result, "z0", leaves)
@@ -84,7 +84,7 @@ class Structure:
 
 
 def structure_of(z0: Any) -> Structure | None:
-    """The type of a state; None for real tensors and tuples of them, which solvers take as they are."""
+    """The type of a state; None for real tensors and tuples of them, which need no conversion."""
     if type(z0) is tuple and z0:
         return None if all(isinstance(part, Tensor) and not part.is_complex() for part in z0) else Structure(z0)
     if isinstance(z0, Tensor) and not z0.is_complex():
@@ -106,7 +106,7 @@ def _check_leaf(name: str, leaf: Any) -> None:
 
 
 def _collect(template: Any, got: Any, name: str, leaves: list[Any]) -> None:
-    """Put what is in ``got`` into ``leaves``, where the numbers in ``template`` say."""
+    """Put the entries of ``got`` into ``leaves`` at the numbers that ``template`` has in their places."""
     if isinstance(template, int):
         leaves[template] = got
     elif isinstance(template, Mapping):
@@ -125,7 +125,7 @@ def _collect(template: Any, got: Any, name: str, leaves: list[Any]) -> None:
         fields = getattr(template, "_fields", None)
         for i, (part, of) in enumerate(zip(template, got, strict=True)):
             _collect(part, of, f"{name}.{fields[i]}" if fields else f"{name}[{i}]", leaves)
-    else:  # a type that somebody has registered
+    else:  # a registered type
         numbers, spec = tree_flatten(template)
         found, other = tree_flatten(got)
         if spec != other:

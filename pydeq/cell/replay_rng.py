@@ -1,4 +1,4 @@
-"""Randomness inside of a map: a map that draws anew at each call has no fixed point."""
+"""Draw the same random numbers at every call of a map: a map that draws new ones at each call has no fixed point."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ def random_modules(module: nn.Module | None) -> list[str]:
 class Replayed:
     """A map whose every call draws the same random numbers as its first.
 
-    The generators go on as if it had been called once.
+    Afterwards the generators are as after one call.
 
     Args:
         fn: Draws from torch's own generators.
-        device: Where it draws, beside the CPU.
+        device: The device that it draws on, next to the CPU.
     """
 
     def __init__(self, fn: Callable[..., Any], device: torch.device) -> None:
         self.fn, self.device = fn, device
-        self.states: list[tuple[Tensor, ...]] = []  # of the generators before the first call; shared by those of ``of``
+        self.states: list[
+            tuple[Tensor, ...]
+        ] = []  # of the generators before the first call; shared with the results of ``of``
 
     def of(self, fn: Callable[..., Any]) -> Replayed:
-        """Another map that draws the same numbers."""
+        """Make another map draw the same numbers."""
         other = Replayed(fn, self.device)
         other.states = self.states
         return other
@@ -53,7 +55,7 @@ class Replayed:
             self._set(after)
 
     def drew(self) -> bool:
-        """Whether the first call, just made, drew random numbers."""
+        """Whether the first call drew random numbers; to be asked right after it."""
         return any(not torch.equal(a, b) for a, b in zip(self.states[0], self._get(), strict=True))
 
     def _get(self) -> tuple[Tensor, ...]:

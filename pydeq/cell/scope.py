@@ -1,8 +1,8 @@
-"""What belongs to one solve: dropout masks, directions of spectral norms, normalized weights.
+"""Values that modules keep for one solve: dropout masks, directions of spectral norms, normalized weights.
 
-A fixed point exists only of a map that stays the same from one evaluation to the next. Modules whose value is drawn, or
-is costly and does not depend on the state, therefore keep it in a scope: one object for a solve and for all that is
-evaluated again for its gradients, be it long after. A module holds nothing of it, so that nothing in it gets stale.
+A map has a fixed point only if it stays the same between evaluations. Some modules draw a value, or compute a costly
+value that does not depend on the state. They keep it in a scope: one object for a solve and for all later evaluations
+for its gradients. The module itself holds no such value, so none can be out of date.
 
 The scope belongs to the callable that a solve is given (:class:`InScope`). Every call of that callable is in its scope,
 in forward and in backward, on any thread.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 class Scoped(nn.Module):
-    """A module that keeps something in the scope."""
+    """A module that keeps values in the scope."""
 
     def has_row_per_sample(self) -> bool:
         """Whether its values in the scope belong to single samples of the batch."""
@@ -29,11 +29,11 @@ class Scoped(nn.Module):
 
 
 class Scope:
-    """What the modules of a cell keep for one solve.
+    """The values that the modules of a cell keep for one solve.
 
     Args:
-        parent: A scope to share everything with but the weights.
-        share_graph: Keep weights that carry a graph, too: for evaluations that are one graph in the end.
+        parent: A scope to share everything with except the weights.
+        share_graph: Also keep weights that have a graph, for evaluations that end in one graph.
     """
 
     def __init__(self, parent: Scope | None = None, share_graph: bool = False) -> None:
@@ -45,29 +45,29 @@ class Scope:
         self._weights: dict[Any, tuple[tuple[_Source, ...], Tensor]] = {}
 
     def weight(self, owner: nn.Module, sources: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
-        """compute(*sources), from what was computed before where that is still right.
+        """compute(*sources), or the value from before if the sources have not changed.
 
-        A weight without a graph is computed once. One with a graph is computed for each evaluation, inside it: then
-        implicit differentiation finds the parameters behind it, also to second order, and graphs that are released one
-        after the other share nothing. A compiled cell computes its weights in its graph, where they may be fused.
+        A weight without a graph is computed once. A weight with a graph is computed in each evaluation: so implicit
+        differentiation finds its parameters, also to second order, and graphs that are released one after the other
+        share nothing. A compiled cell computes its weights in its own graph, where they may be fused.
         """
         if torch.compiler.is_compiling():  # versions of tensors are not known there
             return compute(*sources)
-        attached = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if attached and not self.share_graph:
+        has_graph = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if has_graph and not self.share_graph:
             # The solve is over: its weights need not live as long as the graph does.
             self._weights.pop((owner, False), None)
             return compute(*sources)
-        kept = self._weights.get((owner, attached))
+        kept = self._weights.get((owner, has_graph))
         if kept is not None and all(known.is_still(now) for known, now in zip(kept[0], sources, strict=True)):
             return kept[1]
         with outside_inference_mode():
             value = compute(*sources)
-        self._weights[owner, attached] = (tuple(_Source.of(source) for source in sources), value)
+        self._weights[owner, has_graph] = (tuple(_Source.of(source) for source in sources), value)
         return value
 
     def direction(self, owner: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The singular vectors that were kept for this weight; None once it was changed in place."""
+        """The singular vectors kept for this weight; None if it was changed in place."""
         kept = self._directions.get(owner)
         if kept is None:
             return None
@@ -80,18 +80,18 @@ class Scope:
         self._directions[owner] = (None if torch.compiler.is_compiling() else _Source.of(weight)), vectors
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Free the weights."""
         self._weights.clear()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor as it was: an optimizer, a checkpoint or a move of the module changes what is here.
+    """The state of a tensor, to see whether an optimizer, a checkpoint or a move of the module has changed it.
 
     Args:
-        tensor: The very object.
+        tensor: The tensor object.
         data: An alias of its memory, so that no other tensor gets this address.
-        version: How often it had been modified in place.
+        version: The number of its in-place modifications so far.
     """
 
     tensor: Tensor
@@ -118,7 +118,7 @@ def _version(tensor: Tensor) -> int:
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # the tensors that torch.func wraps have no memory of their own; they are new ones every time
+    except RuntimeError:  # tensors wrapped by torch.func have no memory, and are new in every call
         return 0
 
 
@@ -132,12 +132,12 @@ _active = _Active()
 
 
 def active_scope() -> Scope | None:
-    """The scope to keep things in; None outside of solves."""
+    """The scope of the running evaluation; None outside of solves."""
     return _active.scope
 
 
 def outside_inference_mode() -> AbstractContextManager[Any]:
-    """For what a scope keeps: tensors of inference mode could not serve evaluations that are differentiated."""
+    """Context manager for values in a scope: tensors of inference mode cannot be used where gradients are on."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return _out()
@@ -150,7 +150,7 @@ def _out() -> Iterator[None]:
 
 
 class InScope:
-    """A cell and the scope that it is always called in.
+    """A cell that is always called in its scope.
 
     Args:
         cell: cell(z, *context) -> like z.
@@ -182,10 +182,9 @@ def scope_of(cell: Callable[..., Any], modules: Sequence[nn.Module]) -> Scope | 
 
 
 def share_weights(cell: Callable[..., Any]) -> Callable[..., Any]:
-    """The cell of a :class:`InScope`, for evaluations with gradients that end in one graph, like unrolled steps.
+    """Make a cell compute its normalized weights once for evaluations that end in one graph, like unrolled steps.
 
-    Its normalized weights are computed once for all of them. Not for evaluations that are checkpointed: each of these
-    must save the same tensors when it is run again.
+    Not for checkpointed evaluations: each of these must save the same tensors when it runs again.
     """
     if isinstance(cell, InScope):
         return InScope(cell.cell, Scope(cell.scope, share_graph=True))

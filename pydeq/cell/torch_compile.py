@@ -1,9 +1,9 @@
-"""Living with torch.compile: one graph break around a solve, and the cell compiled inside of it.
+"""Work with torch.compile: one graph break around a solve, and the cell compiled inside the solve.
 
-A solve cannot be traced, since it runs until its samples have stopped. A layer's ``forward`` is therefore a frame that
-the compiler skips; it takes the compiler's hook off, so that none of the solver's own frames are compiled, and the hook
-goes back on around each call of the cell. The cell is compiled twice: without gradients for the solve, with for the
-evaluation that attaches the graph.
+A solve cannot be traced, since it runs until its samples have stopped. So the compiler skips the frame of a layer's
+``forward``. That frame turns the compiler's hook off, so that no frame of the solver is compiled, and turns it on again
+around each call of the cell. The cell is compiled twice: without gradients for the solve, and with gradients for the
+evaluation that makes the graph.
 
 Nothing here imports ``torch._dynamo``, which takes a second.
 """
@@ -22,19 +22,19 @@ from torch.utils._pytree import tree_map_only
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Not this frame, but those that it calls.
+# Skip this frame, but not the frames that it calls.
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
 
 
 def skipped(method: F) -> F:
-    """Decorate a function that the compiler is to call and not to look into."""
+    """Decorate a function that the compiler must call without tracing it."""
     method._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
     eval_frame.set_code_exec_strategy(method.__code__, _SKIP)
     return method
 
 
 class Compiler:
-    """The compiler's hook at the time of construction: off inside ``with``, on again around the calls of a cell."""
+    """The compiler's hook when this object is made: off inside ``with``, and on again around calls of a cell."""
 
     @skipped
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Compiler:
 
 
 def interpreted(fn: F) -> F:
-    """Decorate a function that autograd calls, maybe inside of a compiled step: the compiler's hook is off inside."""
+    """Decorate a function that autograd calls, maybe in a compiled step: the compiler's hook is off inside."""
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -81,24 +81,24 @@ def interpreted(fn: F) -> F:
 
 
 def in_compiled_autograd() -> bool:
-    """Whether compiled autograd runs backward: it has taken the graph apart by then."""
+    """Whether compiled autograd runs backward, for which it takes the graph apart."""
     return getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
 
 
 def is_compiled(fn: Callable[..., Any]) -> bool:
-    """Whether this came from torch.compile."""
-    if isinstance(fn, torch.nn.Module):  # which takes long to say that it has no such attribute
+    """Whether ``fn`` is a result of torch.compile."""
+    if isinstance(fn, torch.nn.Module):  # hasattr is slow for attributes that a module does not have
         return "_orig_mod" in fn._modules or "_torchdynamo_orig_callable" in fn.__dict__
     return hasattr(fn, "_orig_mod") or hasattr(fn, "_torchdynamo_orig_callable")
 
 
 def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` before torch.compile: what it compiles is not differentiated twice."""
+    """``fn`` before torch.compile, which can be differentiated twice."""
     return getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))
 
 
 def _without_history(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn``, given detached tensors where gradients are off: whether one requires grad would make another variant."""
+    """``fn`` with detached arguments if gradients are off: requires_grad would make the compiler compile it again."""
 
     def call(*args: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -109,7 +109,7 @@ def _without_history(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reusable_graphs() -> AbstractContextManager[Any]:
-    """What is compiled inside keeps its saved tensors, so that its backward can run more than once."""
+    """Context manager in which compiled code keeps its saved tensors, so that its backward can run more than once."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     from torch._functorch import config
@@ -120,8 +120,8 @@ def reusable_graphs() -> AbstractContextManager[Any]:
 def allow_reuse(outputs: Iterable[torch.Tensor]) -> None:
     """Let the compiled parts of a graph, made under :func:`reusable_graphs`, run backward more than once.
 
-    torch leaves the list of their donated buffers at None where it compiles backward early, as it does for a changing
-    batch size, and then takes None for buffers that were donated.
+    If torch compiles backward early, as for a changing batch size, it leaves the list of donated buffers at None, and
+    later takes None to mean that buffers were donated.
     """
     if "torch._dynamo" not in sys.modules:
         return
