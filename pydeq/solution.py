@@ -57,9 +57,8 @@ class Solution:
         self.nfe = nfe
         self.trace = trace
         self.states: list[State] = []
-        self._backward: list[Solution | None] = [
-            None
-        ]  # shared with copies; backward sets it without keeping their states
+        # Shared with copies: the graph that sets it must not keep the states of a copy.
+        self._backward: list[Solution | None] = [None]
         self.penalty: Tensor | None = None
         self.aux: Any = None
         part = value if isinstance(value, Tensor) else value[0]

@@ -33,9 +33,8 @@ class Replayed:
 
     def __init__(self, fn: Callable[..., Any], device: torch.device) -> None:
         self.fn, self.device = fn, device
-        self.states: list[
-            tuple[Tensor, ...]
-        ] = []  # of the generators before the first call; shared with the results of ``of``
+        # The generators' states before the first call; shared with the results of ``of``.
+        self.states: list[tuple[Tensor, ...]] = []
 
     def of(self, fn: Callable[..., Any]) -> Replayed:
         """Make another map draw the same numbers."""

@@ -302,7 +302,7 @@ def test_fewer_steps_than_states_keep_the_implicit_gradient(new, tanh):
     deq = new.get_deq(core="indexing", n_states=3, grad=1, ift=True, f_max_iter=40)
     states, _ = deq(f, f.z0, solver_kwargs={"f_max_iter": 2})
     assert len(states) == 2
-    assert "Attach" in type(states[-1].grad_fn.next_functions[0][0]).__name__  # behind a copy
+    assert "AdjointSolve" in type(states[-1].grad_fn.next_functions[0][0]).__name__  # behind a copy
 
 
 def test_second_derivatives_are_exact(new):

@@ -324,7 +324,7 @@ def on_device(monkeypatch, pool):
 
         original = iteration.iterate
         monkeypatch.setattr(iteration, "open_reports", open_reports)
-        monkeypatch.setattr(sys.modules["pydeq.fixed_point"], "iterate", evaluate)
+        monkeypatch.setattr(sys.modules["pydeq.solve.solve"], "iterate", evaluate)
 
     return place_on
 
