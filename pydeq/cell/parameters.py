@@ -67,13 +67,13 @@ class Stateless:
                 holder[name] = found
 
 
-def fill_parametrization_cache(modules: Sequence[nn.Module]) -> None:
+def fill_parametrization_cache(module: nn.Module) -> None:
     """Inside ``parametrize.cached()``: let the cache hold parametrized tensors with their graphs.
 
     The first use of a tensor fills the cache, and that would be in a solve, without gradients.
     """
     if parametrize._cache_enabled:
-        for part in modules:
+        for part in module.modules():
             if parametrize.is_parametrized(part):
                 for name in part.parametrizations:  # pyright: ignore
                     getattr(part, name)

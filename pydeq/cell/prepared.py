@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -65,9 +64,9 @@ class PreparedCell:
         self._replayed = Replayed(fn, layout_of(adapter.z0).device) if freeze_rng else None
         self.call = self._in_scope(self._replayed or fn)
 
-    @cached_property
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """``module`` and all modules in it, each once."""
+        """``module`` and all modules that it has now, each once."""
         return () if self.module is None else _modules_in(self.module)
 
     @property
@@ -102,7 +101,8 @@ class PreparedCell:
 
     def fill_parametrization_cache(self) -> None:
         """Inside ``parametrize.cached()``: let the cache hold parametrized tensors with their graphs."""
-        fill_parametrization_cache(self.modules)
+        if self.module is not None:
+            fill_parametrization_cache(self.module)
 
     def _in_scope(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn if self._scope is None else InScope(fn, self._scope)
