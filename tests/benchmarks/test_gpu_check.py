@@ -127,10 +127,14 @@ def test_all_stages_pass(tools):
 
 
 @pytest.mark.parametrize(
-    ("fails", "stages"),
-    [(name, [name]) for name in (*MEASURED, "operations", "counters")] + [("sanitizers", ["memcheck", "racecheck"])],
+    ("how", "fails", "stages"),
+    [
+        *(("FAIL", name, [name]) for name in (*MEASURED, "operations", "counters")),
+        ("FAIL", "sanitizers", ["memcheck", "racecheck"]),
+        ("CRASH", "first", ["first"]),
+        ("CRASH", "sanitizers", ["memcheck", "racecheck"]),
+    ],
 )
-@pytest.mark.parametrize("how", ["FAIL", "CRASH"])
 def test_a_stage_that_fails_loses_nothing(tools, how, fails, stages):
     status, states, _ = check(tools, **{how: fails})
     assert status == 1
