@@ -1,1 +1,1 @@
-"""The benchmark suite: pydeq beside its peers on the same functions, in one process. See README.md."""
+"""The benchmark suite: pydeq compared with its peers on the same functions, in one process. See README.md."""

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 with board.suite(name) as bar:
                     SUITES[name](Context(profile, found, results, bar, thread_counts(profile)))
-            except Exception as error:  # what the other suites found is not to be lost
+            except Exception as error:  # keep what the other suites found
                 results.notices.append(f"{name} failed: {type(error).__name__}: {error}")
                 traces.append(traceback.format_exc())
             results.seconds[name] = time.perf_counter() - begin
@@ -62,20 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Compare pydeq's solvers with its peers', side by side."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Compare pydeq with its peers.")
     parser.add_argument(
         "--profile",
         choices=PROFILES,
         default="quick",
-        help="smoke: a minute; quick: at most six on two cores (the default); full: longer, with more repetitions",
+        help="smoke: a minute; quick (the default): about nine minutes on two cores; full: longer",
     )
     parser.add_argument(
         "--only",
         action="append",
         metavar="NAME",
-        help=f"run this suite alone, out of {', '.join(SUITES)}; several: --only NAME --only NAME, or with commas",
+        help=f"run only this suite: {', '.join(SUITES)}; for several, repeat --only or separate names with commas",
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where to write (default: {OUT})")
     arguments = parser.parse_args(argv)
@@ -84,7 +82,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name not in SUITES:
             parser.error(f"argument --only: expected one of {', '.join(SUITES)}, got {name!r}")
     arguments.only = [name for name in SUITES if name in asked]
-    # Before minutes of work, not after.
+    # Check this before minutes of work, not after.
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=arguments.out):

@@ -1,4 +1,4 @@
-"""What a run stands on: machine, versions, commit, date."""
+"""The environment of a run: machine, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ROOT = Path(__file__).parent.parent
 
 
 def facts(profile: Profile, peers: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that a figure depends on beside the code of the suite.
+    """Everything that a figure depends on, except the code of the suite.
 
     Args:
-        profile: What is measured.
+        profile: The size of the run.
         peers: Names and versions of the libraries compared.
     """
     commit, changed = _commit()
@@ -59,7 +59,7 @@ def cores() -> int:
 
 
 def thread_counts(profile: Profile) -> tuple[int, ...]:
-    """The profile's thread counts, as far as there are cores for them."""
+    """The thread counts of the profile for which there are enough cores."""
     return tuple(count for count in profile.threads if count <= cores())
 
 
@@ -71,7 +71,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of this checkout and whether files differ from it; None outside of one."""
+    """The commit of this checkout, and whether files differ from it; None if this is not a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -93,7 +93,7 @@ def _cpu_model() -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Size of each level of data cache, as the kernel of the system names it."""
+    """Size of each level of data cache, as the operating system reports it."""
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
@@ -113,7 +113,7 @@ def _memory_gib() -> float | None:
 
 
 def _load() -> float | None:
-    """Processes that wanted to run in the last minute: how much else the machine is doing."""
+    """The load of the last minute: how much else the machine is doing."""
     try:
         return round(os.getloadavg()[0], 2)
     except OSError:

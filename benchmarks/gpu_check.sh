@@ -2,18 +2,18 @@
 # Everything that needs a GPU, in one command and at most seven minutes, without network:
 #
 #     bash benchmarks/gpu_check.sh              on the machine with the GPU
-#     bash benchmarks/gpu_check.sh --prepare    before, where there is network: libraries for GPUs of 9.0, and the peers'
-#                                               wheels; says what to take to the other machine beside the checkout
+#     bash benchmarks/gpu_check.sh --prepare    before, on a machine with network: libraries for GPUs of 9.0, and the
+#                                               peers' wheels; prints what to take along in addition to the checkout
 #
-# The most telling comes first: results on every path and the times of the smallest things, then the comparison with
-# torchdeq, solves in graphs, the tests, compute-sanitizer, Nsight Compute. Compiled libraries are used if they run here,
-# and compiled if not. Each stage has its own time, and what it found is in OUT (benchmarks/out/gpu unless set) as it is
-# found: a stage that fails, crashes or hangs loses nothing of the others. log.txt has the output of all. Ends in a short
-# table; the exit status is 1 if a stage failed or was out of time.
+# The most important comes first: results on every path and the smallest times, then the comparison with torchdeq, solves
+# in graphs, the tests, compute-sanitizer, Nsight Compute. Compiled libraries are used if they run here, and compiled if
+# not. Each stage has its own time limit, and writes its results to OUT (default: benchmarks/out/gpu) one by one. So a stage
+# that fails, crashes or hangs does not lose the results of the others. log.txt has the output of all stages. A short table
+# comes last. The exit status is 1 if a stage failed or ran out of time.
 #
-# Needs Python with torch, a CUDA build of it, with pytest and hypothesis; to compile, cmake, ninja, pybind11, setuptools
-# and nvcc. pytest-xdist and pytest-timeout are used where they are. PYTHON names another interpreter than python3, LIMIT
-# seconds of each stage instead of its own, TOTAL of all, CARRY the folder of wheels instead of benchmarks/out/carry.
+# Needs Python with a CUDA build of torch, pytest and hypothesis; to compile, also cmake, ninja, pybind11, setuptools and
+# nvcc. pytest-xdist and pytest-timeout are used if they are installed. Variables: PYTHON, another interpreter than python3;
+# LIMIT, the seconds of each stage; TOTAL, the seconds of all; CARRY, the folder of wheels (default: benchmarks/out/carry).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,4 @@
-"""What the machine code of a kernel does with its loads, from the listing that ``nvdisasm -c`` prints of a cubin.
+"""How the machine code of a kernel loads memory, from the listing that ``nvdisasm -c`` prints of a cubin.
 
 A GPU issues the instructions of a warp in order. A load does not stop it; the first instruction that reads a loaded
 register does, until that load has arrived. So the loads that are issued before such a read are what a thread has under
@@ -27,7 +27,7 @@ class Instruction:
     """One line of a listing.
 
     Args:
-        predicated: Whether it runs only where a predicate says so.
+        predicated: Whether it runs only if a predicate holds.
         opcode: Such as "LDG.E.128".
         operands: As printed.
     """

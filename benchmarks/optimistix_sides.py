@@ -1,4 +1,4 @@
-"""Solves by optimistix, beside those of ``benchmarks/device/overhead.py``.
+"""Solves by optimistix, for comparison in ``benchmarks/device/overhead.py``.
 
 A solve in JAX is compiled as a whole with its map, so that a map of torch's cannot be handed over: the same maps stand
 here once more. What optimistix has for fixed points is plain iteration, ``FixedPointIteration``. Compilation is not in
@@ -75,7 +75,7 @@ def dense(weight: np.ndarray, x: np.ndarray, rtol: float, scale: float, max_step
     Args:
         weight: [D, D].
         x: [B, D].
-        rtol: Stops where the root mean square of f(z) - z is rtol times ``scale``, over the whole batch.
+        rtol: Stops when the root mean square of f(z) - z is rtol times ``scale``, over the whole batch.
         scale: Root mean square of the solution: optimistix weighs each entry by itself, and this makes its test the
             one of the other libraries.
         max_steps: Evaluations at most.

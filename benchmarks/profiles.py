@@ -1,4 +1,4 @@
-"""How much each profile measures. Shapes, targets and names of figures are the same wherever two profiles overlap."""
+"""How much each profile measures. Profiles share shapes, targets and names of figures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ class Profile:
     """The size of one run.
 
     Args:
-        threads: Thread counts of the overheads and the kernels. All else runs on one thread, where a machine that is
-            not idle disturbs least.
+        threads: Thread counts of the overheads and the kernels. Everything else runs on one thread, which a busy
+            machine disturbs least.
         overhead_shapes: (B, D) of the overhead per iteration.
         overhead_repeats: Timed solves of each side ...
-        overhead_seconds: ... or three of them, where they take longer than this.
-        kernel_shapes: (B, D) of the kernel timings; the last one is beyond any cache.
-        kernel_rounds: Timed calls of each kernel; shapes beyond the caches take a fifth of them.
+        overhead_seconds: ... or only three, if they take longer than this.
+        kernel_shapes: (B, D) of the kernel timings; the last one exceeds any cache.
+        kernel_rounds: Timed calls of each kernel; shapes that exceed the caches take a fifth of them.
         nfe_dims, nfe_rhos: State sizes and spectral radii of the tanh maps.
         nfe_seeds: Maps of each kind.
         nfe_repeats: Timed solves of each side, on the first of these maps.
@@ -24,7 +24,7 @@ class Profile:
         digits_epochs, digits_seeds: Length and number of the trainings.
         training_repeats: Timed training steps of each side.
         jacobian_repeats: Timed penalties of each side.
-        jacobian_draws: Estimates behind each relative error.
+        jacobian_draws: Estimates for each relative error.
         adjoints_epochs: Length of the trainings before adjoints are compared.
         adjoints_repeats: Timed steps with each adjoint.
     """

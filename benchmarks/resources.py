@@ -1,14 +1,14 @@
-"""What the CUDA kernels take of a GPU, found out without one: ``python -m benchmarks.resources``.
+"""Resources of the CUDA kernels, found without a GPU: ``python -m benchmarks.resources``.
 
     kernels   registers, spills, stack and shared memory of each kernel on each architecture, as nvcc reports them; from
               the machine code, how many instructions it has, how many of them load 16 bytes (loads), how many of those
               are issued at most before a loaded register is first used (loads_under_way), and for how many it is the
               load's own, so that nothing hides its latency (loads_alone)
-    traffic   bytes of global memory that the steps of a solve move, counted by the emulator of ``tests/csrc``, beside
-              what the design allows; the launches, blocks of a cluster and shared memory that they take
+    traffic   bytes of global memory that the steps of a solve move, counted by the emulator of ``tests/csrc``, next
+              to what the design allows; the launches, blocks of a cluster and shared memory that they take
 
 The kernels are compiled again with the options of the build in ``build/``, which must exist (``make``): some minutes.
-The machine code is read by ``nvdisasm``, beside nvcc or on PATH.
+The machine code is read by ``nvdisasm``, next to nvcc or on PATH.
 ``--archs 9.0`` names other architectures than those of a wheel; ``--only traffic`` leaves the compiler out.
 """
 
@@ -87,7 +87,7 @@ def compile_all(archs: str | None) -> dict[str, Any]:
 
 
 def find_disassembler(nvcc: str) -> str:
-    """The path of nvdisasm: beside nvcc, or on PATH.
+    """The path of nvdisasm: next to nvcc, or on PATH.
 
     Raises:
         SystemExit: If it is at neither.
@@ -96,7 +96,7 @@ def find_disassembler(nvcc: str) -> str:
     if found := shutil.which(str(beside)) or shutil.which("nvdisasm"):
         return found
     raise SystemExit(
-        f"nvdisasm is neither beside {nvcc} nor on PATH: it is part of a CUDA toolkit, and of the Python package"
+        f"nvdisasm is neither next to {nvcc} nor on PATH: it is part of a CUDA toolkit, and of the Python package"
         " nvidia-cuda-nvdisasm (put its folder nvidia/cu13/bin on PATH)"
     )
 
@@ -118,7 +118,7 @@ def measure(entry: dict[str, str], arch: str, disassembler: str) -> list[dict[st
 
 
 def run(words: Sequence[str], folder: str) -> str:
-    """What a command prints.
+    """The output of a command.
 
     Raises:
         SystemExit: If it fails.

@@ -1,4 +1,4 @@
-"""What a run found: figures, targets, tables and curves, and the JSON that keeps them.
+"""The results of a run: figures, targets, tables and curves, and their JSON.
 
 Names of figures are stable: dotted, from the suite to the side, like ``overhead.anderson.32x512.t1.torchdeq``. Later
 runs are compared by them.
@@ -24,10 +24,10 @@ class Figure:
 
     Args:
         name: Dotted and unique.
-        value: The median where there are several samples. None: could not be measured.
-        unit: What it counts; "1" for ratios and shares.
-        low, high: Quartiles, or smallest and largest where the figure's suite says so.
-        samples: How many measurements stand behind it.
+        value: The median if there are several samples. None if it could not be measured.
+        unit: The unit; "1" for ratios and shares.
+        low, high: Quartiles, or the smallest and largest value if the suite says so.
+        samples: Number of measurements.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """A number that the package promises, and what was measured.
+    """A number that the package should reach, and the measured one.
 
     Args:
         name: Dotted and unique.
-        statement: The promise in words.
+        statement: The target in words.
         relation: Whether ``measured`` must be at least or at most ``limit``.
-        limit: The promise.
-        measured: None where this run did not measure it.
+        limit: The number to reach.
+        measured: None if this run did not measure it.
         unit: Of both.
     """
 
@@ -60,7 +60,7 @@ class Target:
 
     @property
     def met(self) -> bool | None:
-        """Whether the promise is kept; None where it was not measured."""
+        """Whether the target is met; None if it was not measured."""
         if self.measured is None:
             return None
         return self.measured >= self.limit if self.relation == ">=" else self.measured <= self.limit
@@ -74,8 +74,8 @@ class Table:
         suite: The suite it belongs to.
         title: A caption.
         columns: Headings, with units.
-        rows: Text cells, one for each heading. Rows of a kind follow each other.
-        note: What a reader must know to read it.
+        rows: Text cells, one for each heading. Rows of one kind are neighbours.
+        note: What a reader must know about it.
     """
 
     suite: str
@@ -85,7 +85,7 @@ class Table:
     note: str = ""
 
     def display(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
-        """For each row whether it begins a group, and its cells, blank where they repeat the row above."""
+        """For each row: whether it starts a group, and its cells, which are blank if they repeat the row above."""
         above: tuple[str, ...] = ()
         for row in self.rows:
             shared = 0
@@ -102,8 +102,8 @@ class Curve:
     Args:
         plot: The plot it belongs to.
         panel: The panel in it, by its title.
-        side: The library, which gives the line its style.
-        series: What the line shows beside that, which gives it its color.
+        side: The library; it determines the style of the line.
+        series: What the line shows; it determines the color.
         x, y: Its points.
     """
 
@@ -117,7 +117,7 @@ class Curve:
 
 @dataclass
 class Results:
-    """Collects what the suites find.
+    """Collects the results of the suites.
 
     Args:
         facts: Device, versions, commit and date, see :mod:`benchmarks.environment`.
@@ -168,7 +168,7 @@ class Results:
         self.tables.append(Table(suite, title, columns, tuple(rows), note))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in the types of JSON. What is not finite becomes null."""
+        """Everything, in the types of JSON. Values that are not finite become null."""
         content = {
             "schema": SCHEMA,
             **self.facts,
@@ -207,7 +207,7 @@ def _finite(content: Any) -> Any:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number as a table shows it: ``digits`` significant ones, no exponent between 1e-3 and 1e6."""
+    """A number for a table: ``digits`` significant digits, no exponent between 1e-3 and 1e6."""
     if value is None:
         return "-"
     if not math.isfinite(value):
@@ -221,5 +221,5 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio as a table shows it."""
+    """A ratio for a table."""
     return "-" if value is None else f"{number(value)}x"

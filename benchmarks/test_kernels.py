@@ -2,9 +2,9 @@
 
     python -m pytest benchmarks/test_kernels.py --benchmark-enable
 
-Each step of a solver is timed alone, as a compiled kernel and as its reference in plain torch, in the state that it
-has in the middle of a solve: history full, every residual the smallest so far. ``copy`` is what the memory system
-gives: a copy between as many bytes as Anderson's step touches at that shape. PYDEQ_BENCH_PROFILE chooses the shapes.
+Each step of a solver is timed by itself, as a compiled kernel and as its reference in plain torch, in the state of a
+solve that is under way: the history is full, and every residual is the smallest so far. ``copy`` shows what the memory
+system can do: it copies as many bytes as Anderson's step touches at that shape. PYDEQ_BENCH_PROFILE chooses the shapes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
 
 
 def note(benchmark: Any, operation: str, implementation: str, shape: tuple[int, int], threads: int) -> None:
-    """What the summary needs beside the times."""
+    """Note what the summary needs in addition to the times."""
     reads, writes = VECTORS[operation]
     benchmark.extra_info.update(
         operation=operation,

@@ -1,7 +1,7 @@
 """Timing two sides fairly, and functions that watch how they are called.
 
-A machine slows down and speeds up while a benchmark runs. Sides are therefore timed in turns, in an order that flips
-every round, and what is reported is the median with the quartiles around it.
+A machine slows down and speeds up while a benchmark runs. So the sides alternate, in an order that flips every round.
+The result is the median with its quartiles.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def alternate(
     seconds: float = math.inf,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Call the sides in turns.
+    """Call the sides alternately.
 
     Args:
-        sides: For each name a function that does the work and returns what it measured.
-        repeats: Measurements kept of each side, at least 1.
-        warmup: Rounds thrown away before.
-        seconds: After so many seconds three measurements of each side are enough.
+        sides: By name, functions that do the work and return their measurement.
+        repeats: Measurements to keep of each side, at least 1.
+        warmup: Rounds to discard first.
+        seconds: After this time, three measurements of each side are enough.
         tick: Called after every round.
 
     Returns:
-        For each name its measurements, in the order taken.
+        The measurements by name, in the order in which they were taken.
     """
     measured: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
@@ -117,7 +117,7 @@ class Timed:
 class WatchedCell:
     """A cell(z, x) that counts its calls, and the products with its Jacobian from the left.
 
-    A product is counted where a gradient reaches z, also in the pass that forms the gradients of the parameters.
+    A product is counted when a gradient reaches z, also in the pass that forms the gradients of the parameters.
     """
 
     def __init__(self, cell: Callable[[Tensor, Tensor], Tensor]) -> None:

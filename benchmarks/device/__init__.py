@@ -1,12 +1,12 @@
 """Measurements on a GPU: ``python -m benchmarks.device STAGE --out DIR``, as ``benchmarks/gpu_check.sh`` calls it.
 
 A stage that measures is a list of cases, each of which yields rows of figures. A parent process without CUDA writes the
-rows to DIR/STAGE.jsonl as they come, and a worker process runs the cases. After a fault on the device, a crash or a
+rows to DIR/STAGE.jsonl one by one, and a worker process runs the cases. After a fault on the device, a crash or a
 case that takes too long, another worker runs the cases that are left.
 
-    first      results against the CPU's on every path, then the times of the smallest things: launch, report, step
+    first      results compared with the CPU's on every path, then the smallest times: launch, report, step
     overhead   pydeq and its peers: overhead per iteration, solves, training steps, reference models
-    captured   solves in a CUDA graph, replayed: what they would take without the host
+    captured   solves in a CUDA graph, replayed: their time without the host
     counters   three steps for Nsight Compute, between profiler marks
     usable     whether the compiled kernels run on the GPU that is here
 
@@ -15,5 +15,5 @@ case that takes too long, another worker runs the cases that are left.
     worker.py     runs cases
     clock.py      times and counts of work on the device
     maps.py       the sizes and maps that stages share
-    summary.py    what a run found, in short
+    summary.py    a short summary of a run
 """

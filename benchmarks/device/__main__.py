@@ -1,4 +1,4 @@
-"""``python -m benchmarks.device STAGE --out DIR``; what the stages are stands in the package's docstring."""
+"""``python -m benchmarks.device STAGE --out DIR``; the package's docstring lists the stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solves in a CUDA graph, replayed: what they would take if the host did nothing.
+"""Solves in a CUDA graph, replayed: their time if the host did nothing.
 
 <solver> elementwise   a solve of STEPS steps on the map that overhead is measured on
 <solver> dense         the same on a small cell, z -> tanh(z weight + x)

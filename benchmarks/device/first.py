@@ -1,4 +1,4 @@
-"""The first minute: is it right, and what do the smallest things cost?
+"""The first minute: are results right, and what do the smallest operations cost?
 
 <solver> <path>   a solve on the GPU against one on the CPU: five steps in float64, and to its end in float32
 half <path>       the same in bfloat16, to its end
@@ -6,7 +6,7 @@ captured <solver> a solve in a CUDA graph, replayed on other inputs, against sol
 launch            an empty kernel: launched, waited for, and as a node of a graph
 report            from the launch of a step until the host has its report
 host              what the host does per iteration of a solve whose device work is less
-step <solver>     a step alone at the suite's shapes, replayed from a graph, against a copy of as many bytes
+step <solver>     a single step at the suite's shapes, replayed from a graph, compared with a copy of as many bytes
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def to_device(problem: Problem) -> Problem:
 
 
 def agreement(name: str, path: str) -> Iterator[Row]:
-    """Solves on a path as on the CPU.
+    """Compare solves on a path with those on the CPU.
 
     Raises:
         ArithmeticError: If they differ by more than rounding explains, after the row that says by how much.
@@ -211,7 +211,7 @@ def workspace_of(solver: Solver, z0: Tensor, steps: int) -> Workspace:
 
 
 def report() -> Iterator[Row]:
-    """Steps on a device that is idle; what a solve waits for where a step has nothing behind it."""
+    """Steps on an idle device: the time that a solve waits if nothing else is queued behind a step."""
     steps, fn, z0 = 300, *maps.on_device(*SMALL)
     workspace = workspace_of(pydeq.Picard(), z0, steps)
     reported = workspace.progress.numpy()
@@ -257,7 +257,7 @@ def _solve(fn: Map, z0: Tensor, solver: Solver, calls: int) -> None:
         raise RuntimeError(f"a solve that never stops made {made} calls of {calls}")
 
 
-# A step alone
+# A single step
 
 
 def steps(name: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The sizes and maps that stages share, and what every stage says of the machine."""
+"""The sizes and maps that stages share, and the row about the machine that starts every stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 30
 CALLS = STEPS + 1  # the last one measures the residual of the last step
 # The state of a batch is 64 KB, 1 MB, 2 MB, 4 MB (few samples and many) and 32 MB.
 SHAPES = ((32, 512), (32, 8192), (8, 65536), (8, 131072), (128, 8192), (32, 262144))
-# Forward solves, to this tolerance in at most so many calls; and training steps.
+# Forward solves, to this tolerance in at most this number of calls; and training steps.
 SOLVED, RTOL, CAP = ((32, 128), (32, 512), (128, 1024)), 1e-4, 60
 TRAINED = ((64, 256), (256, 1024))
 
@@ -81,14 +81,14 @@ def dense_map(weight: Tensor, x: Tensor) -> Map:
 
 
 def repeat(fn: Map, z: Tensor, calls: int) -> None:
-    """Call ``fn`` on ``z`` so many times."""
+    """Call ``fn`` on ``z``, ``calls`` times."""
     with torch.no_grad():
         for _ in range(calls):
             fn(z)
 
 
 def solver_of(method: Method, calls: int) -> Solver:
-    """pydeq's solver for a method; Broyden's memory holds every step of so many calls."""
+    """pydeq's solver for a method; Broyden's memory holds every step of that number of calls."""
     if method.solver == "picard":
         return pydeq.Picard()
     if method.solver == "anderson":

@@ -23,7 +23,7 @@ PATIENCE = 2.0  # seconds between SIGTERM and SIGKILL
 
 
 class StoppedError(Exception):
-    """Of the stage: its seconds are used up, or this process was told to stop."""
+    """The stage must end: its time is used up, or this process was told to stop."""
 
 
 class Parent:
@@ -118,7 +118,7 @@ class _Worker:
         self._late = False
 
     def limit(self, seconds: float) -> None:
-        """Give it so many seconds from now on, until the next call."""
+        """Set its time limit, counted from now."""
         self._seconds, self._until = seconds, time.monotonic() + seconds
 
     def messages(self, end: float) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What a run found, in short."""
+"""A short summary of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the compiled kernels run on the GPU that is here: what decides whether they are to be compiled."""
+"""Check whether the compiled kernels run on this GPU; if not, they must be compiled."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Case:
     """One measurement.
 
     Args:
-        name: What the parent calls it; unique in its stage.
+        name: Its name, unique in its stage.
         run: Yields rows.
         limit: Seconds, after which the parent ends the worker.
     """
@@ -70,7 +70,7 @@ def work(cases: Sequence[Case], skip: Collection[str], pipe: int, broken: Callab
 
 
 def main(stage: str, skip: str, pipe: int) -> int:
-    """Run the cases of a stage, as its parent asks. Ends the process, or returns an exit status where none can run."""
+    """Run the cases of a stage, as its parent asks. Ends the process, or returns an exit status if none can run."""
     import pydeq
     from benchmarks.device import clock
 

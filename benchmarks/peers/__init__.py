@@ -1,4 +1,4 @@
-"""The libraries compared, one file each. This is the list; the first is what the others are measured against."""
+"""The libraries that are compared, one file each. The others are compared with the first one of this list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the suites ask of a library."""
+"""The interface of a library to the suites."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Method:
     """A solver that every library has.
 
     Args:
-        solver: Which one.
-        memory: Anderson: columns mixed. None: for Broyden, enough for every step of the solve; for Picard, no meaning.
+        solver: Its name.
+        memory: Anderson: columns mixed. None means enough for every step for Broyden, and nothing for Picard.
     """
 
     solver: Solver
@@ -40,7 +40,7 @@ class Outcome:
     """How a solve ended.
 
     Args:
-        value: What the library hands on to the next layer.
+        value: The value that the library passes on to the next layer.
         residual: Relative residuals that the library reports and stops by, [B].
         converged: Whether all samples met the tolerance.
     """
@@ -55,7 +55,7 @@ class LayerSettings:
     """An implicit layer: Anderson forward and backward, exact implicit gradients.
 
     Args:
-        penalty: pydeq's mode of the Jacobian penalty; other libraries have one only.
+        penalty: pydeq's mode of the Jacobian penalty; other libraries have only one.
     """
 
     method: Method
@@ -70,7 +70,7 @@ class Layer(Protocol):
     """An implicit layer around a cell."""
 
     def solve(self, z0: Tensor, x: Tensor, max_calls: int | None = None) -> Tensor:
-        """The fixed point, attached to the graph where gradients are on; ``max_calls`` overrides the layer's."""
+        """The fixed point, attached to the graph if gradients are on; ``max_calls`` overrides the layer's."""
         ...
 
     def penalty(self, z: Tensor, x: Tensor) -> Tensor:
@@ -78,14 +78,14 @@ class Layer(Protocol):
         ...
 
     def solve_penalized(self, z0: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The fixed point and the penalty at it, the cheapest way that the library has to get both."""
+        """The fixed point and the penalty at it, in the cheapest way that the library offers."""
         ...
 
 
 class Peer(ABC):
     """One library.
 
-    ``calls`` and ``max_calls`` count evaluations of the map, whatever the library's own cap counts.
+    ``calls`` and ``max_calls`` count evaluations of the map, even if the library's own cap counts something else.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a problem is."""
+"""The type of a fixed-point problem."""
 
 from __future__ import annotations
 

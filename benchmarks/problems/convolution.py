@@ -1,4 +1,4 @@
-"""A convolutional cell, alone and as a problem."""
+"""A convolutional cell, and a problem with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cell so cheap that the solver's own work shows."""
+"""A cell that is so cheap that the solver's own work dominates."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Digits:
     test_labels: Tensor
 
     def batches(self, size: int, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full batches of the training set in an order that depends on the seed and the epoch alone."""
+        """Full batches of the training set in an order that depends only on the seed and the epoch."""
         generator = torch.Generator().manual_seed(1_000 * seed + epoch)
         order = torch.randperm(len(self.images), generator=generator)
         for rows in order.split(size):
@@ -33,7 +33,7 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """The data, split at random but always alike."""
+    """The data, split at random, always in the same way."""
     from sklearn.datasets import load_digits as load  # slow to import, and only this suite needs it
 
     pixels, targets = load(return_X_y=True)

@@ -1,4 +1,4 @@
-"""Cells as training leaves them: those of the classifier of digits, with a batch to look at them on."""
+"""Trained cells: those of the classifier of digits, with a batch to measure them on."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a reader sees: tables in the terminal, plots, and one page with everything."""
+"""The output for readers: tables in the terminal, plots, one page with everything, and sections of documents."""

@@ -1,9 +1,9 @@
-"""Measured numbers in README and docs, written from results that are kept, so that none is copied by hand:
+"""Write the measured numbers in README and docs from results in the repository, so that nobody copies them by hand:
 
 python -m benchmarks.report.documents README.md docs/experiments/paper.md
 
-What stands between ``<!-- measured: RESULTS -->`` and ``<!-- end -->`` is written anew from RESULTS, a summary of the
-suite or the results of an experiment, whose path starts where the document is.
+The text between ``<!-- measured: RESULTS -->`` and ``<!-- end -->`` is replaced. RESULTS is a summary of the suite or
+the results of an experiment; its path is relative to the document.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SECTION = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def rewrite(document: Path) -> str:
-    """The text of a document with its measured sections written anew.
+    """The text of a document with new measured sections.
 
     Raises:
         ValueError: If it has none.

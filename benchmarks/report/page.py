@@ -30,14 +30,14 @@ class Section:
 SECTIONS = {
     "overhead": Section(
         "Overhead per iteration",
-        "What a solver costs beside f: the time of a solve without the time spent inside f, over the calls of f. Every"
+        "The cost of a solver without f: the time of a solve minus the time spent inside f, over the calls of f. Every"
         " sample runs every iteration. f is tanh(a z + x) entry by entry.",
         {"overhead": "Overhead per iteration of each solver, state size, library and thread count"},
     ),
     "kernels": Section(
         "Kernels",
-        "One step of each solver alone: the compiled kernel, its reference in plain torch, and the copy that says what"
-        " the memory system gives.",
+        "A single step of each solver: the compiled kernel, its reference in plain torch, and a copy, which shows what"
+        " the memory system can do.",
         {"kernels": "Bandwidth of each kernel and of a copy, for each state size"},
     ),
     "nfe": Section(
@@ -46,13 +46,15 @@ SECTIONS = {
         " itself.",
         {"residual": "Relative residual against evaluations of f for each solver and library"},
     ),
-    "memory": Section("Memory", "The most that a solve holds at any moment, in vectors as large as the state."),
-    "import": Section("Import", "What importing the library adds to importing torch."),
+    "memory": Section(
+        "Memory", "The most memory that a solve holds at any moment, in vectors of the size of the state."
+    ),
+    "import": Section("Import", "The time that importing the library adds to importing torch."),
     "digits": Section(
         "Training on digits",
         "A convolutional equilibrium model on scikit-learn's digits, trained by each library from the same weights on"
         " the same batches, with and without the Jacobian penalty (Bai, Koltun and Kolter, ICML 2021). At a hard stop"
-        " the model must answer after so many evaluations of its cell.",
+        " the model must answer after a fixed number of evaluations of its cell.",
         {"accuracy": "Test accuracy against evaluations allowed, and spectral radius against epoch"},
     ),
     "compat": Section(
@@ -66,7 +68,7 @@ SECTIONS = {
     ),
     "jacobian": Section(
         "The Jacobian penalty",
-        "What several probes cost, and how far estimates of the squared Frobenius norm of the Jacobian are from its"
+        "The cost of several probes, and how far estimates of the squared Frobenius norm of the Jacobian are from its"
         " exact value.",
     ),
     "differences": Section(
@@ -80,8 +82,8 @@ SECTIONS = {
     ),
     "models": Section(
         "Reference models",
-        "A training step and inference of whole models, as they are and with their solves done by another library, with"
-        " the caps and tolerances of their configurations.",
+        "A training step and inference of whole models, with pydeq and with another library's solver, with the caps and"
+        " tolerances of their configurations.",
     ),
 }
 
@@ -103,14 +105,14 @@ def write(results: Results, plots: Mapping[str, Path], path: Path) -> None:
 
 
 def _machine(results: Results) -> dict[str, Any]:
-    """What the results were measured on."""
+    """The machine and the versions of a run."""
     facts = results.facts
     kernels = facts["kernels"]
     return {
         "CPU": f"{facts['cpu']}, {facts['cores']} cores",
         "caches": ", ".join(f"{level} {size}" for level, size in facts["caches"].items()) or None,
         "memory": f"{facts['memory_gib']} GiB" if facts["memory_gib"] else None,
-        "threads": ", ".join(map(str, facts["threads"])) + "; one where a table does not say",
+        "threads": ", ".join(map(str, facts["threads"])) + "; one if a table does not say",
         "load at the start": facts["load_at_start"],
         "platform": facts["platform"],
         **facts["versions"],

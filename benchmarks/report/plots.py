@@ -160,7 +160,7 @@ def _kernels(results: Results) -> Figure | None:
         _shape_ticks(panel, shapes)
     panels[0].set_ylabel("GB/s")
     _legend(figure, panels[0])
-    figure.suptitle("Bytes that one step moves, over its time; a copy beside it")
+    figure.suptitle("Bytes that one step moves, over its time, next to those of a copy")
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 
@@ -180,7 +180,7 @@ def _lines(results: Results, plot: str) -> Figure | None:
         x_label, y_label, logarithmic = AXES.get(title, RESIDUAL_AXES)
         for line in lines:
             i, j = series.index(line.series), libraries.index(line.side)
-            # The others lie under the first library's line, thicker and paler, so that equal lines both show.
+            # Lines of the other libraries are below the first one's, thicker and paler, so that equal lines both show.
             width, alpha = (1.5, 1.0) if j == 0 else (3.0, 0.5)
             panel.plot(
                 line.x, line.y, LINE_STYLES[j], color=SERIES_COLORS[i], marker=None if logarithmic else "o",

@@ -23,13 +23,13 @@ def show(console: Console, results: Results) -> None:
 
 
 def limit_text(target: Target) -> str:
-    """The promise as a relation."""
+    """The limit of a target with its relation, such as \"≥ 6x\"."""
     unit = "" if target.unit == "1" else target.unit if target.unit == "x" else f" {target.unit}"
     return f"{'≥' if target.relation == '>=' else '≤'} {number(target.limit)}{unit}"
 
 
 def measured_text(target: Target) -> str:
-    """What was measured, with its unit."""
+    """The measured value with its unit."""
     if target.measured is None:
         return "-"
     unit = "" if target.unit == "1" else target.unit if target.unit == "x" else f" {target.unit}"
@@ -37,12 +37,12 @@ def measured_text(target: Target) -> str:
 
 
 def verdict(target: Target) -> str:
-    """Whether the promise was kept, in words."""
+    """Whether the target was met, in words."""
     return VERDICTS[target.met]
 
 
 def numeric_columns(table: Table) -> list[bool]:
-    """For each column whether all its cells are numbers, which are aligned on the right."""
+    """For each column, whether all cells are numbers; such columns are aligned to the right."""
     return [all(map(_is_number, cells)) for cells in zip(*table.rows, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What is measured, one file each, in the order in which they run."""
+"""The suites, one file each, in the order in which they run."""
 
 from __future__ import annotations
 

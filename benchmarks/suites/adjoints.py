@@ -151,12 +151,13 @@ def _solvers(context: Context, cases: list[Case]) -> None:
         ("cell", "solver", "products", "per sample", "converged", "residual", "backward, ms"),
         rows,
         f"Products with the Jacobian until the slowest sample is done, at most {MAX_PRODUCTS}, and their mean over"
-        " samples. Residual: the largest relative one at the end. Backward: with the gradients of the parameters.",
+        " samples. Residual: the largest relative residual at the end. Backward: includes the gradients of the"
+        " parameters.",
     )
 
 
 def _gradients(context: Context, cases: list[Case]) -> None:
-    """Cosine and relative error of the gradients of all parameters, against those of a float64 solve."""
+    """Cosine and relative error of the gradients of all parameters, compared with those of a float64 solve."""
     results, rows = context.results, []
     for case in cases:
         reference = _reference(case)
@@ -197,16 +198,16 @@ def _gradients(context: Context, cases: list[Case]) -> None:
         )
     results.table(
         "adjoints",
-        f"Gradients of all parameters against exact ones, at most {BATCH} samples, float32, one thread",
+        f"Gradients of all parameters compared with exact ones, at most {BATCH} samples, float32, one thread",
         ("cell", "adjoint", "cosine", "relative error", "evaluations", "products", "step, ms"),
         rows,
-        f"Forward by Broyden to rtol {FORWARD_RTOL:g} for all; exact: float64, both solves to 1e-10. Evaluations of the"
-        " cell and products with its Jacobian are those of a whole step, forward and backward, as is the time.",
+        f"All solve forward by Broyden to rtol {FORWARD_RTOL:g}. Exact: float64, both solves to 1e-10. Time,"
+        " evaluations of the cell and products with its Jacobian are those of a whole step, forward and backward.",
     )
 
 
 def _step(case: Case, adjoint: Adjoint, cell: Callable[[Tensor, Tensor], Tensor] | None = None) -> Callable[[], Tensor]:
-    """Forward and backward; gives the flat gradient of all parameters."""
+    """Run forward and backward; returns the flat gradient of all parameters."""
     deq = _layer(cell or case.cell, adjoint, FORWARD_RTOL)
     parameters = list(case.cell.parameters())
 

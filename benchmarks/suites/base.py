@@ -1,4 +1,4 @@
-"""What a suite is given."""
+"""The context in which a suite runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BASELINE = NAMES[0]
 
 @dataclass(frozen=True)
 class Context:
-    """What a suite is given.
+    """Settings, libraries and results for a suite.
 
     Args:
         profile: How much to measure.
         peers: The libraries that are installed, by name, pydeq first.
-        results: Where to put what was found.
-        bar: To show progress on.
-        threads: Thread counts for overheads and kernels; everything else runs on one.
+        results: Collects what the suite finds.
+        bar: Shows progress.
+        threads: Thread counts for overheads and kernels. Everything else runs on one thread.
     """
 
     profile: Profile

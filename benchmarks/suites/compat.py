@@ -21,9 +21,9 @@ from benchmarks.timing import Counted, alternate, ratios, spread, threads
 ORIGINAL = "torchdeq"
 SOLVERS = ("fixed_point_iter", "anderson", "broyden")
 TOL, MAX_ITER = 1e-4, 60
-# Residuals are compared after so many calls of f.
+# Residuals are compared after this number of calls of f.
 CALLS = 12
-# A solve takes milliseconds: so many times the rounds of a profile, within a second.
+# A solve takes milliseconds: multiply the rounds of a profile by this, within a second.
 ROUNDS = 8
 
 
@@ -93,7 +93,7 @@ def run(context: Context) -> None:
 def _solve(
     context: Context, sides: Mapping[str, ModuleType], problem: Problem, solver: str
 ) -> tuple[tuple[str, ...], float | None]:
-    """One row, and how often faster the replacement is."""
+    """One row of the table, and how many times faster the replacement is."""
     options = {"max_iter": MAX_ITER, "tol": TOL}
     key = f"compat.{problem.key}.{solver}"
     calls, reached, after = {}, {}, {}
@@ -115,7 +115,7 @@ def _solve(
 
 
 def _train(context: Context, sides: Mapping[str, ModuleType], solver: str) -> tuple[tuple[str, ...], float | None]:
-    """One row of training steps, and how often faster the replacement is."""
+    """One row of training steps, and how many times faster the replacement is."""
     problem = tanh_map(512, 0.8, 0)
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     weight = (0.8 * weight / torch.linalg.eigvals(weight).abs().max()).requires_grad_()

@@ -1,4 +1,4 @@
-"""A penalty by differences against the exact one: bias and scatter of its gradients, and trainings with either."""
+"""A penalty by differences compared with the exact one: bias and scatter of its gradients, and trainings with each."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _cells(context: Context) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
 
 
 def _bias(context: Context) -> None:
-    """Gradients by differences against exact ones of the same probes, and of the mean of all probes."""
+    """Compare gradients by differences with exact ones, for the same probes and for the mean of all probes."""
     results, rows = context.results, []
     draws = min(24, context.profile.jacobian_draws)
     for key, title, cell, x in _cells(context):
@@ -135,12 +135,13 @@ def _bias(context: Context) -> None:
             context.bar.advance()
     results.table(
         "differences",
-        "The gradient of a penalty by differences against the exact one",
+        "The gradient of a penalty by differences compared with the exact one",
         ("cell", "dtype", "order, step", "bias of the value", "one draw", "mean", "cosine of means", "scatter"),
         rows,
-        f"{draws} draws of one Gaussian probe for {SAMPLES} samples, at the equilibrium; relative norms of differences"
-        " from exact gradients, in float64, by the same probes (one draw: the median; mean: of all draws) or of the"
-        " exact norm (scatter: root mean square). bfloat16: autocast. Step: in units of the state's root mean square.",
+        f"{draws} draws of one Gaussian probe for {SAMPLES} samples, at the equilibrium. Columns are relative distances"
+        " from exact float64 gradients: of the same probes (one draw: the median over draws; mean: the mean of all"
+        " draws), or of the exact norm (scatter: root mean square). bfloat16: autocast. Step: in units of the root mean"
+        " square of the state.",
     )
 
 
@@ -177,8 +178,8 @@ def _trainings(context: Context) -> None:
         rows.append((kind, *(f"{100 * statistics.fmean(v):.1f}" for v in by_stop), f"{means[kind]:.1f}"))
     results.target(
         "differences.digits",
-        f"Digits at hard stops, penalized by differences: points of accuracy above those by vjp, mean over {len(STOPS)}"
-        f" stops and {SEEDS} trainings",
+        f"Digits at hard stops, penalized by differences: points of accuracy above those of a penalty by vjp,"
+        f" mean over {len(STOPS)} stops and {SEEDS} trainings",
         ">=",
         -WITHIN,
         means["difference"] - means["vjp"],
@@ -189,7 +190,7 @@ def _trainings(context: Context) -> None:
         f"Test accuracy in percent when stopped; {context.profile.digits_epochs} epochs, mean of {SEEDS} trainings",
         ("penalty", *(str(stop) for stop in STOPS), "mean"),
         rows,
-        "One residual block of 16 channels; trainings that start alike drift apart, most at low stops.",
+        "One residual block of 16 channels. Trainings that start alike drift apart, most at early stops.",
     )
 
 

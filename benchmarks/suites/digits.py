@@ -1,6 +1,6 @@
 """A convolutional DEQ trained on digits by each library, with and without the Jacobian penalty.
 
-All trainings start from the same weights, see the same batches, and take their steps in turns. Each model is then
+All trainings start from the same weights, see the same batches, and alternate their steps. Each model is then
 stopped hard: it must classify with what 1 ... 12 evaluations of its cell give.
 """
 
@@ -30,7 +30,7 @@ RADIUS_IMAGES, RADIUS_STEPS = 64, 40
 
 
 class CountedCell:
-    """The cell, counting the calls that a solve makes."""
+    """A cell that counts the calls of a solve."""
 
     def __init__(self, cell: torch.nn.Module) -> None:
         self.cell, self.calls = cell, 0
@@ -42,7 +42,7 @@ class CountedCell:
 
 @dataclass
 class Training:
-    """One model on its way.
+    """One model in training.
 
     Args:
         name: The library.
@@ -83,13 +83,13 @@ class Training:
 
     @torch.no_grad()
     def test(self, digits: Digits, stop: int) -> float:
-        """Test accuracy when the solve may evaluate the cell ``stop`` times."""
+        """Test accuracy if the solve may evaluate the cell at most ``stop`` times."""
         logits, _, _ = self.model(digits.test_images, lambda z0, x: self.layer.solve(z0, x, stop))
         return (logits.argmax(1) == digits.test_labels).float().mean().item()
 
     @torch.no_grad()
     def spectral_radius(self, digits: Digits) -> float:
-        """Mean over test images, at the equilibrium; by pydeq's estimator for every library."""
+        """Mean spectral radius over test images, at the equilibrium, by pydeq's estimator for every library."""
         x = self.model.inject(digits.test_images[:RADIUS_IMAGES])
         z = self.layer.solve(torch.zeros_like(x), x, 50)
         generator = torch.Generator().manual_seed(0)
@@ -175,24 +175,25 @@ def _report(context: Context, done: dict[tuple[str, str], list[Training]]) -> No
         f"Test accuracy in percent when stopped after 1 ... {STOPS[-1]} evaluations; {length}",
         ("loss", "library", *(str(stop) for stop in STOPS), "spectral radius"),
         rows,
-        f"One residual block of {CHANNELS} channels of 8x8. {_conditions()} One test image is 0.2 points, and"
-        " trainings that start alike drift apart, most at low stops; the summary has the extremes. torchdeq's Anderson"
-        " needs three evaluations; at stops 1 and 2 its plain iteration stands in, which is what Anderson's first two"
-        " are. Spectral radius: mean over 64 test images, by pydeq.spectral_radius for every library.",
+        f"One residual block of {CHANNELS} channels of 8x8. {_conditions()} One test image is 0.2 points."
+        " Trainings that start alike drift apart, most at early stops; the summary has the extremes. torchdeq's"
+        " Anderson needs at least three evaluations, so at stops 1 and 2 it is replaced by plain iteration, which"
+        " equals Anderson's first two evaluations. Spectral radius: mean over 64 test images, by pydeq.spectral_radius"
+        " for every library.",
     )
     results.table(
         "digits",
         f"A training step, batch {BATCH}",
         ("loss", "library", "ms", "evaluations forward"),
         speed,
-        "Medians over steps taken in turns. Evaluations of the cell in the forward solve include the one that"
-        " attaches the graph.",
+        "Medians over alternating steps. Evaluations of the cell in the forward solve include the one that attaches"
+        " the graph.",
     )
 
 
 def _conditions() -> str:
     return (
-        f"Anderson of memory 6 everywhere, forward to rtol {SETTINGS.rtol:g} in at most {SETTINGS.max_calls}"
+        f"Anderson with memory 6 everywhere, forward to rtol {SETTINGS.rtol:g} in at most {SETTINGS.max_calls}"
         f" evaluations, backward to {SETTINGS.adjoint_rtol:g} in at most {SETTINGS.adjoint_max_calls}; Adam at"
         f" {RATE:g} with a cosine to 0; penalty of strength {STRENGTH:g} on every step."
     )

@@ -1,4 +1,4 @@
-"""What importing a library adds to ``import torch``, in fresh processes."""
+"""The time that importing a library adds to ``import torch``, in fresh processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(context: Context) -> None:
 
         return measure
 
-    # The first round, thrown away, brings the files into the page cache.
+    # The first round brings the files into the page cache, and is discarded.
     measured = alternate(
         {name: import_time(name) for name in context.peers}, context.profile.import_repeats, tick=context.bar.advance
     )
@@ -51,10 +51,10 @@ def run(context: Context) -> None:
     ]
     context.results.table(
         "import",
-        "What an import adds to import torch",
+        "Time that an import adds to import torch",
         ("library", "seconds", "smallest to largest"),
         rows,
-        f"In fresh processes, in turns; import torch itself took {number(spread(torch_seconds).median)} s.",
+        f"In fresh processes, alternating; import torch itself took {number(spread(torch_seconds).median)} s.",
     )
     context.results.target(
         "import.pydeq",

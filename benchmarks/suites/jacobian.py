@@ -62,7 +62,7 @@ def run(context: Context) -> None:
 
 
 def _time(context: Context) -> None:
-    """Eight probes at once against a loop over them: a penalty with its gradients."""
+    """Compare eight probes at once with a loop over them, for a penalty with its gradients."""
     results, rows, shares = context.results, [], []
     for case in training.CASES:
         context.bar.show(f"{PROBES} probes, {case.key}")
@@ -110,15 +110,15 @@ def _time(context: Context) -> None:
         f"The penalty with {PROBES} Gaussian probes and its gradients, one thread, float32",
         ("cell", "library", "ms", *(f"share of {name}'s" for name in context.others), "Gflop", "in them, ms"),
         rows,
-        f"One evaluation of the cell, {PROBES} products, and backward through them. Medians of turns. Gflop: of matrix"
-        " products and convolutions, and the least time seen inside of these operators."
-        " Each probe takes a product with J, one back through it and one for the weights; JVPs do not go back to z."
-        " Differences take an evaluation each, and one more; the transformer's attention is then the fused one.",
+        f"One evaluation of the cell, {PROBES} products, and backward through them. Medians of alternating runs. Gflop:"
+        " of matrix products and convolutions, with the least time seen inside these operators. Each probe takes a"
+        " product with J, one product back through it and one for the weights; JVPs do not go back to z. Differences"
+        " take one evaluation per probe and one more; the transformer's attention is then fused.",
     )
 
 
 def _fused(cell: nn.Module) -> nn.Module:
-    """The same map; attention as only differences can have it."""
+    """The same map with fused attention, which only differences can use."""
     if not isinstance(cell, TransformerCell):
         return cell
     fused = copy.copy(cell)  # the same parameters
@@ -127,7 +127,7 @@ def _fused(cell: nn.Module) -> nn.Module:
 
 
 def _in_a_layer(context: Context) -> None:
-    """One probe where f(z) and its graph are there, as in a layer: what a penalty adds to that and its backward."""
+    """The time that a penalty with one probe adds in a layer, where f(z) and its graph exist already."""
     results, rows, shares, alone = context.results, [], [], []
     for case in training.CASES:
         context.bar.show(f"one probe in a layer, {case.key}")
@@ -184,13 +184,13 @@ def _in_a_layer(context: Context) -> None:
         rows.append((case.title, *times_ms, times(ratio), times(of_alone)))
         context.bar.advance()
     for name, statement, values in (
-        ("difference", "what one by vjp adds", shares),
-        ("difference_alone", "the time of one by vjp alone", alone),
+        ("difference", "what a penalty by vjp adds", shares),
+        ("difference_alone", "the time of a penalty by vjp outside of a layer", alone),
     ):
         results.target(
             f"jacobian.{name}",
-            f"What a penalty by differences adds to a layer's step: share of {statement}, worst of the cells in which f"
-            " dominates",
+            f"Time that a penalty by differences adds to a layer's step: share of {statement}, worst of the cells in"
+            " which f dominates",
             "<=",
             HALF,
             max(values) if values else None,
@@ -199,15 +199,16 @@ def _in_a_layer(context: Context) -> None:
     results.table(
         "jacobian",
         "The penalty with one Gaussian probe and its gradients in a layer, one thread, float32, in ms",
-        ("cell", "f and backward", "vjp adds", "difference adds", "central adds", "vjp alone", "share", "of alone"),
+        ("cell", "f and backward", "vjp adds", "difference adds", "central adds", "vjp outside", "share", "of outside"),
         rows,
-        "Added to one evaluation of f with its backward pass, which the loss needs in any case. Alone: evaluation,"
-        " product, and backward through both. Medians of turns. With differences, attention is the fused one.",
+        "Time added to one evaluation of f with its backward pass, which the loss needs in any case. Outside: a penalty"
+        " outside of a layer, with its own evaluation, product, and backward through both. Medians of alternating runs."
+        " With differences, attention is fused.",
     )
 
 
 class _Operations(TorchDispatchMode):
-    """Adds up the operations of what torch has a formula for; its own counter does not count in ``autograd.grad``."""
+    """Counts operations by torch's formulas; torch's own counter does not count inside ``autograd.grad``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +222,7 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-# What matrix products and convolutions run in.
+# The operators in which matrix products and convolutions run.
 _PRODUCTS = {
     f"aten::{name}"
     for name in ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "thnn_conv2d", "convolution_backward")
@@ -265,7 +266,7 @@ def _sides(context: Context, cell: nn.Module, z: Tensor, x: Tensor) -> Iterator[
 
 
 def _cells(context: Context) -> Iterator[tuple[str, str, Callable[..., Tensor], Tensor, Tensor]]:
-    """Key, title, cell, its equilibrium and x, of at most 1024 entries of state per sample: those have exact values."""
+    """Key, title, cell, its equilibrium and x. States have at most 1024 entries per sample, so exact values exist."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = torch.randn(SAMPLES, 256)

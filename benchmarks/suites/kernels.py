@@ -1,4 +1,4 @@
-"""Kernel timings: the steps alone, against the bandwidth of a copy.
+"""Kernel timings: single steps, compared with the bandwidth of a copy.
 
 ``benchmarks/test_kernels.py`` is run by pytest-benchmark in a process of its own, and its JSON is folded into the
 summary.
@@ -62,15 +62,15 @@ def run(context: Context) -> None:
         )
     context.results.table(
         "kernels",
-        "One step alone, float32",
+        "A single step, float32",
         (
             "operation", "implementation", "(B, D)", "threads", "ms", "vectors read + written", "MB", "GB/s",
             "share of copy", "below reference",
         ),
         rows,
-        "Medians by pytest-benchmark. Anderson of memory 6 with a full history, Broyden with 15 steps stored,"
-        " every residual the smallest so far. Bytes are those of the vectors named. Anderson and Broyden read most"
-        " of them twice, the second time from cache where that is large enough, so a share can exceed 1."
+        "Medians by pytest-benchmark. Anderson has memory 6 and a full history, Broyden has stored 15 steps, and every"
+        " residual is the smallest so far. Bytes are those of the vectors in the table. Anderson and Broyden read most"
+        " of them twice. The second read comes from the cache if it is large enough, so a share can exceed 1."
         " The copy moves as many bytes as Anderson's step.",
     )  # fmt: skip
     for operation in ("picard_step", "anderson_step", "broyden_step"):
@@ -78,8 +78,8 @@ def run(context: Context) -> None:
             found = [share for name, at, share in shares if name == operation and at == count]
             context.results.target(
                 f"kernels.{operation}.copy_share.t{count}",
-                f"{operation}, {count} thread{'s' if count > 1 else ''}: share of a copy's bandwidth where the"
-                f" data does not fit the cache, {BEYOND_CACHE}",
+                f"{operation}, {count} thread{'s' if count > 1 else ''}: share of a copy's bandwidth if the"
+                f" data exceeds the caches, {BEYOND_CACHE}",
                 ">=",
                 SHARE,
                 found[0] if found else None,
@@ -88,7 +88,7 @@ def run(context: Context) -> None:
 
 
 def _order(info: dict[str, Any]) -> tuple[Any, ...]:
-    """Copies first, then operation by operation; kernels before references, from small to large."""
+    """Sort key: copies first, then by operation, kernels before references, small to large."""
     size = info["batch"] * info["dim"]
     return info["operation"] != "copy", info["operation"], info["implementation"], size, info["threads"]
 
@@ -98,7 +98,7 @@ def _where(info: dict[str, Any]) -> str:
 
 
 def _run_pytest(context: Context, output: Path) -> list[tuple[dict[str, Any], float]]:
-    """What each benchmark noted, and its median in seconds."""
+    """The notes of each benchmark, and its median in seconds."""
     command = [
         sys.executable, "-m", "pytest", str(_FILE), "-v", "--color=no", "-p", "no:cacheprovider",
         "--benchmark-enable", "--benchmark-columns=median", f"--benchmark-json={output}",

@@ -1,7 +1,7 @@
 """Peak memory of a solve, in state vectors [B, D].
 
-Read from the allocations and releases that torch's profiler sees between the start and the end of the solve; what
-exists before, z0 among it, does not count. f allocates one vector, its result, which counts.
+It comes from the allocations and releases that torch's profiler sees during the solve. What exists before, such as z0,
+does not count. f allocates one vector, its result, which counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.results import number
 from benchmarks.suites.base import BASELINE, Context
 from benchmarks.timing import threads
 
-BATCH, DIM = 4, 65536  # so large that what is no state vector rounds to nothing
+BATCH, DIM = 4, 65536  # so large that everything but state vectors rounds to nothing
 STEPS = (10, 30)
 
 
@@ -41,7 +41,7 @@ def run(context: Context) -> None:
             context.results.figure(f"memory.{key}.{name}", vectors, "state vectors")
             row.append(number(vectors))
             if name == BASELINE and limit is not None:
-                # Small tensors, norms and the like, are no state vectors: round them off.
+                # Small tensors such as norms are not state vectors: round them off.
                 context.results.target(
                     f"memory.{key}",
                     f"Peak memory of {method.title}: {statement}",
@@ -63,7 +63,7 @@ def run(context: Context) -> None:
 
 
 def peak_bytes(peer: Peer, solve: Callable[[], object]) -> int:
-    """The most bytes that ``solve``, by ``peer``, holds at any moment, of what it allocates itself."""
+    """The most bytes that ``solve`` holds at once, of those that it allocates itself; ``peer`` runs it."""
     solve()  # whatever a process allocates once
     peer.forget()
     with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -81,7 +81,7 @@ def peak_bytes(peer: Peer, solve: Callable[[], object]) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The profiler writes trace lines to the process's stderr, past Python; they would tear the progress bars."""
+    """Hide the trace lines that the profiler writes to stderr from C++, which would break the progress bars."""
     sys.stderr.flush()
     saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

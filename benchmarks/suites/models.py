@@ -1,4 +1,4 @@
-"""Reference models: a training step and inference, as they are and with their solves done by another library.
+"""Reference models: a training step and inference, with pydeq and with another library's solver.
 
 The same model, parameters and inputs on every side, and the caps and tolerances of its configuration: only what its
 ``deq`` is differs. Weights are new ones, so most solves end at their caps.
@@ -100,9 +100,9 @@ def run(context: Context) -> None:
         "Reference models, one thread, float32, new weights",
         ("model", "what", "library", "ms", f"times {BASELINE}'s", "evaluations", "peak MiB"),
         rows,
-        "Forward and backward of the loss, or the loss alone without gradients, in evaluation mode. Medians of runs"
-        " taken in turns. Each side with the solvers, caps and tolerances of the configuration. Evaluations of the"
-        " cell, the one that attaches the graph among them.",
+        "Training step: forward and backward of the loss. Inference: the loss without gradients, in evaluation mode."
+        " Medians of alternating runs. Each side uses the solvers, caps and tolerances of the configuration."
+        " Evaluations of the cell include the one that attaches the graph.",
     )
 
 
@@ -174,7 +174,7 @@ def _counted(model: EquilibriumModel) -> Iterator[list[int]]:
 
 @contextmanager
 def solved_by(peer: Peer, model: EquilibriumModel) -> Iterator[None]:
-    """The model with its solves done by another library; by its own ``deq`` for pydeq."""
+    """Context manager in which another library solves for the model; for pydeq the model keeps its ``deq``."""
     if peer.name == BASELINE:
         yield
         return
@@ -187,7 +187,7 @@ def solved_by(peer: Peer, model: EquilibriumModel) -> Iterator[None]:
 
 
 class _Solved(nn.Module):
-    """What a model calls its ``deq`` for, by another library on flat states."""
+    """A stand-in for a model's ``deq`` that solves with another library, on flat states."""
 
     def __init__(self, peer: Peer, own: DEQ) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class _Solved(nn.Module):
 
 
 def settings_of(deq: DEQ) -> LayerSettings:
-    """Solver, caps and tolerances of a layer whose adjoint is solved as it is itself."""
+    """Solver, caps and tolerances of a layer that uses the same solver forward and backward."""
     solver, adjoint = deq.solver, deq.adjoint
     if not isinstance(adjoint, Implicit) or adjoint.solver != solver or deq.rtol is None or adjoint.rtol is None:
         raise ValueError(f"deq must solve its adjoint as itself, to tolerances of its own, got {deq}")

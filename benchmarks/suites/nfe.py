@@ -1,4 +1,4 @@
-"""NFE, residual and wall-clock to a tolerance: every library on the same maps, its calls counted by the map itself."""
+"""Evaluations, residual and wall-clock to a tolerance, on the same maps for every library; the maps count the calls."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Task:
     Args:
         key: For names of figures, without the tolerance.
         make: Seed -> problem.
-        rtols: Tolerances.
-        max_calls: Where a solve is given up.
-        methods: For every library alike.
+        rtols: Tolerances to solve to.
+        max_calls: Calls after which a solve is given up.
+        methods: The methods of every library.
     """
 
     key: str
@@ -45,11 +45,11 @@ class Run:
     calls: int
     converged: bool
     residual: float  # the largest relative one that the library reports
-    output_residual: float  # the same of what it hands on, evaluated afterwards
+    output_residual: float  # that of the value it returns, evaluated afterwards
 
     @property
     def cost(self) -> float:
-        """Calls, infinite where the tolerance was not met."""
+        """Calls; infinite if the tolerance was not met."""
         return self.calls if self.converged else math.inf
 
 
@@ -98,7 +98,7 @@ def run(context: Context) -> None:
         f"Evaluations to the tolerance, batch 32, {len(seeds)} maps of each kind",
         columns,
         rows,
-        "NFE: calls of f until the slowest sample of the batch is done, mean over maps; > where a cap was reached."
+        "NFE: calls of f until the slowest sample of the batch is done, mean over maps; > if a cap was reached."
         " Residual: the largest ||f(z) - z|| / ||f(z)|| that the library reports on any map. Times: medians of"
         f" alternating solves of the first map. {_norms(context)}",
     )
@@ -155,7 +155,7 @@ def _time(context: Context, task: Task, rtol: float, problem: Problem, runs: Run
 
 
 def _trace(context: Context) -> None:
-    """Residual against NFE for the plot, recorded by the map, so that all libraries are read alike."""
+    """Residual against evaluations, for the plot. The map records them, so all libraries are measured alike."""
     dim = max(context.profile.nfe_dims)
     for problem in (tanh_map(dim, 0.95, 0), convolutional(0), symmetric_linear(0)):
         for method, (name, peer) in itertools.product(METHODS, context.peers.items()):
@@ -167,7 +167,7 @@ def _trace(context: Context) -> None:
 
 
 def _norms(context: Context) -> str:
-    """What ||.||: a Gaussian W is far from normal, so its norm is larger than its radius."""
+    """A note about ||W||: a Gaussian W is far from normal, so its norm is larger than its spectral radius."""
     parts = []
     for dim in context.profile.nfe_dims:
         facts = tanh_map(dim, max(context.profile.nfe_rhos), 0).facts
@@ -254,5 +254,5 @@ def _set_targets(context: Context, tasks: list[Task], runs: Runs) -> None:
 
 
 def _excess(cost: float, other: float) -> float:
-    """cost - other, where neither converging is a draw."""
+    """cost - other; 0 if neither converged."""
     return 0.0 if cost == other else cost - other

@@ -105,7 +105,8 @@ def run(context: Context) -> None:
     )
     results.target(
         "training.penalty_price",
-        "A training step with penalty, by vjp or by differences: its time over that of one without, in the worst case",
+        "A training step with penalty, by vjp or by differences: its time over that of a step without penalty,"
+        " in the worst case",
         "<=",
         PRICE,
         max(prices) if prices else None,
@@ -116,10 +117,10 @@ def run(context: Context) -> None:
         "A training step, one thread, float32",
         ("cell", "loss", "library", "ms", f"times {BASELINE}'s", "evaluations", "products", "peak MiB", "in f"),
         rows,
-        "Forward, backward and, where the loss has it, the penalty with one Gaussian probe. Medians of steps taken in"
-        " turns. Evaluations of the cell and products of a cotangent with its Jacobian are counted by the cell, the"
-        " ones that attach the graph and form the gradients of the parameters among them. Peak: tensors that the step"
-        f" allocates. In f: what the step without penalty spends in evaluations and products. {_conditions()}",
+        "Forward, backward and, if the loss has it, the penalty with one Gaussian probe. Medians of alternating steps."
+        " The cell counts its evaluations and the products of a cotangent with its Jacobian, including those that"
+        " attach the graph and form the gradients of the parameters. Peak: tensors that the step allocates. In f: the"
+        f" time that a step without penalty spends in evaluations and products. {_conditions()}",
     )
 
 
@@ -142,7 +143,7 @@ def _measure(
         return measure
 
     turns = {side: timed(step) for side, step in steps.items()}
-    if kind == "penalty":  # what it costs, in turns with a step without
+    if kind == "penalty":  # its cost, alternating with a step without it
         turns["plain"] = timed(_step(context.peers[BASELINE], SETTINGS, cell, cell, z0, x, "plain"))
     measured = alternate(turns, context.profile.training_repeats)
     if kind == "penalty":

@@ -54,7 +54,7 @@ def test_looks_for_the_disassembler_beside_nvcc_and_on_the_path(tmp_path, monkey
     beside.unlink()
     assert resources.find_disassembler(nvcc) == str(on_path)
     on_path.unlink()
-    with pytest.raises(SystemExit, match=r"nvdisasm is neither beside .*nvcc nor on PATH"):
+    with pytest.raises(SystemExit, match=r"nvdisasm is neither next to .*nvcc nor on PATH"):
         resources.find_disassembler(nvcc)
 
 
