@@ -1,8 +1,8 @@
-"""Arnoldi's method on every sample of a batch at once: eigenvalues of a linear map from products with it.
+"""Arnoldi's method: the eigenvalues of a linear map from products with it, for all samples of a batch at once.
 
-v_1, ..., v_m is an orthonormal basis of what a random start and its images span, and H = V^H A V, upper Hessenberg,
-has Ritz values that approach the outer eigenvalues of A first; complex pairs and defective ones like any others
-(Saad, Numerical Methods for Large Eigenvalue Problems, 2011, chapter 6).
+v_1, ..., v_m is an orthonormal basis of the space that a random start and its images span. The eigenvalues of the upper
+Hessenberg matrix H = V^H A V, the Ritz values, approach the outer eigenvalues of A first. Complex pairs and defective
+eigenvalues need no special treatment (Saad, Numerical Methods for Large Eigenvalue Problems, 2011, chapter 6).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """``steps`` steps for the linear map ``product`` of each sample.
+    """Take ``steps`` steps of Arnoldi's method for the linear map ``product`` of each sample.
 
     Args:
         product: [B, D] -> [B, D].
         start: [B, D], float32 or float64, not 0.
-        steps: m, at least 1; D at most are of use.
+        steps: m, at least 1. More than D are of no use.
 
     Returns:
-        H, float64 [B, m, m], and the norm of what the last step left over, [B]. Where a sample's basis is complete
-        before, its later columns are 0 and nothing is left over.
+        H, float64 [B, m, m], and the norm of the remainder of the last step, [B]. If a sample's basis is complete
+        earlier, its later columns and its remainder are 0.
     """
     batch, size = start.shape
     H = torch.zeros(batch, steps + 1, steps, dtype=torch.float64, device=start.device)
@@ -39,7 +39,7 @@ def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
             w = w - torch.einsum("bmd,bm->bd", known, h)
             H[:, : m + 1, m] += h
         left = w.norm(dim=1)
-        # What is left of a product that lies in the basis is rounding. NaN must stay.
+        # If the product lies in the basis, its remainder is rounding. NaN must stay.
         done = (left <= 10.0 * eps * scale) | (m + 1 >= size)
         left = torch.where(done, 0.0, left)
         H[:, m + 1, m] = left
@@ -48,18 +48,19 @@ def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
 
 
 def ritz_values(H: Tensor, left: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of each H by falling modulus, and what they may be off by.
+    """Eigenvalues of each H by falling modulus, and bounds of their errors.
 
-    The Ritz value theta of right and left eigenvectors s and y of H is an eigenvalue of a map at a distance of
-    left |s_m| from A, and rounding adds a few eps ||H||; to first order it moves by that over |y^H s| / (||y|| ||s||).
+    A Ritz value theta with right and left eigenvectors s and y of H is an eigenvalue of a map at a distance of
+    left |s_m| from A. Rounding adds a few eps ||H||. To first order, theta moves by this distance over
+    |y^H s| / (||y|| ||s||).
 
     Args:
         H: float64 [B, m, m].
-        left: What the last step left over, [B].
+        left: Norm of the remainder of the last step, [B].
         eps: Relative error of the products.
 
     Returns:
-        complex128 [B, m] and float64 [B, m]; NaN where H is not finite.
+        complex128 [B, m] and float64 [B, m]; NaN if H is not finite.
     """
     bad = ~H.isfinite().flatten(1).all(1)
     H = torch.where(bad[:, None, None], 0.0, H)
@@ -67,7 +68,7 @@ def ritz_values(H: Tensor, left: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.matrix_norm(H)[:, None]
     residual = left[:, None] * right[:, -1].abs() + (4.0 + H.shape[1] ** 0.5) * eps * norm
     inverse, _ = torch.linalg.inv_ex(right)
-    # Columns of `right` have norm 1. It is singular, or nearly so, for a defective H; nothing is off by more than H.
+    # Columns of `right` have norm 1. For a defective H it is singular, or nearly so. No error exceeds the norm of H.
     condition = torch.linalg.vector_norm(inverse, dim=2).nan_to_num(torch.inf, torch.inf)
     error = torch.minimum(torch.where(residual == 0, 0.0, condition * residual), norm + left[:, None])
     order = theta.abs().argsort(dim=1, descending=True, stable=True)

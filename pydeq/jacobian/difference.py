@@ -1,4 +1,4 @@
-"""Products with the Jacobian from differences of fn, whose gradients are first derivatives."""
+"""Products with the Jacobian by differences of fn; their gradients need only first derivatives of fn."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ STEPS = {1: 0.1, 2: 0.1}
 
 
 class Difference:
-    """J v from one more evaluation of fn, or from two.
+    """J v from one or two more evaluations of fn.
 
         order 1: (f(z + s v) - f(z)) / s      order 2: (f(z + s v) - f(z - s v)) / (2 s)
 
-    s is ``step`` times the root mean square of the batch's states, of that part of a tuple for which it is smallest. It
-    is one for all samples, so that J may couple them; samples that are not finite do not count.
+    s is ``step`` times the root mean square of the batch's states; for a tuple, of the part where it is smallest. All
+    samples share one s, so that J may couple them. Samples that are not finite do not count.
 
     All evaluations draw the same random numbers. Running statistics of norms change as by one evaluation, or not at all
-    where ``at`` is given.
+    if ``at`` is given.
 
     Args:
         fn: fn(z, *context) -> like z.
-        z: Where J is taken, a constant.
+        z: The point at which J is taken, a constant.
         context: Passed on to fn.
         order: 1, forward, or 2, central.
         step: In units of the root mean square; by default :data:`STEPS`.
-        at: fn already evaluated at z: its graph is then that of f(z).
-        compiled: Whether fn runs compiled code, of which the variant for states that require grad is there.
+        at: An evaluation of fn at z, whose value and graph are used for f(z).
+        compiled: Whether fn runs compiled code, for which the variant with states that require grad exists already.
         reduction: Completes sums over the entries of a state.
     """
 
@@ -62,13 +62,13 @@ class Difference:
         self._cast = torch.is_autocast_enabled(self.layout.device.type)
 
     def flat_vjps(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        """v_k^T J for v [K, B, D], exact, as [K, B, D]; without a graph."""
+        """v_k^T J for v [K, B, D], exact, as [K, B, D], without a graph."""
         if self._at is None:
             self._at = linearize(self._fn, self._z, self._context)
         return self._at.flat_vjps(v)
 
     def flat_jvps(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        """J v_k for v [K, B, D], as [K, B, D], at least in float32."""
+        """J v_k for v [K, B, D], as [K, B, D], in float32 or wider."""
         wide = torch.promote_types(self.layout.dtype, torch.float32)
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph), reusable_graphs():
             z, context = self._z, self._context
@@ -90,7 +90,7 @@ class Difference:
             return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
     def _images(self, points: Sequence[Tensor], context: Sequence[Any]) -> Iterator[Tensor]:
-        """fn at flat points, of which the last is z for order 1; flat, and as wide as the points."""
+        """fn at flat points, in their dtype. For order 1 the last point is z."""
         replayed, draws = Replayed(self._fn, self.layout.device), True
         statistics, at = KeptStatistics(self._fn), self._at
         for k, point in enumerate(points):
@@ -109,7 +109,7 @@ class Difference:
             yield self.layout.flatten(y).to(point.dtype)
 
     def _size(self, parts: Sequence[Tensor], wide: torch.dtype) -> Tensor:
-        """s, 0-d; where the state is 0, the step itself."""
+        """s, 0-d. If the state is 0, it is the step itself."""
         with torch.no_grad():
             flat = [part.to(wide).reshape(self.layout.batch, -1) for part in parts]
             squares = torch.stack([part.square().sum(1) for part in flat]).double()  # [parts, B]

@@ -1,4 +1,4 @@
-"""How ||J||_F^2 is estimated, as settings of their own: functions and the penalty's schedule share them."""
+"""Settings of the estimate of ||J||_F^2, shared by functions and by the penalty, and the estimate itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXACT_LIMIT = 1024
 
 
 class Products(Protocol):
-    """Products with J, of vectors [K, B, D]; what may be differentiated has a graph if asked for."""
+    """Products of vectors [K, B, D] with J; ``create_graph`` asks for products that can be differentiated."""
 
     @property
     def layout(self) -> Layout: ...
@@ -36,7 +36,7 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class Estimator:
-    """Settings of :func:`pydeq.frobenius_norm_squared`, which says what they mean.
+    """Settings of an estimate; :func:`pydeq.frobenius_norm_squared` describes them.
 
     Raises:
         TypeError, ValueError: If one is of the wrong type or out of range.
@@ -73,10 +73,10 @@ class Estimator:
                 raise ValueError(f"{name} is of mode='difference' and 'auto', got mode={self.mode!r}")
 
     def norm_squared(self, at: Products, from_right: bool, generator: torch.Generator | None = None) -> Tensor:
-        """||J||_F^2 of each sample, [B], from products with J alone; with a graph if gradients are on.
+        """Estimate ||J||_F^2 of each sample, [B], from products with J; with a graph if gradients are on.
 
         Args:
-            from_right: Whether to form J eps, and not eps^T J.
+            from_right: Whether to form J eps instead of eps^T J.
         """
         create_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
@@ -92,7 +92,7 @@ class Estimator:
             return self._hutch_plus_plus(at.layout, product, other, create_graph, generator)
 
     def draw(self, layout: Layout, generator: torch.Generator | None, probes: int | None = None) -> Tensor:
-        """Probes [K, B, D]."""
+        """Draw probes, [K, B, D]."""
         like = torch.empty(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
         count = self.probes if probes is None else probes
         return random_probes(like, count, DISTRIBUTIONS[self.distribution], generator)
@@ -105,9 +105,9 @@ class Estimator:
         create_graph: bool,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """||Q^T J||^2 + an estimate of ||(I - Q Q^T) J||^2, Q an orthonormal basis of the range of J on a few probes.
+        """||Q^T J||^2 plus an estimate of ||(I - Q Q^T) J||^2. Q is an orthonormal basis of the images of a few probes.
 
-        Q is a constant to autograd: the estimate is unbiased whatever Q is, and so is its gradient.
+        Q is a constant to autograd. The estimate is unbiased for any Q, and so is its gradient.
         """
         rank = min(self.probes // 3, layout.size)
         probes = self.draw(layout, generator, self.probes - rank)
@@ -116,10 +116,10 @@ class Estimator:
             sketch = other(probes[:rank], False).to(compute)
             basis = torch.linalg.qr(sketch.permute(1, 2, 0)).Q  # [B, D, rank]
             rest = probes[rank:].to(compute).permute(1, 2, 0)
-            for _ in range(2):  # once more, for what rounding left
+            for _ in range(2):  # the second time removes what rounding left
                 rest = rest - basis @ (basis.mT @ rest)
-            # As long as probes, since differences take steps of their size, and of random signs: where fn couples
-            # samples, what one adds to another's product is to cancel in the mean.
+            # They have the length of probes, since differences take steps of that size. Their signs are random: if fn
+            # couples samples, their contributions to each other's products then cancel in the mean.
             signs = random_probes(basis[:, :1, 0], rank, Distribution.RADEMACHER, generator).permute(1, 2, 0)
             directions = (
                 torch.cat([signs * layout.size**0.5 * basis, rest], dim=2)
@@ -132,7 +132,7 @@ class Estimator:
 
 
 def _check_independent(at: Products) -> None:
-    """Raise where samples are coupled: the rows of all samples that one product takes would then mix.
+    """Raise if fn couples samples: one product forms a row of every sample, and these would mix.
 
     Raises:
         ValueError: If the image of one sample depends on the state of another.
@@ -146,13 +146,13 @@ def _check_independent(at: Products) -> None:
     rows = at.flat_vjps(v)[:, ::2]
     if bool((rows.isfinite() & (rows != 0.0)).any()):
         raise ValueError(
-            "method='exact' needs an fn that treats samples independently, and here the image of one depends on the"
+            "method='exact' needs an fn that treats samples independently, but the image of one sample depends on the"
             " state of another (batch norm in training mode does that): use method='hutchinson' or 'hutch++'"
         )
 
 
 def identity_probes(layout: Layout) -> Tensor:
-    """[D, B, D]: the unit vectors, for every sample.
+    """The unit vectors for every sample, [D, B, D].
 
     Raises:
         ValueError: If D is too large for a dense Jacobian.

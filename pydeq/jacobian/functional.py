@@ -1,4 +1,4 @@
-"""Products with the Jacobian by torch.func: in forward mode, and inside of its transforms."""
+"""Products with the Jacobian by torch.func: in forward mode, and inside transforms."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from pydeq.state import State, as_tuple, layout_of
 
 
 class FunctionalLinearization:
-    """The products of :class:`pydeq.cell.linearization.Linearization`, each call of which evaluates fn.
+    """The products of :class:`pydeq.cell.linearization.Linearization`, but each call evaluates fn.
 
-    J v is formed in forward mode. Norms and attention are evaluated in plain operations, for the sake of their higher
-    derivatives (:mod:`pydeq.cell.plain_operations`). Works where autograd's own graph is out of reach: in a function
-    that ``torch.func.grad`` or ``vmap`` transforms. A graph to what fn captures is there whether it is asked for or
-    not.
+    J v is formed in forward mode. Norms and attention are evaluated in plain operations, so that their higher
+    derivatives are right (:mod:`pydeq.cell.plain_operations`). It also works in a function that ``torch.func.grad`` or
+    ``vmap`` transforms, where autograd's own graph cannot be used. There is always a graph to the tensors that fn
+    captures.
 
     Args:
         fn: fn(z, *context) -> like z.
-        z: Where J is taken, a constant.
+        z: The point at which J is taken, a constant.
         context: Passed on to fn.
     """
 
     def __init__(self, fn: Callable[..., Any], z: State, context: Sequence[Any]) -> None:
         self.layout = layout_of(z)
-        # A dual number needs memory of its own for every entry, which an expanded state has not.
+        # A dual number needs its own memory for every entry; an expanded state shares it.
         self._point = tuple(part.detach().contiguous() for part in as_tuple(z))
         self._fn, self._context = fn, context
         self._cast = torch.is_autocast_enabled(self.layout.device.type)
@@ -70,7 +70,7 @@ class FunctionalLinearization:
 
     @staticmethod
     def _map(product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-        # Masks that fn draws are those of one evaluation.
+        # fn draws the same masks for all products.
         return vectorize(lambda v: torch.func.vmap(product, randomness="same")(v), product, v)
 
 

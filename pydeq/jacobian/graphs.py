@@ -1,4 +1,4 @@
-"""What the graph of an evaluation can give: a second derivative, and a right third one."""
+"""Checks of the graph of an evaluation: has it a second derivative, and is its third derivative right?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from pydeq.cell.linearization import Linearization
 
-# What is known of graphs that are made of these kinds of nodes: why there is no second derivative, or None. Nodes of
-# C++ functions that torch knows nothing of share one type, and differ by name.
+# By the kinds of nodes in a graph: why there is no second derivative, or None. Nodes of C++ functions that torch does
+# not know share one type, and differ by name.
 _verdicts: dict[frozenset[tuple[type, str]], str | None] = {}
 _KEPT = 256
 
@@ -22,7 +22,7 @@ _FROM_STATISTICS = frozenset(
 
 
 def nodes_of(y: Sequence[Tensor], first_node: int) -> list[Any]:
-    """The nodes of the graph of y, from the one of number ``first_node`` on."""
+    """The nodes of the graph of y, from number ``first_node`` on."""
     nodes = [part.grad_fn for part in y if part.grad_fn is not None]
     seen = set(nodes)
     found: list[Any] = []
@@ -38,9 +38,9 @@ def nodes_of(y: Sequence[Tensor], first_node: int) -> list[Any]:
 
 
 def nodes_to(z: Sequence[Tensor], nodes: Sequence[Any]) -> list[Any]:
-    """Those of the nodes that lie on a path to one of the leaves z.
+    """The nodes that lie on a path to one of the leaves z.
 
-    Products with the Jacobian go through them, and only they are differentiated once more by its gradients.
+    Products with the Jacobian go through them. Only they are differentiated twice by the gradients of a penalty.
     """
     above: dict[Any, list[Any]] = {}
     for node in nodes:
@@ -56,14 +56,14 @@ def nodes_to(z: Sequence[Tensor], nodes: Sequence[Any]) -> list[Any]:
 
 
 def is_compiled_graph(nodes: Sequence[Any]) -> bool:
-    """Whether some of the nodes are what torch.compile made."""
+    """Whether torch.compile made one of the nodes."""
     return any(node.name() == "CompiledFunctionBackward" for node in nodes)
 
 
 def wrong_third_derivative(nodes: Sequence[Any]) -> str | None:
-    """The operator whose third derivative torch has wrong, without an error; None if there is none.
+    """The operator whose third derivative is wrong in torch, without an error; None if there is none.
 
-    Layer norm, and norms by the statistics of a batch or an instance, as which batch norm with ``training=True`` counts
+    Layer norm, and norms by the statistics of a batch or an instance, such as batch norm with ``training=True``
     (pytorch#175754, #196699, #196700). Group norm and norms by running statistics are right.
     """
     for node in nodes:
@@ -76,11 +76,11 @@ def wrong_third_derivative(nodes: Sequence[Any]) -> str | None:
 
 
 def no_second_derivative(at: Linearization, nodes: Sequence[Any]) -> str | None:
-    """Why the graph of ``at`` cannot be differentiated twice; None where it can.
+    """Why the graph of ``at`` cannot be differentiated twice; None if it can.
 
-    Nodes of evaluations of what does not depend on z, like context, are differentiated once only, and do not count. The
-    first graph of a kind is differentiated twice to see, without touching the gradients of parameters: operators
-    say so only when it is tried, functions whose backward pass leaves no graph do not say it at all.
+    Nodes that do not depend on z, such as those of context, are differentiated only once and do not count. The first
+    graph of each kind is differentiated twice as a test, without touching the gradients of parameters: operators raise
+    an error only when it is tried, and functions whose backward pass leaves no graph raise none.
     """
     if any(getattr(n, "_forward_cls", int).__module__.startswith("torch.distributed.fsdp") for n in nodes):
         return "FSDP2 frees parameters after each backward pass"
@@ -116,7 +116,7 @@ def _try(at: Linearization, nodes: Sequence[Any]) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        at.vjp(tuple(seed.detach() for seed in seeds))  # raises what is not about second derivatives
+        at.vjp(tuple(seed.detach() for seed in seeds))  # raises errors that are not about second derivatives
         return str(error).split("\n", 1)[0] or type(error).__name__
     finally:
         for handle in handles:
@@ -125,7 +125,7 @@ def _try(at: Linearization, nodes: Sequence[Any]) -> str | None:
 
 
 class _Recorded:
-    """A hook that notes a Function whose backward pass, given what is followed, returned what is not."""
+    """A hook that records a Function whose backward pass gets tensors with a graph and returns some without."""
 
     def __init__(self, node: Any, silent: list[str]) -> None:
         self.name, self.silent = node._forward_cls.__name__, silent
@@ -140,7 +140,7 @@ _ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 def is_once_differentiable(function: Any) -> bool:
-    """Whether the backward pass of an autograd.Function is marked so."""
+    """Whether the backward pass of an autograd.Function is marked with once_differentiable."""
     backward = function.backward
     while backward is not None:
         if getattr(backward, "__code__", None) is _ONCE:
@@ -150,17 +150,17 @@ def is_once_differentiable(function: Any) -> bool:
 
 
 def advice(reason: str) -> str:
-    """What to do about it to have second derivatives."""
+    """What to do to get second derivatives, for a ``reason`` why there are none."""
     if "scaled_dot_product" in reason or "attention" in reason:
         return (
-            "for exact derivatives call the layer, or fn, inside of"
+            "for exact derivatives call the layer, or fn, inside"
             " torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), which takes more memory"
         )
     if "torch.compile" in reason:
         return (
-            "for exact derivatives do not compile what is in the cell; a cell that is compiled as a whole, a layer's"
-            " penalty with mode='vjp' evaluates without the compiler"
+            "for exact derivatives do not compile parts of the cell; if the whole cell is compiled, a layer's penalty"
+            " with mode='vjp' evaluates it without the compiler"
         )
     if "FSDP2" in reason:
         return "for exact derivatives use pydeq.jacobian_penalty with mode='jvp'"
-    return "for exact derivatives make it of operations that can be differentiated twice"
+    return "for exact derivatives write it in operations that can be differentiated twice"

@@ -1,4 +1,4 @@
-"""From a mode to products with the Jacobian: which are right for fn, and what to say where none are."""
+"""Choose the products with the Jacobian for a mode: those that are right for fn, or an error that says what to use."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def estimate(
     """||J||_F^2 of each sample, [B], in the estimator's mode.
 
     Args:
-        at: fn already linearized at z: it is not evaluated there again, but where forward mode is right only.
+        at: fn already linearized at z. fn is evaluated there again only if nothing but forward mode is right.
         reduction: Completes sums over the entries of a state.
     """
     mode, exact = estimator.mode, estimator.method == "exact"
@@ -74,7 +74,7 @@ def estimate(
     if reason is not None:
         message = (
             f"mode={mode!r} needs second derivatives of fn, which has none ({reason}): use mode='difference', which"
-            f" needs first ones only; or, {advice(reason)}"
+            f" needs only first derivatives; or, {advice(reason)}"
         )
         norms = estimator.norm_squared(at, from_right, generator)
         return _Refused.apply(message, norms, *at.y)  # pyright: ignore[reportReturnType]
@@ -92,7 +92,7 @@ def _functional(
     context: Sequence[Any],
     generator: torch.Generator | None,
 ) -> Tensor:
-    """By torch.func.
+    """Estimate by torch.func.
 
     Raises:
         RuntimeError: If torch.func cannot evaluate fn, or fn has a norm that torch would differentiate wrongly.
@@ -129,10 +129,10 @@ def _differences(
 
 
 class _DifferentiableOnce:
-    """The products of a linearization, with gradients that refuse to be differentiated.
+    """The products of a linearization, whose gradients raise an error if they are differentiated.
 
     Args:
-        at: What to take them of.
+        at: The linearization.
         norm: The operator whose third derivative is wrong.
     """
 
@@ -148,10 +148,10 @@ class _DifferentiableOnce:
 
 
 class _Refused(torch.autograd.Function):
-    """The norms, whose gradient raises.
+    """The identity of the norms; its gradient raises an error.
 
-    They depend on the images as well: where products left no graph, ``torch.autograd.grad`` would else find no path
-    from the penalty to a parameter, and leave the penalty out of its gradient without a word.
+    The images are inputs, too. If the products left no graph, ``torch.autograd.grad`` would otherwise find no path from
+    the penalty to a parameter, and would silently leave the penalty out of the gradient.
     """
 
     @staticmethod
@@ -168,7 +168,7 @@ class _Refused(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """The identity, whose gradient raises where it is differentiated."""
+    """The identity; a second derivative raises an error."""
 
     @staticmethod
     def forward(norm: str, rows: Tensor) -> Tensor:
@@ -184,8 +184,8 @@ class _Once(torch.autograd.Function):
         if not gradient.requires_grad:
             return None, gradient
         return None, _functions.DelayedError(
-            f"a second derivative of this penalty is a third one of {ctx.norm}, which torch has wrong (pytorch#175754,"
-            " #196699, #196700): use mode='difference', or pydeq.jacobian_penalty with mode='jvp'",
+            f"a second derivative of this penalty needs a third derivative of {ctx.norm}, which is wrong in torch"
+            " (pytorch#175754, #196699, #196700): use mode='difference', or pydeq.jacobian_penalty with mode='jvp'",
             1,
         )(gradient)
 

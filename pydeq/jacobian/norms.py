@@ -32,14 +32,15 @@ def frobenius_norm_squared(
 ) -> Tensor:
     """Estimate ||J||_F^2 of ``fn`` at ``z``, one value per sample.
 
-    E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). Unbiased, and so
-    is the gradient with respect to parameters and context; ``z`` is where J is taken, and gets no gradient.
+    E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). The estimate is
+    unbiased, and so is its gradient with respect to parameters and context. ``z`` gets no gradient.
 
-    All probes go through one vectorized product. On a CPU, where large states would then leave the cache, mode "vjp"
-    takes several products, or one by one, unless weights are much larger still. Where an operator in fn has no rule for
-    vectorized products, they go one by one, with a warning that says why. The numbers are the same in any case.
+    All probes go through one vectorized product. On a CPU, large states would then exceed the cache, so mode "vjp"
+    forms several products, or one by one, unless the weights are much larger than the states. If an operator in fn has
+    no rule for vectorized products, they are formed one by one, with a warning that says why. The numbers are always
+    the same.
 
-    Works inside of ``torch.func.grad``, ``vmap`` (with its ``randomness="same"``) and the like.
+    Works inside ``torch.func.grad``, ``vmap`` (with its ``randomness="same"``) and the like.
 
     Args:
         fn: fn(z, *context, **keywords) -> like z; treats samples independently.
@@ -49,24 +50,24 @@ def frobenius_norm_squared(
             itself takes, like ``step``, is never passed on.
         probes: Products with J per sample, at least 1. Hutchinson's relative error falls as 1/sqrt(probes).
         distribution: "gaussian", variance 2 ||J J^T||_F^2, or "rademacher", 2 (||J J^T||_F^2 - sum (J J^T)_ii^2).
-        mode: "auto" is "vjp" where fn can be differentiated twice, else, with a warning that says why, "difference".
-            "vjp" forms eps^T J, "jvp" forms J eps, for "hutchinson" in forward mode; their gradients are second
-            derivatives of fn. "difference" forms J eps from evaluations of fn, and needs first derivatives only.
-        method: "hutchinson", or "hutch++" (Meyer, Musco, Musco and Woodruff 2021), for Jacobians with few dominant
-            directions: a third of the probes, which must be at least 3, finds an orthonormal basis of them by products
-            of the other mode (and one more product, since they form J eps by differentiating eps^T J), a third takes
-            their part of the norm exactly, a third estimates the rest. "exact" takes all D rows of J, for states of at
-            most 1024 entries, which must not depend on other samples; probes and distribution are then not used, and
-            "jvp" is "vjp".
+        mode: "auto" is "vjp" if fn can be differentiated twice, else "difference", with a warning that says why. "vjp"
+            forms eps^T J, "jvp" forms J eps, for "hutchinson" in forward mode. Their gradients are second derivatives
+            of fn. "difference" forms J eps from evaluations of fn, and needs only first derivatives.
+        method: "hutchinson"; or "hutch++" (Meyer, Musco, Musco and Woodruff 2021), for Jacobians with few dominant
+            directions; or "exact". "hutch++" needs at least 3 probes. A third of them finds an orthonormal basis of
+            these directions by products of the other mode (and one more product, since J eps comes from differentiating
+            eps^T J). A third gives their part of the norm exactly, and a third estimates the rest. "exact" forms all D
+            rows of J, for states of at most 1024 entries that do not depend on other samples. It does not use probes
+            and distribution, and "jvp" is then "vjp".
         order: Of "difference": 1, (f(z + s eps) - f(z)) / s, the default, or 2, (f(z + s eps) - f(z - s eps)) / (2 s).
-        step: s in units of the root mean square of the states, by default 0.1. On smooth cells gradients are then
-            within 11% of the exact ones for each draw, and 3% in the mean, by order 2 within 2% and 1%, where one exact
-            draw itself scatters by 90%. With ReLU they are those of a penalty smoothed over the step, with a scatter
-            up to three times as large; steps of 0.1 to 0.3 suit it. docs/penalty.md has the measurements.
-        generator: Where the seed of the probes comes from; by default torch's own. See :mod:`pydeq.ops.random_probes`.
+        step: s in units of the root mean square of the states, by default 0.1. On smooth cells, gradients are within
+            11% of the exact ones for each draw, and within 3% in the mean; with order 2 within 2% and 1%. One exact
+            draw scatters by 90%. With ReLU, gradients are those of a penalty that is smoothed over the step, with a
+            scatter up to three times as large; use steps of 0.1 to 0.3. docs/penalty.md has the measurements.
+        generator: Source of the seed of the probes; by default torch's own. See :mod:`pydeq.ops.random_probes`.
 
     Returns:
-        Tensor of shape (batch,), float64 for float64 states, else float32. Without a graph where gradients are off.
+        Tensor of shape (batch,), float64 for float64 states, else float32. It has no graph if gradients are off.
 
     Raises:
         TypeError, ValueError: If an option is out of range, a keyword is unknown, fn changes the shape of z, or z is
@@ -95,8 +96,8 @@ def jacobian_penalty(
 ) -> Tensor:
     """Estimate ||J||_F^2 / d at the fixed point, averaged over the batch: the paper's regularizer.
 
-    Add ``strength * jacobian_penalty(...)`` to the loss. Dividing by d, the entries of the state per sample, makes it
-    a mean over every entry of the batch. A layer's ``penalty=`` gives the same without another evaluation of fn.
+    Add ``strength * jacobian_penalty(...)`` to the loss. d is the number of entries of the state per sample, so it
+    is a mean over all entries of the batch. A layer's ``penalty=`` gives the same without another evaluation of fn.
 
     Args:
         fn, z, context, probes, distribution, mode, method, order, step, generator, keywords: As in

@@ -1,4 +1,4 @@
-"""``JacobianPenalty``: how strongly, how often and how long the Jacobian is penalized in training."""
+"""``JacobianPenalty``: the strength, frequency and schedule of the penalty in training."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ from pydeq.state import State, layout_of
 @suggests_keywords
 @dataclass(frozen=True)
 class JacobianPenalty:
-    """strength * ||J||_F^2 / d, the mean over the batch, with a schedule; for ``penalty=`` of a layer's call.
+    """The penalty strength * ||J||_F^2 / d, a mean over the batch, with a schedule; for a layer's ``penalty=``.
 
         penalty = pydeq.JacobianPenalty(0.4, frequency=0.02, stop=90 * steps_per_epoch)
         z, solution = deq(z0, x, return_solution=True, penalty=penalty.at(step))
         loss = task_loss(z) + solution.penalty
 
-    A step is whatever the caller counts. From step m on, the latest of ``milestones`` that is due, the strength is
+    The caller decides what a step is. The strength at a step is
 
         strength_m + increment * floor((step - m) / every)
 
+    where m is the latest of ``milestones`` up to this step.
+
     Args:
-        strength: gamma before the first milestone, at least 0.
-        frequency: Probability p in (0, 1] that a training call computes the penalty; it is 0 otherwise.
+        strength: The strength before the first milestone, gamma in the paper, at least 0.
+        frequency: Probability in (0, 1] that a training call computes the penalty. Otherwise the penalty is 0.
         milestones: Pairs (step, strength), by rising step.
         increment: Added every ``every`` steps.
         every: At least 1; needed by ``increment``.
         stop: The first step without a penalty.
-        probes, distribution, mode, method, order, step: As in :func:`pydeq.frobenius_norm_squared`. In a layer "vjp"
-            does not evaluate fn again; nor does "jvp", which differentiates the vector-Jacobian product, but where fn
-            has a norm with which that is wrong. "difference" of order 1 evaluates fn once more per probe, of order 2
-            twice.
+        probes, distribution, mode, method, order, step: As in :func:`pydeq.frobenius_norm_squared`. In a layer,
+            "vjp" does not evaluate fn again. Neither does "jvp", which differentiates the vector-Jacobian product,
+            unless fn has a norm for which that is wrong. "difference" evaluates fn once more per probe for order 1,
+            twice for order 2.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -96,7 +98,7 @@ class JacobianPenalty:
         return Estimator(self.probes, self.distribution, self.mode, self.method, self.order, self.step)
 
     def strength_at(self, step: int) -> float:
-        """gamma at ``step``; 0 from ``stop`` on, never below 0."""
+        """The strength at ``step``; 0 from ``stop`` on, never negative."""
         step = check_integer("step", step, 0)
         if self.stop is not None and step >= self.stop:
             return 0.0
@@ -106,22 +108,22 @@ class JacobianPenalty:
         return max(0.0, strength)
 
     def active(self, step: int, generator: torch.Generator | None = None) -> bool:
-        """Whether ``step`` is penalized: its strength is not 0, and a draw of probability ``frequency`` says so.
+        """Decide whether ``step`` is penalized: with probability ``frequency``, unless its strength is 0.
 
         Args:
-            step: As the caller counts.
-            generator: Of the CPU; by default torch's own. Nothing is drawn where there is nothing to decide.
+            step: Counted by the caller.
+            generator: A CPU generator; by default torch's own. Nothing is drawn if there is nothing to decide.
         """
         if self.strength_at(step) == 0.0:
             return False
         return self.frequency == 1.0 or bool(torch.rand((), generator=generator, device="cpu") < self.frequency)
 
     def at(self, step: int) -> JacobianPenalty:
-        """The penalty of ``step``: of constant strength, and as frequent."""
+        """The penalty at ``step``, with a constant strength and the same frequency."""
         return replace(self, strength=self.strength_at(step), milestones=(), increment=0.0, every=None, stop=None)
 
     def differentiates_twice(self) -> bool:
-        """Whether it is sure to need second derivatives of fn, or exact products for watching."""
+        """Whether it certainly needs second derivatives of fn, or exact products with gradients off."""
         return self.mode in ("vjp", "jvp") or not torch.is_grad_enabled()
 
     def evaluate(
@@ -132,10 +134,10 @@ class JacobianPenalty:
         at: Linearization | None = None,
         reduction: Reduction = WHOLE,
     ) -> Tensor:
-        """strength * ||J||_F^2 / d at ``z``, the mean over the batch.
+        """Compute strength * ||J||_F^2 / d at ``z``, averaged over the batch.
 
-        With gradients on, it is 0 without a computation in all but a share ``frequency`` of the calls, drawn from
-        torch's generator of the CPU. With gradients off it is always computed, for watching.
+        With gradients on, it is computed with probability ``frequency``, drawn from torch's CPU generator, and is 0
+        otherwise. With gradients off it is always computed, so that it can be monitored.
 
         Args:
             fn, z, context: As in :func:`pydeq.jacobian_penalty`.
@@ -146,10 +148,10 @@ class JacobianPenalty:
             0-d tensor, float64 for float64 states, else float32.
 
         Raises:
-            ValueError: If the strength depends on the step: :meth:`at` says which step it is.
+            ValueError: If the strength depends on the step: use :meth:`at`.
         """
         if self.milestones or self.every is not None or self.stop is not None:
-            raise ValueError("penalty must be of constant strength, got a schedule: pass penalty.at(step)")
+            raise ValueError("penalty must have a constant strength, got a schedule: pass penalty.at(step)")
         fn, z = canonical(fn, z)
         layout = layout_of(z)
         training = torch.is_grad_enabled()

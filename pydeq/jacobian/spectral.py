@@ -1,4 +1,4 @@
-"""The eigenvalues of the Jacobian: whether, and how fast, a fixed-point iteration contracts."""
+"""The eigenvalues of the Jacobian, which say whether and how fast a fixed-point iteration contracts."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from pydeq.ops.constants import Distribution
 from pydeq.ops.reduction import norm
 from pydeq.state import State
 
-# Products before growth is first judged, and between one judgement and the next.
+# Products before growth is judged for the first time, and between two judgements.
 _FIRST, _EVERY = 16, 8
 
 _BOTH = ("return_error", "generator")  # keywords of both functions
 
 
 class SpectralRadius(NamedTuple):
-    """What :func:`spectral_radius` knows of each sample; tensors of shape (batch,)."""
+    """Result of :func:`spectral_radius` with an error estimate; tensors of shape (batch,)."""
 
     value: Tensor
     """The estimate."""
     error: Tensor
-    """An estimate of what it may be off by, absolute."""
+    """Estimated absolute error of ``value``."""
     converged: Tensor
     """Whether ``error <= rtol * value``, bool."""
 
 
 class Spectrum(NamedTuple):
-    """What :func:`jacobian_spectrum` knows of each sample; tensors of shape (batch, k)."""
+    """Result of :func:`jacobian_spectrum` with error estimates; tensors of shape (batch, k)."""
 
     values: Tensor
     """Eigenvalues, complex, by falling modulus."""
     error: Tensor
-    """Estimates of what they may be off by, absolute."""
+    """Estimated absolute errors of ``values``."""
 
 
 @overload
@@ -81,8 +81,8 @@ def spectral_radius(
 ) -> Tensor | SpectralRadius:
     """Estimate the largest |eigenvalue| of J = dfn/dz at ``z``, one value per sample; no gradient.
 
-    rho(J) = lim ||v^T J^k||^(1/k) for almost every v. Rayleigh quotients, the usual power method, read 0 for a
-    rotation; growth is right for complex pairs, defective J and J = 0.
+    rho(J) = lim ||v^T J^k||^(1/k) for almost every v. The usual power method, by Rayleigh quotients, gives 0 for a
+    rotation. Growth is right for complex pairs, defective J and J = 0.
 
     Args:
         fn: fn(z, *context, **keywords) -> like z; treats samples independently.
@@ -91,19 +91,19 @@ def spectral_radius(
         keywords: Passed on to fn, as by :func:`pydeq.fixed_point`: ``attention_mask=mask``. A name that this function
             itself takes is never passed on.
         steps: Vector-Jacobian products at most, at least 2.
-        method: "growth" averages the logarithm of the growth per product over a window, with weights that fade to its
-            ends and so take out what oscillates (Das, Saiki, Sander and Yorke 2017); its memory is one state. It needs
-            many products where the largest eigenvalues are close in modulus. "arnoldi" finds those by far fewer, 20 to
-            40, and keeps all of them.
+        method: "growth" averages the logarithm of the growth per product over a window. The weights fade towards its
+            ends, which cancels oscillations (Das, Saiki, Sander and Yorke 2017). It stores one state. It needs many
+            products if the largest eigenvalues are close in modulus. "arnoldi" needs far fewer then, 20 to 40, and
+            stores all of them.
         rtol: Growth ends once the estimated error of every sample is below ``rtol * value``, at least 0.
-        return_error: Also return the estimated error, and whether it met rtol. For growth that is twice the largest
-            difference between windows; for Arnoldi the residual times the condition of the eigenvalue. Neither can
-            see an eigenvector that the random start has almost nothing of.
-        generator: Where the seed of the start comes from; by default torch's own.
+        return_error: Also return the estimated error, and whether it met rtol. For growth it is twice the largest
+            difference between windows, for Arnoldi the residual times the condition of the eigenvalue. Neither sees an
+            eigenvector that is almost absent from the random start.
+        generator: Source of the seed of the random start; by default torch's own.
 
     Returns:
-        Tensor of shape (batch,), float64 for float64 states, else float32; a :class:`SpectralRadius` of three such
-        with ``return_error``. NaN where J is not finite.
+        Tensor of shape (batch,), float64 for float64 states, else float32; a :class:`SpectralRadius`
+        with ``return_error``. NaN if J is not finite.
 
     Raises:
         TypeError, ValueError: If an option is out of range, a keyword is unknown, or fn changes the shape of z.
@@ -158,15 +158,15 @@ def jacobian_spectrum(
     generator: torch.Generator | None = None,
     **keywords: Any,
 ) -> Tensor | Spectrum:
-    """The eigenvalues of J = dfn/dz at ``z``, all of them or the k largest in modulus; no gradient.
+    """Compute the eigenvalues of J = dfn/dz at ``z``, all or the k largest in modulus; no gradient.
 
     Args:
         fn, z, context, keywords: As in :func:`spectral_radius`.
         k: How many, at most D. None: all D, from a dense Jacobian, for states of at most 1024 entries per sample.
-        steps: Vector-Jacobian products of Arnoldi's method, at least k, for a given k; by default 2 k + 20. All
-            products are kept. Eigenvalues beyond the first few that are found well need more.
+        steps: Vector-Jacobian products of Arnoldi's method for a given k, at least k; by default 2 k + 20. All of them
+            are stored. Accurate eigenvalues beyond the first few need more.
         return_error: Also return the estimated errors: residuals times the conditions of the eigenvalues.
-        generator: Where the seed of the start comes from; by default torch's own.
+        generator: Source of the seed of the random start; by default torch's own.
 
     Returns:
         Complex tensor of shape (batch, k), complex128 for float64 states, else complex64, by falling modulus; a
@@ -209,7 +209,7 @@ def _refuse_transforms(name: str) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{name} has no gradient and its values decide when it ends, so it does not work under torch.func"
-            " transforms: put what vmap goes over into the batch"
+            " transforms: make the dimension that vmap maps over part of the batch"
         )
 
 
@@ -249,9 +249,9 @@ def _growth(at: Linearization, steps: int, rtol: float, generator: torch.Generat
 
 
 def _judge(lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The mean growth in the last half of [N, B], and twice the most that other windows differ from it.
+    """The mean growth in the last half of [N, B], and twice the largest difference of other windows from it.
 
-    Earlier windows show what still decays, shorter ones what oscillates: the shift of a window may be a whole period.
+    Earlier windows detect decay. Shorter windows detect oscillation, since a shift may be a whole period.
     """
     count = len(lengths)
     half = count - count // 2
@@ -269,7 +269,7 @@ def _judge(lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _average(lengths: Tensor) -> Tensor:
-    """exp of a weighted mean over the first dimension, by exp(-1 / (t (1 - t))) for t in (0, 1)."""
+    """exp of the mean over the first dimension, with weights exp(-1 / (t (1 - t))) for t in (0, 1)."""
     t = (torch.arange(len(lengths), dtype=torch.float64, device=lengths.device) + 0.5) / len(lengths)
     weights = torch.exp(4.0 - 1.0 / (t * (1.0 - t)))
     terms = torch.where(weights[:, None] > 0, weights[:, None] * lengths, 0.0)  # -inf where it counts

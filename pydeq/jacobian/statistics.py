@@ -1,4 +1,4 @@
-"""Running statistics and power iterations, which evaluations made for a penalty are to leave as they are."""
+"""Keep running statistics and power iterations unchanged while a penalty evaluates fn."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class KeptStatistics:
-    """Inside, evaluations of ``fn`` do not change running statistics of batch and instance norms.
+    """Context manager in which evaluations of ``fn`` do not change running statistics of batch and instance norms.
 
-    Nor do spectral norms, torch's and pydeq's, take steps of their power method: weights stay those of the evaluation
-    before.
+    The power methods of spectral norms, torch's and pydeq's, take no steps in it, so their weights do not change.
 
-    Finds modules that fn is, is a method of, holds, closes over or names; no others.
+    It finds a module only if fn is the module, is a method of it, or holds, closes over or names it.
 
     Args:
-        fn: What is evaluated.
+        fn: The function that is evaluated.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -37,18 +36,20 @@ class KeptStatistics:
     @torch.no_grad()
     def __exit__(self, *exception: object) -> None:
         for buffer, value in zip(self.buffers, self.values, strict=True):
-            buffer.data.copy_(value)  # another version would be an error in backward, which does not read them
+            buffer.data.copy_(
+                value
+            )  # with .data the version stays: a new one would be an error in backward, which does not read them
         for part in self.iterating:
             part.training = True
 
 
 def _iterates(module: nn.Module) -> bool:
-    """Whether a training call of this module, and of no module in it, takes a step of a power method."""
+    """Whether a training call of this module itself, not of a module in it, takes a step of a power method."""
     return any(hasattr(x, "n_power_iterations") for x in (module, *module._forward_pre_hooks.values()))
 
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
-    """The modules that can be seen in a callable, each once."""
+    """The modules that can be found in a callable, each once."""
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, int]] = [(fn, 0)]

@@ -257,7 +257,9 @@ def test_second_derivatives_of_a_penalty_on_a_norm():
     expected = (gradient(h, False, **fine)[0] - gradient(-h, False, **fine)[0]) / (2 * h)
     torch.testing.assert_close((product * move).sum(), (expected * move).sum(), rtol=1e-5, atol=1e-7)
     g, moved = gradient(0.0, mode="vjp")
-    with pytest.raises(RuntimeError, match=r"a third one of layer norm, which torch has wrong \(pytorch#175754"):
+    with pytest.raises(
+        RuntimeError, match=r"a third derivative of layer norm, which is wrong in torch \(pytorch#175754"
+    ):
         torch.autograd.grad((g * move).sum(), moved)
     g, moved = gradient(0.0, mode="jvp")
     (product,) = torch.autograd.grad((g * move).sum(), moved)

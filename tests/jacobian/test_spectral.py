@@ -269,7 +269,8 @@ def test_a_dense_spectrum_refuses_large_states():
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad], ids=["vmap", "grad"])
 def test_transforms_are_refused_with_a_hint(estimate, transform):
     with pytest.raises(
-        RuntimeError, match=f"{estimate.__name__} has no gradient.*put what vmap goes over into the batch"
+        RuntimeError,
+        match=f"{estimate.__name__} has no gradient.*make the dimension that vmap maps over part of the batch",
     ):
         transform(lambda z: estimate(torch.tanh, z).real.sum())(torch.ones(2, 3, 4))
 
