@@ -1,14 +1,14 @@
-"""The cells of the world: what people put into a DEQ, each in a few lines, in one list.
+"""A list of the kinds of cells that people put into a DEQ, each in a few lines.
 
-``CELLS`` has a case for each. ``case.build()`` makes a cell, a state to start from and a context, small and seeded::
+``CELLS`` has a case for each kind. ``case.build()`` makes a small, seeded cell, an initial state and a context::
 
     for case in CELLS:
         cell, z0, context = case.build(torch.float64)
         z = pydeq.DEQ(cell)(z0, *context)
 
-Every cell has a fixed point that Anderson's method finds within 100 evaluations to 1e-10 in float64, and each but those
-that say so treats samples independently and can be differentiated twice. The last argument of a context is x, which
-enters all of the state.
+Every cell has a fixed point that Anderson's method finds to 1e-10 within 100 evaluations in float64. A cell treats
+samples independently and can be differentiated twice, unless its case says otherwise. The last argument of a context is
+x, which enters the whole state.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH, TOKENS, WIDTH = 2, 4, 8
 
 
 class Example(NamedTuple):
-    """What a case builds."""
+    """A cell, an initial state and the context that the cell gets."""
 
     cell: Any
     z0: Any
@@ -45,13 +45,13 @@ class Case:
     """One cell.
 
     Args:
-        name: What a user would ask for.
+        name: What a user would call it; docs/cells.md has the same name.
         make: () -> (cell, z0, context), float32, drawn from torch's generator.
-        twice: Whether torch differentiates it twice on a CPU. False: some operator has no second derivative there.
+        twice: Whether torch differentiates it twice on a CPU. False if an operator has no second derivative there.
         couples: Whether samples depend on each other.
-        state: What the state is: "tensor", "tuple", "namedtuple", "dict", "list" or "nested".
+        state: The type of the state: "tensor", "tuple", "namedtuple", "dict", "list" or "nested".
         has_aux: Whether the cell returns a pair of the state and something else.
-        closure: Whether it is a function that captures its parameters, so that torch.func does not reach them.
+        closure: Whether it is a function that captures its parameters, which torch.func cannot reach then.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Case:
     closure: bool = False
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Example:
-        """The cell with parameters, state and context in ``dtype``; the same ones for the same seed."""
+        """Build the cell, with parameters, state and context in ``dtype``; the same for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             cell, z0, context = self.make()
@@ -84,7 +84,7 @@ CELLS: list[Case] = []
 
 
 def case(name: str, **properties: Any) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Put what the function makes into the list."""
+    """Decorator that adds a case for the function's result to the list."""
 
     def add(make: Callable[[], Any]) -> Callable[[], Any]:
         CELLS.append(Case(name, make, **properties))
@@ -102,7 +102,7 @@ def draw(*shape: int) -> Tensor:
 
 
 class Map(nn.Module):
-    """A cell of a function of (modules, z, *context) and the modules that it uses."""
+    """A cell made of a function of (modules, z, *context) and the modules that it uses."""
 
     def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ def layer_norm():
 @case("a mixture of experts, the best two for each token")
 def experts():
     def cell(m, z, x):
-        # Routed by x: where z chooses, the map is not continuous.
+        # x decides the routing: if z did, the map would not be continuous.
         weights, best = torch.softmax(m.router(x), dim=-1).topk(2, dim=-1)
         every = torch.stack([torch.tanh(expert(z)) for expert in m.experts], dim=-2)
         chosen = every.gather(-2, best[..., None].expand(*best.shape, WIDTH))
@@ -539,7 +539,7 @@ def sparse():
     return model, torch.zeros(NODES, WIDTH), (torch.randn(NODES, WIDTH),)
 
 
-# What torch can do inside of a cell
+# What torch can do inside a cell
 
 
 @case("torch.utils.checkpoint inside")
@@ -552,7 +552,7 @@ def checkpointed():
 
 
 class Softsign(Function):
-    """A function with a derivative of its own, which torch can differentiate again."""
+    """A function with its own derivative, which torch can differentiate again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -566,7 +566,7 @@ class Softsign(Function):
 
 
 class OnceSoftsign(Function):
-    """The same, as most kernels are bound: differentiable once."""
+    """The same function, differentiable once, as most bindings of kernels are."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -637,7 +637,7 @@ def linear_system():
     return Map(cell, linear=nn.Linear(WIDTH, WIDTH)), *vectors()
 
 
-# States that are no tensor
+# States that are not a tensor
 
 
 @case("two resolutions, a tuple", state="tuple")

@@ -1,4 +1,4 @@
-"""What torch itself cannot do with a cell, column by column of the matrix; docs/cells.md says the same."""
+"""What torch itself cannot do with a cell, for each column of the matrix; docs/cells.md shows it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class Limit(NamedTuple):
-    """What a column of the matrix meets with some cell.
+    """The error of plain torch for a cell in a column of the matrix.
 
     Args:
-        error: Type of the exception, which plain torch raises as well.
-        message: Its text, a regular expression.
-        note: For the table.
+        error: Type of the exception.
+        message: A regular expression for its text.
+        note: Text for the table.
     """
 
     error: type[Exception]
@@ -31,7 +31,7 @@ _MIXED = Limit(RuntimeError, "index_add_.*must have the same scalar type", NO_CA
 
 ONCE_DIFFERENTIABLE = "a custom autograd.Function that is once_differentiable"
 
-# By column, by name of the case.
+# By column, then by the name of the case.
 LIMITS: dict[str, dict[str, Limit]] = {
     "second derivatives": {
         "nn.MultiheadAttention": FUSED,

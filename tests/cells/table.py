@@ -1,4 +1,4 @@
-"""The table of docs/cells.md, from the list of cells and torch's limits: ``python tests/cells/table.py`` prints it."""
+"""The table of docs/cells.md from the list of cells and torch's limits: ``python tests/cells/table.py`` prints it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COLUMNS = ("inference", "gradients", "second derivatives", "bf16 autocast", "tor
 
 
 def table() -> str:
-    """A row for each cell, a column for each thing to do with it."""
+    """Return the table: a row for each cell, a column for each use."""
     lines = ["| cell | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     for case in CELLS:
         marks = []

@@ -1,4 +1,4 @@
-"""The list of cells itself: each cell is what its case says."""
+"""Tests of the list of cells itself: each cell is what its case says."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ each = pytest.mark.parametrize("case", CELLS, ids=str)
 
 
 def flat(case: Case):
-    """The cell as a map of one tensor [B, D], where to start, and the context."""
+    """The cell as a map of one tensor [B, D], the initial state, and the context."""
     cell, z0, context = case.build()
     parts, spec = tree_flatten(z0)
     sizes = [part[0].numel() for part in parts]

@@ -1,6 +1,6 @@
-"""What a DEQ does with each cell of the world: one column of tests for each thing that people do with a layer.
+"""Every use of a DEQ with every cell of the list: one column of tests for each use.
 
-What torch itself cannot do is in ``limits``, and is tested to raise what torch raises.
+``limits`` lists what torch itself cannot do. There, a DEQ must raise the same error as torch.
 """
 
 import copy
@@ -37,7 +37,7 @@ def layer(case: Case, cell, **options):
 
 
 def parts(state):
-    """The tensors of a state, joined to [B, D]."""
+    """Concatenate the tensors of a state to [B, D]."""
     return torch.cat([part.flatten(1) for part in tree_leaves(state)], dim=1)
 
 
@@ -47,7 +47,7 @@ def evaluate(case: Case, cell, z, context):
 
 
 def unrolled(case: Case, cell, z, context, digits=1e-11):
-    """Plain iteration until nothing changes."""
+    """Iterate plainly until nothing changes."""
     for _ in range(300):
         before, z = z, evaluate(case, cell, z, context)
         if (parts(z) - parts(before)).abs().max() < digits:
@@ -56,7 +56,7 @@ def unrolled(case: Case, cell, z, context, digits=1e-11):
 
 
 def sources(cell, context):
-    """What gradients are taken of: x, and the parameters."""
+    """The tensors to take gradients of: x and the parameters."""
     x = context[-1].requires_grad_()
     return [x, *(cell.parameters() if isinstance(cell, torch.nn.Module) else ())]
 
@@ -77,7 +77,7 @@ def assert_all_close(found, expected, rtol, atol):
 
 
 def is_limited(column, case, does, plainly):
-    """Whether torch cannot do this: then a DEQ and plain torch raise the same."""
+    """Whether torch cannot do this; checks that a DEQ and plain torch then raise the same error."""
     limit = LIMITS.get(column, {}).get(case.name)
     if limit is not None:
         for call in (does, plainly):
@@ -98,7 +98,7 @@ def test_inference(case):
 
 @each
 def test_gradients(case):
-    """Implicit's are those of plain iterations."""
+    """Gradients of Implicit equal those through plain iteration."""
     cell, z0, context = case.build()
     inputs = sources(cell, context)
     z = layer(case, cell)(z0, *context)
@@ -211,7 +211,7 @@ def test_torch_func(case):
 
 
 def dense(case, cell, z, context):
-    """The Jacobian of each sample, [B, D, D]; the batch is one sample where samples depend on each other."""
+    """The Jacobian of each sample, [B, D, D]."""
     leaves = [part.detach().requires_grad_() for part in tree_leaves(z)]
     numbers = iter(leaves)
     y = parts(evaluate(case, cell, tree_map(lambda _: next(numbers), z), context))
@@ -240,9 +240,9 @@ def test_the_exact_penalty(case):
 
 
 def products(case, cell, z, context, v, from_right, **graph):
-    """J v, or v^T J, for v [B, D], by plain autograd; J v is the derivative of u^T J v by u.
+    """J v or v^T J for v [B, D], by plain autograd. J v is the derivative of u^T J v with respect to u.
 
-    J v by a difference where the cell lets nobody differentiate twice.
+    If the cell cannot be differentiated twice, J v comes from a difference.
     """
     if from_right and case.name == ONCE_DIFFERENTIABLE:
         h = 1e-3
@@ -256,7 +256,7 @@ def products(case, cell, z, context, v, from_right, **graph):
 
 
 def penalized(case, cell, z, context, inputs, mode):
-    """The penalty, its gradients, and whether a warning said that it is made of differences."""
+    """The penalty, its gradients, and whether a warning said that it uses differences."""
 
     def fn(z, *context):
         return evaluate(case, cell, z, context)
@@ -275,7 +275,7 @@ def penalized(case, cell, z, context, inputs, mode):
 @each
 @pytest.mark.parametrize("mode", ["vjp", "jvp", "difference", "auto"])
 def test_the_penalty_and_its_gradients(case, mode, monkeypatch):
-    """By the same probes, in plain autograd; or the error that says what to use."""
+    """They equal those of plain autograd with the same probes, or an error says what to use."""
     monkeypatch.setattr(modes, "_warned", set())
     cell, z, context = case.build()
     z = tree_map(lambda part: part + 0.1 * torch.randn_like(part), z)
@@ -304,7 +304,7 @@ def test_the_penalty_and_its_gradients(case, mode, monkeypatch):
 
 
 def test_the_docs_have_the_table():
-    """Written by ``python tests/cells/table.py``."""
+    """``python tests/cells/table.py`` writes it."""
     assert table() in (Path(__file__).parents[2] / "docs" / "cells.md").read_text()
 
 
