@@ -1,6 +1,10 @@
-"""Many trainings, each measured once: side by side in processes, kept in a folder by hashes of their configurations.
+"""Many trainings in parallel processes, each measured only once.
 
-OUT/trainings/<key>/     a folder of experiments.training with measurement.json, once that training is measured
+OUT/trainings/<key>/     a folder of experiments.training, with measurement.json once it is measured
+
+The key is a hash of the training. The processes are not those of a ProcessPoolExecutor: when one worker is killed, a
+pool fails all its futures, and gives neither the training nor the exit status; an interruption waits for the running
+trainings.
 """
 
 from __future__ import annotations
@@ -24,31 +28,31 @@ POLL_SECONDS = 0.2
 
 
 class GridError(RuntimeError):
-    """Some trainings could not be measured; those that could are kept."""
+    """Some trainings could not be measured; the other measurements are kept."""
 
 
 class Grid:
     """Measures trainings.
 
     Args:
-        out: The folder; made where it is not there.
-        jobs: Trainings at a time, each in a process of its own; with 1, in this process.
-        threads: Of torch, for each of them.
-        resume: Whether trainings that were interrupted go on; without, they are an error.
+        out: The folder; it is made if it does not exist.
+        jobs: Trainings at a time, each in its own process; with 1, in this process.
+        threads: Torch's threads for each training.
+        resume: Whether interrupted trainings go on; otherwise they are an error.
     """
 
     def __init__(self, out: Path, jobs: int = 1, threads: int = 1, resume: bool = False) -> None:
         self.out, self.jobs, self.threads, self.resume = out, jobs, threads, resume
 
     def folder(self, training: Training) -> Path:
-        """Of a training."""
+        """Return the folder of a training."""
         return self.out / "trainings" / training.key
 
     def find(self, trainings: Mapping[str, Training]) -> dict[str, Measurement]:
-        """What is measured already, by the trainings' keys.
+        """Read the measurements that exist, by the trainings' keys.
 
         Args:
-            trainings: By their labels.
+            trainings: Trainings by label.
 
         Raises:
             ValueError: If a measurement is damaged.
@@ -61,14 +65,14 @@ class Grid:
         return found
 
     def measure(self, trainings: Mapping[str, Training]) -> dict[str, Measurement]:
-        """The measurements of all trainings, by their keys; what is not there yet is trained.
+        """Return the measurements of all trainings, by their keys; train what is not measured yet.
 
         Args:
-            trainings: By their labels.
+            trainings: Trainings by label.
 
         Raises:
-            FileExistsError: If one was interrupted, and ``resume`` is false.
-            GridError: If some failed; the others are measured nevertheless.
+            FileExistsError: If a training was interrupted and ``resume`` is false.
+            GridError: If some failed; the other trainings are measured.
             ValueError: If a measurement is damaged.
         """
         labels = {training.key: label for label, training in reversed(list(trainings.items()))}
@@ -96,7 +100,7 @@ class Grid:
         for training in trainings:
             try:
                 measure(training, self.folder(training), self.threads, display.receive)
-            except Exception as error:  # a report must name it, and the others go on
+            except Exception as error:  # the report names it, and the other trainings go on
                 failures[training.key] = f"{type(error).__name__}: {error}"
                 display.receive(Message(training.key, "failed", (failures[training.key],)))
         return failures
@@ -126,7 +130,7 @@ class Grid:
                     process.start()
                     running[training.key] = process
                 ended = [key for key, process in running.items() if process.exitcode is not None]
-                receive()  # after looking who ended, so that their last words are heard
+                receive()  # after the exit codes, so that all messages of ended processes are read
                 for key in ended:
                     status = running.pop(key).exitcode
                     if status and key not in failures:
