@@ -31,10 +31,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
+    """Make the parser of all commands; ``run`` among the parsed arguments is the function of the command."""
     top = argparse.ArgumentParser(prog="python -m experiments", description="Training and experiments on pydeq.")
     commands = top.add_subparsers(title="commands", dest="command", required=True)
-    command = commands.add_parser("data", help="say which data sets are here and how to get the others; get them")
+    command = commands.add_parser("data", help="list the data sets that are here, get others, or check them")
     add_data_arguments(command)
     command.set_defaults(run=data)
     command = commands.add_parser("train", help="train a model from a configuration")

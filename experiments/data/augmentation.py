@@ -1,6 +1,6 @@
-"""Augmentation and normalization of batches of images, as tensor operations; each sample draws its own.
+"""Augmentation and normalization of batches of images as tensor operations; each sample has its own random numbers.
 
-Random numbers come from the generator that is given, in a fixed order: the same generator state gives the same images.
+Random numbers come from the given generator in a fixed order: the same state of the generator gives the same images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def random_crop(images: Tensor, padding: int = 4, *, generator: torch.Generator 
     Args:
         images: (N, C, H, W), of any dtype.
         padding: Pixels on each side, at least 0.
-        generator: What draws; None is torch's own.
+        generator: Generator of the random numbers; None for torch's default one.
 
     Returns:
         Like ``images``.
@@ -34,7 +34,7 @@ def random_crop(images: Tensor, padding: int = 4, *, generator: torch.Generator 
     columns = corners[1][:, None] + torch.arange(width, device=images.device)  # [N, W]
     padded = functional.pad(images, (padding,) * 4)
     samples = torch.arange(batch, device=images.device)[:, None, None]
-    # Advanced indices around a slice come first: [N, H, W, C].
+    # Dimensions of advanced indices come first: [N, H, W, C].
     return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
@@ -43,7 +43,7 @@ def random_flip(images: Tensor, *, generator: torch.Generator | None) -> Tensor:
 
     Args:
         images: (N, C, H, W), of any dtype.
-        generator: What draws; None is torch's own.
+        generator: Generator of the random numbers; None for torch's default one.
 
     Returns:
         Like ``images``.
@@ -68,7 +68,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
     Raises:
         TypeError: If images are of another dtype.
-        ValueError: If their shape does not fit, or a deviation is not positive.
+        ValueError: If their shape is wrong, or a deviation is not positive.
     """
     channels = _shape(images)[1]
     if len(mean) != channels or len(std) != channels:
@@ -90,6 +90,6 @@ def _shape(images: Tensor) -> tuple[int, int, int, int]:
 
 
 def _draw(high: int, shape: tuple[int, ...], images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Integers in [0, high), drawn where the generator is and moved to where the images are."""
+    """Draw integers in [0, high) on the generator's device, and move them to that of the images."""
     device = images.device if generator is None else generator.device
     return torch.randint(high, shape, generator=generator, device=device).to(images.device)

@@ -1,6 +1,6 @@
-"""Where files of data sets are, and whether they are what was published.
+"""Where the files of data sets are, and whether they are the published ones.
 
-A folder that is named, by ``root`` or the environment variable PYDEQ_DATA, holds a folder for each data set, or the
+A folder given by ``root`` or the environment variable PYDEQ_DATA holds a folder for each data set, or the
 files themselves. Otherwise the user's cache does: on Linux ``$XDG_CACHE_HOME/pydeq``, or ``~/.cache/pydeq``.
 """
 
@@ -21,15 +21,15 @@ from experiments.data.catalogue import Archive, DataSet, File
 
 
 class MissingDataError(FileNotFoundError):
-    """A file of a data set is nowhere to be found; says where it was looked for, and how to get it."""
+    """A file of a data set is missing. The message says where it was looked for, and how to get it."""
 
 
 class AlteredDataError(ValueError):
-    """A file is not the one that was published; names it, and what was expected and found."""
+    """A file is not the published one. The message gives what was expected and found."""
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of all data sets: ``root``, or PYDEQ_DATA, or the cache."""
+    """Return the folder of all data sets: ``root``, or PYDEQ_DATA, or the user's cache."""
     if root is not None:
         return Path(root).expanduser()
     if named := os.environ.get("PYDEQ_DATA"):
@@ -38,7 +38,7 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def data_folders(data: DataSet, root: str | os.PathLike[str] | None = None) -> tuple[Path, ...]:
-    """Where the files of a data set are looked for, in this order."""
+    """Return the folders that are searched for the files of a data set, in order."""
     top = data_root(root)
     inside = [top / data.name]
     for name in data.folders:
@@ -48,11 +48,11 @@ def data_folders(data: DataSet, root: str | os.PathLike[str] | None = None) -> t
 
 @dataclass(frozen=True)
 class Located:
-    """Where a file of a data set is.
+    """The place of a file of a data set.
 
     Args:
-        path: Of the file itself, of its compressed form, or of an archive.
-        file: What ``path`` should be.
+        path: Path of the file, of its compressed form, or of an archive.
+        file: The published file that ``path`` should be.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Located:
 
 
 def locate(data: DataSet, name: str, root: str | os.PathLike[str] | None = None) -> Located | None:
-    """Find a file of a data set: itself, compressed, or in an archive."""
+    """Find a file of a data set: the file, its compressed form, or an archive."""
     forms = [form for form in (data.file(name), data.compressed(name), *data.archives) if form is not None]
     for folder in data_folders(data, root):
         for form in forms:
@@ -74,7 +74,7 @@ def locate_all(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
     """Find files of a data set.
 
     Raises:
-        MissingDataError: If any is not there.
+        MissingDataError: If a file is missing.
     """
     found = {name: locate(data, name, root) for name in names}
     if missing := [name for name, place in found.items() if place is None]:
@@ -83,7 +83,7 @@ def locate_all(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 
 
 def missing_message(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
-    """Which files were looked for, where, and how to get them."""
+    """Say which files were looked for, where, and how to get them."""
     return (
         f"{data.name} is not here. {looked_for(data, names, root)}\n{how_to_get(data)}\n"
         "root= or the environment variable PYDEQ_DATA names another folder."
@@ -91,7 +91,7 @@ def missing_message(data: DataSet, names: Iterable[str], root: str | os.PathLike
 
 
 def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
-    """Which files were looked for and where, over some lines."""
+    """Say which files were looked for and where, in several lines."""
     forms = []
     for name in names:
         packed = data.compressed(name)
@@ -103,7 +103,7 @@ def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 
 
 def how_to_get(data: DataSet) -> str:
-    """How to get a data set, in a sentence or two."""
+    """Say how to get a data set, in a few sentences."""
     places = [data.address] if data.address else []
     if data.package is not None:
         places.append(f"the {data.package}, {data.package.size / 1e6:.0f} MB")
@@ -113,19 +113,19 @@ def how_to_get(data: DataSet) -> str:
 
 
 def read_files(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> dict[str, bytes]:
-    """Read files of a data set, each checked, from wherever they are.
+    """Find, read and check files of a data set.
 
     Args:
         data: The data set.
-        names: Of its files.
+        names: Names of its files.
         root: See :func:`data_root`.
 
     Returns:
-        What each file holds, uncompressed, by its name.
+        The uncompressed content of each file, by name.
 
     Raises:
-        MissingDataError: If a file is not there.
-        AlteredDataError: If one is not what was published.
+        MissingDataError: If a file is missing.
+        AlteredDataError: If a file is not the published one.
     """
     places = locate_all(data, names, root)
     contents: dict[str, bytes] = {}
@@ -148,7 +148,7 @@ def read_files(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 
 
 def check(content: bytes, file: File, where: object) -> None:
-    """Compare what was read with what was published.
+    """Compare a content with the published file.
 
     Raises:
         AlteredDataError: If it differs.
@@ -157,7 +157,7 @@ def check(content: bytes, file: File, where: object) -> None:
 
 
 def check_file(path: Path, file: File) -> None:
-    """Compare a file with what was published, without holding it in memory.
+    """Compare a file with the published one, without reading it into memory as a whole.
 
     Raises:
         AlteredDataError: If it differs.
@@ -175,7 +175,7 @@ def _compare(size: int, sha256: str, file: File, where: object) -> None:
 
 
 def _read_archive(path: Path, archive: Archive, files: list[File]) -> dict[str, bytes]:
-    """Files of an archive, which is checked first. Nothing is unpacked to the disk."""
+    """Check an archive and read files from it. Nothing is unpacked to the disk."""
     wanted = {f"{archive.folder}/{file.name}": file for file in files}
     contents: dict[str, bytes] = {}
     check_file(path, archive)

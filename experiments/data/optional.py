@@ -1,4 +1,4 @@
-"""Packages that only some data sets need."""
+"""Packages that only some data sets need, and errors without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MODULES = {"scikit-learn": "sklearn", "Pillow": "PIL"}
 
 @contextmanager
 def needs(package: str, purpose: str) -> Iterator[None]:
-    """Around the import of a package: without it, the error says what it is for and how to get it.
+    """Context manager around the import of a package: without it, the error says how to install it.
 
     Raises:
         ModuleNotFoundError: If the package is not installed.

@@ -1,7 +1,7 @@
-"""Reading pickles that hold arrays, sparse matrices and collections, and nothing else.
+"""A safe reader of pickles that hold only arrays, sparse matrices and collections.
 
-A pickle is a program: unpickled by pickle itself, it may call whatever it names. Here the names that the published
-files use stand for what they need, and every other name is refused before it is looked up.
+A pickle is a program: the standard reader lets it call anything that it names. This reader has a table of the names in
+the published files, and refuses every other name before it is looked up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class CSRMatrix:
-    """What a pickled scipy.sparse.csr_matrix holds, without scipy: its attributes, unchecked until :meth:`dense`."""
+    """A pickled scipy.sparse.csr_matrix, read without scipy; :meth:`dense` checks its attributes."""
 
     data: Any
     indices: Any
@@ -23,13 +23,13 @@ class CSRMatrix:
     _shape: Any
 
     def dense(self, name: str) -> np.ndarray:
-        """The matrix, float32.
+        """Return the dense matrix, float32.
 
         Args:
-            name: Of the file, for errors.
+            name: Name of the file, for errors.
 
         Raises:
-            ValueError: If it is no sparse matrix.
+            ValueError: If it is not a valid sparse matrix.
         """
         try:
             data, indices, indptr = (numbers(getattr(self, part), name, 1) for part in ("data", "indices", "indptr"))
@@ -43,12 +43,12 @@ class CSRMatrix:
         if len(indices) and not 0 <= indices.min() <= indices.max() < columns:
             raise ValueError(f"{name} must have columns in [0, {columns}), got {indices.min()} to {indices.max()}")
         matrix = np.zeros((rows, columns), np.float32)
-        # Entries that stand twice add up, as in scipy.
+        # Duplicate entries are added, as in scipy.
         np.add.at(matrix, (np.repeat(np.arange(rows), lengths), indices), data.astype(np.float32))
         return matrix
 
 
-# What each name stands for. Files from Python 2 name modules that have moved since.
+# The objects of the allowed names. Files from Python 2 name modules that have moved since.
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -72,17 +72,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(content: bytes, name: str) -> Any:
-    """What a pickle of arrays, sparse matrices and collections holds.
+    """Read a pickle of arrays, sparse matrices and collections.
 
     Args:
-        content: What the file holds.
-        name: Of the file, for errors.
+        content: Content of the file.
+        name: Name of the file, for errors.
 
     Raises:
-        ValueError: If it names anything else, or is no pickle.
+        ValueError: If it names anything else, or is not a pickle.
     """
     try:
-        # Python 2 wrote the bytes of arrays as text: latin-1 gives them back.
+        # Python 2 wrote the bytes of arrays as text, which latin-1 converts back.
         return _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a broken pickle may raise anything
         raise ValueError(
@@ -91,7 +91,7 @@ def read_pickle(content: bytes, name: str) -> Any:
 
 
 def numbers(array: Any, name: str, dimensions: int) -> np.ndarray:
-    """``array`` if it is a numpy array of numbers.
+    """Return ``array`` if it is a numpy array of numbers.
 
     Raises:
         ValueError: If it is not.

@@ -1,8 +1,8 @@
-"""Which samples a step of training sees: shuffled batches that repeat, resume and are shared out over ranks.
+"""Shuffled batches that can be repeated, resumed, and divided among ranks.
 
-The order of an epoch is a function of (seed, epoch, n) alone, the same on every machine and for every version of torch
+The order of an epoch is a function of only (seed, epoch, n), the same on every machine and for every version of torch
 and numpy: samples are sorted by words of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). A batch is cut from that
-order before it is shared out, so that step i sees the same samples on one rank and on many.
+order before it is divided, so that step i sees the same samples for any number of ranks.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Batches(Sequence[Tensor]):
 
     @property
     def total(self) -> int:
-        """Batches of the whole epoch, wherever this starts."""
+        """Number of batches of the whole epoch, including those before ``start``."""
         return self.n // self.batch if self.drop_last else -(-self.n // self.batch)
 
     def __len__(self) -> int:
@@ -93,50 +93,50 @@ def batches(
     shuffle: bool = True,
     drop_last: bool = False,
 ) -> Batches:
-    """The batches of one epoch, as indices of samples.
+    """Make the batches of one epoch, as indices of samples.
 
     To resume, pass the ``epoch``, and as ``start`` how many of its batches are done.
 
     Args:
-        n: Samples.
-        batch: Samples of a batch, of all ranks together.
-        seed, epoch: What the order depends on, and all that it depends on.
-        rank, world: This rank's number, and how many share each batch. Parts differ by at most one sample; of a last
-            batch smaller than world some are empty.
-        start: Batches to leave out at the beginning.
-        shuffle: Whether the order is random; else it is 0, 1, 2, ...
-        drop_last: Whether to leave out the last batch where it is smaller than the others.
+        n: Number of samples.
+        batch: Samples of a batch, over all ranks.
+        seed, epoch: The order depends on these and on n only.
+        rank, world: This rank's number, and the number of ranks. Parts of a batch differ by at most one sample; if the
+            last batch is smaller than world, some of its parts are empty.
+        start: Number of batches to leave out at the beginning.
+        shuffle: Whether the order is random; otherwise it is 0, 1, 2, ...
+        drop_last: Whether to leave out a smaller last batch.
 
     Returns:
-        A sequence of int64 tensors. All ranks' have the same length; concatenated over the ranks, entry i is batch i.
+        A sequence of int64 tensors, of the same length on all ranks. Concatenated over the ranks, entry i is batch i.
 
     Raises:
         TypeError: If a number is not whole.
-        ValueError: If one is out of range.
+        ValueError: If a number is out of range.
     """
     return Batches(n, batch, seed, epoch, rank, world, start, shuffle, drop_last)
 
 
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """A random order of 0, ..., n - 1, int64, a function of its arguments alone."""
+    """Compute a random order of 0, ..., n - 1, int64, a function of only the arguments."""
     words = _words(seed, epoch, np.arange(n, dtype=np.uint64))
     return torch.from_numpy(np.argsort(words, kind="stable").astype(np.int64, copy=False))
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
-    """A seed for what one sample draws in one epoch, in [0, 2**63)."""
-    # Bits that have no part in the epoch's order.
+    """Compute a seed for the random numbers of one sample in one epoch, in [0, 2**63)."""
+    # These bits do not take part in the epoch's order.
     return int(_mix(~_words(seed, epoch, np.array([sample], np.uint64)))[0] >> np.uint64(1))
 
 
 def _words(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-    """A random word for each sample, uint64."""
+    """Compute a random word for each sample, uint64."""
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
     return _mix(key + samples * np.uint64(_GOLDEN))
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """SplitMix64's output for states ``words``, uint64, modulo 2**64."""
+    """Compute SplitMix64's output for the states ``words``, uint64, modulo 2**64."""
     z = words + np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -11,11 +11,11 @@ from experiments.data.images import Images
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of each channel over the training images, as values in [0, 1].
+    """Mean and standard deviation of each channel over the training images, as values in [0, 1].
 
     Args:
-        mean: The mean.
-        std: The standard deviation.
+        mean: Means.
+        std: Standard deviations.
     """
 
     mean: tuple[float, ...]
@@ -27,17 +27,17 @@ KNOWN = {
     "digits": Statistics((0.2874,), (0.3534,)),
     "fashion_mnist": Statistics((0.2860,), (0.3530,)),
     "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    # What published models for ImageNet use.
+    # The values that published models for ImageNet use.
     "imagenet": Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
 def statistics(data: str | Images) -> Statistics:
-    """Mean and standard deviation of each channel.
+    """Return mean and standard deviation of each channel.
 
     Args:
-        data: The name of a data set, "digits", "fashion_mnist", "cifar10" or "imagenet", whose training images' are
-            known; or images, of which they are computed, exactly.
+        data: Images; or the name of a data set, "digits", "fashion_mnist", "cifar10" or "imagenet", for the known
+            numbers of its training images.
 
     Raises:
         ValueError: If the name is unknown, or there are no images.
@@ -49,7 +49,7 @@ def statistics(data: str | Images) -> Statistics:
     count = data.images.numel() // max(1, data.images.shape[1])
     if not count:
         raise ValueError(f"data must have images, got shape {tuple(data.images.shape)}")
-    # How often each of 256 values occurs says it all, in whole numbers.
+    # The counts of the 256 values are whole numbers: the sums are exact.
     values = torch.arange(256, dtype=torch.float64, device="cpu")
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in data.images.unbind(dim=1)]
     means = [float(n.double() @ values) / count for n in counts]

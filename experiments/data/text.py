@@ -23,12 +23,12 @@ SPLITS = ("train", "valid", "test")
 
 SHAKESPEARE_VALID = ("much_ado_about_nothing", "othello")
 SHAKESPEARE_TEST = ("macbeth", "twelfth_night")
-"""A comedy and a tragedy each, held out whole."""
+"""Held-out plays, a comedy and a tragedy each."""
 
 HELD_OUT = 0.05
-"""Of a single file, the part that each of valid and test takes from its end."""
+"""Fraction of a single file, from its end, for each of valid and test."""
 
-# What is published: Merity et al., 2017, table 1; ends of lines count.
+# The published numbers (Merity et al., 2017, table 1), with ends of lines.
 _WIKITEXT103_TOKENS = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
 
 _FILES = {
@@ -45,14 +45,14 @@ _WORDS = re.compile(r"<\w+>|[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_")
 class Vocabulary:
     """The tokens of a text, the most frequent first.
 
-    Words: token 0 is the end of a line, 1 stands for words that are not in the vocabulary. Characters: token 0 stands
-    for those that are not in it.
+    For words, token 0 is the end of a line and token 1 any unknown word. For characters, token 0 is any unknown
+    character.
 
     Args:
-        tokens: By their numbers.
+        tokens: Tokens in the order of their numbers.
         level: "word" or "char".
-        lowercase: Whether text is put in lower case first.
-        tokenize: Cuts a line into words.
+        lowercase: Whether to convert text to lower case first.
+        tokenize: Function that cuts a line into words.
     """
 
     tokens: tuple[str, ...]
@@ -69,12 +69,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many tokens there are, the special ones included."""
+        """Number of tokens, including the special ones."""
         return len(self.tokens)
 
     @property
     def unk(self) -> int:
-        """The token of what is not in the vocabulary."""
+        """The token of everything that is not in the vocabulary."""
         return self._numbers[UNK]
 
     @property
@@ -83,13 +83,13 @@ class Vocabulary:
         return self._numbers.get(EOS)
 
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, int64, (length,)."""
-        # As files are read: a line ends with \n, \r\n or \r, and with nothing else.
+        """Convert a text to tokens, int64, (length,)."""
+        # As when files are read, only \n, \r\n and \r end a line.
         stream = io.StringIO(text, newline=None)
         return self._encode([stream.read()] if self.level == "char" else stream)
 
     def decode(self, tokens: Tensor | Iterable[int]) -> str:
-        """The text of tokens: words with single spaces between, unknown characters as U+FFFD."""
+        """Convert tokens to text: words with single spaces between them, unknown characters as U+FFFD."""
         numbers = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
         words = [self.tokens[number] for number in numbers]
         if self.level == "char":
@@ -111,7 +111,7 @@ class Text:
 
     Args:
         train, valid, test: int64, (length,).
-        vocabulary: Of the training part.
+        vocabulary: Vocabulary of the training part.
     """
 
     train: Tensor
@@ -121,7 +121,7 @@ class Text:
 
 
 def words_and_marks(line: str) -> list[str]:
-    """Cut a line into words, with their apostrophes, single marks, and special tokens such as <unk>."""
+    """Cut a line into words with their apostrophes, single punctuation marks, and special tokens such as <unk>."""
     return _WORDS.findall(line)
 
 
@@ -146,18 +146,18 @@ def load_text(
 
     Args:
         name_or_path: "wikitext103", "shakespeare", or the path of a folder or file.
-        root: The folder that holds a data set's files; for a path, where it starts.
+        root: Folder of a data set's files; for a path, the folder that it is relative to.
         level: "word" or "char".
-        vocabulary_size: Keep the most frequent tokens only, so many with the special ones; None keeps all. The others
-            become <unk>, which is otherwise never seen in training, unless the text has it itself.
-        lowercase: Put the text in lower case first.
-        encoding: Of the files of a path.
-        tokenize: Cuts a line into words, in place of the above.
+        vocabulary_size: Keep only the most frequent tokens, this many including the special ones; None keeps all. The
+            other tokens become <unk>, which training otherwise never sees unless the text has it.
+        lowercase: Whether to convert the text to lower case first.
+        encoding: Encoding of the files of a path.
+        tokenize: Function that cuts a line into words, instead of the rule above.
 
     Raises:
-        ValueError: If an argument is out of range, a file is not in this encoding, or is not the one that was published
+        ValueError: If an argument is out of range, or a file has another encoding or is not the published one
             (AlteredDataError).
-        MissingDataError: If a file is not there (a FileNotFoundError).
+        MissingDataError: If a file is missing (a FileNotFoundError).
     """
     if level not in ("word", "char"):
         raise ValueError(f"level must be word or char, got {level!r}")
@@ -173,7 +173,7 @@ def load_text(
         tokenize = str.split if cut else words_and_marks
 
     def pieces(split: str) -> Iterable[str]:
-        # A BytesIO shares its bytes until they are written to, and lets go of them at its end.
+        # A BytesIO does not copy its bytes, and frees them at its end.
         stream = io.TextIOWrapper(io.BytesIO(texts.pop(split)), encoding=encoding)
         return stream if level == "word" else iter(lambda: stream.read(1 << 20), "")
 
@@ -183,7 +183,7 @@ def load_text(
         tokens = array("i")
         for piece in pieces("train"):
             tokens.extend([numbers[word] for word in _words(piece, level, lowercase, tokenize)])
-        # Half the size of what comes out: the training part of WikiText-103 is 0.8 GB of it.
+        # int32 is half the size of the result, 0.8 GB for the training part of WikiText-103.
         small = np.frombuffer(tokens, np.int32)
         kept, renumbered = _by_frequency(numbers, small, special, vocabulary_size)
         vocabulary = Vocabulary(kept, level, lowercase, tokenize)
@@ -202,7 +202,7 @@ def load_text(
 
 
 class _Numbers(dict[str, int]):
-    """Numbers words in the order in which they come."""
+    """A mapping that numbers words in the order of their first use."""
 
     def __missing__(self, word: str) -> int:
         self[word] = number = len(self)
@@ -210,7 +210,7 @@ class _Numbers(dict[str, int]):
 
 
 def _words(piece: str, level: str, lowercase: bool, tokenize: Callable[[str], Sequence[str]]) -> Sequence[str]:
-    """The tokens of a line with its end, or of a run of characters."""
+    """Return the tokens of a line with its end, or of a run of characters."""
     if lowercase:
         piece = piece.lower()
     if level == "char":
@@ -222,7 +222,7 @@ def _words(piece: str, level: str, lowercase: bool, tokenize: Callable[[str], Se
 def _by_frequency(
     numbers: dict[str, int], tokens: np.ndarray, special: tuple[str, ...], size: int | None
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """The vocabulary, and its number for each of ``numbers``: special tokens, then the most frequent, ties by name."""
+    """Order the vocabulary: special tokens, then the most frequent, ties by name; also map old to new numbers."""
     counts = np.bincount(tokens, minlength=len(numbers)).tolist()
     words = sorted((word for word in numbers if word not in special), key=lambda word: (-counts[numbers[word]], word))
     if size is not None:
@@ -246,7 +246,7 @@ def _tensor(tokens: array[int]) -> Tensor:
 def _read(
     name_or_path: str | os.PathLike[str], root: str | os.PathLike[str] | None, encoding: str
 ) -> tuple[dict[str, bytes], dict[str, str], str]:
-    """The bytes of each split, what to call each in errors, and the encoding."""
+    """Read the bytes of each split; also return their names for errors, and the encoding."""
     if name_or_path == "wikitext103":
         data = DATA_SETS["wikitext103"]
         files = {split: f"wiki.{split}.tokens" for split in SPLITS}
@@ -286,7 +286,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def _cut(text: bytes) -> dict[str, bytes]:
-    """Train, valid and test from one text, cut after ends of lines."""
+    """Cut a text into train, valid and test, after ends of lines."""
     first = text.find(b"\n", int(len(text) * (1 - 2 * HELD_OUT))) + 1 or len(text)
     second = text.find(b"\n", max(first, int(len(text) * (1 - HELD_OUT)))) + 1 or len(text)
     return {"train": text[:first], "valid": text[first:second], "test": text[second:]}

@@ -1,8 +1,7 @@
 """The experiments of Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021.
 
-``python -m experiments reproduce NAME`` trains what an experiment needs, prints the measured
-numbers next to the paper's, says which of the paper's claims these trainings show, and writes it all as JSON and as a
-picture.
+``python -m experiments reproduce NAME`` trains what an experiment needs, prints the measured numbers next to the
+paper's, says which of the paper's claims these trainings show, and writes everything as JSON and as a picture.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ PROFILE_NAMES = ("cpu", "paper", "smoke")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+    """Add the arguments of the command."""
     command.add_argument("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=(
         f"{', '.join(NAMES)}, or all: the tables and figures of the paper, and its penalty in two modes"
     ))  # fmt: skip
@@ -39,15 +39,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     ))  # fmt: skip
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     command.add_argument("--imagenet", metavar="DIR", help="folder of ImageNet, for table2 of the paper profile")
-    command.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
+    command.add_argument("--plan", action="store_true", help="list the trainings, and train nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run experiments.
 
     Returns:
-        The exit status: 0; 1 where something could not be trained; 2 for arguments that make no sense; 130 where it was
-        interrupted. Claims that are not shown are results, no errors.
+        The exit status: 0; 1 if something could not be trained; 2 for invalid arguments; 130 after an interruption.
+        Claims that are not shown are results, not errors.
     """
     from experiments.data import AlteredDataError, MissingDataError
     from experiments.paper import EXPERIMENTS, Grid, GridError, recipes_of
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _reproduce(name: str, trainings: Trainings, recipes: Recipes, grid: Grid, device: str, seeds: int) -> None:
-    """One experiment, from its trainings to its files."""
+    """Run one experiment and write its files."""
     from experiments.paper import EXPERIMENTS
     from experiments.paper.environment import environment
     from experiments.paper.report import report_mapping
@@ -133,7 +133,7 @@ def _plan(wanted: Mapping[str, Trainings], grid: Grid) -> int:
 
 
 def _flat(trainings: Trainings) -> dict[str, Training]:
-    """Each training with a label of its own."""
+    """Give each training its own label."""
     return {f"{label}, seed {each.config.seed}": each for label, group in trainings.items() for each in group}
 
 

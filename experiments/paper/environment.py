@@ -1,4 +1,4 @@
-"""What a measurement stands on: machine, versions, commit, date."""
+"""The environment of a measurement: machine, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ROOT = Path(__file__).parent.parent.parent
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The facts, as JSON has them.
+    """Return the facts as JSON holds them.
 
     Args:
-        device: What computes: cpu or cuda.
+        device: The device of the trainings: cpu or cuda.
     """
     commit, changed = _commit()
     return {
@@ -45,12 +45,12 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The processor, as the system calls it."""
+    """Return the system's name of the processor."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -66,7 +66,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of this checkout, and whether files of the package differ from it; None outside of one."""
+    """Return the commit of this checkout, and whether source files differ from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -74,15 +74,15 @@ def _commit() -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        if not (_ROOT / ".git").exists():  # an installed package in somebody else's repository
+        if not (_ROOT / ".git").exists():  # a copy inside another repository
             return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "pydeq", "csrc"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "pydeq", "csrc", "experiments"))
     except (OSError, subprocess.SubprocessError):
         return None, None
 
 
 def _load() -> float | None:
-    """Processes that wanted to run in the last minute: how much else the machine is doing."""
+    """Return the load average of the last minute: what else the machine is doing."""
     try:
         return round(os.getloadavg()[0], 2)
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""What an experiment is: trainings, and what to say of their measurements."""
+"""The base of experiments: trainings, and a report on their measurements."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ from experiments.paper.recipes import Recipes
 from experiments.paper.report import Curve, Entry, Report, Unit
 
 Trainings = Mapping[str, Sequence[Training]]
-"""By labels, one training for each seed."""
+"""Trainings by label, one for each seed."""
 
 Measurements = Mapping[str, Sequence[Measurement]]
-"""The same, measured."""
+"""Measurements of the trainings, by the same labels."""
 
 
 class Experiment(ABC):
     """One table or figure of the paper."""
 
     name: ClassVar[str]
-    """What the command calls it."""
+    """Its name on the command line."""
 
     title: ClassVar[str]
-    """What it is about."""
+    """Its subject."""
 
     @abstractmethod
     def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
-        """What must be trained.
+        """Return the trainings that the experiment needs.
 
         Args:
-            recipes: Of a profile.
-            seeds: Of the main rows.
+            recipes: Recipes of a profile.
+            seeds: Number of seeds of the main rows.
         """
 
     @abstractmethod
     def report(self, recipes: Recipes, found: Measurements) -> Report:
-        """What was found.
+        """Make the report.
 
         Args:
-            recipes: Those of the trainings.
+            recipes: The recipes of the trainings.
             found: Measurements of all trainings.
         """
 
 
 def seeded(training: Training, seeds: int) -> list[Training]:
-    """The training with each of so many seeds."""
+    """Return the training with the seeds 0, ..., ``seeds`` - 1."""
     return [training.with_seed(seed) for seed in range(seeds)]
 
 
 def metric(group: Sequence[Measurement], stop: int | None, paper: float | str | None = None) -> Entry:
-    """The test metric at a hard stop, or at the model's own cap."""
+    """Entry of the test metric at a hard stop; None for the model's own cap."""
     unit: Unit = "percent" if group and group[0].metric == "accuracy" else "perplexity"
     return Entry(tuple(each.at(stop) for each in group), unit, paper)
 
 
 def evaluations(group: Sequence[Measurement], stop: int | None, paper: float | str | None = None) -> Entry:
-    """Evaluations of f at a hard stop, or up to the model's own cap."""
+    """Entry of the evaluations of f at a hard stop; None for the model's own cap."""
     if stop is not None:
         return Entry((float(stop),), "number", paper)
     return Entry(tuple(None if each.test is None else each.test.nfe for each in group), "number", paper)
 
 
 def residual(group: Sequence[Measurement], stop: int | None) -> Entry:
-    """The relative residual on test data."""
+    """Entry of the relative residual on test data."""
     values = (
         None if each.test is None else each.test.residual if stop is None else each.test.stop_residuals[stop]
         for each in group
@@ -74,20 +74,20 @@ def residual(group: Sequence[Measurement], stop: int | None) -> Entry:
 
 
 def radius(group: Sequence[Measurement]) -> Entry:
-    """The mean spectral radius at the end of training."""
+    """Entry of the mean spectral radius at the end of training."""
     return Entry(tuple(None if each.test is None else each.test.radius for each in group), "number")
 
 
 def seconds(group: Sequence[Measurement]) -> Entry:
-    """Of training."""
+    """Entry of the seconds of training."""
     return Entry(tuple(each.seconds for each in group), "number")
 
 
 def to_reach(group: Sequence[Measurement], stops: Sequence[int], target: float) -> float:
-    """The fewest evaluations, of the hard stops and the full solve, at which the mean accuracy is at least ``target``.
+    """Find the fewest evaluations, of the hard stops and the full solve, with a mean accuracy of at least ``target``.
 
     Returns:
-        Infinity where no number of them suffices; NaN where something was not measured.
+        Infinity if none of them suffices; NaN if something was not measured.
     """
     full, most = metric(group, None).number, evaluations(group, None).number
     if math.isnan(target + full + most):
@@ -97,7 +97,7 @@ def to_reach(group: Sequence[Measurement], stops: Sequence[int], target: float) 
 
 
 def over_training(label: str, group: Sequence[Measurement], column: str, style: str, color: int) -> Curve:
-    """A column of the evaluations on validation data, mean over the seeds, against the steps."""
+    """Curve of a column of the evaluations on validation data, mean over the seeds, against the steps."""
     curves = [each.curve(column) for each in group]
     longest = max((curve[0] for curve in curves), key=len)
     values = [Entry(tuple(curve[1][i] for curve in curves if i < len(curve[1]))).mean for i in range(len(longest))]
@@ -105,5 +105,5 @@ def over_training(label: str, group: Sequence[Measurement], column: str, style: 
 
 
 def over_stops(label: str, group: Sequence[Measurement], stops: Sequence[int], style: str, color: int) -> Curve:
-    """The test metric against the hard stop, mean over the seeds."""
+    """Curve of the test metric, mean over the seeds, against the hard stop."""
     return Curve(label, [float(stop) for stop in stops], [metric(group, stop).mean for stop in stops], style, color)

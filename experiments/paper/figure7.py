@@ -1,4 +1,4 @@
-"""Figure 7: the mean spectral radius in the course of trainings, penalized and not, at two caps."""
+"""Figure 7: the mean spectral radius during trainings, with and without the penalty, at two caps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.paper.report import Entry, Panel, Report, ReportTable, Row, cla
 
 
 class Figure7(Experiment):
-    """Where the Jacobian goes if nothing keeps it."""
+    """The spectral radius with and without the penalty."""
 
     name: ClassVar[str] = "figure7"
     title: ClassVar[str] = "the spectral radius in the course of training"
@@ -74,7 +74,7 @@ class Figure7(Experiment):
 
 
 def _quarters(group: Sequence[Measurement]) -> tuple[float, float, float]:
-    """The mean radius in the first and in the last quarter of the evaluations, and the largest mean."""
+    """Compute the mean radius in the first and the last quarter of the evaluations, and the largest mean."""
     radii = [value for each in group[:1] for value in each.curve("radius")[1] if value is not None]
     if not radii:
         return math.nan, math.nan, math.nan

@@ -11,11 +11,11 @@ from experiments.paper.recipes import DECAY, PENALIZED, PLAIN, Recipes
 from experiments.paper.report import Entry, Panel, Report, ReportTable, Row, claim
 
 FACTOR = 2.0
-"""How many times smaller the penalized model's residual must be."""
+"""The penalized model's residual must be smaller by this factor."""
 
 
 class Figure8(Experiment):
-    """Whether smaller weights would do as well."""
+    """Weight decay instead of the penalty."""
 
     name: ClassVar[str] = "figure8"
     title: ClassVar[str] = "weight decay against the penalty"
@@ -44,7 +44,7 @@ class Figure8(Experiment):
         values = {label: metric(group, stop).number for label, group in found.items()}
         residuals = {label: residual(group, stop).number for label, group in found.items()}
         decays = [label for label in found if label.startswith(DECAY) and not math.isnan(values[label])]
-        # All of them diverged: then the first one, whose numbers are not there.
+        # All of them diverged: take the first one, which has no numbers.
         best = max(
             decays, key=lambda label: sign * values[label], default=next(k for k in found if k.startswith(DECAY))
         )

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.paper.report import Report
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""That color-blind readers can tell apart (Okabe and Ito 2008)."""
+"""Colors that color-blind readers can tell apart (Okabe and Ito 2008)."""
 
 
 def draw(report: Report, title: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A training of an experiment's grid, by what it is known, and what was measured of it."""
+"""A training of an experiment's grid, its key and its measurement."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FILE = "measurement.json"
 
 @dataclass(frozen=True)
 class Training:
-    """What to train, and at which hard stops to test it.
+    """A training, and the hard stops at which it is tested.
 
     Args:
-        config: Of the training.
-        stops: Numbers of evaluations of f at which the trained model is stopped, on test data.
-        test_batch: Samples, or rows of text, at a time in that test.
+        config: Configuration of the training.
+        stops: Hard stops of the test, in evaluations of f.
+        test_batch: Samples, or rows of text, at a time in the test.
     """
 
     config: TrainingConfig
@@ -31,31 +31,31 @@ class Training:
 
     @property
     def key(self) -> str:
-        """A hash of all of it: trainings of one key are one training."""
+        """A hash of all fields: trainings with the same key are the same training."""
         content = {"format": FORMAT, "config": self.config.mapping(), "stops": self.stops, "batch": self.test_batch}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_seed(self, seed: int) -> Training:
-        """The same with another seed."""
+        """Return the same training with another seed."""
         return replace(self, config=replace(self.config, seed=seed))
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a training came to.
+    """The measurement of a training.
 
     Args:
-        key: Of the :class:`Training`.
-        config: Its configuration, as a file has it.
+        key: Key of the :class:`Training`.
+        config: Its configuration, as a file holds it.
         status: "finished" or "diverged".
         metric: "accuracy" or "perplexity".
-        steps: How many were done.
-        parameters: Trainable entries of the model.
-        seconds: Of training, evaluations on the way included.
-        test_seconds: Of the test at all stops.
-        evaluations: The rows on validation data.
-        test: On test data, with the hard stops; None where the training diverged.
-        environment: Where it ran, see :mod:`experiments.paper.environment`.
+        steps: Number of steps done.
+        parameters: Number of trainable entries of the model.
+        seconds: Seconds of training, with its evaluations.
+        test_seconds: Seconds of the test at all stops.
+        evaluations: The evaluations on validation data.
+        test: The evaluation on test data, with the hard stops; None if the training diverged.
+        environment: See :mod:`experiments.paper.environment`.
     """
 
     key: str
@@ -71,23 +71,23 @@ class Measurement:
     environment: dict[str, Any]
 
     def at(self, stop: int | None) -> float | None:
-        """The test metric, accuracies in percent, at a hard stop or, for None, at the model's own cap."""
+        """Return the test metric, accuracies in percent, at a hard stop; None for the model's own cap."""
         if self.test is None:
             return None
         value = self.test.metric if stop is None else self.test.stops[stop]
         return 100.0 * value if self.metric == "accuracy" else value
 
     def curve(self, name: str) -> tuple[list[float], list[Any]]:
-        """The steps of the evaluations and a number of each."""
+        """Return the steps of the evaluations, and one column of them."""
         return [float(row.step) for row in self.evaluations], [row.flat()[name] for row in self.evaluations]
 
     def save(self, folder: Path) -> None:
-        """Write it into a training's folder, whole or not at all."""
+        """Write the measurement into a training's folder, atomically."""
         content = {"format": FORMAT} | asdict(self)
         write_whole(folder / FILE, json.dumps(content, indent=1) + "\n")
 
     def brief(self) -> dict[str, Any]:
-        """All of it, the evaluations as columns."""
+        """Return the measurement as a mapping, with the evaluations as columns."""
         rows = [row.flat() for row in self.evaluations]
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
         seen = {name: column for name, column in columns.items() if any(value is not None for value in column)}
@@ -95,16 +95,16 @@ class Measurement:
 
 
 def load(folder: Path, training: Training) -> Measurement | None:
-    """The measurement in a training's folder; None if there is none.
+    """Read the measurement in a training's folder; None if there is none.
 
     Raises:
-        ValueError: If it is damaged, or another training's.
+        ValueError: If it is damaged, or that of another training.
     """
     path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
-            return None  # an older version's: to be measured again
+            return None  # an older format: measure again
         history = History.of({"steps": [], "evaluations": content["evaluations"]})
         test = content["test"]
         if test is not None:

@@ -1,4 +1,4 @@
-"""How far the trainings of a grid are: a bar for each one that runs on a terminal, lines only elsewhere."""
+"""Progress of the trainings of a grid: on a terminal a bar for each running one, elsewhere only lines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from experiments.training.progress import bars, describe
 
 
 class GridProgress:
-    """Shows what the workers of a grid tell; a context manager.
+    """Shows the messages of a grid's workers; a context manager.
 
     Args:
-        labels: What trainings are called, by their keys.
-        done: How many were measured before.
-        stream: Where; standard output by default.
+        labels: Labels of the trainings, by their keys.
+        done: Number of trainings that are measured already.
+        stream: Where to show them; standard output by default.
     """
 
     def __init__(self, labels: dict[str, str], done: int = 0, stream: TextIO | None = None) -> None:
@@ -34,7 +34,7 @@ class GridProgress:
         self.bars.stop()
 
     def receive(self, message: Message) -> None:
-        """Show what a worker tells."""
+        """Show a message of a worker."""
         key, content = message.key, message.content
         if message.kind == "began":
             step, steps, self.metrics[key] = content

@@ -13,8 +13,7 @@ TABLE1: dict[str, dict[str, float | str]] = {
     "post-LN, penalized": {"full": 24.9},
     "pre-LN, penalized": {"full": 24.5},
 }
-"""At 30 evaluations where nothing is penalized, hard-stopped at 12; 20 and 15 with the smaller caps; 12 and 14 with
-the penalty."""
+"""Without a penalty at 30 evaluations, 20 and 15 with smaller caps, hard-stopped at 12; with it at 12 and 14."""
 
 TABLE2: dict[str, dict[str, float]] = {
     "CIFAR-10": {"full": 93.6, "stopped": 89.1, "penalized": 93.1},
@@ -41,7 +40,7 @@ FIGURE7 = {
     "unpenalized, generous cap": "stays fine (30 evaluations)",
     "penalized, small cap": "bounded",
 }
-"""What the mean spectral radius does in the course of a training."""
+"""The mean spectral radius during a training, in the paper's words."""
 
 FIGURE8 = {
     "weight decay": "does not stabilize the convergence (1e-6)",

@@ -1,9 +1,9 @@
-"""What is trained in each profile, for the image and for the language experiments.
+"""The recipes of the trainings of each profile, for images and for language.
 
 paper: the published configurations, as they are.
 cpu: CIFAR-10 and Shakespeare at sizes that two cores train. Solvers and tolerances are the published ones, and so are
 the caps of the image models; the small language model has smaller caps. Penalties were recipes on validation data;
-that of images is taken at every step, since the published frequencies are for a hundred times longer trainings.
+that of images is computed in every step, because the published frequencies are for a hundred times longer trainings.
 smoke: digits and a computed text, to see that everything works.
 """
 
@@ -28,9 +28,9 @@ class ImageRecipes:
     """The trainings of the image experiments.
 
     Args:
-        plain: The unpenalized model, as published: with a generous cap.
-        penalized: The penalized model, as published: with a small cap.
-        strengths: For the comparison of strengths, rising.
+        plain: The unpenalized model, with a generous cap as published.
+        penalized: The penalized model, with a small cap as published.
+        strengths: The strengths to compare, rising.
         stop: The hard stop at which models are compared.
         stops: All hard stops to test, ``stop`` among them.
         test_batch: Images at a time in tests.
@@ -52,14 +52,14 @@ class ImageRecipes:
         weight_decay: float | None = None,
         seed: int = 0,
     ) -> Training:
-        """A training of the grid.
+        """Make a training of the grid.
 
         Args:
-            cap: "small" for that of the penalized recipe, "generous" for that of the unpenalized one.
-            strength: Of the penalty; None for that of the recipe, 0 for none.
-            mode: Of the penalty; None for that of the recipe.
-            weight_decay: That of the recipe by default.
-            seed: Of the training.
+            cap: "small" for the cap of the penalized recipe, "generous" for that of the unpenalized one.
+            strength: Strength of the penalty; None for that of the recipe, 0 for no penalty.
+            mode: Mode of the penalty; None for that of the recipe.
+            weight_decay: By default that of the recipe.
+            seed: Seed of the training.
         """
         if cap == "generous" and strength == 0.0 and weight_decay is None:
             return self._training(self.plain, seed)  # the published one
@@ -74,7 +74,7 @@ class ImageRecipes:
             config = replace(config, jitter=self.plain.jitter)
         if weight_decay is not None:
             config = config.with_values({"optimizer.weight_decay": weight_decay})
-        # The recipe is one training, whether or not its strength is said.
+        # A strength equal to the recipe's must give the same training as None.
         if penalty != published_penalty(config):
             config = replace(config, penalty=penalty)
         return self._training(config, seed)
@@ -88,7 +88,7 @@ class LanguageRecipes:
     """The trainings of the language experiment.
 
     Args:
-        models: By the names of :data:`experiments.paper.published.TABLE1`.
+        models: Trainings by the names of :data:`experiments.paper.published.TABLE1`.
         stop: The hard stop at which unpenalized models are tested, too.
         stops: All hard stops to test.
         test_batch: Rows of text at a time in tests.
@@ -100,7 +100,7 @@ class LanguageRecipes:
     test_batch: int
 
     def training(self, model: str, seed: int = 0) -> Training:
-        """A training of the grid."""
+        """Make a training of the grid."""
         return Training(replace(self.models[model], seed=seed), self.stops, self.test_batch)
 
 
@@ -110,13 +110,13 @@ class Recipes:
 
     Args:
         name: cpu, paper or smoke.
-        seeds: Of the main rows of the image experiments.
-        images: Their recipe.
-        language: The recipe of the language experiment.
+        seeds: Number of seeds of the main rows of the image experiments.
+        images: Trainings of the image experiments.
+        language: Trainings of the language experiment.
         figure7: Trainings of figure 7 by the names below, at least the first three.
         figure8: Trainings of figure 8: :data:`PLAIN`, :data:`PENALIZED`, and names that begin with :data:`DECAY`.
         figure8_stop: The hard stop at which they are compared.
-        needs_gpu: Whether it is for a GPU only.
+        needs_gpu: Whether the trainings need a GPU.
         imagenet: ImageNet trainings of table 2 by the names of :data:`experiments.paper.published.TABLE2`: pairs of the
             unpenalized and the penalized one.
     """
@@ -133,18 +133,18 @@ class Recipes:
 
 
 def caps(config: TrainingConfig) -> tuple[int, int]:
-    """The caps on evaluations, forward and backward."""
+    """Return the caps on evaluations, forward and backward."""
     solver: Any = config.model.solver  # pyright: ignore[reportAttributeAccessIssue]
     return solver.max_steps, solver.backward_max_steps
 
 
 def capped(config: TrainingConfig, forward: int, backward: int) -> TrainingConfig:
-    """A training with other caps."""
+    """Return a training with other caps."""
     return config.with_values({"model.solver.max_steps": forward, "model.solver.backward_max_steps": backward})
 
 
 def published_penalty(config: TrainingConfig) -> PenaltyConfig:
-    """The penalty of a recipe that has one."""
+    """Return the penalty of a recipe that has one."""
     penalty = config.jacobian_penalty()
     if penalty is None:
         raise ValueError("config must have a penalty, got none")
@@ -152,15 +152,15 @@ def published_penalty(config: TrainingConfig) -> PenaltyConfig:
 
 
 def recipes_of(profile: str, device: str = "auto", imagenet: str | None = None) -> Recipes:
-    """The recipes of a profile.
+    """Return the recipes of a profile.
 
     Args:
         profile: cpu, paper or smoke.
-        device: cpu or cuda.
+        device: auto, cpu or cuda.
         imagenet: Folder of ImageNet, for table 2 of the paper profile.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no such profile.
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
@@ -286,7 +286,7 @@ def _paper(common: dict[str, Any], imagenet: str | None) -> Recipes:
 
 
 def _four(images: ImageRecipes) -> dict[str, Training]:
-    """Figure 7 of the images' trainings."""
+    """Make figure 7's trainings from those of images."""
     return {
         PLAIN_SMALL: images.training(strength=0.0), PLAIN_GENEROUS: images.training(cap="generous", strength=0.0),
         PENALIZED_SMALL: images.training(), PENALIZED_GENEROUS: images.training(cap="generous"),
@@ -294,7 +294,7 @@ def _four(images: ImageRecipes) -> dict[str, Training]:
 
 
 def _decayed(images: ImageRecipes, decays: tuple[float, ...]) -> dict[str, Training]:
-    """Figure 8 of the images' trainings, all at the small cap."""
+    """Make figure 8's trainings from those of images, all at the small cap."""
     decayed = {f"{DECAY} {decay:g}": images.training(strength=0.0, weight_decay=decay) for decay in decays}
     return {PLAIN: images.training(strength=0.0)} | decayed | {PENALIZED: images.training()}
 
@@ -302,12 +302,12 @@ def _decayed(images: ImageRecipes, decays: tuple[float, ...]) -> dict[str, Train
 def _language_models(
     penalized: TrainingConfig, generous: tuple[int, int], pre_caps: tuple[int, int]
 ) -> dict[str, TrainingConfig]:
-    """Post-LN and pre-LN, penalized and not.
+    """Make the trainings of post-LN and pre-LN, with and without a penalty.
 
     Args:
-        penalized: Post-LN.
+        penalized: Post-LN with a penalty.
         generous: Caps without a penalty, forward and backward.
-        pre_caps: Caps of pre-LN with it.
+        pre_caps: Caps of pre-LN with a penalty.
     """
     plain = replace(capped(penalized, *generous), penalty=None, jitter=(0, 0))
     return {

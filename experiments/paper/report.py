@@ -1,4 +1,4 @@
-"""What an experiment found: tables with the paper's numbers beside the measured ones, claims, and their JSON."""
+"""Reports of experiments: tables with the paper's numbers next to the measured ones, claims, and their JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Unit = Literal["percent", "perplexity", "number", "residual"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A number of a table.
+    """An entry of a table.
 
     Args:
-        values: As measured, one for each seed; None where that training diverged.
-        unit: How it is shown. Percentages are in percent already.
-        paper: What the paper has, a number or words.
+        values: The measured values, one for each seed; None where a training diverged.
+        unit: How it is shown. Percentages are given in percent.
+        paper: The paper's number or words.
     """
 
     values: tuple[float | None, ...]
@@ -30,14 +30,14 @@ class Entry:
 
     @property
     def mean(self) -> float | None:
-        """Over the seeds; None if there are none, or one diverged."""
+        """Mean over the seeds; None if there are no values, or one diverged."""
         if not self.values or any(value is None for value in self.values):
             return None
         return sum(value for value in self.values if value is not None) / len(self.values)
 
     @property
     def number(self) -> float:
-        """The mean, NaN if there is none: no comparison holds of it."""
+        """The mean, or NaN if there is none, for which no comparison is true."""
         return math.nan if self.mean is None else self.mean
 
     def __str__(self) -> str:
@@ -61,8 +61,8 @@ class Row:
     """A row of a table.
 
     Args:
-        label: What was trained.
-        entries: One for each column.
+        label: Label of the training.
+        entries: Entries, one for each column but the first.
     """
 
     label: str
@@ -74,9 +74,9 @@ class ReportTable:
     """A table.
 
     Args:
-        title: What the numbers are.
-        columns: Headings; the first one is of the labels.
-        rows: In order.
+        title: Title.
+        columns: Headings; the first one is that of the labels.
+        rows: Rows.
     """
 
     title: str
@@ -89,7 +89,7 @@ class ReportTable:
                 raise ValueError(f"row {row.label!r} must have {len(self.columns) - 1} entries, got {len(row.entries)}")
 
     def cells(self) -> list[list[str]]:
-        """Headings and rows as text."""
+        """Return headings and rows as text."""
         return [list(self.columns), *([row.label, *map(str, row.entries)] for row in self.rows)]
 
     def __str__(self) -> str:
@@ -99,20 +99,20 @@ class ReportTable:
         return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def markdown(self) -> str:
-        """As documentation has it."""
+        """Return the table in Markdown."""
         first, *rest = ("| " + " | ".join(line) + " |" for line in self.cells())
         return "\n".join([first, "|" + "---|" * len(self.columns), *rest])
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, and whether these trainings show it.
+    """A claim, and whether these trainings show it.
 
     Args:
-        name: Dotted and unique.
-        statement: In words, with the limit.
-        measured: The numbers that decide; None where there is none.
-        shown: None where they were not measured, as where a training diverged.
+        name: Unique dotted name.
+        statement: The claim in words, with its limit.
+        measured: The numbers that decide; None for a missing one.
+        shown: Whether it is shown; None if a number is missing, for example after a divergence.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Claim:
 
 
 def claim(name: str, statement: str, measured: Mapping[str, float], shown: bool) -> Claim:
-    """A claim that is decided where none of its numbers is NaN."""
+    """Make a claim, which is decided only if none of its numbers is NaN."""
     there = {key: None if math.isnan(value) else value for key, value in measured.items()}
     return Claim(name, statement, there, None if None in there.values() else shown)
 
@@ -137,10 +137,10 @@ class Curve:
     """A line of a plot.
 
     Args:
-        label: What it shows.
-        x, y: Its points; None where there is none.
-        style: Of matplotlib.
-        group: Lines of a group have a color.
+        label: Label.
+        x, y: Its points; None for a missing one.
+        style: Matplotlib's style.
+        group: Lines of one group have the same color.
     """
 
     label: str
@@ -155,8 +155,8 @@ class Panel:
     """A part of the experiment's picture.
 
     Args:
-        title, x, y: Of the panel and its axes.
-        curves: What it shows.
+        title, x, y: Titles of the panel and its axes.
+        curves: Its curves.
         log: Whether the y axis is logarithmic.
     """
 
@@ -169,11 +169,11 @@ class Panel:
 
 @dataclass
 class Report:
-    """What an experiment found.
+    """The report of an experiment.
 
     Args:
-        tables, claims, panels: As above.
-        notes: What a reader must know.
+        tables, claims, panels: Its parts.
+        notes: Remarks for the reader.
     """
 
     tables: list[ReportTable] = field(default_factory=list)
@@ -193,12 +193,12 @@ class Report:
 def report_mapping(
     report: Report, facts: Mapping[str, Any], trained: Mapping[str, Sequence[Measurement]]
 ) -> dict[str, Any]:
-    """A report as JSON has it; what is not finite becomes null.
+    """Return a report as JSON holds it; numbers that are not finite become null.
 
     Args:
-        report: What was found.
-        facts: Of the run: experiment, profile, machine.
-        trained: All trainings that stand behind it, by their labels.
+        report: The report.
+        facts: Facts of the run: experiment, profile, machine.
+        trained: Measurements of all its trainings, by label.
     """
     return _finite({
         "schema": SCHEMA,
@@ -217,7 +217,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def show(value: float, unit: Unit) -> str:
-    """A number as tables have it."""
+    """Format a number for a table."""
     if not math.isfinite(value):
         return str(value)
     return {"percent": f"{value:.1f}", "perplexity": f"{value:.2f}", "number": f"{value:.2f}",
@@ -225,7 +225,7 @@ def show(value: float, unit: Unit) -> str:
 
 
 def brief(value: float | None) -> str:
-    """A number in a sentence."""
+    """Format a number for a sentence."""
     return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
 
 

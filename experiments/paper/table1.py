@@ -19,7 +19,7 @@ from experiments.paper.recipes import Recipes
 from experiments.paper.report import Claim, Panel, Report, ReportTable, Row, claim
 
 NEAR = 0.05
-"""How much larger a perplexity may be to be as good: the paper's 24.9 is 4% beyond its 24.0."""
+"""Perplexities within this fraction are equally good: the paper's 24.9 is 4% above its 24.0."""
 
 
 class Table1(Experiment):

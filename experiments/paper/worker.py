@@ -1,4 +1,4 @@
-"""One training of a grid, from its configuration to its measurement; in a process of its own, or in this one."""
+"""One training of a grid, from its configuration to its measurement, in its own process or in this one."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Message(NamedTuple):
-    """What a worker tells.
+    """A message from a worker.
 
     Args:
-        key: Of the training.
+        key: Key of the training.
         kind: "began" (step, steps, metric), "advanced" (step), "evaluated" (row), "noticed" (text), "testing" (),
             "failed" (text) or "done" ().
         content: As above.
@@ -48,11 +48,11 @@ ADVANCE_SECONDS = 0.5
 
 
 class Teller(Observer):
-    """Passes on what happens in a training.
+    """Sends messages about a training.
 
     Args:
-        key: Of the training.
-        tell: Whom.
+        key: Key of the training.
+        tell: Receiver of the messages.
     """
 
     def __init__(self, key: str, tell: Tell) -> None:
@@ -79,16 +79,16 @@ class Teller(Observer):
 
 
 def measure(training: Training, folder: Path, threads: int, tell: Tell) -> Measurement:
-    """Train, or go on where a training in ``folder`` was interrupted, and test at all hard stops.
+    """Train, or resume an interrupted training in ``folder``, and test at all hard stops.
 
     Args:
-        training: What to do.
-        folder: Of this training alone.
-        threads: Of torch, while it lasts.
-        tell: Who is told of it.
+        training: The training.
+        folder: Folder of only this training.
+        threads: Torch's threads.
+        tell: Receiver of the messages.
 
     Raises:
-        As :func:`experiments.training.train`.
+        See :func:`experiments.training.train`.
     """
     key, config = training.key, training.config
     with _threads(threads):
@@ -111,7 +111,7 @@ def measure(training: Training, folder: Path, threads: int, tell: Tell) -> Measu
 
 
 def work(training: Training, folder: Path, threads: int, queue: Queue[Message]) -> None:
-    """:func:`measure` as the target of a process that ends when its parent does; exit status 1 where it fails."""
+    """Run :func:`measure` in a process that ends with its parent; the exit status is 1 if it fails."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         measure(training, folder, threads, queue.put)
@@ -130,7 +130,7 @@ def _end_with_parent() -> None:
 
 
 def _tested(training: Training, result: Result) -> Evaluation:
-    """The trained model on test data, at its own cap and at each hard stop."""
+    """Evaluate the trained model on test data, at its own cap and at each hard stop."""
     config = training.config
     evaluation = replace(config.evaluation, stops=training.stops, batch=training.test_batch)
     config = replace(config, evaluation=evaluation)

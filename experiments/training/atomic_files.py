@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then moved into it."""
+"""Atomic files: written under another name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is the old one or the new one at any moment.
+    """Write a text file; at any moment it is the old file or the new one.
 
     Raises:
-        OSError: If it cannot be written; the old one is still there.
+        OSError: If it cannot be written; the old file is then unchanged.
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -28,7 +28,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Wait until a file's contents are on the disk."""
+    """Wait until the content of a file is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,6 +37,6 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can."""
+    """Wait until the names in a folder are on the disk, if the system supports that."""
     if os.name == "posix":
         flush_file(folder)

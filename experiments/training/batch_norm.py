@@ -1,4 +1,4 @@
-"""Batch norm over the samples of all ranks, so that what is learned does not depend on how many there are."""
+"""Batch norm over the samples of all ranks: results do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make the batch norms of a model take their statistics over the samples of all ranks.
+    """Make the batch norms of a model compute their statistics over the samples of all ranks.
 
-    On CUDA it is torch's own module that does; that has nothing for CPUs.
+    On CUDA this is torch's own module, which does not support CPUs.
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -24,11 +24,11 @@ def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with mean and variance over all ranks' samples; they all call it equally often."""
+    """``nn.BatchNorm2d`` with mean and variance over all ranks' samples; all ranks must call it equally often."""
 
     @staticmethod
     def of(norm: nn.BatchNorm2d) -> SharedBatchNorm2d:
-        """With the parameters and buffers of another."""
+        """Make one that shares the parameters and buffers of ``norm``."""
         shared = SharedBatchNorm2d(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )  # fmt: skip
@@ -38,7 +38,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return shared.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, features, height, width) -> the same."""
+        """Normalize (batch, features, height, width)."""
         if not self.training:
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -61,7 +61,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks; what each wants of it comes back summed, too."""
+    """The sum over the ranks; its gradients are summed over the ranks, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Checkpoints: a folder with tensors and a folder's worth of facts about them, made visible by one rename.
+"""Checkpoints: a folder with tensors and a JSON file, made visible by one rename.
 
     checkpoints/00000120/tensors.safetensors
-    checkpoints/00000120/state.json             {"checksum": of the rest, "tensors": {"bytes", "sha256"}, "state": ...}
+    checkpoints/00000120/state.json             {"checksum": ..., "tensors": {"bytes", "sha256"}, "state": ...}
 
-Nothing is unpickled. A process may be killed, or a disk may fill up, at any moment: what is visible is whole. What was
-damaged later, a checksum tells, and the checkpoint before it serves.
+Nothing is unpickled. A process may be killed and a disk may fill up at any moment: a checkpoint that is visible is
+complete. Checksums detect later damage; then the previous checkpoint is used.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was written."""
+    """A checkpoint differs from what was written."""
 
 
 @dataclass
 class Checkpoint:
-    """What was saved.
+    """A saved checkpoint.
 
     Args:
         path: Its folder.
-        tensors: By name.
-        state: As JSON has it.
+        tensors: Tensors by name.
+        state: Values that JSON can hold.
     """
 
     path: Path
@@ -56,34 +56,34 @@ class Checkpoints:
     """The checkpoints in a folder.
 
     Args:
-        folder: Made when the first one is written.
-        keep: How many stay, the newest.
+        folder: The folder; it is made with the first checkpoint.
+        keep: How many of the newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
     def paths(self) -> list[Path]:
-        """Those that are there, the newest first."""
+        """The folders of all checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if path.name.isdecimal()), key=_step_of, reverse=True)
 
     def last(self) -> str:
-        """What there is to go on from, for errors."""
+        """Name the last good checkpoint, for error messages."""
         kept = self.paths()
         return f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
 
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Save a checkpoint, and let go of the oldest ones.
+        """Save a checkpoint, and remove the oldest ones.
 
         Args:
             step: Its number.
-            tensors: On the CPU, contiguous, none of which shares memory with another.
-            state: What JSON can hold; numbers may be infinite or NaN.
+            tensors: Contiguous tensors on the CPU that share no memory.
+            state: Values that JSON can hold; numbers may also be infinite or NaN.
 
         Raises:
-            CheckpointError: If it cannot be written; naming the last good one.
+            CheckpointError: If it cannot be written; the message names the last good one.
         """
         errors = (OSError, _library_error())
         final, beside = self.folder / f"{step:08d}", self.folder / f".writing-{step:08d}"
@@ -102,7 +102,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             flush_folder(beside)
-            if final.exists():  # one that was damaged, or of a training that was cut back
+            if final.exists():  # a damaged one, or one of a longer training that was shortened
                 os.replace(final, self.folder / f".removing-{step:08d}")
             os.replace(beside, final)
             flush_folder(self.folder)
@@ -111,7 +111,7 @@ class Checkpoints:
                 self._sweep()
             raise CheckpointError(f"the checkpoint {final} could not be written: {error}; {self.last()}") from error
         for path in self.paths()[self.keep :]:
-            # Out of sight first: half a checkpoint must not look like one.
+            # Rename before removing: half a checkpoint must not look like one.
             with contextlib.suppress(OSError):
                 os.replace(path, self.folder / f".removing-{path.name}")
         with contextlib.suppress(OSError):
@@ -119,14 +119,14 @@ class Checkpoints:
         return final
 
     def newest(self, notice: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole, None if there are none at all.
+        """Read the newest complete checkpoint; None if there is no checkpoint.
 
         Args:
-            notice: Told of those that are damaged, which are renamed, out of the way.
+            notice: Called with a text about each damaged checkpoint, which is renamed.
 
         Raises:
-            CheckpointError: If there are some, and all of them are damaged; or if one may not be read, or is of another
-                version, which is left where it is.
+            CheckpointError: If all checkpoints are damaged, or one may not be read or has another format. The latter is
+                left where it is.
         """
         paths, reasons = self.paths(), []
         for path in paths:
@@ -147,7 +147,7 @@ class Checkpoints:
         return None
 
     def _sweep(self) -> None:
-        """Remove what a killed process left half-written or half-removed."""
+        """Remove the half-written and half-removed checkpoints of killed processes."""
         for pattern in (".writing-*", ".removing-*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path)
@@ -155,10 +155,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around writes to a file in a training's folder.
+    """Context manager around writes to a file in a training's folder.
 
     Raises:
-        CheckpointError: Where the disk refuses; naming the file and the last good checkpoint.
+        CheckpointError: If the file cannot be written; the message names it and the last good checkpoint.
     """
     try:
         yield
@@ -171,8 +171,8 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        DamagedError: If it is not whole; naming what is wrong.
-        CheckpointError: If it may not be read, or is of another version.
+        DamagedError: If it is damaged; the message says how.
+        CheckpointError: If it may not be read, or has another format.
     """
     errors = (OSError, ValueError, KeyError, TypeError, AttributeError, _library_error())
     try:
@@ -198,7 +198,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one file of tensors, that is the old one or the new one at any moment.
+    """Write one file of tensors; at any moment it is the old file or the new one.
 
     Raises:
         CheckpointError: If it cannot be written.
@@ -216,7 +216,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors into a new file that those may read whom the umask lets; the library makes it the owner's alone."""
+    """Write tensors into a new file with the umask's permissions; the library would let only the owner read it."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     _library().save_file(tensors, path)
@@ -255,7 +255,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """With numbers that JSON has no words for as mappings."""
+    """Replace infinite and NaN numbers, which JSON cannot hold, by mappings."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if isinstance(value, dict):

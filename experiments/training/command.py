@@ -14,7 +14,11 @@ from experiments.training.run import FolderInUseError, train
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train as the arguments say; 0 if it finished, 1 if it diverged or could not go on, 130 if it was interrupted."""
+    """Train as the arguments say.
+
+    Returns:
+        The exit status: 0 if the training finished, 1 if it diverged or failed, 130 if it was interrupted.
+    """
     try:
         config = load_training_config(arguments.config, _values(arguments))
     except (TypeError, ValueError, OSError, ModuleNotFoundError) as error:

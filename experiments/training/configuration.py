@@ -1,7 +1,7 @@
-"""What a training is: typed configurations, and the files that fill them.
+"""Typed configurations of trainings.
 
-A file gives the fields of :class:`TrainingConfig`; the model is the name of a model's configuration, or the
-configuration itself, or a name with other values for some fields::
+A file gives the fields of :class:`TrainingConfig`. The model is the name of a published configuration, or a whole
+configuration, or a name with other values for some fields::
 
     model: {config: mdeq_cifar_tiny, dropout: 0.3}
     data: {name: cifar10}
@@ -26,21 +26,21 @@ from pydeq.models.equilibrium import PenaltyConfig
 @suggests_keywords
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """What is learned from.
+    """The data of a training.
 
     Args:
-        name: Of a data set of :mod:`experiments.data` or of :mod:`experiments.training.synthetic`; imagenet or
-            image_folder for folders of images; the path of a text.
+        name: Name of a data set of :mod:`experiments.data` or of :mod:`experiments.training.synthetic`; imagenet or
+            image_folder for folders of images; or the path of a text.
         root: Folder of the data, see :mod:`experiments.data`.
-        augmentation: Of training images: none, a crop of the padded image, a flip, or both; of folders of images,
+        augmentation: Of training images: none, a crop of the padded image, a flip, or both; for folders of images,
             none or random_resized.
         padding: Pixels on each side before the crop.
-        size: Of images from folders.
-        workers: Processes that read images from folders.
-        train_samples, test_samples: Use the first so many alone; all by default.
-        holdout: So many training samples, drawn by the seed, are for validation instead.
-        length: Of a segment of text, in tokens.
-        test_memory: Tokens remembered in evaluation; as in training by default.
+        size: Height and width of images from folders.
+        workers: Number of processes that read images from folders.
+        train_samples, test_samples: Use only the first n samples; all by default.
+        holdout: How many training samples, drawn by the seed, are used for validation instead.
+        length: Tokens of a segment of text.
+        test_memory: Tokens remembered in evaluation; by default as many as in training.
         level, vocabulary_size, lowercase: See :func:`experiments.data.load_text`.
         row_normalized: Whether a node's features are scaled to the sum 1.
     """
@@ -69,16 +69,16 @@ class DataConfig(Config):
 @suggests_keywords
 @dataclass(frozen=True)
 class OptimizerConfig(Config):
-    """How parameters move.
+    """The optimizer of a training.
 
     Args:
-        name: Of the optimizer; sgd has Nesterov momentum unless ``nesterov`` is false.
+        name: Name of the optimizer; sgd has Nesterov momentum unless ``nesterov`` is false.
         lr: Peak learning rate, above 0.
-        weight_decay: At least 0; decoupled for adamw, a part of the gradient for the others.
-        decay_vectors: Whether biases and norms' parameters, of one dimension or none, decay, too.
-        betas, eps: Of adam and adamw.
-        momentum, nesterov: Of sgd.
-        clip: Largest norm of the gradient; None for any.
+        weight_decay: At least 0; decoupled for adamw, added to the gradient for adam and sgd.
+        decay_vectors: Whether parameters of at most one dimension (biases and those of norms) decay, too.
+        betas, eps: See :class:`torch.optim.Adam`.
+        momentum, nesterov: See :class:`torch.optim.SGD`.
+        clip: Largest norm of the gradient; None for no clipping.
     """
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
@@ -103,11 +103,11 @@ class OptimizerConfig(Config):
 @suggests_keywords
 @dataclass(frozen=True)
 class ScheduleConfig(Config):
-    """How the learning rate changes; see :func:`experiments.training.schedules.learning_rate`.
+    """The schedule of the learning rate; see :func:`experiments.training.schedules.learning_rate`.
 
     Args:
-        name: cosine falls to ``floor`` over all steps.
-        warmup: Steps of a linear rise from 0.
+        name: constant, or cosine, which falls to ``floor`` over all steps.
+        warmup: Number of steps of a linear rise from 0.
         floor: The last learning rate, at least 0.
     """
 
@@ -125,8 +125,8 @@ class PretrainingConfig(Config):
     """Shallow pre-training: the first steps unroll a few applications of the cell.
 
     Args:
-        steps: At least 0.
-        layers: Applications, at least 1.
+        steps: Number of such steps, at least 0.
+        layers: Applications of the cell, at least 1.
     """
 
     steps: int = 0
@@ -140,15 +140,16 @@ class PretrainingConfig(Config):
 @suggests_keywords
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
-    """What is measured on validation data, and how often.
+    """The evaluations on validation data.
 
     Args:
-        every_epochs, every_steps: When; exactly one of them. The last step is always followed by an evaluation.
-        stops: Numbers of evaluations of f: the metric is also measured with the solve hard-stopped there.
-        batch: Samples, or rows of text, at a time; that of training by default.
-        samples: Look at the first so many alone; all by default. Of text, tokens.
-        radius_samples: How many samples' spectral radii are estimated; 0 for none.
-        radius_steps: Vector-Jacobian products of an estimate at most.
+        every_epochs, every_steps: How often; at most one of them, each epoch by default. The last step is always
+            followed by an evaluation.
+        stops: Hard stops, in evaluations of f, at which the metric is measured, too.
+        batch: Samples, or rows of text, at a time; by default as in training.
+        samples: Use only the first n samples, or tokens of text; all by default.
+        radius_samples: Number of samples whose spectral radius is estimated; 0 for none.
+        radius_steps: Largest number of vector-Jacobian products of an estimate.
         radius_method: See :func:`pydeq.spectral_radius`.
     """
 
@@ -174,11 +175,11 @@ class EvaluationConfig(Config):
 @suggests_keywords
 @dataclass(frozen=True)
 class CheckpointConfig(Config):
-    """When the training is saved.
+    """The checkpoints of a training.
 
     Args:
         every_steps: How often; with each evaluation by default. The last step is always saved.
-        keep: How many checkpoints stay, the newest, at least 1; two or more to fall back on.
+        keep: How many of the newest checkpoints to keep, at least 1. With two, one may be damaged.
     """
 
     every_steps: int | None = None
@@ -191,11 +192,11 @@ class CheckpointConfig(Config):
 @suggests_keywords
 @dataclass(frozen=True)
 class LoggingConfig(Config):
-    """What is told, and how often.
+    """The logs of a training.
 
     Args:
-        every_steps: A row of means over so many steps.
-        tensorboard: Whether to write TensorBoard logs, too.
+        every_steps: Steps between two rows of means.
+        tensorboard: Whether to write TensorBoard logs.
         plot: Whether to draw a plot after each evaluation and at the end.
     """
 
@@ -213,19 +214,19 @@ class TrainingConfig(Config):
 
     Args:
         model: A model's configuration; a name or a mapping, as in files, will do.
-        data: What is learned from.
-        epochs, steps: How long; exactly one of them. A step is one update of the parameters.
-        batch: Samples, or rows of text, of a step: of all ranks and all accumulated parts together.
-        accumulation: Parts that each rank goes through one after the other in a step.
-        optimizer, schedule: How parameters move.
+        data: The data.
+        epochs, steps: Length of the training; exactly one of them. A step is one update of the parameters.
+        batch: Samples, or rows of text, of a step, over all ranks and accumulated parts.
+        accumulation: Number of parts that each rank processes one after the other in a step.
+        optimizer, schedule: The optimizer and its learning rate.
         pretraining: The first, shallow steps.
-        jitter: [lo, hi]: each step's cap on evaluations is the model's max_steps plus a whole number drawn from there.
-        penalty: Of the Jacobian; the model's own by default. A strength of 0 is none.
-        evaluation, checkpoint, logging: What is measured, saved and told.
-        seed: Of all that is drawn.
+        jitter: [lo, hi]: a step's cap on evaluations is the model's max_steps plus a random whole number from lo to hi.
+        penalty: The Jacobian penalty; by default that of the model's configuration. Strength 0 is none.
+        evaluation, checkpoint, logging: Evaluations, checkpoints and logs.
+        seed: Seed of all random numbers.
         amp: Mixed precision: none, bf16, or fp16 with a scaled loss.
         strategy: How processes share the work: ddp, fsdp2, or none for one process.
-        device: cpu, cuda, or auto for cuda where it is.
+        device: cpu, cuda, or auto for cuda if it is available.
     """
 
     model: Config
@@ -277,37 +278,37 @@ class TrainingConfig(Config):
         return self.model.solver.max_steps  # pyright: ignore[reportAttributeAccessIssue]
 
     def jacobian_penalty(self) -> PenaltyConfig | None:
-        """The penalty of this training: its own, or that of its model's configuration."""
+        """Return the penalty of this training: its own, or that of the model's configuration."""
         return self.penalty if self.penalty is not None else getattr(self.model, "penalty", None)
 
     def mapping(self) -> dict[str, Any]:
-        """The configuration as a file would have it: mappings, lists and scalars."""
+        """Return the configuration as a file holds it: mappings, lists and scalars."""
         return _plain(self) | {"model": _mapping_of(self.model)}
 
     def with_values(self, values: Mapping[str, Any]) -> TrainingConfig:
-        """This configuration with other values.
+        """Return a copy with other values.
 
             config.with_values({"model.solver.max_steps": 8, "penalty.strength": 0.5})
 
         Args:
-            values: By the dotted path of a field. ``epochs`` replaces ``steps``, and the other way round; fields of
-                ``penalty`` replace those of the model's, where the training has none of its own.
+            values: Values by the dotted path of a field. ``epochs`` replaces ``steps`` and the reverse. If the training
+                has no penalty of its own, fields of ``penalty`` replace those of the model's penalty.
 
         Raises:
-            TypeError, ValueError: If there is no such field, or a value does not fit.
+            TypeError, ValueError: If there is no such field, or a value is not valid.
         """
         return training_config_from_mapping(_with_values(self.mapping(), values))
 
 
 def training_config_from_mapping(mapping: Mapping[str, Any], folder: Path | None = None) -> TrainingConfig:
-    """The configuration in a mapping of its fields.
+    """Build a configuration from a mapping of its fields.
 
     Args:
-        mapping: As a file has it.
-        folder: Where files that it names are; the working folder by default.
+        mapping: The content of a file.
+        folder: Folder of the files that it names; the working folder by default.
 
     Raises:
-        TypeError: If a key is unknown (with the nearest name), missing, or of another type.
+        TypeError: If a key is unknown (the message gives the nearest name) or missing, or a value has another type.
         ValueError: If a value is out of range.
     """
     mapping = dict(mapping)
@@ -320,12 +321,12 @@ def load_training_config(name: str | Path, values: Mapping[str, Any] | None = No
     """Read a configuration.
 
     Args:
-        name: One of :func:`training_config_names`, or the path of a .yaml file.
-        values: Other values for some fields, as of :meth:`TrainingConfig.with_values`.
+        name: One of :func:`training_config_names`, or the path of a .yaml or .json file.
+        values: Other values for some fields, see :meth:`TrainingConfig.with_values`.
 
     Raises:
-        ModuleNotFoundError: Without PyYAML.
-        TypeError, ValueError: If the file is not a configuration, naming it and what is wrong.
+        ModuleNotFoundError: If a YAML file is read without PyYAML.
+        TypeError, ValueError: If the configuration is not valid; the message names the file and what is wrong.
     """
     path = config_path(name)
     mapping = read_mapping(path)
@@ -338,10 +339,10 @@ def load_training_config(name: str | Path, values: Mapping[str, Any] | None = No
 
 
 def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
-    """Values from texts ``key=value``, each value in YAML.
+    """Parse texts ``key=value``, with the values in YAML.
 
     Raises:
-        ValueError: If a text has no ``=`` or no key, or a value is no YAML.
+        ValueError: If a text has no ``=`` or no key, or a value is not valid YAML.
     """
     values = {}
     for assignment in assignments:
@@ -356,7 +357,7 @@ def parse_values(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _model_mapping(model: Any, folder: Path | None) -> dict[str, Any]:
-    """A model's full mapping: ``config`` names a configuration, and the other keys replace its values."""
+    """Return a model's whole mapping: ``config`` names a configuration, and the other keys replace its values."""
     if isinstance(model, str | Path):
         model = {"config": str(model)}
     if not isinstance(model, Mapping):
@@ -375,7 +376,7 @@ def _model_mapping(model: Any, folder: Path | None) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``values`` in place of its own; mappings are merged."""
+    """Return ``base`` with ``values`` in place of its own; mappings are merged."""
     result = dict(base)
     for key, value in values.items():
         old = result.get(key)
@@ -384,12 +385,12 @@ def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _with_values(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``mapping`` with other values at dotted paths."""
+    """Return a copy of ``mapping`` with other values at dotted paths."""
     result = _merged(mapping, {})
     for path, value in values.items():
         *parents, last = path.split(".")
         if parents[:1] == ["penalty"] and result.get("penalty") is None and isinstance(result.get("model"), Mapping):
-            # The model's is the one in force: its other fields stay as they are.
+            # The model's penalty is in force: keep its other fields.
             result["penalty"] = result["model"].get("penalty")
         place = result
         for i, name in enumerate(parents):
@@ -415,6 +416,6 @@ def _plain(value: Any) -> Any:
 
 
 def _mapping_of(model: Config) -> dict[str, Any]:
-    """A model's configuration as a file has it."""
+    """Return a model's configuration as a file holds it."""
     (kind,) = (name for name, (config, _) in MODELS.items() if type(model) is config)
     return {"model": kind} | _plain(model)

@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, what they exchange, and how a model is spread over them."""
+"""The processes that train together: their ranks, what they exchange, and how a model is spread over them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from experiments.training.batch_norm import share_batch_norm
 class Distribution:
     """One process, or one of several.
 
-    Started by torchrun, which says by environment variables who is who, or in a process group that is there already.
+    Several processes are started by torchrun, which gives the ranks in environment variables, or are in an existing
+    process group.
 
     Args:
         strategy: none, ddp or fsdp2.
         device: cpu, cuda or auto.
 
     Raises:
-        ValueError: If there are several processes and no strategy, or no such device.
+        ValueError: If there are several processes but no strategy, or the device is not available.
     """
 
     def __init__(self, strategy: str, device: str) -> None:
         self.strategy = strategy
-        self.owner = False  # whether the process group is this object's to end
+        self.owner = False  # whether this object has to end the process group
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         initialized = dist.is_available() and dist.is_initialized()
         cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -45,7 +46,7 @@ class Distribution:
             if not initialized:
                 if "RANK" not in os.environ:
                     raise ValueError(
-                        f"strategy {strategy!r} needs torchrun: torchrun --nproc-per-node N -m pydeq train"
+                        f"strategy {strategy!r} needs torchrun: torchrun --nproc-per-node N -m experiments train"
                     )
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
                 self.owner = True
@@ -57,11 +58,11 @@ class Distribution:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the ranks train it: what to call in place of ``model``, whose parameters it shares."""
+        """Wrap a model for training on all ranks; the wrapper shares its parameters."""
         if self.strategy == "none":
             return model
         if self.world > 1:
@@ -74,15 +75,15 @@ class Distribution:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        # One unit, gathered once per step: a cell that is a unit of its own would be gathered anew by each evaluation
-        # of a solve, and all ranks would have to evaluate it equally often.
-        empty = {parameter for parameter in model.parameters() if not parameter.numel()}  # nothing to share out
+        # One unit, gathered once per step. A cell that is its own unit would be gathered by each evaluation of a solve,
+        # and all ranks would have to evaluate it equally often.
+        empty = {parameter for parameter in model.parameters() if not parameter.numel()}  # nothing to shard
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=empty)
         return model
 
     @contextmanager
     def accumulating(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
-        """Around forward and backward of one part of a step: gradients are exchanged after the last one alone."""
+        """Context manager around one part of a step: gradients are exchanged only after the last part."""
         if self.strategy == "ddp" and not last:
             with wrapped.no_sync():  # pyright: ignore[reportCallIssue]
                 yield
@@ -92,17 +93,17 @@ class Distribution:
         yield
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, on each of them; float64 sums in the order of the ranks."""
+        """Sum over the ranks, in their order; each rank gets the result."""
         if self.world == 1:
             return tensor
         return torch.stack(self.gather(tensor)).sum(0)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest over the ranks, on each of them."""
+        """Maximum over the ranks; each rank gets the result."""
         return tensor if self.world == 1 else torch.stack(self.gather(tensor)).amax(0)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Each rank's tensor, all of one shape, in their order."""
+        """Gather the ranks' tensors, all of one shape, in the order of the ranks."""
         if self.world == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
@@ -110,7 +111,7 @@ class Distribution:
         return parts
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, a picklable one, on all ranks."""
+        """Send rank 0's value, which must be picklable, to all ranks."""
         if self.world == 1:
             return value
         values = [value]
@@ -118,26 +119,26 @@ class Distribution:
         return values[0]
 
     def close(self) -> None:
-        """End the process group, if this object began it."""
+        """End the process group if this object started it."""
         if self.owner:
             dist.destroy_process_group()
             self.owner = False
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All entries of a tensor that may be sharded over the ranks; they all must call."""
+    """Return all entries of a tensor that may be sharded over the ranks; all ranks must call."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's entries of a tensor that may be sharded over the ranks."""
+    """Return this rank's entries of a tensor that may be sharded over the ranks."""
     part = getattr(tensor, "to_local", None)
     return tensor if part is None else part()
 
 
 def copy_into(target: Tensor, entries: Tensor) -> None:
-    """Set all entries of a tensor that may be sharded over the ranks, each of which has all entries."""
+    """Set a tensor that may be sharded over the ranks; ``entries`` is complete on each rank."""
     with torch.no_grad():
         if hasattr(target, "full_tensor"):
             from torch.distributed.tensor import DTensor, distribute_tensor

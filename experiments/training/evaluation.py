@@ -1,4 +1,4 @@
-"""Looking at a model: loss and metric at its own cap and at hard stops, residuals, spectral radii."""
+"""Evaluation of a model: loss and metric at its own cap and at hard stops, residuals, spectral radii."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pydeq.models import EquilibriumModel
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """Mixed precision by its name: bf16, fp16, or none."""
+    """Make the autocast context of bf16, fp16 or none."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 class ModelEvaluator:
-    """Evaluates a model in the course of its training, which goes on as if nothing had been looked at.
+    """Evaluates a model during its training, without any effect on the training.
 
     Args:
-        task: What it learns.
+        task: The task of the training.
         model: The model.
-        wrapped: The model as the ranks train it.
+        wrapped: The model wrapped for all ranks.
         config: What to measure.
-        amp, distribution, seed: Of the training.
+        amp, distribution, seed: Those of the training.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ModelEvaluator:
         self.amp, self.distribution, self.seed = amp, distribution, seed
 
     def __call__(self, split: str = "validation") -> Evaluation:
-        """Measure all that the configuration asks for."""
+        """Measure everything that the configuration asks for, on the split "validation" or "test"."""
         with self._looking():
             loss, metric, nfe, residual = self._run(split, None)
             found = Evaluation(loss, metric, nfe, residual)
@@ -70,7 +70,7 @@ class ModelEvaluator:
                     self.wrapped.reshard()  # pyright: ignore[reportCallIssue]
 
     def _run(self, split: str, stop: int | None) -> tuple[float, float, float, float]:
-        """Loss, metric, nfe and residual."""
+        """Compute loss, metric, nfe and residual at a hard stop; None for the model's own cap."""
         options = {} if stop is None else {"max_steps": stop}
         sums = torch.zeros(7, dtype=torch.float64, device=self.distribution.device)
         for score, solution in self.task.evaluate(self.wrapped, split, **options):
@@ -84,7 +84,7 @@ class ModelEvaluator:
         return loss / max(1.0, count), metric, nfe / max(1.0, batches), residual / max(1.0, samples)
 
     def _radius(self) -> tuple[float | None, float | None]:
-        """Mean and largest spectral radius."""
+        """Compute the mean and the largest spectral radius."""
         with captured(self.model) as calls:
             self.task.probe(self.wrapped, self.config.radius_samples)
         (context, z), *_ = calls
@@ -99,11 +99,11 @@ class ModelEvaluator:
 
 @contextmanager
 def captured(model: EquilibriumModel) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
-    """Watch the model's layer: pairs of the context and the equilibrium of each of its calls."""
+    """Record the calls of the model's layer: pairs of the context and the equilibrium."""
     calls: list[tuple[tuple[Any, ...], Any]] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.append((args[1:], output[0]))  # models always ask for the solution, too
+        calls.append((args[1:], output[0]))  # models always ask for the solution
 
     handle = model.deq.register_forward_hook(watch)
     try:

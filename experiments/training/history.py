@@ -1,4 +1,4 @@
-"""What a training leaves behind: rows of numbers, and the result."""
+"""The record of a training: rows of numbers, and the result."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import nn
 
 @dataclass
 class StepRow:
-    """Means over the steps since the row before.
+    """Means over the training steps since the previous row.
 
     Args:
-        step: Steps done.
-        epoch: Of the last one, from 0.
-        loss: Of the task, without the penalty.
-        penalty: What the Jacobian penalty added to the loss, 0 where it was not drawn.
-        learning_rate, strength: Of the last step; the strength is the penalty's gamma.
+        step: Number of steps done.
+        epoch: Epoch of the last step, from 0.
+        loss: Loss of the task, without the penalty.
+        penalty: The Jacobian penalty that was added to the loss; 0 in steps without one.
+        learning_rate, strength: Those of the last step; the strength is the penalty's gamma.
         nfe: Evaluations of f in a solve, or the layers of a shallow step.
         residual: Relative residual ||f(z) - z|| / ||f(z)||, mean over samples.
-        backward_nfe, backward_residual: Of the adjoint's solves; None where there were none.
-        gradient_norm: Before clipping; None without clipping.
-        loss_scale: Of fp16; None without.
-        seconds: Since the training began, pauses left out.
+        backward_nfe, backward_residual: The same for the adjoint's solves; None if there were none.
+        gradient_norm: Norm of the gradient before clipping; None without clipping.
+        loss_scale: Scale of the loss for fp16; None otherwise.
+        seconds: Training time, without pauses.
     """
 
     step: int
@@ -44,16 +44,16 @@ class StepRow:
 
 @dataclass
 class Evaluation:
-    """What was measured on validation or test data.
+    """Measurements on validation or test data.
 
     Args:
-        loss: Of the task, mean over samples, tokens or nodes.
+        loss: Loss of the task, mean over samples, tokens or nodes.
         metric: Accuracy in [0, 1], or perplexity.
         nfe: Evaluations of f, mean over batches.
         residual: Relative residual, mean over samples.
-        radius, radius_max: Spectral radius of the Jacobian at the equilibrium, mean and largest of some samples.
-        stops: The metric at a hard stop of so many evaluations.
-        stop_residuals: The relative residual there.
+        radius, radius_max: Mean and largest spectral radius of the Jacobian at the equilibrium, over some samples.
+        stops: The metric at hard stops, by the number of evaluations.
+        stop_residuals: The relative residual at the same hard stops.
     """
 
     loss: float
@@ -68,13 +68,14 @@ class Evaluation:
 
 @dataclass
 class EvaluationRow(Evaluation):
-    """An evaluation on validation data, with means over the training steps since the one before.
+    """An evaluation on validation data, with means over the training steps since the previous one.
 
     Args:
-        step: Steps done.
-        epoch: Epochs done, rounded down.
-        seconds: As in :class:`StepRow`.
-        train_loss, train_penalty, train_nfe, train_residual, train_backward_nfe, train_backward_residual: Means.
+        step: Number of steps done.
+        epoch: Number of epochs done, rounded down.
+        seconds: See :class:`StepRow`.
+        train_loss, train_penalty, train_nfe, train_residual, train_backward_nfe, train_backward_residual: The
+            means; see :class:`StepRow`.
     """
 
     step: int = 0
@@ -88,7 +89,7 @@ class EvaluationRow(Evaluation):
     train_backward_residual: float | None = None
 
     def flat(self) -> dict[str, Any]:
-        """One number a column: ``stops`` becomes ``metric@1``, ``residual@1`` and so on."""
+        """Return a mapping with one number per key: ``stops`` becomes ``metric@1``, ``residual@1`` and so on."""
         row = asdict(self)
         metrics, residuals = row.pop("stops"), row.pop("stop_residuals")
         first = {name: row.pop(name) for name in ("step", "epoch", "seconds")}
@@ -104,10 +105,10 @@ class History:
     evaluations: list[EvaluationRow] = field(default_factory=list)
 
     def column(self, name: str) -> list[Any]:
-        """A number of each evaluation, by the name of its field or as ``metric@3``; None where it was not measured.
+        """Return one number of each evaluation, by a field's name or as ``metric@3``; None where it was not measured.
 
         Raises:
-            KeyError: If none has such a number.
+            KeyError: If no evaluation has such a number.
         """
         rows = [row.flat() for row in self.evaluations]
         if rows and not any(name in row for row in rows):
@@ -115,12 +116,12 @@ class History:
         return [row.get(name) for row in rows]
 
     def mapping(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the history as JSON holds it."""
         return {"steps": [asdict(row) for row in self.steps], "evaluations": [asdict(row) for row in self.evaluations]}
 
     @staticmethod
     def of(mapping: dict[str, Any]) -> History:
-        """The inverse of :meth:`mapping`, after a way through JSON."""
+        """Make a history from a :meth:`mapping` that went through JSON."""
         evaluations = []
         for row in mapping["evaluations"]:
             stops = {name: {int(key): value for key, value in row[name].items()} for name in STOPS}
@@ -134,16 +135,16 @@ STEP_COLUMNS = [each.name for each in fields(StepRow)]
 
 @dataclass
 class Result:
-    """What :func:`experiments.training.train` returns.
+    """The result of :func:`experiments.training.train`.
 
     Args:
-        status: "finished"; "diverged" where the loss or parameters became infinite or NaN, which ends a training.
-        metric: What the metric is: "accuracy" or "perplexity".
+        status: "finished", or "diverged" if the loss or parameters became infinite or NaN, which ends a training.
+        metric: Name of the metric: "accuracy" or "perplexity".
         history: The rows.
-        test: What was measured on test data after the last step; None where it diverged.
-        steps: How many were done.
-        model: As trained; under fsdp2 with its parameters still sharded.
-        out: The folder; None where there was none.
+        test: The evaluation on test data after the last step; None if the training diverged.
+        steps: Number of steps done.
+        model: The trained model; under fsdp2 its parameters are still sharded.
+        out: The folder; None if there was none.
     """
 
     status: str

@@ -1,4 +1,4 @@
-"""Who is told of a training as it goes; tables on the disk are one of them."""
+"""Observers of a training, among them the tables on the disk."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Told of what happens, on the process that speaks. Override what matters."""
+    """Base class of observers; its methods do nothing. Only the process of rank 0 calls them."""
 
     def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:
-        """Training goes on from ``step`` of ``steps``; ``history`` has the rows so far, and grows."""
+        """The training starts, or goes on, at ``step`` of ``steps``; ``history`` has the rows so far, and grows."""
 
     def advanced(self, step: int) -> None:
-        """So many steps are done."""
+        """``step`` steps are done."""
 
     def stepped(self, row: StepRow) -> None:
-        """There is a row of means over training steps."""
+        """There is a new row of means over training steps."""
 
     def evaluated(self, row: EvaluationRow) -> None:
-        """There is an evaluation on validation data."""
+        """There is a new evaluation on validation data."""
 
     def noticed(self, text: str) -> None:
-        """Something deserves attention."""
+        """There is something that the user should know."""
 
     def ended(self, status: str, test: Evaluation | None) -> None:
         """The training is over."""
 
     def close(self) -> None:
-        """No more is to come, be it for an error."""
+        """No more calls will come, perhaps because of an error."""
 
 
 class CsvTables(Observer):
-    """``steps.csv`` and ``evaluations.csv``: a line for each row, at once, and nothing that is not in the history.
+    """The files ``steps.csv`` and ``evaluations.csv``: each row of the history is written at once.
 
     Args:
-        folder: Where they are.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -11,7 +11,7 @@ from experiments.training.configuration import OptimizerConfig
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of ``parameters``, all those that require gradients."""
+    """Make the optimizer of those ``parameters`` that require gradients."""
     decaying, constant = [], []
     for parameter in parameters:
         if parameter.requires_grad:
@@ -28,6 +28,6 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give all groups this learning rate."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

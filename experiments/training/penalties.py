@@ -15,13 +15,13 @@ from pydeq.models.equilibrium import PenaltyConfig
 class PenaltySchedule:
     """Which steps are penalized, and how strongly; the same on all ranks, and for all parts of an accumulated step.
 
-    Shallow steps have a strength of their own. What rises with the steps counts from the end of pre-training, what ends
-    with an epoch from the beginning, as the published recipes do.
+    Shallow steps have their own strength. As in the published recipes, increments count steps from the end of
+    pre-training, and the last epoch is counted from the beginning of the training.
 
     Args:
-        config: Of the penalty; None for none.
-        pretraining_steps: Shallow steps.
-        seed: Of the draws.
+        config: The penalty; None for none.
+        pretraining_steps: Number of shallow steps.
+        seed: Seed of the training.
     """
 
     def __init__(self, config: PenaltyConfig | None, pretraining_steps: int, seed: int) -> None:
@@ -33,12 +33,12 @@ class PenaltySchedule:
             self.shallow = replace(self.deep, strength=config.pretraining_strength, increment=0.0, every=None)
 
     def strength(self, step: int, epoch: int) -> float:
-        """gamma of this step."""
+        """Return gamma of this step."""
         penalty = self._of(step, epoch)
         return 0.0 if penalty is None else penalty.strength
 
     def penalty(self, step: int, epoch: int) -> JacobianPenalty | None:
-        """The penalty to compute in this step; None for none."""
+        """Return the penalty to compute in this step; None for none."""
         penalty = self._of(step, epoch)
         if penalty is None or not penalty.active(0, generator_of(self.seed, Purpose.PENALTY, step)):
             return None
@@ -53,7 +53,7 @@ class PenaltySchedule:
 
 
 def cap(config: TrainingConfig, step: int) -> int:
-    """max_steps of this step: the model's, jittered."""
+    """Return max_steps of this step: the model's plus the jitter."""
     low, high = config.jitter
     if low == high:
         return config.max_steps + low

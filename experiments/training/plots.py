@@ -1,4 +1,4 @@
-"""A picture of a training: loss, evaluations of f, residual and spectral radius over its steps."""
+"""Plots of a training: loss, evaluations of f, residual and spectral radius over the steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Plot(Observer):
-    """Draws ``training.png`` after each evaluation and in the end.
+    """Draws ``training.png`` after each evaluation and at the end.
 
     Args:
-        folder: Of the training.
+        folder: Folder of the training.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
@@ -44,12 +44,12 @@ class Plot(Observer):
 
 
 def plot_history(history: History, metric: str, path: Path) -> None:
-    """Draw a history into a file; its suffix says in which format.
+    """Draw a history into a file, whose suffix gives the format.
 
     Args:
-        history: With rows or without.
-        metric: What the metric is called.
-        path: Of the picture.
+        history: The history; it may be empty.
+        metric: Name of the metric.
+        path: The file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

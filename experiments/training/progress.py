@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def bars(stream: TextIO | None = None) -> Progress:
-    """Bars of rich that show on terminals only; their console prints text as it is, whatever the stream."""
+    """Make progress bars that are shown only on terminals; their console prints plain text on any stream."""
     console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
     return Progress(
         TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -24,10 +24,10 @@ def bars(stream: TextIO | None = None) -> Progress:
 
 
 class ProgressBar(Observer):
-    """Shows a training.
+    """Shows the progress of a training.
 
     Args:
-        stream: Where; standard output by default.
+        stream: Where to show it; standard output by default.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -70,7 +70,7 @@ class ProgressBar(Observer):
 
 
 def describe_step(row: StepRow) -> str:
-    """A row of means in words."""
+    """Describe a row of means."""
     parts = [f"epoch {row.epoch}", f"loss {row.loss:.4f}", f"nfe {row.nfe:.1f}", f"residual {row.residual:.1e}"]
     if row.backward_nfe is not None:
         parts.append(f"backward nfe {row.backward_nfe:.1f}")
@@ -81,7 +81,7 @@ def describe_step(row: StepRow) -> str:
 
 
 def describe(found: Evaluation, metric: str) -> str:
-    """An evaluation in words."""
+    """Describe an evaluation."""
     say = (lambda value: f"{value:.2%}") if metric == "accuracy" else (lambda value: f"{value:.2f}")
     parts = [f"loss {found.loss:.4f}", f"{metric} {say(found.metric)}", f"nfe {found.nfe:.1f}"]
     parts.append(f"residual {found.residual:.1e}")

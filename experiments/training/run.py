@@ -1,4 +1,4 @@
-"""``train``: a training as one call."""
+"""The function ``train``: a whole training in one call."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class FolderInUseError(RuntimeError):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Any]:
-    """Keep other processes that call this out of a folder; the system releases it when a process ends, in whatever way.
+    """Lock a folder against other processes; the system releases the lock when the process ends, in whatever way.
 
     Raises:
-        FolderInUseError: If another process is in it.
+        FolderInUseError: If another process has the lock.
     """
     try:
         import fcntl
@@ -55,21 +55,21 @@ def train(
 
     Args:
         config: A configuration, or the name or path of one.
-        out: Folder for checkpoints, tables, plots and the trained parameters, the same for all processes; nothing is
-            written without one.
-        resume: Go on from the newest whole checkpoint in ``out``, or begin where there is none. What comes out is what
-            a training that was never stopped gives, to the last bit but for the seconds.
-        observers: Who else is told of what happens; called on the process of rank 0.
+        out: Folder for checkpoints, tables, plots and the trained parameters, the same for all processes. Without one
+            nothing is written.
+        resume: Go on from the newest complete checkpoint in ``out``, or start if there is none. Except for the seconds,
+            the result is that of an uninterrupted training to the last bit.
+        observers: More observers; they are called in the process of rank 0.
 
     Returns:
-        The model, its history, and what was measured on test data. Torch's generators are left as they were.
+        The model, its history and its evaluation on test data. Torch's generators are restored.
 
     Raises:
-        TypeError, ValueError: If the configuration does not fit, or is not that of the training to be resumed.
-        FileExistsError: If ``out`` has a training already, and is not to be resumed.
+        TypeError, ValueError: If the configuration is not valid, or not that of the training to be resumed.
+        FileExistsError: If ``out`` has a training and ``resume`` is false.
         FolderInUseError: If another process is training in ``out``.
         CheckpointError: If a checkpoint cannot be written, or none can be read.
-        ModuleNotFoundError: If something is asked for that needs a package that is not there.
+        ModuleNotFoundError: If the configuration needs a package that is not installed.
     """
     found = config if isinstance(config, TrainingConfig) else load_training_config(config)
     if resume and out is None:
@@ -94,7 +94,7 @@ def train(
 def _prepared(
     folder: Path, config: TrainingConfig, resume: bool, stack: contextlib.ExitStack, observers: Sequence[Observer]
 ) -> list[Observer]:
-    """Make the folder this training's; the observers that write into it."""
+    """Prepare and lock the folder; return the observers that write into it."""
 
     def notice(text: str) -> None:
         for observer in observers:

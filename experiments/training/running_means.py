@@ -1,4 +1,4 @@
-"""Running means over training steps, kept on the device so that no step waits for them."""
+"""Running means over training steps, on the device, so that no step waits for them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ NAMES = ("loss", "penalty", "nfe", "residual", "backward_nfe", "backward_residua
 
 
 class RunningMeans:
-    """Sums and counts of some quantities.
+    """Sums and counts of the quantities in :data:`NAMES`.
 
     Args:
-        device: Where they are added up.
+        device: Device of the sums.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, len(NAMES), dtype=torch.float64, device=device)
 
     def add(self, **values: Tensor | float) -> None:
-        """One more observation of each quantity that is named."""
+        """Add one observation of each of these quantities."""
         for name, value in values.items():
             index = NAMES.index(name)
             self.sums[0, index] += value.detach() if isinstance(value, Tensor) else value
             self.sums[1, index] += 1
 
     def take(self, distribution: Distribution) -> dict[str, float | None]:
-        """The means over all ranks, None where nothing was seen; begins anew."""
+        """Return the means over all ranks, None for quantities without observations, and start again from zero."""
         sums, counts = distribution.sum(self.sums).tolist()
         self.sums = torch.zeros_like(self.sums)
         return {name: total / n if n else None for name, total, n in zip(NAMES, sums, counts, strict=True)}
 
     def finite(self, distribution: Distribution) -> bool:
-        """Whether no loss since the last :meth:`take` was infinite or NaN, on any rank."""
+        """Whether all losses since the last :meth:`take` were finite, on all ranks."""
         return bool(distribution.sum(self.sums)[0, NAMES.index("loss")].isfinite())

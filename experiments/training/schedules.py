@@ -1,4 +1,4 @@
-"""The learning rate of each step: a function of the step alone, so that nothing of it need be saved."""
+"""The learning rate as a function of only the step: checkpoints need not save it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from experiments.training.configuration import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) -> float:
-    """The learning rate of update ``step``.
+    """Compute the learning rate of update ``step``.
 
         warm-up:   peak (step + 1) / warmup                                  for step < warmup
-        cosine:    floor + (peak - floor) (1 + cos(pi step / steps)) / 2     else
+        cosine:    floor + (peak - floor) (1 + cos(pi step / steps)) / 2     otherwise
 
     The cosine counts from the first step, not from the end of the warm-up, as the published recipes do.
 
     Args:
-        schedule: Its shape.
+        schedule: Shape of the schedule.
         peak: The optimizer's learning rate.
-        step: From 0.
-        steps: Of the whole training.
+        step: Number of the step, from 0.
+        steps: Number of steps of the whole training.
     """
     if step < schedule.warmup:
         return peak * (step + 1) / schedule.warmup

@@ -1,6 +1,6 @@
-"""Random numbers that belong to a step: functions of (seed, purpose, step), so that nothing of them need be saved.
+"""Seeds as functions of (training's seed, purpose, step): checkpoints need not save any random state for them.
 
-Every rank draws the same.
+All ranks get the same seeds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 class Purpose(IntEnum):
-    """What is drawn; each has numbers of its own. Values are part of what a seed means: never change one."""
+    """The uses of random numbers, each with its own seeds. Never change a value: results would change."""
 
     PARAMETERS = 0
     AUGMENTATION = 1
@@ -24,11 +24,11 @@ class Purpose(IntEnum):
 
 
 def seed_of(seed: int, purpose: Purpose, index: int = 0) -> int:
-    """A seed for torch, in [0, 2**63)."""
+    """Compute a seed for torch, in [0, 2**63)."""
     words = np.random.SeedSequence([seed, int(purpose), index]).generate_state(2, np.uint32)
     return (int(words[0]) << 31) ^ int(words[1])
 
 
 def generator_of(seed: int, purpose: Purpose, index: int = 0) -> torch.Generator:
-    """A generator of the CPU with that seed."""
+    """Make a CPU generator with the seed of :func:`seed_of`."""
     return torch.Generator("cpu").manual_seed(seed_of(seed, purpose, index))

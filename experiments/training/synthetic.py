@@ -1,4 +1,4 @@
-"""Small data sets that are computed: for tests, and for a look at whether a machine trains at all."""
+"""Small computed data sets, for tests and to check that training works on a machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.data import Graph, Images
 
 
 def synthetic_images(split: str, samples: int = 256, channels: int = 1, size: int = 8) -> Images:
-    """Four classes: a bright quadrant under noise; uint8 (samples, channels, size, size)."""
+    """Make images of four classes: one quadrant is brighter than the noise; uint8 (samples, channels, size, size)."""
     generator = torch.Generator("cpu").manual_seed({"train": 1, "test": 2}[split])
     labels = torch.randint(4, (samples,), generator=generator, device="cpu")
     images = torch.randint(
@@ -23,7 +23,7 @@ def synthetic_images(split: str, samples: int = 256, channels: int = 1, size: in
 
 
 def synthetic_text(vocabulary: int = 16) -> dict[str, Tensor]:
-    """A Markov chain: each token is mostly the one before it, moved on by 3."""
+    """Make a Markov chain: in most places a token is the previous one plus 3."""
     splits = {}
     for seed, (split, length) in enumerate({"train": 4096, "valid": 512, "test": 512}.items()):
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -37,7 +37,7 @@ def synthetic_text(vocabulary: int = 16) -> dict[str, Tensor]:
 
 
 def synthetic_graph(nodes: int = 96, inputs: int = 8) -> Graph:
-    """Three communities whose nodes mostly know each other, with faint features."""
+    """Make a graph of three communities, with most edges inside of them, and noisy features."""
     generator = torch.Generator("cpu").manual_seed(0)
     labels = torch.arange(nodes, device="cpu") % 3
     same = labels[:, None] == labels[None]

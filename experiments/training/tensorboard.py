@@ -1,4 +1,4 @@
-"""TensorBoard logs, where the package ``tensorboard`` is installed."""
+"""TensorBoard logs of a training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(Observer):
-    """Scalars of all rows, in a folder ``tensorboard``.
+    """Writes the scalars of all rows into the folder ``tensorboard``.
 
     Args:
-        folder: Of the training.
+        folder: Folder of the training.
 
     Raises:
-        ModuleNotFoundError: Where the package is not installed, with what to do.
+        ModuleNotFoundError: If the package ``tensorboard`` is not installed; the message says what to do.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class TensorBoard(Observer):
     def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process wrote after its last checkpoint is not shown.
+        # Hides the rows that a killed process wrote after its last checkpoint.
         with writing(self.folder):
             self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 

@@ -38,10 +38,10 @@ class Trainer:
     """One training, from its configuration to its result.
 
     Args:
-        config: What to do.
-        distribution: The ranks that do it.
-        observers: Who is told, on rank 0.
-        out: Its folder, if it has one.
+        config: The configuration.
+        distribution: The ranks that train.
+        observers: Called on rank 0.
+        out: The folder; None to write nothing.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """How long it has trained, pauses left out."""
+        """Training time, without pauses."""
         return self.seconds_before + time.monotonic() - self._began
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint that is whole; False if there is none."""
+        """Go on from the newest complete checkpoint; return False if there is none."""
         assert self.checkpoints is not None
         found, error = None, None
         if self.distribution.main:
@@ -175,7 +175,7 @@ class Trainer:
     def run(self) -> Result:
         """Train to the end."""
         status = "finished"
-        if self.out is not None:  # not before: a configuration that is refused leaves the one of the training
+        if self.out is not None:  # not earlier: a refused configuration must not replace that of the training
             self._write_config(self.out)
         self._began = time.monotonic()
         self._tell("began", self.config, self.history, self.step, self.steps, self.task.metric)
@@ -199,14 +199,14 @@ class Trainer:
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         with warnings.catch_warnings():
-            # Capped adjoint solves are part of the method, and their residuals are in every row.
+            # Adjoint solves are capped on purpose, and every row has their residuals.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            # Nothing here writes into what a model returns, which is what this is about.
+            # The warning is about writing into a model's outputs; nothing here does that.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
             yield
 
     def _update(self, step: int) -> None:
-        """One step: all parts forward and backward, and the parameters' update."""
+        """Do one step: forward and backward of all parts, and the update of the parameters."""
         config, epoch = self.config, step // self.task.steps_per_epoch
         shallow = step < config.pretraining.steps
         options: dict[str, Any] = {"layers": config.pretraining.layers} if shallow else {"max_steps": cap(config, step)}
@@ -230,7 +230,7 @@ class Trainer:
         if config.optimizer.clip is not None:
             self.scaler.unscale_(self.optimizer)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
-            if config.amp != "fp16" or bool(norm.isfinite()):  # in this order: asking waits for the device
+            if config.amp != "fp16" or bool(norm.isfinite()):  # in this order: isfinite waits for the device
                 self._observe(gradient_norm=norm)
         self.scaler.step(self.optimizer)  # leaves out steps whose gradients overflowed
         self.scaler.update()
@@ -241,7 +241,7 @@ class Trainer:
         self.means_of_evaluation.add(**values)
 
     def _report(self) -> str | None:
-        """Rows, evaluations and checkpoints that are due; what is not finite any more, if anything."""
+        """Write the rows, evaluations and checkpoints that are due; return what is no longer finite, or None."""
         last = self.step == self.steps
         evaluating = last or self.step % self.evaluation_steps == 0
         saving = self.checkpoints is not None and (last or self.step % self.checkpoint_steps == 0)
@@ -249,7 +249,7 @@ class Trainer:
         found = self._not_finite() if logging or saving else None
         if found is not None:
             self._row()
-            return found  # the last checkpoint is of better times
+            return found  # the last checkpoint is older than the failure
         if logging:
             self._row()
         if evaluating:
@@ -259,22 +259,22 @@ class Trainer:
         return None
 
     def _not_finite(self) -> str | None:
-        """What has become infinite or NaN on any rank: a loss since the last row, or parameters."""
+        """Return what is infinite or NaN on any rank: a loss since the last row, or parameters."""
         if not self.means.finite(self.distribution):
             return "the loss is"
-        # A gradient that is not finite spoils the parameters of a step whose loss was still good.
+        # A gradient that is not finite spoils the parameters although the loss of its step was finite.
         bad = torch.stack([~local(parameter.detach()).isfinite().all() for parameter in self.parameters]).sum()
         return "parameters are" if int(self.distribution.sum(bad)) else None
 
     def _test(self) -> Evaluation:
-        """The evaluation on test data; not once more where the last row is one."""
+        """Evaluate on test data; take the last row if it is such an evaluation."""
         rows = self.history.evaluations
         if self.task.validates_on_test and rows and rows[-1].step == self.step:
             return Evaluation(**{each.name: getattr(rows[-1], each.name) for each in fields(Evaluation)})
         return self.evaluate("test")
 
     def _save(self) -> None:
-        """Write a checkpoint; where that fails, all ranks raise."""
+        """Write a checkpoint; if that fails, all ranks raise."""
         assert self.checkpoints is not None
         checkpoints, state = self.checkpoints, self.state_dict()
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -291,7 +291,7 @@ class Trainer:
         self._on_main(write)
 
     def _write_result(self, result: Result, out: Path) -> None:
-        """The trained parameters, and what was measured on test data."""
+        """Write the trained parameters and the evaluation on test data."""
         tensors = snapshot.model_tensors(self.model)
         summary = {
             "status": result.status, "metric": result.metric, "steps": result.steps,
@@ -307,7 +307,7 @@ class Trainer:
         self._on_main(write)
 
     def _on_main(self, write: Callable[[], object]) -> None:
-        """Call on rank 0; an error of the disk there is raised on all ranks."""
+        """Call ``write`` on rank 0; if the disk fails there, all ranks raise."""
         error: Exception | None = None
         if self.distribution.main:
             try:

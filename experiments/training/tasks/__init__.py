@@ -11,10 +11,10 @@ from pydeq.models import ConvDEQConfig, DEQTransformerConfig, IGNNConfig, Implic
 
 
 def task_of(config: TrainingConfig) -> type[Task]:
-    """The task that a training's model is for.
+    """Return the task for a training's model.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no task for it.
     """
     model = config.model
     if isinstance(model, MDEQConfig) and model.segmentation is not None:

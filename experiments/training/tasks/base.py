@@ -1,4 +1,4 @@
-"""What training needs to know of a task, and nothing more."""
+"""The interface between training and tasks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pydeq.solution import Solution
 
 
 class Score(NamedTuple):
-    """Sums over the samples of a batch, to be added up.
+    """Sums over the samples of a batch.
 
     Args:
         loss: Sum of the losses, 0-d.
-        hits: Sum of what the metric counts, 0-d.
-        count: Samples, tokens or nodes.
+        hits: Sum of the quantity that the metric counts, 0-d.
+        count: Number of samples, tokens or nodes.
     """
 
     loss: Tensor
@@ -29,19 +29,19 @@ class Score(NamedTuple):
 
 
 class Task(ABC):
-    """What is learned: data in batches, the loss, the metric.
+    """A task: data in batches, a loss and a metric.
 
     Args:
-        config: Of the training.
+        config: Configuration of the training.
         distribution: The ranks that share each batch.
     """
 
     metric: ClassVar[str]
-    """What the metric is called."""
+    """Name of the metric."""
 
     steps_per_epoch: int
     validates_on_test: bool = False
-    """Whether validation data are all the test data, since there are no others."""
+    """Whether all test data serve as validation data, because there are no other data."""
 
     def __init__(self, config: TrainingConfig, distribution: Distribution) -> None:
         self.config, self.distribution = config, distribution
@@ -49,47 +49,47 @@ class Task(ABC):
 
     @abstractmethod
     def parts(self, step: int) -> Sequence[Any]:
-        """What this rank goes through in training step ``step``, counted from the beginning of the training."""
+        """Return this rank's parts of training step ``step``, counted from the beginning of the training."""
 
     @abstractmethod
     def loss(self, model: nn.Module, part: Any, **options: Any) -> tuple[Tensor, Solution]:
-        """The mean loss of a part, and the solution.
+        """Compute the mean loss of a part, and the solution.
 
         Args:
-            model: As the ranks train it.
+            model: The model, wrapped for all ranks.
             part: One of :meth:`parts`.
-            options: Of the model's call.
+            options: Options of the model's call.
         """
 
     @abstractmethod
     def evaluate(self, model: nn.Module, split: str, **options: Any) -> Iterator[tuple[Score, Solution]]:
-        """Score this rank's share of a split, "validation" or "test", batch by batch; each rank as many batches."""
+        """Score this rank's share of the split "validation" or "test"; all ranks have the same number of batches."""
 
     @abstractmethod
     def probe(self, model: nn.Module, samples: int) -> None:
-        """Call the model on so many samples of the validation data, or as many as this rank has: for watching it."""
+        """Call the model on ``samples`` validation samples, or as many as this rank has, so that it can be watched."""
 
     @abstractmethod
     def measure(self, hits: float, loss: float, count: int) -> float:
-        """The metric of sums over all samples."""
+        """Compute the metric from sums over all samples."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of the data: what a resumed training must find again."""
+        """Compute a digest of the data; a resumed training must have the same."""
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank carries from step to step; tensors of the same shapes on all ranks."""
+        """Return what this rank carries from step to step: tensors of the same shapes on all ranks."""
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a :meth:`state` that is not empty."""
+        """Restore a :meth:`state` that is not empty."""
         raise NotImplementedError(f"{type(self).__name__} carries nothing from step to step")
 
     def share(self, batch: int, what: str) -> int:
-        """This rank's part of ``batch``.
+        """Return the size of this rank's share of ``batch``.
 
         Raises:
-            ValueError: If it does not go up.
+            ValueError: If the batch cannot be divided equally.
         """
         world = self.distribution.world
         pieces = world * self.config.accumulation
@@ -102,5 +102,5 @@ class Task(ABC):
 
 
 def floating(device: torch.device) -> dict[str, Any]:
-    """Options of tensors like a new model's parameters."""
+    """Return the options of tensors with the dtype of new parameters."""
     return {"dtype": torch.get_default_dtype(), "device": device}

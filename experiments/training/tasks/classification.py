@@ -1,4 +1,4 @@
-"""Images and their classes."""
+"""Classification of images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydeq.solution import Solution
 
 
 class Classification(Task):
-    """Cross entropy of the classes of images; the metric is accuracy."""
+    """Classification of images by cross entropy; the metric is accuracy."""
 
     metric = "accuracy"
 
@@ -62,7 +62,7 @@ class Classification(Task):
         return self.source.fingerprint()
 
     def _inputs(self, images: Tensor) -> Tensor:
-        """What the model takes."""
+        """Normalize images, and flatten them if the model needs that."""
         x = data.normalize(images.to(self.device, non_blocking=True), *_channels(self.source.statistics))
         x = x.to(torch.get_default_dtype())
         return x.flatten(1) if isinstance(self.config.model, ImplicitMLPConfig) else x

@@ -1,4 +1,4 @@
-"""Where the batches of images come from: memory, or folders of files."""
+"""Sources of batches of images: memory, or folders of files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.training.seeds import Purpose, generator_of
 from experiments.training.synthetic import synthetic_images
 
 FOLDERS = ("imagenet", "image_folder")
-"""Data sets that are folders of files, as :func:`experiments.data.image_folder` reads them."""
+"""Names for folders of files, which :func:`experiments.data.image_folder` reads."""
 
 
 class Samples(NamedTuple):
@@ -30,14 +30,14 @@ class Samples(NamedTuple):
 
 
 class ImageSource(ABC):
-    """This rank's share of batches.
+    """A source of this rank's share of batches.
 
-    What a sample looks like, and which samples make a step, does not depend on the number of ranks.
+    The samples of a step, and their augmentation, do not depend on the number of ranks.
 
     Attributes:
-        count: Training samples.
-        classes: Of the images.
-        statistics: Of each channel.
+        count: Number of training samples.
+        classes: Number of classes.
+        statistics: Mean and standard deviation of each channel.
         validates_on_test: Whether validation and test data are the same.
     """
 
@@ -51,15 +51,21 @@ class ImageSource(ABC):
 
     @abstractmethod
     def training(self, step: int, epoch: int, position: int) -> Samples:
-        """The share of a step, which is batch ``position`` of its epoch; steps are asked for one after the other."""
+        """Return this rank's share of a step, batch ``position`` of its epoch; called for one step after the other."""
 
     @abstractmethod
     def evaluation(self, split: str, batch: int, samples: int | None = None) -> Iterator[Samples]:
-        """The shares of "validation" or "test", as many on all ranks; of the first samples alone, where so asked."""
+        """Yield the shares of a split, equally many on all ranks.
+
+        Args:
+            split: "validation" or "test".
+            batch: Samples at a time, of all ranks together.
+            samples: Use only the first n samples; None for all.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of all samples, or of what files they are in."""
+        """Compute a digest of all samples, or of their files' names."""
 
 
 class MemoryImages(ImageSource):
@@ -126,7 +132,7 @@ class MemoryImages(ImageSource):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for samples in self.known:  # all of them: how many are looked at may change
+        for samples in self.known:  # all: a resumed training may evaluate on fewer
             digest.update(str(tuple(samples.images.shape)).encode())
             digest.update(samples.images.contiguous().numpy().data)
             digest.update(samples.labels.contiguous().numpy().data)
@@ -134,7 +140,7 @@ class MemoryImages(ImageSource):
 
 
 class FolderImages(ImageSource):
-    """Images in files, read by other processes ahead of time."""
+    """Images in files, which other processes read ahead of time."""
 
     validates_on_test = True
 
@@ -177,14 +183,14 @@ class FolderImages(ImageSource):
         for images, labels in self._loader(self.test, full):
             yield Samples(images, labels)
         size = self.config.data.size
-        for _ in range(len(order) - len(full)):  # ranks without samples take part
+        for _ in range(len(order) - len(full)):  # ranks without samples take part, too
             yield Samples(
                 torch.empty(0, 3, size, size, dtype=torch.uint8, device="cpu"),
                 torch.empty(0, dtype=torch.int64, device="cpu"),
             )
 
     def _loader(self, images: data.ImageFolder, order: list[Tensor]) -> DataLoader[Any]:
-        # A generator of its own: training's random numbers must not depend on how files are read.
+        # Its own generator: training's random numbers must not depend on how files are read.
         return DataLoader(
             images, batch_sampler=[indices.tolist() for indices in order], num_workers=self.config.data.workers,
             generator=torch.Generator("cpu"), pin_memory=self.distribution.device.type == "cuda",
@@ -199,7 +205,7 @@ class FolderImages(ImageSource):
 
 
 def image_source(config: TrainingConfig, distribution: Distribution) -> ImageSource:
-    """The source that a configuration names."""
+    """Make the source that a configuration names."""
     return (FolderImages if config.data.name in FOLDERS else MemoryImages)(config, distribution)
 
 
@@ -208,7 +214,7 @@ def _first(samples: data.Images | Samples, count: int | None) -> Samples:
 
 
 def _shares(n: int, batch: int, distribution: Distribution) -> data.Batches:
-    """This rank's share of n samples in order, some of which may be empty; as many on all ranks."""
+    """This rank's shares of n samples in order, equally many on all ranks; some may be empty."""
     return data.batches(
         n, max(batch, distribution.world), rank=distribution.rank, world=distribution.world, shuffle=False
     )

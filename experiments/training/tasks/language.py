@@ -1,4 +1,4 @@
-"""Text, word by word."""
+"""Language modelling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Segment(NamedTuple):
 
     Args:
         tokens, targets: (rows, length).
-        rows: Which of this rank's rows.
+        rows: Indices of its rows among this rank's.
     """
 
     tokens: Tensor
@@ -33,10 +33,10 @@ class Segment(NamedTuple):
 
 
 class LanguageModelling(Task):
-    """The next word of a text; the metric is perplexity.
+    """Prediction of the next word of a text; the metric is perplexity.
 
-    The training text is cut into as many rows as a batch has, which are read side by side, segment by segment, each
-    with the memory of the one before. At the beginning of an epoch nothing is remembered.
+    The training text is cut into as many rows as a batch has. They are read in parallel, segment by segment, each with
+    the memory of the previous one. An epoch begins without memory.
     """
 
     metric = "perplexity"
@@ -98,7 +98,7 @@ class LanguageModelling(Task):
         model(words[:, :-1], words[:, 1:])
 
     def _segments(self, tokens: Tensor) -> Iterator[Tensor]:
-        """This rank's rows of a text, maybe none, segment by segment with one token of the next."""
+        """Yield the segments of this rank's rows of a text, each with one token of the next; there may be no rows."""
         batch, length = self.config.evaluation.batch or self.config.batch, self.config.data.length
         rows = _rows(tokens, max(1, min(batch, len(tokens) // 2)))
         rows = rows.tensor_split(self.distribution.world)[self.distribution.rank].to(self.device)
@@ -131,7 +131,7 @@ class LanguageModelling(Task):
 
 
 class _MemoryLength:
-    """Within it, a model remembers another number of tokens; None for as many."""
+    """Context manager in which a model remembers ``length`` tokens; None for no change."""
 
     def __init__(self, model: Any, length: int | None) -> None:
         self.model, self.length, self.before = model, length, model.memory_length
@@ -145,7 +145,7 @@ class _MemoryLength:
 
 
 def _load(config: TrainingConfig) -> tuple[dict[str, Tensor], int]:
-    """The splits, and the size of the vocabulary."""
+    """Load the splits, and the size of the vocabulary."""
     settings = config.data
     if settings.name == "synthetic_text":
         return synthetic_text(), 16
@@ -156,6 +156,6 @@ def _load(config: TrainingConfig) -> tuple[dict[str, Tensor], int]:
 
 
 def _rows(tokens: Tensor, batch: int) -> Tensor:
-    """A text as rows of equal length, (batch, length); what is left over is left out."""
+    """Cut a text into rows of equal length, (batch, length), without the rest at its end."""
     length = len(tokens) // batch
     return tokens[: batch * length].view(batch, length)

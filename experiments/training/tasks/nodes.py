@@ -1,4 +1,4 @@
-"""A graph and the classes of its nodes."""
+"""Classification of the nodes of a graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydeq.solution import Solution
 
 
 class NodeClassification(Task):
-    """Cross entropy of the classes of some nodes, the whole graph at each step; the metric is accuracy."""
+    """Classification of nodes by cross entropy, with the whole graph in each step; the metric is accuracy."""
 
     metric = "accuracy"
     steps_per_epoch = 1
