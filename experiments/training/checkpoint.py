@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pooch import file_hash
 from torch import Tensor
 
 from experiments.training.atomic_files import flush_file, flush_folder
@@ -95,7 +96,7 @@ class Checkpoints:
             beside.mkdir()
             _save(tensors, beside / TENSORS)
             flush_file(beside / TENSORS)
-            facts = {"bytes": (beside / TENSORS).stat().st_size, "sha256": _digest(beside / TENSORS)}
+            facts = {"bytes": (beside / TENSORS).stat().st_size, "sha256": file_hash(str(beside / TENSORS))}
             content = {"format": FORMAT, "tensors": facts, "state": _finite(state)}
             with (beside / STATE).open("w", encoding="utf-8") as file:
                 file.write(json.dumps({"checksum": _checksum(content)} | content, allow_nan=False))
@@ -188,7 +189,7 @@ def read(path: Path) -> Checkpoint:
         facts, size = content["tensors"], (path / TENSORS).stat().st_size
         if size != facts["bytes"]:
             raise ValueError(f"{TENSORS} has {size} bytes of {facts['bytes']}")
-        if _digest(path / TENSORS) != facts["sha256"]:
+        if file_hash(str(path / TENSORS)) != facts["sha256"]:
             raise ValueError(f"{TENSORS} does not have its checksum")
         return Checkpoint(path, _library().load_file(path / TENSORS), _number(content["state"]))
     except PermissionError as error:
@@ -240,14 +241,6 @@ def _library_error() -> type[Exception]:
 
 def _step_of(path: Path) -> int:
     return int(path.name)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checksum(content: dict[str, Any]) -> str:

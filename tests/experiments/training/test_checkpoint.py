@@ -94,7 +94,7 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
 
     path = Checkpoints(tmp_path).write(1, tensors(), STATE)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_digest", refuse)
+        patch.setattr(checkpoint, "file_hash", refuse)
         with pytest.raises(CheckpointError, match=r"00000001 may not be read: .*Permission denied: .*tensors"):
             Checkpoints(tmp_path).newest(pytest.fail)
     assert Checkpoints(tmp_path).newest(pytest.fail).path == path
