@@ -13,16 +13,16 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: If it cannot be written; the old file is then unchanged.
     """
-    beside = path.with_name(f".{path.name}.writing")
+    partial = path.with_name(f".{path.name}.writing")
     try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
+        with partial.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            partial.unlink()
         raise
     flush_folder(path.parent)
 

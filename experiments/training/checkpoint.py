@@ -87,25 +87,25 @@ class Checkpoints:
             CheckpointError: If it cannot be written; the message names the last good one.
         """
         errors = (OSError, _library_error())
-        final, beside = self.folder / f"{step:08d}", self.folder / f".writing-{step:08d}"
+        final, partial = self.folder / f"{step:08d}", self.folder / f".writing-{step:08d}"
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 flush_folder(self.folder.parent)
             self._sweep()
-            beside.mkdir()
-            _save(tensors, beside / TENSORS)
-            flush_file(beside / TENSORS)
-            facts = {"bytes": (beside / TENSORS).stat().st_size, "sha256": file_hash(str(beside / TENSORS))}
+            partial.mkdir()
+            _save(tensors, partial / TENSORS)
+            flush_file(partial / TENSORS)
+            facts = {"bytes": (partial / TENSORS).stat().st_size, "sha256": file_hash(str(partial / TENSORS))}
             content = {"format": FORMAT, "tensors": facts, "state": _finite(state)}
-            with (beside / STATE).open("w", encoding="utf-8") as file:
+            with (partial / STATE).open("w", encoding="utf-8") as file:
                 file.write(json.dumps({"checksum": _checksum(content)} | content, allow_nan=False))
                 file.flush()
                 os.fsync(file.fileno())
-            flush_folder(beside)
+            flush_folder(partial)
             if final.exists():  # a damaged one, or one of a longer training that was shortened
                 os.replace(final, self.folder / f".removing-{step:08d}")
-            os.replace(beside, final)
+            os.replace(partial, final)
             flush_folder(self.folder)
         except errors as error:
             with contextlib.suppress(OSError):
@@ -204,15 +204,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: If it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.writing")
+    partial = path.with_name(f".{path.name}.writing")
     try:
-        _save(tensors, beside)
-        flush_file(beside)
-        os.replace(beside, path)
+        _save(tensors, partial)
+        flush_file(partial)
+        os.replace(partial, path)
         flush_folder(path.parent)
     except (OSError, _library_error()) as error:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            partial.unlink()
         raise CheckpointError(f"{path} could not be written: {error}") from error
 
 

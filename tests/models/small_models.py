@@ -32,7 +32,7 @@ def mdeq(channels: tuple[int, ...] = (8, 8), *, seed: int = 0, **options: Any) -
     for block in model.deq.cell.blocks:
         torch.nn.init.constant_(block.norm1.weight, 0.2)
         torch.nn.init.constant_(block.norm1.bias, 1.0)
-    for post in model.deq.cell.post:  # small beside what it is added to
+    for post in model.deq.cell.post:  # small compared with what it is added to
         torch.nn.init.constant_(post[1].weight, 0.3)
     return model
 

@@ -101,7 +101,7 @@ def test_channel_dropout_is_drawn_once_per_call():
     model = mdeq(dropout=0.4).train()
     with torch.no_grad():
         solution = model(images(), return_solution=True)[1]
-        assert solution.converged.all(), "no fixed point: something was drawn anew for each evaluation"
+        assert solution.converged.all(), "no fixed point: each evaluation drew new random numbers"
         first, second = (model.equilibrium(images())[0][0] for _ in range(2))
     assert not torch.allclose(first, second)
 

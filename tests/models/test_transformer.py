@@ -124,7 +124,7 @@ def test_gradients_with_a_memory_are_those_of_the_unrolled_iteration(pre_norm):
 def test_dropout_is_drawn_once_per_call():
     model, text = transformer(dropout=0.2, attention_dropout=0.2).train(), words(3, 7)
     solution = model(text, return_solution=True, rtol=1e-8)[1]
-    assert solution.converged.all(), "no fixed point: something was drawn anew for each evaluation"
+    assert solution.converged.all(), "no fixed point: each evaluation drew new random numbers"
     first, second = model(text).hidden, model(text).hidden
     assert not torch.allclose(first, second)
     assert torch.equal(model.eval()(text).hidden, model(text).hidden)

@@ -71,7 +71,7 @@ def test_cifar10(publish, write, tmp_path, place):
     assert np.array_equal(train.labels.numpy(), np.concatenate([labels for _, labels in expected]))
     assert np.array_equal(test.images.numpy(), arrays["test_batch.bin"][0])
     assert test.classes[0] == "airplane"
-    # They belong to the caller alone, who may write to them.
+    # They belong only to the caller, who may write to them.
     test.images.zero_()
 
 

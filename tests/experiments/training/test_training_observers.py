@@ -91,7 +91,7 @@ def test_tensorboard_gets_every_row(tmp_path):
     assert "validation/train_loss" not in log.Tags()["scalars"]
 
 
-def test_what_a_training_logged_before_it_began_anew_is_not_shown(tmp_path):
+def test_what_a_training_logged_before_it_started_again_is_not_shown(tmp_path):
     pytest.importorskip("tensorboard")
 
     class StoppedError(Exception):

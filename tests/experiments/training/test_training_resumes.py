@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, 
     assert_same(tmp_path / "whole", out)
 
 
-def test_where_all_checkpoints_are_damaged_nothing_is_begun_anew(tmp_path):
+def test_where_all_checkpoints_are_damaged_nothing_is_started_again(tmp_path):
     out = stopped(tmp_path, small("mlp"))
     for name in ("00000002", "00000004"):
         damage(out / "checkpoints" / name / "tensors.safetensors", "flipped")
