@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _misused(message: str) -> int:
-    print(f"pydeq data: {message}", file=sys.stderr)
+    print(f"data: {message}", file=sys.stderr)
     return 2
 
 
@@ -122,6 +122,6 @@ def _get(names: list[str], root: Path | None, source: Path | None) -> int:
         try:
             get(name, root, source, report=print)
         except (ObtainError, OSError, AlteredDataError, ModuleNotFoundError) as error:
-            print(f"pydeq data get {name}: {error}", file=sys.stderr)
+            print(f"data get {name}: {error}", file=sys.stderr)
             status = 1
     return status

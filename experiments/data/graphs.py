@@ -114,11 +114,11 @@ def parse_planetoid(contents: Mapping[str, bytes], name: str) -> Graph:
     allx, tx, y, ally, ty = features("allx"), features("tx"), labels("y"), labels("ally"), labels("ty")
     if len(allx) != len(ally) or len(tx) != len(ty) or len(y) > len(ally):
         raise ValueError(
-            f"ind.{name}: allx and ally, tx and ty must have as many rows each, and y no more than ally, got "
+            f"ind.{name}: allx and ally, tx and ty must have equally many rows, and y no more than ally, got "
             f"{len(allx)} and {len(ally)}, {len(tx)} and {len(ty)}, {len(y)}"
         )
     if allx.shape[1] != tx.shape[1] or not y.shape[1] == ally.shape[1] == ty.shape[1]:
-        raise ValueError(f"ind.{name}: all features, and all labels, must have as many columns")
+        raise ValueError(f"ind.{name}: all features, and all labels, must have equally many columns")
     try:
         test = np.array([int(line) for line in contents[f"ind.{name}.test.index"].split()], np.int64)
     except ValueError as error:
@@ -163,7 +163,7 @@ def parse_citations(content: bytes, cites: bytes) -> Graph:
     """
     rows = [line.split() for line in content.decode("ascii").splitlines()]
     if not rows or len({len(row) for row in rows}) != 1 or len(rows[0]) < 3:
-        raise ValueError("cora.content must have lines of a name, as many features each, and a class")
+        raise ValueError("cora.content must have lines of a name, equally many features, and a class")
     number = {row[0]: i for i, row in enumerate(rows)}
     if len(number) != len(rows):
         raise ValueError("cora.content must name each paper once")

