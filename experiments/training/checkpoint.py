@@ -144,7 +144,7 @@ class Checkpoints:
             else:
                 return found
         if reasons:
-            raise CheckpointError("no checkpoint is whole: " + "; ".join(reasons))
+            raise CheckpointError("no checkpoint is complete: " + "; ".join(reasons))
         return None
 
     def _sweep(self) -> None:

@@ -184,7 +184,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_started_again(tmp_path):
     for name in ("00000002", "00000004"):
         damage(out / "checkpoints" / name / "tensors.safetensors", "flipped")
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint is whole: .*00000004.*00000002.*does not have its checksum"
+        CheckpointError, match=r"no checkpoint is complete: .*00000004.*00000002.*does not have its checksum"
     ):
         training.train(small("mlp"), out=out, resume=True)
 
