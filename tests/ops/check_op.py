@@ -1,7 +1,18 @@
-"""``check_op``: an operation does what its reference does. ``record``: the arguments of real steps, to check it on.
+"""``record`` the arguments of a solve's steps, then ``check_op`` that an operation does what its reference does there.
 
-Rounding must not add up over steps, so operation and reference start each step from one workspace. Buffers that a
-solver allocates without filling them hold NaN here: what reads them is found out.
+    check_op(OP, picard_step.reference, record(Picard(), lambda z, k: z / 2 + 1, torch.zeros(1, 1), 3))
+
+By hand: from z = 0 Picard's iteration of z / 2 + 1 takes three steps, so ``record`` returns three samples. Each has the
+arguments as they were before that step; ``next`` still holds the previous iterate.
+
+    sample   z     f      next           the step must leave in next
+    0        0     1      -              1
+    1        1     1.5    0              1.5
+    2        1.5   1.75   1              the best iterate, 1.5: it is the last step
+
+``check_op`` gives operation and reference a copy of each sample and compares all arguments afterwards. So rounding does
+not add up over steps. Buffers that a solver allocates without filling them hold NaN here, so a kernel that reads them
+is found out.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -43,16 +54,17 @@ def check_op(
     allowance: Callable[[dict, dict], dict] = lambda before, after: {},
     opcheck: Sequence[int] = (),
 ) -> None:
-    """Run ``op`` and ``reference`` on copies of each sample's arguments, and compare all they wrote and returned.
+    """Check on each sample that ``op`` writes and returns the same as ``reference``.
 
-    Every instruction set is run, and must compute the same bits.
+    All instruction sets are run, and must compute the same bits.
 
     Args:
-        samples: Arguments of one call each.
-        allowance: From the arguments by name before the call, and as the reference leaves them, the absolute errors
-            allowed, by name ("return" is what came back): tensors that broadcast with the argument, infinite where
-            nobody reads it again. What is not named must be the same to the last bit.
-        opcheck: Which samples torch.library.opcheck is run on: schema, fake kernel, autograd registration, tracing.
+        samples: The arguments of one call each.
+        allowance: allowance(before, after) returns the absolute errors allowed, by argument; "return" is the returned
+            value. ``before`` and ``after`` are the arguments by name before the call and as the reference leaves them.
+            An error is a tensor that broadcasts with the argument, infinite where the argument is not read again.
+            Arguments without an allowance must be the same to the last bit.
+        opcheck: Indices of samples for torch.library.opcheck: schema, fake kernel, autograd registration, tracing.
     """
     samples = list(samples)
     names = [argument.name for argument in op._schema.arguments]
@@ -73,7 +85,7 @@ def check_op(
 
 
 def run(function: Callable, names: Sequence[str], sample: Sequence) -> dict:
-    """The arguments by name after a call of ``function`` on a copy of them, and "return"."""
+    """Call ``function`` on a copy of the arguments; return them by name as it left them, and "return"."""
     arguments = copy(tuple(sample))
     with torch.no_grad():
         result = function(*arguments)
@@ -85,7 +97,7 @@ def copy(arguments: tuple) -> tuple:
 
 
 def on_each_instruction_set(function: Callable):
-    """Yields (name, function()) for each instruction set; once where the references run. The last is the best."""
+    """Yield (name, function()) for each instruction set, the best one last; once where the references run."""
     active = kernels.kernels().instruction_set
     try:
         for isa in kernels.supported_instruction_sets() or (None,):
@@ -117,12 +129,12 @@ def compare(where: str, actual, expected, allowed) -> None:
 
 
 def bits(x: Tensor) -> Tensor:
-    """A tensor's bytes, which are equal only where NaNs, too, are the same."""
+    """Return a tensor's bytes: unlike entries, equal NaNs have equal bytes."""
     return x.reshape(-1).view(torch.uint8)
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps a copy of the arguments of every operation of pydeq's before it runs; fills new buffers with NaN."""
+    """Keeps a copy of the arguments of each of pydeq's operations before it runs, and fills new buffers with NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +150,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(solver, fn: Callable, z0: Tensor, max_steps: int, **rules) -> list[tuple]:
-    """The arguments of ``max_steps`` steps of ``solver`` on fn(z, k), k the step, from ``z0`` [B, D].
+    """Return the arguments of ``max_steps`` steps of ``solver`` on fn(z, k), with the step k, from ``z0`` [B, D].
 
     Args:
         rules: Of :class:`pydeq.ops.termination.Rules`; a small rtol, freezing and stalling unless given.
@@ -179,18 +191,18 @@ def mixed_map(batch: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[
 
 
 def scaled(fn: Callable, z0: Tensor, scale: float) -> tuple[Callable, Tensor]:
-    """The same problem in another unit: fn'(z) = scale fn(z / scale)."""
+    """Return the same problem in another unit: fn'(z) = scale fn(z / scale)."""
     return lambda z, k: scale * fn(z / scale, k), scale * z0
 
 
 def scalar_tolerance(before: dict, after: dict) -> Tensor:
-    """What norms may differ by: they are sums over the state, in float32 within a chunk for all but float64."""
+    """Allowed error of norms: they are sums over the state, in float32 within a chunk for all dtypes but float64."""
     compute = torch.promote_types(before["z"].dtype, torch.float32)
     return tolerance(compute, before["z"].shape[1]) * after["scalars"].abs().nan_to_num(0.0, 0.0)
 
 
 def sensitivity(reference: Callable, before: dict, after: dict, perturb: Callable, tries: int = 2) -> dict:
-    """How much what ``reference`` writes moves when ``perturb(arguments, generator)`` disturbs its input, by name."""
+    """Return how far what ``reference`` writes moves where ``perturb(arguments, generator)`` disturbs them."""
     names, generator = [name for name in after if name != "return"], torch.Generator().manual_seed(0)
     moved: dict = {}
     for _ in range(tries):
@@ -214,9 +226,9 @@ def widest(so_far, one, other):
 
 
 def check_frozen(op: torch._ops.OpOverload, samples: Sequence[Sequence]) -> int:
-    """A step leaves every row of samples that are done as it is, to the last bit, on every instruction set.
+    """Check that a step leaves the rows of samples that are done unchanged, to the last bit, on every instruction set.
 
-    Returns how many rows it saw.
+    Returns how many such rows there were.
     """
     names = [argument.name for argument in op._schema.arguments]
     rows = 0
