@@ -114,8 +114,8 @@ class Count:
 
 
 def count(name: str, dtype: torch.dtype, path: str, kind: str) -> list[Count]:
-    """The steps of a solve of two samples that starts at zero and never stops."""
-    method, batch, state = METHODS[name], 2, STATES[path]
+    """The steps of a solve of one sample that starts at zero and never stops."""
+    method, batch, state = METHODS[name], 1, STATES[path]
     x = torch.randn(batch, state, generator=torch.Generator().manual_seed(0)).to(dtype)
     rates = torch.linspace(*MAPS[kind], state).to(dtype)
     samples = record(method.solver, lambda z, k: rates * z.roll(1, 1) + x, torch.zeros_like(x), STEPS, rtol=0.0)
