@@ -101,8 +101,8 @@ def check_configuration(saved: dict[str, Any], now: dict[str, Any], notice: Call
             continue
         if not any(key == free or key.startswith(f"{free}.") for free in FREE):
             raise ValueError(
-                f"{key} is {new!r}, and the training to be resumed has {old!r}: keep it, or start a new training in another"
-                " folder"
+                f"{key} is {new!r}, and the training to be resumed has {old!r}: keep it, or start a new training in"
+                " another folder"
             )
         notice(f"{key} was {old!r} and is {new!r} from here on")
 
