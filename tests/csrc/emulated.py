@@ -33,7 +33,7 @@ SOURCES = (FOLDER / "emulator" / "emulator.cpp", *sorted(FOLDER.glob("*.cpp")))
 
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # as in shared/dispatch.h
 
-COMMON_FLAGS = "-std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Werror -DPYDEQ_EMULATOR"
+COMMON_FLAGS = "-std=c++17 -Og -g1 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Werror -DPYDEQ_EMULATOR"
 SANITIZER_FLAGS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-fsanitize=thread -DPYDEQ_EMULATOR_TSAN",
