@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -144,6 +145,7 @@ def test_z0_is_not_written_to(solver):
         ((), ValueError, "z0 must have at least one tensor, got an empty tuple"),
         ({}, ValueError, "z0 must have at least one tensor, got an empty dict"),
         (1.0, TypeError, "z0 must be a tensor or tensors in tuples, lists, dicts and namedtuples, got float"),
+        (np.ones((2, 3)), TypeError, "namedtuples, got ndarray: convert it by torch.as_tensor"),
         (object(), TypeError, "got object: register a type of your own by torch.export.register_dataclass"),
         ([torch.ones(2), 1.0], TypeError, "z0[1] must be a tensor, got float"),
         ({"h": (torch.ones(2), None)}, TypeError, "z0['h'][1] must be a tensor, got NoneType"),

@@ -96,7 +96,9 @@ def _check_leaf(name: str, leaf: Any) -> None:
     if isinstance(leaf, Tensor):
         return
     advice = ""
-    if not isinstance(leaf, int | float | complex | str | bytes | None):
+    if hasattr(leaf, "__array__"):
+        advice = ": convert it by torch.as_tensor"
+    elif not isinstance(leaf, int | float | complex | str | bytes | None):
         advice = ": register a type of your own by torch.export.register_dataclass or with torch's pytree"
     if name == "z0":
         raise TypeError(
