@@ -49,6 +49,11 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
     return int(value)
 
 
+def shown(value: Any) -> str:
+    """The text of a wrong argument in an error message: a class given in place of an instance is called that."""
+    return f"the class {value.__name__}, not an instance" if isinstance(value, type) else repr(value)
+
+
 def set_fields(settings: Any, **values: Any) -> None:
     """Set fields of a frozen dataclass to their checked values."""
     for name, value in values.items():

@@ -20,6 +20,7 @@ from pydeq.arguments import (
     check_states_at,
     check_tolerance,
     keywords_for,
+    shown,
     unknown_keyword,
 )
 from pydeq.cell.batched_context import check_compact
@@ -114,10 +115,10 @@ class DEQ(nn.Module):
         self.cell = cell
         self.solver = Anderson() if solver is None else solver
         if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
+            raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(solver)}")
         self.adjoint = Implicit() if adjoint is None else adjoint
         if not isinstance(self.adjoint, Adjoint):
-            raise TypeError(f"adjoint must be an adjoint like pydeq.Implicit(), got {adjoint!r}")
+            raise TypeError(f"adjoint must be an adjoint like pydeq.Implicit(), got {shown(adjoint)}")
         self.adjoint.check(self.solver)
         self.rtol = None if rtol is None else check_tolerance("rtol", rtol)
         self.atol = check_tolerance("atol", atol)
@@ -191,7 +192,7 @@ class DEQ(nn.Module):
             cell = PreparedCell(self.cell, z0, keywords, self.has_aux, compiler=compiler, freeze_rng=self.freeze_rng)
             if penalty is not None:
                 if not isinstance(penalty, JacobianPenalty):
-                    raise TypeError(f"penalty must be a pydeq.JacobianPenalty, got {type(penalty).__name__}")
+                    raise TypeError(f"penalty must be a penalty like pydeq.JacobianPenalty(0.5), got {shown(penalty)}")
                 if not return_solution:
                     raise ValueError("penalty is returned in the solution: it needs return_solution=True")
             if trace and not return_solution:
@@ -267,7 +268,7 @@ class DEQ(nn.Module):
 
     def _check_solver(self, solver: Any) -> Solver:
         if not isinstance(solver, Solver):
-            raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
+            raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(solver)}")
         self.adjoint.check(solver)
         return solver
 

@@ -187,7 +187,11 @@ def test_autocast_refuses_what_is_not_floating(solver):
     ("arguments", "error", "message"),
     [
         ({"solver": "anderson"}, TypeError, "solver must be a solver like pydeq.Anderson(), got 'anderson'"),
-        ({"solver": pydeq.Anderson}, TypeError, "solver must be a solver like pydeq.Anderson(), got <class"),
+        (
+            {"solver": pydeq.Anderson},
+            TypeError,
+            "solver must be a solver like pydeq.Anderson(), got the class Anderson, not an",
+        ),
         ({"rtol": -1e-3}, ValueError, "rtol must be at least 0, got -0.001"),
         ({"atol": -1.0}, ValueError, "atol must be at least 0, got -1.0"),
         ({"rtol": float("nan")}, ValueError, "rtol must be at least 0, got nan"),

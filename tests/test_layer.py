@@ -135,7 +135,9 @@ def test_a_cell_that_raises_leaves_nothing_behind(z0, x):
     ("arguments", "error", "message"),
     [
         ({"solver": "broyden"}, TypeError, "solver must be a solver like pydeq.Anderson"),
+        ({"solver": pydeq.Broyden}, TypeError, "like pydeq.Anderson\\(\\), got the class Broyden, not an instance"),
         ({"adjoint": True}, TypeError, "adjoint must be an adjoint like pydeq.Implicit"),
+        ({"adjoint": pydeq.Phantom}, TypeError, "like pydeq.Implicit\\(\\), got the class Phantom, not an instance"),
         ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
         ({"eval_max_steps": 0}, ValueError, "eval_max_steps must be at least 1, got 0"),
         ({"atol": -1.0}, ValueError, "atol must be at least 0, got -1.0"),

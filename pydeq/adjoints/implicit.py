@@ -28,7 +28,7 @@ from pydeq.adjoints.functional import solve_functional, transforms_active
 from pydeq.adjoints.graph_inputs import edge_of, graph_ends, graph_inputs
 from pydeq.adjoints.handover import hand_over, take_over
 from pydeq.adjoints.postponed_hooks import hooks_postponed
-from pydeq.arguments import check_max_steps, check_tolerance, set_fields, suggests_keywords
+from pydeq.arguments import check_max_steps, check_tolerance, set_fields, shown, suggests_keywords
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.cell.plain_operations import composed_norms
@@ -74,7 +74,7 @@ class Implicit(Adjoint):
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {self.solver!r}")
+            raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(self.solver)}")
         rtol = None if self.rtol is None else check_tolerance("rtol", self.rtol)
         set_fields(self, rtol=rtol, max_steps=check_max_steps("max_steps", self.max_steps))
 

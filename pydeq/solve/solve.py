@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pydeq.arguments import check_max_steps, check_norm, check_states_at, check_tolerance
+from pydeq.arguments import check_max_steps, check_norm, check_states_at, check_tolerance, shown
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.scope import solve_scope
 from pydeq.ops.reduction import WHOLE, Reduction
@@ -65,7 +65,7 @@ def solve_keeping_workspace(
     if solver is None:
         solver = _DEFAULT_SOLVER
     elif not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {solver!r}")
+        raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(solver)}")
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "fixed_point does not work under torch.func transforms (it has no gradient, and stops samples by their"

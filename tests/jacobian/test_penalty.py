@@ -229,8 +229,10 @@ def test_what_a_layer_refuses():
     deq, (z0, x) = layer(), problem()
     with pytest.raises(ValueError, match="penalty is returned in the solution: it needs return_solution=True"):
         deq(z0, x, penalty=JacobianPenalty(1.0))
-    with pytest.raises(TypeError, match=r"penalty must be a pydeq\.JacobianPenalty, got float"):
-        deq(z0, x, return_solution=True, penalty=0.5)
+    with pytest.raises(TypeError, match=r"must be a penalty like pydeq\.JacobianPenalty\(0.5\), got 0.3"):
+        deq(z0, x, return_solution=True, penalty=0.3)
+    with pytest.raises(TypeError, match="got the class JacobianPenalty, not an instance"):
+        deq(z0, x, return_solution=True, penalty=JacobianPenalty)
     for schedule in ({"stop": 5}, {"milestones": [(1, 1.0)]}, {"increment": 0.1, "every": 2}):
         with pytest.raises(ValueError, match=r"constant strength, got a schedule: pass penalty.at\(step\)"):
             deq(z0, x, return_solution=True, penalty=JacobianPenalty(1.0, **schedule))
