@@ -158,14 +158,35 @@ def keywords_for(
     return given
 
 
-def _parameters(fn: Callable[..., Any]) -> tuple[list[str], bool]:
-    """The names of fn's arguments after the first one, and whether it takes any keyword."""
+def check_context(fn: Callable[..., Any], context: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    """Raise an error that tells the order of arguments, if fn cannot be called with a state and these arguments.
+
+    For calls of fn that have failed: it looks at fn's signature, which takes long.
+    """
+    try:
+        signature = _signature(fn)
+    except (TypeError, ValueError):  # there is none to look at
+        return
+    try:
+        signature.bind(None, *context, **keywords)
+    except TypeError as error:
+        raise TypeError(
+            f"fn was called with z and {len(context)} of context: {error}. Pass z0 first, then what fn takes after z"
+        ) from None
+
+
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
     fn = getattr(fn, "_orig_mod", fn)  # what torch.compile wraps takes anything
     fn = getattr(fn, "_torchdynamo_orig_callable", fn)
     if isinstance(fn, nn.Module):
         fn = fn.forward
+    return inspect.signature(fn)
+
+
+def _parameters(fn: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names of fn's arguments after the first one, and whether it takes any keyword."""
     try:
-        _, *rest = inspect.signature(fn).parameters.values()
+        _, *rest = _signature(fn).parameters.values()
     except (TypeError, ValueError):  # there is none to look at, or fn takes nothing
         return [], True
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

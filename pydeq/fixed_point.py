@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pydeq.arguments import keywords_for
+from pydeq.arguments import check_context, keywords_for
 from pydeq.cell.batched_context import check_compact
 from pydeq.cell.prepared import PreparedCell
 from pydeq.cell.scope import solve_scope
@@ -122,13 +122,17 @@ def fixed_point(
         adapter = cell.adapter
         if compact:
             batched_context = check_compact(fn, context, batched_context, adapter, freeze)
-        context = adapter.context(context)
+        given, context = context, adapter.context(context)
         with solve_scope():
-            solution = solve(
-                cell.call, cell.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
-                freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
-                process_group=process_group, sharded=sharded, states_at=states_at, norm=norm,
-            )  # fmt: skip
+            try:
+                solution = solve(
+                    cell.call, cell.z0, context, solver=solver, rtol=rtol, atol=atol, max_steps=max_steps, trace=trace,
+                    freeze=freeze, stall=stall, compact=compact, batched_context=batched_context,
+                    process_group=process_group, sharded=sharded, states_at=states_at, norm=norm,
+                )  # fmt: skip
+            except TypeError:
+                check_context(fn, given, keywords)
+                raise
             if has_aux:
                 with torch.no_grad():
                     solution.aux = adapter.aux_at_image(cell.call, solution, context)

@@ -15,6 +15,7 @@ from pydeq.adjoints.base import AdjointResult, Problem
 from pydeq.adjoints.functional import transforms_active
 from pydeq.adjoints.learned_start_warning import warn_about_learned_start
 from pydeq.arguments import (
+    check_context,
     check_max_steps,
     check_norm,
     check_states_at,
@@ -212,7 +213,11 @@ class DEQ(nn.Module):
             if self.ranks is not None:
                 options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
             problem = Problem(cell, cell.adapter.context(context), options, self._memory)
-            result = self._solve(problem, penalty)
+            try:
+                result = self._solve(problem, penalty)
+            except TypeError:
+                check_context(self.cell, context, keywords)
+                raise
             output = cell.adapter.outside(result.output)
             if not return_solution:
                 return output

@@ -213,6 +213,15 @@ def test_refuses_arguments(arguments, error, message):
         pydeq.fixed_point(fn, torch.ones(2, 3), **arguments)
 
 
+def test_a_call_without_z0_tells_the_order_of_arguments():
+    with pytest.raises(
+        TypeError, match=r"z and 0 of context: missing .*'x'\. Pass z0 first, then what fn takes after z"
+    ):
+        pydeq.fixed_point(lambda z, x: z + x, torch.ones(2, 3))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        pydeq.fixed_point(lambda z, x: z + object(), torch.ones(2, 3), None)
+
+
 def test_refuses_an_fn_that_is_not_callable():
     with pytest.raises(TypeError, match="fn must be callable, got Tensor"):
         pydeq.fixed_point(torch.ones(2), torch.ones(2))  # pyright: ignore

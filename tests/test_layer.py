@@ -158,6 +158,20 @@ def test_bad_cell_and_bad_keyword_of_a_call(z0, x):
 
 
 @pytest.mark.parametrize("adjoint", [pydeq.Implicit(), pydeq.Phantom(2), pydeq.Unrolled(), pydeq.Reversible()], ids=str)
+def test_a_call_without_z0_tells_the_order_of_arguments(adjoint, z0, x):
+    deq = pydeq.DEQ(Cell(), adjoint=adjoint)
+    with pytest.raises(TypeError, match=r"fn was called with z and 0 of context: missing .*'x'\. Pass z0 first"):
+        deq(x)
+    with pytest.raises(TypeError, match=r"fn was called with z and 2 of context: too many .*\. Pass z0 first"):
+        deq(z0, x, x)
+
+
+def test_a_type_error_inside_the_cell_is_not_replaced(z0, x):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        pydeq.DEQ(lambda z, x: z + x + object())(z0, x)
+
+
+@pytest.mark.parametrize("adjoint", [pydeq.Implicit(), pydeq.Phantom(2), pydeq.Unrolled(), pydeq.Reversible()], ids=str)
 def test_states_without_values_are_refused(adjoint):
     deq = pydeq.DEQ(torch.nn.Linear(4, 4, device="meta"), adjoint=adjoint)
     with pytest.raises(TypeError, match=r"z0 must have values.*got a meta tensor"):
