@@ -76,9 +76,9 @@ def frobenius_norm_squared(
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
     """
-    border = Adapter(z, keywords_for("frobenius_norm_squared", fn, keywords, _KEYWORDS))
+    adapter = Adapter(z, keywords_for("frobenius_norm_squared", fn, keywords, _KEYWORDS))
     estimator = Estimator(probes, distribution, mode, method, order, step)
-    return estimate(estimator, border.inside(fn), border.z0, border.context(context), generator=generator)
+    return estimate(estimator, adapter.inside(fn), adapter.z0, adapter.context(context), generator=generator)
 
 
 def jacobian_penalty(
@@ -111,7 +111,7 @@ def jacobian_penalty(
 
     Source: Bai, Koltun and Kolter, ICML 2021, equation 4.
     """
-    border = Adapter(z, keywords_for("jacobian_penalty", fn, keywords, _KEYWORDS))
-    estimator, layout = Estimator(probes, distribution, mode, method, order, step), layout_of(border.z0)
-    norms = estimate(estimator, border.inside(fn), border.z0, border.context(context), generator=generator)
+    adapter = Adapter(z, keywords_for("jacobian_penalty", fn, keywords, _KEYWORDS))
+    estimator, layout = Estimator(probes, distribution, mode, method, order, step), layout_of(adapter.z0)
+    norms = estimate(estimator, adapter.inside(fn), adapter.z0, adapter.context(context), generator=generator)
     return norms.sum() / max(1, layout.batch * layout.size)

@@ -113,8 +113,8 @@ def spectral_radius(
         raise ValueError(f"method must be 'growth' or 'arnoldi', got {method!r}")
     rtol = check_tolerance("rtol", rtol)
     _refuse_transforms("spectral_radius")
-    border = Adapter(z, keywords_for("spectral_radius", fn, keywords, ("steps", "method", "rtol", *_BOTH)))
-    at = linearize(border.inside(fn), border.z0, border.context(context))
+    adapter = Adapter(z, keywords_for("spectral_radius", fn, keywords, ("steps", "method", "rtol", *_BOTH)))
+    at = linearize(adapter.inside(fn), adapter.z0, adapter.context(context))
     with torch.inference_mode(False), torch.no_grad():
         if method == "growth":
             value, error = _growth(at, steps, rtol, generator)
@@ -183,8 +183,8 @@ def jacobian_spectrum(
             raise ValueError("steps belongs to a given k: without k, the Jacobian is dense")
         steps = check_integer("steps", steps, k)
     _refuse_transforms("jacobian_spectrum")
-    border = Adapter(z, keywords_for("jacobian_spectrum", fn, keywords, ("k", "steps", *_BOTH)))
-    at = linearize(border.inside(fn), border.z0, border.context(context))
+    adapter = Adapter(z, keywords_for("jacobian_spectrum", fn, keywords, ("k", "steps", *_BOTH)))
+    at = linearize(adapter.inside(fn), adapter.z0, adapter.context(context))
     with torch.inference_mode(False), torch.no_grad():
         size = at.layout.size
         if k is None:
