@@ -40,7 +40,7 @@ from pydeq.arguments import (
     set_fields,
     suggests_keywords,
 )
-from pydeq.cell.linearization import linearize
+from pydeq.cell.linearization import linearize, recordable
 from pydeq.cell.torch_compile import interpreted
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import RUNNING, STALL_EPSILONS, Counter, Scalar, Status
@@ -138,7 +138,7 @@ class Reversible(Adjoint):
             return layout.flatten(layout.check(problem.cell.call(z, *problem.context), cast))
 
         with torch.no_grad():
-            start = layout.flatten(problem.z0)
+            start = recordable(layout.flatten(problem.z0))
             y = z = start.double()
             rounded = f = start
             scalars = z.new_zeros(layout.batch, len(Scalar))

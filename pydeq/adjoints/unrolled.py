@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pydeq.adjoints.base import Adjoint, AdjointResult, Problem
 from pydeq.adjoints.change_check import ChangeCheck
 from pydeq.arguments import check_max_steps, check_states_at, suggests_keywords
+from pydeq.cell.linearization import recordable
 from pydeq.cell.parameters import Stateless
 from pydeq.cell.torch_compile import interpreted
 from pydeq.ops.anderson_step import mixing_coefficients
@@ -85,7 +86,7 @@ class Unrolled(Adjoint):
         if self.checkpoint:  # an early stop is an exception, which TorchScript in a cell would not let through
             fn = partial(checkpoint, repeated, use_reentrant=False, early_stop=False)
         evaluator = _AttachedEvaluator(fn, problem.context, layout, cast)
-        flat = layout.flatten(problem.z0)
+        flat = recordable(layout.flatten(problem.z0))
         solution, _ = iterate(evaluator, flat, _Unrolling(solver), rules, max_steps, False, states_at=states_at)
         if not layout.batch:  # gradients of nothing are zeros, which have to go somewhere
             solution.image = layout.check(fn(problem.z0, *problem.context), cast, detach=False)

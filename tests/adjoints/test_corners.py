@@ -612,3 +612,17 @@ def test_an_empty_batch_gets_gradients_of_zero(solver, adjoint, computed):
     z.sum().backward()
     assert x.grad.shape == (0, 5)
     assert all(p.grad is not None and not p.grad.any() for p in deq.parameters())
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [exact(), pydeq.Unrolled(), pydeq.Unrolled(checkpoint=True), pydeq.Reversible(checkpoints=40)],
+    ids=repr,
+)
+def test_an_initial_state_made_in_inference_mode(x, adjoint):
+    cell = Cell()
+    with torch.inference_mode():
+        z0 = torch.zeros(3, 5, dtype=torch.float64)
+    found = gradients(layer(cell, adjoint)(z0, x), list(cell.parameters()), second=False)
+    expected = gradients(iterate(cell, x), list(cell.parameters()), second=False)
+    torch.testing.assert_close(found, expected, **CLOSE)
