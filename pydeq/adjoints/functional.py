@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -253,6 +254,22 @@ def _at(map: Map, z: Parts, inputs: Sequence[Tensor], indices: Sequence[int]) ->
     return of
 
 
+def _asking_no_mode(function: Any) -> Any:
+    """Copy one of torch's functions that hand a call over to the mode that is on: the copy can be called inside it."""
+    scope = function.__globals__ | dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda x: False)
+    return FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+
+
+# Backward passes run code of users, hooks and backward functions, in which tensors may be captured, too.
+_INSIDE = {
+    function: _asking_no_mode(function) for function in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+}
+
+
+def _is_pass(func: Any) -> bool:
+    return any(func is function for function in _INSIDE)
+
+
 class CellTransforms(Exception):  # noqa: N818  # not an error
     """The cell begins a transform of torch.func."""
 
@@ -304,11 +321,19 @@ class RefuseCaptured(TorchFunctionMode):
                 " mapped, which would get no gradient: pass it to the layer as context, or make the cell a module that"
                 " has it as a parameter or buffer (torch.func.functional_call)"
             )
-        result = func(*args, **kwargs)
+        result = self._inside(_INSIDE[func], args, kwargs) if _is_pass(func) else func(*args, **kwargs)
         for x in tree_leaves((args, kwargs, result)):
             if isinstance(x, Tensor) and x.requires_grad and x.grad_fn is None:
                 self._leaves[id(x)] = x
         return result
+
+    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call ``func`` with this mode on, which torch turns off here."""
+        super().__enter__()
+        try:
+            return func(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def _is_captured(self, x: Tensor) -> bool:
         while _functorch.is_functorch_wrapped_tensor(x):

@@ -754,6 +754,56 @@ def test_what_cells_that_form_gradients_capture_raises(problem, fn, transformed,
         transformed(solve, x)
 
 
+def by_a_hook(z, captured, x):
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        h = 0.3 * at
+        h.register_hook(lambda gradient: gradient * captured[0])
+        return torch.autograd.grad((h * x).sum(), at)[0]
+
+
+def by_a_hook_in_backward(z, captured, x):
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        h = 0.3 * at
+        h.register_hook(lambda gradient: gradient * captured[0])
+        (h * x).sum().backward()
+        return at.grad
+
+
+def by_a_backward_function(z, captured, x):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * captured[0]
+
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        return torch.autograd.grad((Scaled.apply(0.3 * at) * x).sum(), at, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("fn", [by_a_hook, by_a_hook_in_backward, by_a_backward_function], ids=lambda of: of.__name__)
+@pytest.mark.parametrize("transformed", [lambda f, w: grad(f)(w), lambda f, w: jvp(f, (w,), (w,))], ids=["grad", "jvp"])
+def test_what_the_backward_pass_in_a_cell_captures_raises(problem, fn, transformed):
+    """Each cell is z -> 0.3 * captured[0] * x, so the gradient is not zero."""
+    weight, x, _ = problem
+    torch.testing.assert_close(fn(torch.zeros_like(x), weight, x), 0.3 * weight[0] * x)
+
+    def solve(w):
+        return layer(lambda z, y: fn(z, w, y))(torch.zeros_like(x), x).sum()
+
+    with pytest.raises(RuntimeError, match="captures a tensor"):
+        transformed(solve, weight)
+
+
 class Tanh(torch.autograd.Function):
     """All that torch.func asks of a Function."""
 
