@@ -59,3 +59,9 @@ def test_blocks_for_many_processes(tmp_path):
     first, second = ([line.split(" ", 1) for line in log.read_text().splitlines()] for log in logs)
     assert len(first) == 11
     assert second == [["1", line] for _, line in first]
+
+
+def test_a_source_distribution_has_what_its_tests_read():
+    """The folders of MANIFEST.in hold every document that is run here."""
+    kept = [line.split()[1] for line in (ROOT / "MANIFEST.in").read_text().splitlines() if line.startswith("graft ")]
+    assert {Path(name).parts[0] for name in DOCUMENTS} - {"README.md"} <= set(kept)  # setuptools adds README.md
