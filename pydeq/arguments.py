@@ -118,7 +118,7 @@ _ELSEWHERE = {
 
 
 def unknown_keyword(where: str, got: str, known: Iterable[str]) -> TypeError:
-    """The TypeError for keyword ``got`` of ``where``, naming the nearest of ``known``."""
+    """Make the TypeError for keyword ``got`` of ``where``; it suggests the nearest keyword of ``known``."""
     known = list(known)
     meant = _ELSEWHERE.get(got.lower())
     if meant not in known:
@@ -136,12 +136,12 @@ def keywords_for(
 ) -> dict[str, Any]:
     """Check the keywords that ``where`` passes on to ``fn``, and return them.
 
-    If fn takes any keyword, names that look like a misspelt keyword of ``where`` are still refused.
+    If fn takes any keyword, a name that looks like a misspelt keyword of ``where`` still raises.
 
     Args:
         given: The keywords that ``where`` got and does not take itself.
-        known: The keywords that it takes.
-        advice: Texts for keywords that it is often given and does not take.
+        known: The keywords that ``where`` takes.
+        advice: Messages for keywords that users often pass to ``where`` by mistake.
 
     Raises:
         TypeError: If fn does not take a keyword; the message names the nearest one that is taken.
@@ -165,7 +165,7 @@ def check_context(fn: Callable[..., Any], context: Sequence[Any], keywords: Mapp
     """
     try:
         signature = _signature(fn)
-    except (TypeError, ValueError):  # there is none to look at
+    except (TypeError, ValueError):  # fn has no signature
         return
     try:
         signature.bind(None, *context, **keywords)
@@ -176,7 +176,7 @@ def check_context(fn: Callable[..., Any], context: Sequence[Any], keywords: Mapp
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:
-    fn = getattr(fn, "_orig_mod", fn)  # what torch.compile wraps takes anything
+    fn = getattr(fn, "_orig_mod", fn)  # a module wrapped by torch.compile takes any argument
     fn = getattr(fn, "_torchdynamo_orig_callable", fn)
     if isinstance(fn, nn.Module):
         fn = fn.forward
@@ -187,7 +187,7 @@ def _parameters(fn: Callable[..., Any]) -> tuple[list[str], bool]:
     """The names of fn's arguments after the first one, and whether it takes any keyword."""
     try:
         _, *rest = _signature(fn).parameters.values()
-    except (TypeError, ValueError):  # there is none to look at, or fn takes nothing
+    except (TypeError, ValueError):  # fn has no signature, or takes no arguments
         return [], True
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [x.name for x in rest if x.kind in named], any(x.kind is inspect.Parameter.VAR_KEYWORD for x in rest)

@@ -14,7 +14,7 @@ from pydeq.ops.kernels import kernels
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Print what runs: kernels, versions, machine."""
+    """Print the kernels in use, the versions and the machine."""
     print(kernels())
     rows = {
         "Python": f"{platform.python_version()} ({platform.python_implementation()})",
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
     top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
     commands = top.add_subparsers(title="commands", dest="command", required=True)
-    command = commands.add_parser("info", help="say which kernels run, on which versions and machine")
+    command = commands.add_parser("info", help="print the kernels in use, the versions and the machine")
     command.set_defaults(run=info)
     command = commands.add_parser(
         "migrate", help="move imports of torchdeq and of locuslab/deq's lib.solvers to pydeq.compat"

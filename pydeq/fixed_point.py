@@ -54,8 +54,8 @@ def fixed_point(
     also be below 0.9 of the first one. :class:`pydeq.Status` lists the other ways to end. A sample that does not
     converge has a status; it is not an error.
 
-    A sample that is done keeps its result. If fn makes samples depend on each other, later evaluations can move it; the
-    last image shows this. All samples then iterate on until they meet the tolerance at the same evaluation, and a
+    A sample that is done keeps its result. If fn makes samples depend on each other, later evaluations can move it, and
+    the last image shows this. All samples then continue until they meet the tolerance at the same evaluation, and a
     :class:`pydeq.CouplingWarning` says once that a coupled system is one sample, z[None]. If no evaluations are left,
     or the solve is captured into a CUDA graph, such samples end as MAX_STEPS.
 
@@ -78,28 +78,28 @@ def fixed_point(
             exactly ``max_steps`` times.
         trace: Keep the relative residuals of every evaluation.
         throw: Raise if a sample did not converge.
-        freeze: Keep the result of a sample once it is done. With False, all samples iterate on until all meet the
+        freeze: Keep the result of a sample once it is done. With False, all samples continue until all meet the
             tolerance at the same evaluation.
-        stall: Stop samples that rounding keeps from the tolerance.
+        stall: Stop samples that cannot reach the tolerance because of rounding errors.
         compact: Call fn only on the running samples once half of them have stopped. fn must treat all samples alike and
-            take its data per sample through ``context``. It is not noticed if samples depend on each other. On a GPU
-            this waits for the device in every step, as ``freeze=False`` does.
+            take its data per sample through ``context``. The solve does not detect samples that depend on each other.
+            On a GPU this waits for the device in every step, as ``freeze=False`` does.
         batched_context: For each entry of ``context`` whether it carries the batch first; needed by ``compact``.
-        process_group: The ranks that call fn equally often, so that an fn that communicates finds all of them. A rank
-            that is done calls fn on its frozen states until all ranks are done. All ranks must give the same
-            ``max_steps``; a batch may be empty. An exception on one rank ends the solve on all ranks. A rank that waits
-            in a collective of fn at that time ends with the timeout of that collective. ``throw`` looks only at the
-            samples of this rank.
+        process_group: The ranks that solve together. All of them call fn equally often, so fn may communicate between
+            them. A rank that is done calls fn on its frozen states until all ranks are done. All ranks must give the
+            same ``max_steps``; a batch may be empty. An exception on one rank ends the solve on all ranks. A rank that
+            waits in a collective of fn at that time ends with the timeout of that collective. ``throw`` looks only at
+            the samples of this rank.
         sharded: Each rank of ``process_group`` has its own entries of the same samples. Norms and inner products are
-            those of the whole states, and all ranks decide alike. The solvers' references in plain torch run.
-        states_at: Numbers of evaluations, increasing. For each number n, ``states`` gets the image that a solve with
-            ``max_steps=n`` returns. With :class:`pydeq.GMRES`, and if samples depend on each other, it is the best
-            image so far.
+            taken over the whole states, so all ranks make the same decisions. The solve uses the solvers' reference
+            code in plain torch, not the kernels. states_at: Numbers of evaluations, increasing. For each number n,
+            ``states`` gets the image that a solve with ``max_steps=n`` returns. With :class:`pydeq.GMRES`, and if
+            samples depend on each other, it is the best image so far.
         has_aux: fn returns a pair (state, aux), and ``solution.aux`` is the aux that came with ``solution.image``. If
             all samples converged, it is from the last evaluation; otherwise fn is called once more, uncounted.
         norm: "all" measures residuals in the Euclidean norm of all entries. "parts" is for states whose parts have
             different scales: a sample is CONVERGED once each part meets the tolerance in its own norm. Solvers then see
-            each part divided by about its norm, and residuals in the solution are those of the part with the largest
+            each part divided by about its norm. A residual in the solution is the residual of the part with the largest
             relative residual. This costs two passes over the state per evaluation, and does not work with ``compact``
             or ``process_group``.
 

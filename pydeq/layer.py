@@ -47,7 +47,7 @@ _CALL = (
     "return_solution", "solver", "rtol", "atol", "max_steps", "trace", "freeze", "stall", "compact", "batched_context",
     "penalty",
 )  # fmt: skip
-# What a call does not take, and what to do.
+# Keywords that a call does not take, and advice for each.
 _ELSEWHERE = {name: f"it is the layer's: DEQ(cell, {name}=...)" for name in _INIT if name not in _CALL} | {
     "throw": "with return_solution=True, look at solution.converged",
 }
@@ -56,25 +56,25 @@ _ELSEWHERE = {name: f"it is the layer's: DEQ(cell, {name}=...)" for name in _INI
 class DEQ(nn.Module):
     """A layer whose output is the fixed point z = cell(z, *context, **keywords).
 
-    With gradients on, the cell is evaluated once more at the solution's image, which makes the graph with parameters
-    and context. Without gradients, the output is the image that the solve already has. :class:`pydeq.Solution` says
-    which residual belongs to which state.
+    With gradients on, the cell is evaluated once more, at the solution's image. This evaluation makes the graph with
+    parameters and context. Without gradients, the output is the image that the solve already has.
+    :class:`pydeq.Solution` says which residual belongs to which state.
 
     Args:
         cell: cell(z, *context, **keywords) -> like z; usually a module.
         solver: Forward solver; :class:`pydeq.Anderson` by default.
         adjoint: The method to differentiate; :class:`pydeq.Implicit` by default.
         rtol, atol: Tolerances, see :func:`pydeq.fixed_point`.
-        max_steps: Maximum number of evaluations of each sample, without the one that makes the graph.
+        max_steps: Maximum number of evaluations of each sample, not counting the one that makes the graph.
         eval_max_steps: The same in evaluation mode; ``max_steps`` by default. The paper's hard stop.
-        freeze_rng: Give every evaluation of one call the same random numbers, so that a cell that draws some, like
-            ``nn.Dropout``, has a fixed point. Without it such a cell gives a warning.
+        freeze_rng: Give every evaluation of one call the same random numbers. A cell that draws random numbers, like
+            ``nn.Dropout``, has a fixed point only with this; without it there is a warning.
         process_group, sharded: The ranks that solve together, forward and backward, see :func:`pydeq.fixed_point`. All
             of them must call the layer equally often, and differentiate it equally often.
         states_at: Numbers of evaluations, increasing. For each number n, the solution's ``states`` have the output of a
             call with ``max_steps=n``. It has the gradient of one evaluation, or the adjoint's gradient if the solve
-            took no more than n evaluations. The last state is the output, so there is one state more than entries
-            here. See :func:`pydeq.fixed_point_correction`.
+            took no more than n evaluations. The last state is the output, so ``states`` has one entry more than
+            ``states_at``. See :func:`pydeq.fixed_point_correction`.
         has_aux: The cell returns a pair (state, aux), for example attention maps with the state. ``solution.aux`` is
             the aux at the fixed point, for calls with ``return_solution=True``. With gradients on, the cell is
             evaluated once more at the output, so that aux also has the gradients of the fixed point.
@@ -146,7 +146,7 @@ class DEQ(nn.Module):
             raise ValueError("norm='parts' does not work with process_group")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_memory": {}}  # neither copied nor saved
+        return self.__dict__ | {"_memory": {}}  # the memory is neither copied nor saved
 
     @skipped
     def forward(
@@ -181,9 +181,10 @@ class DEQ(nn.Module):
             trace, freeze, stall, compact, batched_context: For the forward solve, see :func:`pydeq.fixed_point`.
                 ``Unrolled`` and ``Reversible`` take none of them.
             penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is a term for the loss. It uses the
-                evaluation that makes the graph. With gradients off, and if the adjoint evaluates the cell at other
-                points (``Phantom(form="unroll")``), it makes one more. Penalties by differences make more evaluations,
-                with the compiler for a compiled cell; penalties by products evaluate a compiled cell without it.
+                evaluation that makes the graph. It makes one evaluation of its own if gradients are off, or if the
+                adjoint evaluates the cell at other points (``Phantom(form="unroll")``). Penalties by differences make
+                more evaluations; a compiled cell stays compiled in them. Penalties by products evaluate a compiled cell
+                without the compiler.
 
         Returns:
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
@@ -224,7 +225,7 @@ class DEQ(nn.Module):
             return output, cell.adapter.solution(self._solution(problem, result, penalty))
 
     def _solve(self, problem: Problem, penalty: JacobianPenalty | None) -> AdjointResult:
-        """The fixed point, with gradients where these are on."""
+        """Solve for the fixed point, with gradients if they are on."""
         transformed = transforms_active()
         if transformed:
             self._check_transforms(penalty)
@@ -237,7 +238,7 @@ class DEQ(nn.Module):
         return self.adjoint.solve(problem)
 
     def _solution(self, problem: Problem, result: AdjointResult, penalty: JacobianPenalty | None) -> Solution:
-        """The solution with everything that the call asked for."""
+        """Make the solution, with everything that the call asked for."""
         solution = copy.copy(result.solution)  # the graph keeps the original, which must not keep the graph
         if self.states_at:
             states = differentiable_states(problem, result) if result.states is None else result.states
@@ -253,7 +254,7 @@ class DEQ(nn.Module):
         return solution
 
     def _add_evaluated(self, solution: Solution, result: AdjointResult) -> None:
-        """Tell the solution the value of fn at its image where that was evaluated."""
+        """Store fn(image) in the solution, if the call has evaluated it."""
         if transforms_active() or (self.ranks is not None and self.ranks.sharded):
             return
         if result.linearization is not None:
@@ -287,7 +288,7 @@ class DEQ(nn.Module):
         compact: bool,
         batched_context: Sequence[bool] | None,
     ) -> dict[str, Any]:
-        """The options of the forward solve that say how it goes on, without those that have their default."""
+        """Check the options of the forward solve, and return those that differ from their default."""
         given = {"trace": trace, "freeze": freeze, "stall": stall, "compact": compact}
         default = {"trace": False, "freeze": True, "stall": True, "compact": False}
         options: dict[str, Any] = {name: value for name, value in given.items() if value != default[name]}

@@ -20,12 +20,12 @@ ADVICE = {
     Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
     Status.DIVERGED: "take a smaller damping (pydeq.Anderson(damping=0.5)), start closer, or make fn more contractive"
     " (pydeq.jacobian_penalty)",
-    Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: look at its inputs and parameters, start closer,"
+    Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: check its inputs and parameters, start closer,"
     " or iterate with pydeq.Picard(damping=0.5)",
 }
 _STATUS = int(Counter.STATUS)
 _CONVERGED = int(Status.CONVERGED).to_bytes(4, sys.byteorder)
-# A solution whose image has fallen to this share of fn(z0) is on its way to 0.
+# If the norm of the image is below this fraction of the norm of fn(z0), the solution is taken for 0.
 _VANISHED = 1e-6
 
 
@@ -64,7 +64,7 @@ class Solution:
         part = value if isinstance(value, Tensor) else value[0]
         self._dtype = torch.promote_types(part.dtype, torch.float32)
         self._evaluated: tuple[State, State] | None = None  # image and fn(image), where that was evaluated
-        self._restore: Callable[[State], Any] | None = None  # to the type of state that the user has
+        self._restore: Callable[[State], Any] | None = None  # converts to the user's type of state
         self._scalars = scalars  # [B, len(Scalar)]
         self._counters = counters  # [B, len(Counter)]
 
@@ -79,7 +79,7 @@ class Solution:
         self._backward[0] = solution
 
     def restored(self, restore: Callable[[State], Any]) -> Solution:
-        """This solution with ``restore`` applied to every state, also to those of ``backward``."""
+        """Copy of this solution with ``restore`` applied to every state, also to the states of ``backward``."""
         other = copy.copy(self)
         other.value, other.image = restore(self.value), restore(self.image)
         other.states = [restore(state) for state in self.states]
@@ -97,7 +97,7 @@ class Solution:
         return self._counters[:, Counter.STATUS] == Status.CONVERGED
 
     def all_known_to_converge(self) -> bool:
-        """Whether all samples have converged, as far as that is known without waiting for a device."""
+        """Whether all samples are known to have converged, without waiting for a device."""
         counters = self._counters
         if type(counters) is not Tensor or counters.device.type != "cpu":
             return False
@@ -146,7 +146,7 @@ class Solution:
         short = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
         scalars = self._scalars
         if vanished := int((short & (scalars[:, Scalar.BEST_NORM] < _VANISHED * scalars[:, Scalar.FIRST_NORM])).sum()):
-            advice.append(f"{vanished} with a solution of 0, of which no residual is a small part: set atol")
+            advice.append(f"{vanished} with a solution of 0, where a relative tolerance cannot be met: set atol")
         if moved := int(((self.status == Status.MAX_STEPS) & (self.sample_nfe < self.sample_nfe.max())).sum()):
             advice.append(
                 f"{moved} had met the tolerance before other samples moved them: one coupled system, like the nodes of"

@@ -25,7 +25,7 @@ class Layout:
         shapes: Shape of each part without the batch; one part unless ``is_tuple``.
         batch: B.
         dtype, device: Shared by all parts.
-        is_tuple: Whether the state is a tuple, also of one part.
+        is_tuple: Whether the state is a tuple; a tuple may have only one part.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -53,14 +53,14 @@ class Layout:
         return Layout(self.shapes, batch, self.dtype, self.device, self.is_tuple)
 
     def view(self, flat: Tensor) -> State:
-        """[B, D] -> the state, as views."""
+        """Convert [B, D] to a state of views."""
         if not self.is_tuple:
-            return flat.view(*self._shape)  # as one argument a shape takes twice as long
+            return flat.view(*self._shape)  # a shape passed as one argument takes twice as long
         parts = flat.split(self.sizes, dim=1)
         return tuple(part.view(self.batch, *shape) for part, shape in zip(parts, self.shapes, strict=True))
 
     def flatten(self, state: State) -> Tensor:
-        """The state -> contiguous [B, D]; a view where that is possible."""
+        """Convert a state to contiguous [B, D]; a view if possible."""
         if isinstance(state, Tensor):
             if state.is_contiguous():
                 return state if state.dim() == 2 else state.view(self.batch, self.size)
@@ -74,7 +74,7 @@ class Layout:
 
         Args:
             state: The result.
-            cast: Cast another floating dtype instead of raising; for autocast.
+            cast: Cast a result of another floating dtype instead of raising; for autocast.
             detach: Remove the graph that a result may have even with gradients off.
 
         Raises:
@@ -126,8 +126,8 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
 
     Raises:
         TypeError: If z0 is neither a tensor nor a tuple of tensors, or has no values (meta tensors, torch.export).
-        ValueError: If it is an empty tuple, has no batch dimension, batch sizes, dtypes or devices that disagree, or a
-            dtype that is not one of ``DTYPES``.
+        ValueError: If it is an empty tuple, has no batch dimension, parts with different batch sizes, dtypes or
+            devices, or a dtype that is not one of ``DTYPES``.
     """
     if type(z0) is Tensor and not z0.is_meta and z0.dtype in DTYPES and z0.dim():
         return Layout((z0.shape[1:],), z0.shape[0], z0.dtype, z0.device, False)

@@ -14,7 +14,8 @@ from pydeq.state import State, layout_of
 
 
 def differentiable_states(problem: Problem, result: AdjointResult) -> list[State]:
-    """The intermediate states of a solve, each with the gradient of one evaluation; after its end, the output.
+    """The intermediate states of a solve, each with the gradient of one evaluation; for states after its end, the
+    output.
 
     Source: Bai, Geng, Savani and Kolter, Deep Equilibrium Optical Flow Estimation, CVPR 2022.
     """
@@ -41,7 +42,7 @@ def _constant(k: int, n: int, gamma: float) -> float:
     return gamma
 
 
-# The weight of state k of n, and gamma by default.
+# For each name, the weight of state k of n, and the default of gamma.
 _WEIGHTS: dict[str, tuple[Callable[[int, int, float], float], float]] = {
     "exponential": (_exponential, 0.8),
     "linear": (_linear, 0.9),

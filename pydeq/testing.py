@@ -1,4 +1,4 @@
-"""Helpers for tests of solvers and of what is built on them: problems, a call counter, derived tolerances."""
+"""Helpers for tests of solvers, adjoints and models: problems, a call counter, derived tolerances."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def linear_map(rho: float, dim: int, *, batch: int = 4, dtype: torch.dtype = tor
         rho: Spectral radius of A; not 1.
         dim: D.
         batch: B.
-        dtype: Of states; the fixed points are solved for in float64.
+        dtype: Of states; the solution is computed in float64.
         seed: Of A and x.
 
     Returns:
@@ -94,8 +94,8 @@ def softsign_map(
 ) -> Problem:
     """f(z, x, r) = y / (1 + |y|), y_i = r (3 z_{i-1} - z_{i+1}) / 4 + x_i with indices modulo D: not symmetric.
 
-    It is made of additions, multiplications and divisions of single entries, which are rounded alike wherever an entry
-    lies: to the last bit, the image of a sample depends on nothing but the sample.
+    It is made of additions, multiplications and divisions of single entries, which are rounded the same at every place
+    in memory. So the image of a sample depends only on the sample, to the last bit.
 
     Args:
         rho: Bounds the norm of the Jacobian: below 1, f is a contraction. A sequence gives each sample its own.
@@ -120,7 +120,7 @@ def softsign_map(
 
 
 class CallCounter:
-    """Wraps a map and keeps the batch size of every call.
+    """Wrap a map, and record the batch size of every call.
 
     Args:
         fn: fn(z, *context) -> like z.

@@ -35,11 +35,11 @@ class Adapter:
         self.newest: tuple[State, Any] | None = None  # the result of the newest evaluation, with has_aux
 
     def inside(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn`` as a map of states, which takes positional arguments."""
+        """Convert ``fn`` to a map of states that takes positional arguments."""
         return _Inside(fn, self) if self.structure or self.keywords or self.has_aux else fn
 
     def context(self, context: Sequence[Any]) -> tuple[Any, ...]:
-        """The context that a map inside gets, with the keywords at its end."""
+        """The context for a map made by ``inside``, with the keywords at its end."""
         return (*context, self.keywords) if self.keywords else tuple(context)
 
     def outside(self, state: State) -> Any:
@@ -51,7 +51,7 @@ class Adapter:
         return solution if self.structure is None else solution.restored(self.structure.restore)
 
     def aux_at_image(self, fn: Callable[..., Any], solution: Solution, context: Sequence[Any]) -> Any:
-        """The aux that ``fn``, a map inside, returns with the solution's image.
+        """The aux that ``fn``, a map made by ``inside``, returns with the solution's image.
 
         If all samples converged, the last evaluation of the solve returned the image, and its aux is taken. Otherwise
         ``fn`` is evaluated again.
@@ -92,7 +92,7 @@ class _Inside:
 
 
 def canonical(fn: Callable[..., Any], z: Any) -> tuple[Callable[..., Any], State]:
-    """Convert a map and a state to those of the package."""
+    """Convert a map and a state to the package's types."""
     adapter = Adapter(z)
     return adapter.inside(fn), adapter.z0
 

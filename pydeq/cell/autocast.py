@@ -1,4 +1,4 @@
-"""The autocast state of a forward pass, restored when a part of it is evaluated again later."""
+"""The autocast state of a forward pass, restored when backward evaluates the cell again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Autocast:
     Args:
         device: Device type.
         dtype: The dtype that operations are cast to where autocast is enabled.
-        enabled: Whether it is.
+        enabled: Whether autocast is enabled.
         cached: Whether casts of parameters are kept.
     """
 

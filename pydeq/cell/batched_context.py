@@ -20,10 +20,10 @@ def check_compact(
     adapter: Adapter,
     freeze: bool,
 ) -> Sequence[bool]:
-    """Check a call with ``compact=True``, and say for each entry of the inner context whether it is gathered."""
+    """Check a call with ``compact=True``; return for each entry of the context whether it carries the batch."""
     layout = layout_of(adapter.z0)
     if not freeze:
-        raise ValueError("compact=True leaves out samples that are done, but freeze=False iterates them on")
+        raise ValueError("compact=True leaves out samples that are done, but freeze=False continues them")
     if batched_context is None:
         if context:
             raise ValueError(
@@ -44,7 +44,7 @@ def check_compact(
                 raise ValueError(
                     f"context[{i}] must carry the batch of {layout.batch} first, got shape {tuple(tensor.shape)}"
                 )
-    cell = getattr(fn, "__self__", fn)  # also where fn is a module's bound method
+    cell = getattr(fn, "__self__", fn)  # fn may be a module's bound method
     if isinstance(cell, torch.nn.Module):
         for name, module in cell.named_modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:

@@ -38,7 +38,7 @@ class Linearization:
         """v^T J by parts, with None for parts of z that y does not depend on. The graph is kept."""
         outputs, seeds = self.y, as_tuple(v)
         if len(outputs) == 1 and type(v) is Tensor and not create_graph and outputs[0].requires_grad:
-            # torch.autograd.grad without its checks of seeds, which take half as long as a small product.
+            # torch.autograd.grad without its checks of seeds: they take half the time of a small product.
             return _engine_run_backward(outputs, seeds, True, False, self.z, True, accumulate_grad=False)
         pairs = [(part, seed) for part, seed in zip(outputs, seeds, strict=True) if part.requires_grad]
         if not pairs:
@@ -107,9 +107,9 @@ class Linearization:
     def _at_once(self, v: Tensor) -> int:
         """The number of the K vectors to take in one product.
 
-        On a GPU it is all of them. On a CPU an operator is fast if the result of the operator before it is still in the
-        cache. More vectors at once only save reading weights, and adding to their gradients. That is worth it only if
-        the weights are much larger than a state.
+        On a GPU, all of them. On a CPU, an operator is fast if its input, the previous operator's result, is still in
+        the cache. More vectors at once save only the reads of weights and the sums of their gradients. This pays only
+        if the weights are much larger than a state.
         """
         if v.device.type != "cpu" or v.numel() == 0:
             return max(1, len(v))
@@ -151,7 +151,7 @@ class Linearization:
 def vectorize(
     batched: Callable[[Tensor], Tensor], single: Callable[[Tensor], Tensor], v: Tensor, at_once: int | None = None
 ) -> Tensor:
-    """Stack ``single`` of each v[k], by calls of ``batched``, or one by one if an operator does not vectorize.
+    """Stack single(v[k]) for all k, computed by ``batched``, or one by one if an operator does not vectorize.
 
     Args:
         at_once: The number of vectors in one call of ``batched``; all by default.
@@ -169,7 +169,7 @@ def vectorize(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        products = torch.stack([single(one) for one in v])  # errors of fn itself are raised here
+        products = torch.stack([single(one) for one in v])  # an error of fn itself is raised here
         _warn_once(str(error).split("\n", 1)[0])
         return products
 

@@ -12,20 +12,20 @@ from pydeq.cell.scope import Scoped
 
 
 class Stateless:
-    """``fn``, which uses ``modules``, as a function of their tensors.
+    """A function that uses modules, as a function of their tensors.
 
-    These are parameters, buffers, and tensors that were put in their place: ``torch.func.functional_call`` exchanges
-    them during a call, and meta-learning or forward-mode AD may set plain attributes.
+    The tensors are parameters, buffers, and tensors that replace them: ``torch.func.functional_call`` replaces them
+    during a call, and meta-learning or forward-mode AD may set plain attributes.
 
     Args:
-        modules: A module and all modules in it, each once; none where fn uses no module.
+        modules: A module and all modules in it, each once; empty if fn uses no module.
         fn: Any function.
 
     Attributes:
         tensors: The tensors that the modules have now, each once.
-        learning: Numbers of the buffers that a call may write to.
-        lasting: Parameters and buffers that a call must find unchanged when it is repeated. Modules that keep their
-            values in the scope of a solve have none: their tensors may change.
+        learning: Indices in ``tensors`` of the buffers that a call may write to.
+        lasting: Parameters and buffers that must not change before a call is repeated. Modules that keep their values
+            in the scope of a solve have none, so their tensors may change.
     """
 
     def __init__(self, modules: Sequence[nn.Module], fn: Callable[..., Any]) -> None:
@@ -33,7 +33,7 @@ class Stateless:
         self.tensors: list[Tensor] = []
         self.learning: set[int] = set()
         self.lasting: list[Tensor] = []
-        self._slots: list[tuple[Any, str, int]] = []  # which of the tensors belongs where
+        self._slots: list[tuple[Any, str, int]] = []  # module, attribute, and index of its tensor
         numbers: dict[int, int] = {}
         for part in modules:  # a tensor may be in several
             attributes = part.__dict__
@@ -51,7 +51,7 @@ class Stateless:
                             self.learning.add(number)
 
     def call(self, tensors: Sequence[Tensor], args: tuple[Any, ...]) -> Any:
-        """fn(*args) with these tensors in the place of ``self.tensors``."""
+        """Call fn(*args) with these tensors instead of ``self.tensors``."""
         if not self._slots:
             return self.fn(*args)
         before: list[tuple[Any, str, Tensor | None]] = []
@@ -70,7 +70,7 @@ class Stateless:
 def fill_parametrization_cache(module: nn.Module) -> None:
     """Inside ``parametrize.cached()``: let the cache hold parametrized tensors with their graphs.
 
-    The first use of a tensor fills the cache, and that would be in a solve, without gradients.
+    The first use of a tensor fills the cache. In a solve that first use would be without gradients.
     """
     if parametrize._cache_enabled:
         for part in module.modules():

@@ -1,9 +1,10 @@
-"""Norms, attention and GLU in plain operations, whose derivatives torch has right to any order and in any mode.
+"""Norms, attention and GLU in plain operations, with correct derivatives of any order and in any mode.
 
-torch's formulas for the derivatives of layer norm and of batch statistics hold what they saved constant once they are
-differentiated twice more, or once more after forward mode, without an error (pytorch#175754, #196699, #196700); fused
-attention has no second derivative at all (pytorch#116350), and GLU's forward-mode derivative has none. Inside of
-:func:`any_order` they are made of operations that have none of these faults. Values are the same up to rounding.
+In torch, some derivatives of these operators are wrong or missing. The derivatives of layer norm and of batch
+statistics treat saved values as constants. They are silently wrong if differentiated twice more, or once more after
+forward mode (pytorch#175754, #196699, #196700). Fused attention has no second derivative (pytorch#116350). GLU's
+forward-mode derivative has no derivative. Inside :func:`any_order`, plain operations replace these operators. Values
+are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _with_flag(composed: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Drop the last argument of the C++ function's signature, whether to use cuDNN."""
+    """Accept and ignore the C++ function's last argument, ``cudnn_enabled``."""
 
     def call(*args: Any, cudnn_enabled: bool = True, **kwargs: Any) -> Tensor:
         return composed(*args[:8], **kwargs)
@@ -135,12 +136,12 @@ _NORMS = {"native_layer_norm": "layer norm"} | dict.fromkeys(
     ),
     "batch or instance norm",
 )
-# The forward-mode derivative of this operator takes the factors of the matrix for constants.
+# The forward-mode derivative of this operator treats the factors of the matrix as constants.
 _NORMS["_linalg_solve_ex"] = "torch.linalg.solve"
 
 
 class RefuseNorms(TorchDispatchMode):
-    """Raise at the end if an operator ran whose higher derivatives torch has wrong, for example in TorchScript.
+    """Raise at the end if an operator ran that has wrong higher derivatives in torch, for example in TorchScript.
 
     Raises:
         RuntimeError: If such an operator ran.

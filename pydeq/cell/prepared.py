@@ -1,4 +1,4 @@
-"""``PreparedCell``: a user's cell with everything that one call puts around it."""
+"""``PreparedCell``: a user's cell with the wrappers that one call needs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pydeq.state import State, layout_of
 class PreparedCell:
     """A user's cell, prepared for one call of a layer or of a solve.
 
-    The callables that it hands out are maps of states, fn(z, *context) -> like z, where a state is a tensor or a tuple
-    of tensors. From the inside out, such a map
+    Its callables are maps of states, fn(z, *context) -> like z. A state is a tensor or a tuple of tensors. From the
+    inside out, such a map
 
     - turns the compiler's hook on around the cell (:mod:`pydeq.cell.torch_compile`);
     - converts states, keywords and auxiliary results (:mod:`pydeq.cell.adapter`);
@@ -35,12 +35,12 @@ class PreparedCell:
         has_aux: Whether the cell returns a pair of the state and something else.
         compiler: The compiler's hook outside of this call.
         freeze_rng: Whether all evaluations draw the same random numbers.
-        scoped: Whether evaluations enter a scope of this call. Without it they see the one around them.
+        scoped: Whether evaluations enter a scope of this call. Otherwise they use the active scope.
 
     Attributes:
         call: The map for a solve, and for an evaluation with gradients.
         adapter: Converts between the user's states and the package's.
-        module: The module that holds the cell's parameters; None where the cell is neither a module nor its method.
+        module: The module that holds the cell's parameters; None if the cell is neither a module nor a module's method.
         is_compiled: Whether ``call`` runs compiled code.
     """
 
@@ -71,7 +71,7 @@ class PreparedCell:
 
     @property
     def z0(self) -> State:
-        """The initial state as it is inside."""
+        """The initial state in the package's type, a tensor or a tuple of tensors."""
         return self.adapter.z0
 
     def sharing_weights(self) -> Callable[..., Any]:
@@ -79,10 +79,10 @@ class PreparedCell:
         return share_weights(self.call)
 
     def for_penalty(self, differentiates_twice: bool) -> Callable[..., Any]:
-        """The map whose Jacobian is penalized: without the compiler where compiled code has no derivatives.
+        """The map for a penalty on its Jacobian; without the compiler if compiled code lacks the derivatives.
 
         Args:
-            differentiates_twice: Compiled code is not differentiated twice.
+            differentiates_twice: Whether the penalty differentiates twice; compiled code does not support this.
 
         Raises:
             RuntimeError: If the map without the compiler would draw other random numbers.
@@ -122,7 +122,7 @@ class PreparedCell:
 
 
 def _modules_in(module: nn.Module) -> tuple[nn.Module, ...]:
-    """``module`` and all modules in it, each once; faster than ``module.modules()``, which also finds their names."""
+    """``module`` and all modules in it, each once. This is faster than ``module.modules()``, which also makes names."""
     found, seen = [module], {module}
     for parent in found:
         for child in parent._modules.values():
@@ -133,7 +133,7 @@ def _modules_in(module: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def module_of(cell: Any) -> nn.Module | None:
-    """The module that holds the parameters of a cell that is a module or a module's bound method."""
+    """The module of a cell that is a module or a module's bound method; None for other cells."""
     if isinstance(cell, nn.Module):
         return cell
     owner = getattr(cell, "__self__", None)

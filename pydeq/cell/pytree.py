@@ -1,7 +1,8 @@
 """States of any type: solvers see a tensor or a tuple of tensors, fn sees the user's type.
 
-A dict, a list, a namedtuple, any type that is registered with torch's pytree, nested in each other, and complex tensors
-become a tuple of real tensors, the parts, inside the package, and are made again for every call of fn.
+Inside the package a state is a real tensor, or a tuple of real tensors, its parts. Dicts, lists, namedtuples, other
+types that are registered with torch's pytree, and complex tensors are converted to parts, and converted back for every
+call of fn. Types may be nested.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydeq.state import State, as_tuple, layout_of
 
 
 class Structure:
-    """The type of a state, which takes a state apart and makes one from its parts.
+    """The type of a state: splits a state into parts, and makes a state from parts.
 
     Args:
         z0: A state of that type.
@@ -37,17 +38,17 @@ class Structure:
             raise ValueError(f"z0 must have at least one tensor, got an empty {type(z0).__name__}")
         self.complex = tuple(leaf.is_complex() for leaf in leaves)
         self.dtypes = tuple(leaf.dtype for leaf in leaves)
-        # A state with the number of each part in its place.
+        # A state that has the index of each part in the part's place.
         self.template = tree_unflatten(range(len(leaves)), self.spec)
         layout = layout_of(self._pack(leaves), self.names)
         self.shapes = layout.shapes
 
     def parts(self, z0: Any) -> State:
-        """A state of this type -> its parts, which are real."""
+        """Split a state of this type into its real parts."""
         return self._pack(tree_flatten(z0)[0])
 
     def restore(self, state: State) -> Any:
-        """Parts -> a state of this type."""
+        """Make a state of this type from its parts."""
         leaves = [
             torch.complex(*part.unbind(-1)) if is_complex else part
             for part, is_complex in zip(as_tuple(state), self.complex, strict=True)
@@ -55,7 +56,7 @@ class Structure:
         return tree_unflatten(leaves, self.spec)
 
     def of_result(self, result: Any) -> State:
-        """The parts of a result of fn, which may have a tuple in place of a list or a namedtuple.
+        """The parts of a result of fn. The result may have a tuple in place of a list or a namedtuple.
 
         Raises:
             TypeError, ValueError: If the result has another type or shape, or is real instead of complex.
@@ -108,7 +109,7 @@ def _check_leaf(name: str, leaf: Any) -> None:
 
 
 def _collect(template: Any, got: Any, name: str, leaves: list[Any]) -> None:
-    """Put the entries of ``got`` into ``leaves`` at the numbers that ``template`` has in their places."""
+    """Put the entries of ``got`` into ``leaves``, at the indices that ``template`` has in the same places."""
     if isinstance(template, int):
         leaves[template] = got
     elif isinstance(template, Mapping):

@@ -22,13 +22,13 @@ def random_modules(module: nn.Module | None) -> list[str]:
 
 
 class Replayed:
-    """A map whose every call draws the same random numbers as its first.
+    """A map that draws the same random numbers in every call as in its first call.
 
-    Afterwards the generators are as after one call.
+    After any number of calls, the generators have the state that one call leaves.
 
     Args:
         fn: Draws from torch's own generators.
-        device: The device that it draws on, next to the CPU.
+        device: The device that fn draws on, in addition to the CPU.
     """
 
     def __init__(self, fn: Callable[..., Any], device: torch.device) -> None:
@@ -54,7 +54,7 @@ class Replayed:
             self._set(after)
 
     def drew(self) -> bool:
-        """Whether the first call drew random numbers; to be asked right after it."""
+        """Whether the first call drew random numbers. Use it directly after that call."""
         return any(not torch.equal(a, b) for a, b in zip(self.states[0], self._get(), strict=True))
 
     def _get(self) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """Values that modules keep for one solve: dropout masks, directions of spectral norms, normalized weights.
 
-A map has a fixed point only if it stays the same between evaluations. Some modules draw a value, or compute a costly
-value that does not depend on the state. They keep it in a scope: one object for a solve and for all later evaluations
-for its gradients. The module itself holds no such value, so none can be out of date.
+A map has a fixed point only if it stays the same between evaluations. Some modules draw a random value, or compute a
+costly value that does not depend on the state. They keep this value in a scope. One scope serves a solve and all later
+evaluations for its gradients. The module itself keeps no such value, so no value can be out of date.
 
 The scope belongs to the callable that a solve is given (:class:`InScope`). Every call of that callable is in its scope,
 in forward and in backward, on any thread.
@@ -32,7 +32,7 @@ class Scope:
     """The values that the modules of a cell keep for one solve.
 
     Args:
-        parent: A scope to share everything with except the weights.
+        parent: A scope that this one shares everything with except the weights.
         share_graph: Also keep weights that have a graph, for evaluations that end in one graph.
     """
 
@@ -45,17 +45,17 @@ class Scope:
         self._weights: dict[Any, tuple[tuple[_Source, ...], Tensor]] = {}
 
     def weight(self, owner: nn.Module, sources: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
-        """compute(*sources), or the value from before if the sources have not changed.
+        """Return compute(*sources), or the value kept from an earlier call if the sources have not changed.
 
-        A weight without a graph is computed once. A weight with a graph is computed in each evaluation: so implicit
-        differentiation finds its parameters, also to second order, and graphs that are released one after the other
-        share nothing. A compiled cell computes its weights in its own graph, where they may be fused.
+        A weight without a graph is computed once. A weight with a graph is computed in each evaluation. So implicit
+        differentiation finds its parameters, also for second derivatives, and graphs that are freed at different times
+        share nothing. A compiled cell computes its weights in its own graph, where the compiler may fuse them.
         """
         if torch.compiler.is_compiling():  # versions of tensors are not known there
             return compute(*sources)
         has_graph = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if has_graph and not self.share_graph:
-            # The solve is over: its weights need not live as long as the graph does.
+            # The solve is over. Free its weights now; the graph may live longer.
             self._weights.pop((owner, False), None)
             return compute(*sources)
         kept = self._weights.get((owner, has_graph))
@@ -86,7 +86,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class _Source:
-    """The state of a tensor, to see whether an optimizer, a checkpoint or a move of the module has changed it.
+    """A record of a tensor, to detect whether an optimizer, a checkpoint or a move of the module has changed it.
 
     Args:
         tensor: The tensor object.
@@ -107,7 +107,7 @@ class _Source:
             now is self.tensor
             and _version(now) == self.version
             and now.dtype == self.data.dtype
-            and _address(now) == _address(self.data)  # "to" and FSDP put other memory under the same tensor
+            and _address(now) == _address(self.data)  # "to" and FSDP replace the memory of a tensor
         )
 
 
@@ -137,7 +137,7 @@ def active_scope() -> Scope | None:
 
 
 def outside_inference_mode() -> AbstractContextManager[Any]:
-    """Context manager for values in a scope: tensors of inference mode cannot be used where gradients are on."""
+    """Context manager that turns inference mode off: its tensors could not be used later with gradients on."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return _out()
@@ -171,10 +171,10 @@ class InScope:
 def scope_of(cell: Callable[..., Any], modules: Sequence[nn.Module]) -> Scope | None:
     """The scope for a solve of ``cell``; None for a module that keeps nothing in a scope.
 
-    It is the scope around the solve where there is one: an outer solve needs inner solves to stay the same.
+    If a scope is already active, it is that scope: for an outer solve, inner solves must stay the same.
 
     Args:
-        modules: All modules in a cell that is a module.
+        modules: All modules of the cell.
     """
     if isinstance(cell, nn.Module) and not any(isinstance(module, Scoped) for module in modules):
         return None
@@ -184,7 +184,7 @@ def scope_of(cell: Callable[..., Any], modules: Sequence[nn.Module]) -> Scope | 
 def share_weights(cell: Callable[..., Any]) -> Callable[..., Any]:
     """Make a cell compute its normalized weights once for evaluations that end in one graph, like unrolled steps.
 
-    Not for checkpointed evaluations: each of these must save the same tensors when it runs again.
+    Do not use it for checkpointed evaluations: each of them must save the same tensors when it runs again.
     """
     if isinstance(cell, InScope):
         return InScope(cell.cell, Scope(cell.scope, share_graph=True))

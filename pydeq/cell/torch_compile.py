@@ -81,7 +81,7 @@ def interpreted(fn: F) -> F:
 
 
 def in_compiled_autograd() -> bool:
-    """Whether compiled autograd runs backward, for which it takes the graph apart."""
+    """Whether compiled autograd runs backward; it traces the graph's nodes one by one."""
     return getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "in_compiled_autograd_region", False)
 
 
@@ -93,12 +93,12 @@ def is_compiled(fn: Callable[..., Any]) -> bool:
 
 
 def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` before torch.compile, which can be differentiated twice."""
+    """The function that torch.compile wrapped; unlike compiled code, it can be differentiated twice."""
     return getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))
 
 
 def _without_history(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` with detached arguments if gradients are off: requires_grad would make the compiler compile it again."""
+    """Call ``fn`` with detached arguments if gradients are off: requires_grad would cause a recompilation."""
 
     def call(*args: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():

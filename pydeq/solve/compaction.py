@@ -1,4 +1,4 @@
-"""Calling fn: on the whole batch, or on the samples that still need it."""
+"""Evaluators of fn: on the whole batch, or only on the running samples."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Evaluator:
     def __init__(self, fn: Callable[..., Any], context: Sequence[Any], layout: Layout, cast: bool) -> None:
         self.fn, self.context, self.layout, self.cast = fn, context, layout, cast
         self.calls = 0
-        self.views: list[State] = []  # of the workspace's two buffers
+        self.views: list[State] = []  # views of the workspace's two buffers
         # Tensors made in inference mode do not count their versions.
         self.watch = not torch.is_inference_mode_enabled()
 
@@ -54,9 +54,9 @@ class Evaluator:
 class CompactingEvaluator(Evaluator):
     """Calls ``fn`` on the running samples only, with their rows of the context.
 
-    The set shrinks when at least half of it has stopped. Gathering context costs a copy, and with at most log2(B)
-    batch sizes, caches and compilers behind fn stay warm. On a GPU each evaluation waits for the step before it, and
-    shrinking synchronizes.
+    The set shrinks when at least half of it has stopped. Gathering the context costs a copy. There are at most log2(B)
+    batch sizes, so caches and compilers that fn uses stay warm. On a GPU each evaluation waits for the step before it,
+    and a change of the batch size waits for the device.
 
     Args:
         batched: For each entry of the context whether it carries the batch in its first dimension.

@@ -72,14 +72,14 @@ def iterate(
             else:
                 if frozen and f is not None:
                     _look_back_at_the_end(workspace, reports, agreement, f, max_steps)
-                agreement.running(0)  # of a failure in another rank's last evaluation
+                agreement.running(0)  # raises if another rank's last evaluation failed
     traced = None
     if trace:
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)
         traced = traced.to(torch.promote_types(layout.dtype, torch.float32))
     value, image = layout.view(workspace.best[0]), layout.view(workspace.best[1])
     if states_at:
-        # Where the solve had ended by then: its last evaluation may have shown that an image has moved.
+        # The solve may have ended already: its last evaluation may show that an image has moved.
         states[sum(count < evaluations for count in states_at) :] = []
         states += [image] * (len(states_at) - len(states))
     solution = Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
@@ -88,10 +88,10 @@ def iterate(
 
 
 def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, k: int, frozen: bool) -> int:
-    """Judge the samples that were done before the last of ``k`` evaluations again, by their images there.
+    """Check the samples that were done before evaluation ``k`` again, by their images in evaluation ``k``.
 
     CONVERGED must hold for all samples at one and the same evaluation. A frozen sample's image changes only if it
-    depends on other samples, which have moved since. If one is no longer done, all ``frozen`` samples iterate on,
+    depends on other samples that have moved since. If a sample is no longer done, all ``frozen`` samples continue,
     without freezing.
 
     Returns:
@@ -114,7 +114,7 @@ def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: 
 def _look_back_at_the_end(
     workspace: Workspace, reports: Reports, agreement: Agreement, f: Tensor, max_steps: int
 ) -> None:
-    """Look back after the last evaluation: samples that are no longer done end as MAX_STEPS. Waits for nothing."""
+    """Look back after the last evaluation: samples that are no longer done end as MAX_STEPS. Does not synchronize."""
     if not len(f) or not (agreement is not ALONE or reports.staggered(exhausted=True)):
         return
     workspace.progress = reports.place(max_steps)
@@ -147,7 +147,7 @@ def warn_of_coupling(woken: int, batch: int) -> None:
 
 def _best_image(workspace: Workspace, f: Tensor) -> Tensor:
     """Copy the images of the best iterates after a step with the images ``f``; [B, D]."""
-    newest = workspace.counters[:, Counter.FRESH] == 1  # not in ``best`` yet
+    newest = workspace.counters[:, Counter.FRESH] == 1  # these images are not in ``best`` yet
     return torch.where(newest[:, None], f, workspace.best[1])
 
 

@@ -1,13 +1,14 @@
-"""``norm="parts"``: solving for parts of very different scale, so that each of them meets the tolerance.
+"""Solve with ``norm="parts"``: parts may have very different scales, and each part meets the tolerance.
 
-In the norm of the whole state a part whose entries are a thousandth of another's is invisible at rtol 1e-3. Here each
-part of each sample is divided by about its own norm, a power of two, so that nothing is rounded, and the solvers see
-parts of similar size. A sample is CONVERGED once, at one evaluation, for every part p
+Suppose the entries of one part are a thousand times smaller than another part's. At rtol 1e-3 they do not count in the
+norm of the whole state. Here each part of each sample is divided by about its own norm. The divisor is a power of two,
+so that nothing is rounded. The solvers then see parts of similar size. A sample is CONVERGED once, at one evaluation,
+for every part p
 
     ||f_p - z_p|| <= atol + rtol ||f_p||
 
-The scale is that of the first image, f(z0), and at least atol / rtol. If parts change so much that one misses its
-tolerance although the scaled state met its own, the solve goes on from the image, with new scales.
+The scale is that of the first image, f(z0), and at least atol / rtol. If the scaled state meets its tolerance but a
+part does not, since parts have changed much, the solve continues from the image with new scales.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Tolerances:
             return torch.ones_like(norm)
         size = norm if rules.atol == 0.0 else norm + rules.atol / rules.rtol
         size = torch.where(size.isfinite(), size, 0.0)
-        # The scale of a part that is zero is not known yet.
+        # A part that is zero has no known scale yet.
         size = torch.where(size > 0, size, size.amax(1, keepdim=True))
         size = torch.where(size > 0, size, 1.0)
         tiny = torch.finfo(self.layout.dtype).tiny
@@ -86,7 +87,7 @@ class _Scaled(Evaluator):
         inner: Evaluates fn itself.
         tolerances: Measures the parts.
         scale: Divisor of each part, [B, P].
-        given_up: Samples that are iterated no more, bool [B]: their image is set to their iterate.
+        given_up: Samples that no longer iterate, bool [B]; their image is set to their iterate.
         first: The image of the first iterates, where it is known.
         trace: Whether to measure every evaluation.
     """
@@ -136,7 +137,7 @@ class _Course:
         value, image: [B, D].
         scalars, counters: As in a workspace.
         trace: Rows of relative residuals, [B] each.
-        states: The states for the entries of ``states_at`` that were passed, [B, D].
+        states: The states for the entries of ``states_at`` that are already reached, [B, D].
     """
 
     value: Tensor
@@ -218,7 +219,7 @@ class _Begin:
     Args:
         start, image: Iterates and their images, [B, D].
         evaluations: Earlier evaluations of each sample, int32 [B].
-        trace, states: Those of the earlier evaluations, as in :class:`_Course`.
+        trace, states: From the earlier evaluations, as in :class:`_Course`.
     """
 
     start: Tensor
@@ -229,7 +230,7 @@ class _Begin:
 
 
 def _begin(evaluator: Evaluator, flat: Tensor, tolerances: _Tolerances, most: int, states_at: Sequence[int]) -> _Begin:
-    """Evaluate fn. Samples with a part at zero, whose scale is not known yet, take plain steps first."""
+    """Evaluate fn. Samples with a part at zero, which has no known scale yet, take plain steps first."""
     layout = evaluator.layout
 
     def call(start: Tensor) -> Tensor:
@@ -253,7 +254,7 @@ def _begin(evaluator: Evaluator, flat: Tensor, tolerances: _Tolerances, most: in
 
 
 def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: Workspace, again: Tensor) -> _Course:
-    """Merge a round into the course. Samples that are not in ``again`` and were not moved keep what they had."""
+    """Merge a round into the course. Samples that are not in ``again`` and were not moved keep their results."""
     value, image = scaled.up(workspace.best[0]), scaled.up(workspace.best[1])
     scalars, counters = workspace.scalars, workspace.counters
     rows: list[Tensor] = []
@@ -263,7 +264,7 @@ def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: 
         ]
     if course is None:
         return _Course(value, image, scalars, counters, rows)
-    # A sample that is done is evaluated once, at its value; if other samples have moved it, it goes on.
+    # A sample that is done is evaluated once, at its value. If other samples have moved it, it continues.
     moved = ~scaled.given_up[:, 0] & (counters[:, Counter.EVALUATIONS] > 1)
     new = again | moved
     counters[:, Counter.EVALUATIONS] += course.counters[:, Counter.EVALUATIONS]
@@ -279,9 +280,9 @@ def _merge(course: _Course | None, scaled: _Scaled, round: Solution, workspace: 
 
 
 def _judge(course: _Course, met: Tensor, unmet: Tensor) -> None:
-    """Set statuses by the tolerance of the parts; that of the scaled state is a little finer.
+    """Set statuses by the tolerance of the parts; the tolerance of the scaled state is a little stricter.
 
-    Only for values of the last evaluation: where samples depend on each other, earlier ones say nothing about now.
+    Use it only for values of the last evaluation: if samples depend on each other, earlier values are out of date.
     """
     status = course.counters[:, Counter.STATUS]
     ended = (status == Status.MAX_STEPS) & (course.counters[:, Counter.SINCE_BEST] == 0)

@@ -1,8 +1,8 @@
-"""Solving on several ranks at once: agreeing on when to stop, and states that are sharded over the ranks.
+"""Solve on several ranks at once: agree on when to stop, and reduce over states that are sharded over the ranks.
 
 A cell that communicates must be called equally often on every rank, or the ranks wait for each other forever. So the
-ranks of a process group agree, by one all-reduce of a few integers per evaluation, on whether any of them has a running
-sample, and a rank that is done goes on calling fn on its frozen states until none has.
+ranks of a process group agree after each evaluation, by one all-reduce of a few integers, on whether any rank has a
+running sample. A rank that is done keeps calling fn on its frozen states until no rank has one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pydeq.ops.reduction import WHOLE, Reduction
 
-# How long a rank that failed waits for the others to hear of it before it raises.
+# How long a rank that failed waits for the other ranks to receive its message before it raises.
 GRACE = timedelta(seconds=10)
 
 
@@ -43,7 +43,7 @@ class Ranks:
         raise TypeError("a process group cannot be pickled: save the state_dict, and make the layer again")
 
     def serves(self, device: torch.device) -> bool:
-        """Whether the group has collectives for tensors there."""
+        """Whether the group has collectives for tensors on this device."""
         return f"{device.type}:" in dist.get_backend_config(self.process_group)  # like cpu:gloo,cuda:nccl
 
     def reduction(self) -> Reduction:
@@ -91,7 +91,7 @@ class Agreement:
         return None
 
     def running(self, count: int) -> int:
-        """The largest number of running samples on any rank, given that of this rank; 0 once all are done."""
+        """The largest number of running samples on any rank, 0 once all are done; ``count`` is this rank's number."""
         return count
 
     def evaluated(self) -> None:
@@ -115,7 +115,7 @@ class RankAgreement(Agreement):
 
     def __init__(self, ranks: Ranks, device: torch.device, max_steps: int, settings: object) -> None:
         self.ranks = ranks
-        cpu = torch.device("cpu")  # the counts are there, if the group can send from it
+        cpu = torch.device("cpu")  # the counts are on the CPU, if the group can send from it
         self.device = cpu if ranks.serves(cpu) else device
         self.max_steps = max_steps
         self.settings = settings if ranks.sharded else None
@@ -146,7 +146,7 @@ class RankAgreement(Agreement):
             self._agree(1)
 
     def _message(self, count: int, failed: bool = False) -> Tensor:
-        """Integers whose maxima over the ranks suffice: those of x and -x give the largest and the smallest x."""
+        """Integers for an all-reduce by maximum: the maxima of x and of -x give the largest and the smallest x."""
         failure = dist.get_rank() + 1 if failed else 0
         numbers = (failure, count, self.max_steps, -self.max_steps, self.digest, -self.digest)
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
@@ -173,7 +173,7 @@ class RankAgreement(Agreement):
 
 
 class _RankReduction(Reduction):
-    """Completes sums over the ranks, in their order: the same bits on every rank, and in every run."""
+    """Sums over the ranks, in the order of the ranks: the same bits on every rank, and in every run."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks

@@ -58,9 +58,9 @@ def solve_keeping_workspace(
 
     Args:
         fn: A map of states, which are tensors or tuples of tensors.
-        z0: The initial state, of that kind.
+        z0: The initial state, a tensor or a tuple of tensors.
         context: Passed on to ``fn``.
-        batched_context: Checked, where ``compact`` is set.
+        batched_context: Must be checked already if ``compact`` is set.
     """
     if solver is None:
         solver = _DEFAULT_SOLVER
@@ -104,7 +104,7 @@ def stopping_rules(
     stall: bool = True,
     reduction: Reduction = WHOLE,
 ) -> Rules:
-    """The stopping rules of a solve under the present autocast state; see :func:`fixed_point`."""
+    """The stopping rules of a solve under the current autocast state; see :func:`fixed_point`."""
     coarsest = layout.dtype
     if torch.is_autocast_enabled(layout.device.type):
         coarsest = Autocast.current(layout.device).coarsest(coarsest)

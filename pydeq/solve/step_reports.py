@@ -1,16 +1,17 @@
-"""How a solver loop learns what its steps did, without waiting for the device.
+"""Reports of a solver's steps, which the loop reads without waiting for the device.
 
 A step writes a report, (steps done, samples running, samples far from their tolerance), to host memory when it ends:
-``progress``, int64 [len(Progress)]. On the CPU, and where a reference runs, it is there once the step returns. A CUDA
-kernel writes it later, into pinned memory, while the host goes on: before fn is called for step k + 1, the loop waits
-for the report of step k - 1, so that one step is always under way. Where no sample was far from its tolerance by then,
-step k may well be the last: the loop waits for its report, too, since a call of fn costs more than the device's idling
-between the report and the next launch. So it does for the first step, which is the last one of a solve that starts
-solved. A solve then calls fn at most once too often, rarely so, and always as often on the same input.
+``progress``, int64 [len(Progress)]. On the CPU, and if a reference runs, the report is complete when the step returns.
+A CUDA kernel writes it later, into pinned memory, while the host continues. Before the loop calls fn for step k + 1, it
+waits for the report of step k - 1, so one step is always under way. If no sample was far from its tolerance in that
+report, step k may be the last one. Then the loop waits for the report of step k, too: a call of fn costs more than the
+device's idle time between the report and the next launch. The loop also waits for the first step, which is the last one
+if z0 is already a solution. So a solve rarely calls fn once more than needed, and never more often. The number of calls
+is the same in every run on the same input.
 
-Two reports of a solve can be on their way at once, so it has two places and alternates between them: a place is
-written again only after it was read. Places come from a pool and go back to it once the last step of their solve has
-reported: a solve that ended with an exception leaves steps behind that will still write.
+Two reports of a solve can be under way at once, so it has two places and alternates between them: a place is written
+again only after it was read. Places come from a pool, and return to it once the last step of their solve has reported.
+After an exception, launched steps of the solve still write their reports.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from pydeq.ops import kernels
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import RUNNING, Counter, Progress
 
-# Reports under way at once, and the bytes of a solve's: a cache line, so that solves do not slow each other.
+# Reports under way at once, and the bytes of one solve's places: a cache line, so that solves do not share one.
 _TURNS, _BYTES = 2, 64
-_BLOCK = 64  # solves' places allocated at once: a page
+_BLOCK = 64  # solves for which places are allocated at once: a page of memory
 
 
 class Reports(ABC):
@@ -44,13 +45,14 @@ class Reports(ABC):
 
     @abstractmethod
     def running(self, k: int) -> int:
-        """The number of running samples before step ``k``, by the newest report that is known."""
+        """The number of running samples before step ``k``, from the newest report that has come."""
 
     def staggered(self, exhausted: bool = False) -> bool:
         """Whether some samples were done before the last step while others still ran.
 
         Args:
-            exhausted: Whether the solve ended with its last step, which may not have reported: if in doubt, True.
+            exhausted: Whether the solve took all its steps. The last step may not have reported yet;
+                then the result is True, to be safe.
         """
         return self._staggered
 
@@ -61,7 +63,7 @@ class Reports(ABC):
         """The number of running samples after step ``k`` has looked back."""
 
     def resume(self, k: int) -> None:  # noqa: B027  # most have nothing to do
-        """Go on with step ``k``, although a step of that number has reported. No steps are under way."""
+        """Continue with step ``k``, although a step with this number has already reported. No steps are under way."""
 
     def close(self) -> None:  # noqa: B027  # most have nothing to do
         """End: no step follows."""
@@ -74,7 +76,7 @@ class Reports(ABC):
 
 
 class HostReports(Reports):
-    """Reports of steps that have reported when they return.
+    """Reports of steps that are complete when the step returns.
 
     Args:
         batch: Samples at the start.
@@ -109,7 +111,7 @@ class HostReports(Reports):
 
 
 class CapturedReports(Reports):
-    """Reports of steps that are captured into a graph: every replay writes them, and nobody reads them.
+    """Reports of steps that are captured into a CUDA graph: every replay writes them, and nothing reads them.
 
     All graphs share one place, which lives as long as the process.
     """
@@ -146,7 +148,7 @@ class Stream(Protocol):
 
 
 class StreamReports(Reports):
-    """Reports of steps on a device that come while the host goes on.
+    """Reports of steps on a device, which arrive while the host continues.
 
     Args:
         batch: Samples at the start.
@@ -162,7 +164,8 @@ class StreamReports(Reports):
         self._first = 0  # the first step whose report counts
 
     def place(self, k: int) -> Tensor:
-        # Before the launch: one that fails halfway may report or may not, and its slot is not used again if not.
+        # Count the step before its launch: if the launch fails halfway, it may not report; the slot is then never
+        # reused.
         self._launched = k + 1
         return self._slot.places[k % _TURNS]
 
@@ -176,7 +179,7 @@ class StreamReports(Reports):
         return self._await(k, idle=True)[0]
 
     def _await(self, steps: int, idle: bool) -> tuple[int, int]:
-        """The numbers of samples that run and that are far from their tolerance after ``steps`` steps."""
+        """Wait for ``steps`` steps; return the number of running samples and of samples far from their tolerance."""
         turn = (steps - 1) % _TURNS
         running = self._stream.await_report(self._slot.addresses[turn], steps, idle)
         self._staggered |= 0 < running < self._batch
@@ -226,7 +229,7 @@ class Pool:
         self._allocate, self._has_reported = allocate, has_reported
         self._lock = threading.Lock()
         self._free: list[Slot] = []
-        self._busy: deque[tuple[Slot, int]] = deque()  # given back, each with the number of steps that must report
+        self._busy: deque[tuple[Slot, int]] = deque()  # each with the number of steps that must report
 
     def take(self) -> Slot:
         with self._lock:
