@@ -25,7 +25,7 @@ class Problem:
 
     Args:
         cell: The cell, with its initial state.
-        context: What the cell is given after the state.
+        context: The cell's arguments after the state.
         options: Keywords of :func:`pydeq.fixed_point`.
         memory: State of the adjoint that the layer keeps between calls.
     """
@@ -45,7 +45,7 @@ class Problem:
         return solve(self.cell.call, self.z0, self.context, **self.options)
 
     def explicit(self) -> Explicit:
-        """The cell as a function of all tensors that it is known to depend on."""
+        """Make the cell a function of all tensors that it is known to depend on."""
         return Explicit(self.cell.call, self.context, self.cell.modules)
 
     @property
@@ -95,7 +95,7 @@ class Adjoint(ABC):
         distributes: Whether it works with a process_group.
         normed: Whether it works with ``norm="parts"``.
         iterates: Whether it has its own iteration instead of the solver's. Such an iteration has no trace, freezes
-            samples that are done, evaluates the whole batch, and gives z0 a gradient.
+            samples that are done, evaluates the whole batch, and computes a gradient for z0.
     """
 
     transforms: ClassVar[bool] = False
@@ -111,5 +111,5 @@ class Adjoint(ABC):
         """Solve without gradients, by the same iteration."""
         return problem.solve()
 
-    def check(self, solver: Solver) -> None:  # noqa: B027  # most take any
-        """Raise TypeError where this adjoint cannot differentiate what ``solver`` does."""
+    def check(self, solver: Solver) -> None:  # noqa: B027  # most adjoints take any solver
+        """Raise TypeError if this adjoint cannot differentiate the iteration of ``solver``."""

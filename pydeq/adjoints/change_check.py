@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class ChangeCheck:
-    """Remembers tensors and modules, and raises if they have changed when fn is evaluated again.
+    """Record tensors and modules; raise if they have changed when fn is evaluated again.
 
     Args:
         tensors: Must not be modified in place.
@@ -43,7 +43,7 @@ class ChangeCheck:
                 )
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> ChangeCheck:
-        """A check of these tensors, and of the tensors and modules here without the tensors modified so far."""
+        """Make a check of these tensors in addition, without the tensors that are modified already."""
         unchanged = [x for x, version in self._known if x._version == version]
         later = ChangeCheck([*tensors, *unchanged])
         later._modes = self._modes

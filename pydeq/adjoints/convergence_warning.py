@@ -14,13 +14,13 @@ from pydeq.solution import ConvergenceWarning, Solution
 
 _warned: set[Any] = set()
 # On CUDA: (settings, flag in pinned memory). The device writes the flag over _UNWRITTEN some time later, and the next
-# backward reads it. So nothing waits, and CUDA is not queried, which would end the capture of a graph in any thread.
+# backward reads it. So nothing waits. CUDA is not queried either: a query would break a graph capture in any thread.
 _pending: list[tuple[Any, Tensor]] = []
 _UNWRITTEN = -1
 
 
 def warn_if_unconverged(settings: Any, solution: Solution) -> None:
-    """Warn if a backward solve left samples unconverged; once for these settings of an adjoint.
+    """Warn if a backward solve left samples unconverged, once for each ``settings`` of an adjoint.
 
     NONFINITE samples give no warning: their gradients are NaN, which a gradient scaler expects.
     """

@@ -1,4 +1,4 @@
-"""A map as a function of all tensors that it is known to depend on, to evaluate it again after the layer returned."""
+"""A map as a function of all tensors that it is known to depend on, for evaluations after the layer has returned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Explicit:
         tensors: The tensors of the context, then those of the modules.
         given: The number of tensors in the context.
         lasting: The tensors that must be unchanged when fn is evaluated again.
-        learning: Numbers of the buffers that an evaluation may write to.
+        learning: Indices in ``tensors`` of the buffers that an evaluation may write to.
     """
 
     def __init__(self, fn: Callable[..., Any], context: Sequence[Any], modules: Sequence[nn.Module] = ()) -> None:
@@ -40,7 +40,7 @@ class Explicit:
         self.learning = {self.given + number for number in self._stateless.learning}
 
     def __call__(self, z: Any, tensors: Sequence[Tensor]) -> Any:
-        """fn at z with these tensors in the place of ``self.tensors``."""
+        """Evaluate fn at z with these tensors instead of ``self.tensors``."""
         leaves = list(self._constants)
         for i, x in zip(self._places, tensors[: self.given], strict=True):
             leaves[i] = x

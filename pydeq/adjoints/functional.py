@@ -1,13 +1,14 @@
 """Implicit differentiation under ``torch.func`` and forward-mode AD.
 
-Nothing may be captured there: state, parameters, buffers and context are explicit inputs. One ``autograd.Function`` is
-enough, since the derivatives of a fixed point z = f(z, t) are fixed points themselves:
+There the cell must not capture tensors: state, parameters, buffers and context are explicit inputs. One
+``autograd.Function`` is enough, since the derivatives of a fixed point z = f(z, t) are fixed points themselves:
 
     backward   u = J^T u + v,    then t's cotangent is (df/dt)^T u
     forward    w = J w + (df/dt) dt
 
-Their maps are made of f by ``torch.func.vjp`` and ``jvp``, and are differentiated in the same way: to any order, in any
-mix of modes. ``vmap`` folds the mapped dimension into the batch, so that each mapped sample stops separately.
+The maps of these equations are made from f by ``torch.func.vjp`` and ``jvp``. They are differentiated in the same way,
+so derivatives of any order and in any mix of modes work. ``vmap`` folds the mapped dimension into the batch, so that
+each mapped sample stops separately.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Map = Callable[..., Parts]
 
 
 def transforms_active() -> bool:
-    """True under a transform of ``torch.func`` or forward-mode AD."""
+    """Whether a transform of ``torch.func`` or forward-mode AD is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -51,17 +52,17 @@ class Equation:
     """The fixed-point problem z = map(z, *inputs).
 
     Args:
-        map: A function of only its arguments.
+        map: A function that depends only on its arguments.
         parts: Number of tensors in the state.
         options: Keywords of :func:`pydeq.fixed_point`.
-        adjoint: The same for the linear equations of the derivatives.
+        adjoint: Keywords of :func:`pydeq.fixed_point` for the linear equations of the derivatives.
         autocast: The autocast state of forward, for every solve; ``map`` restores it around the evaluation of f.
         probe: Evaluates ``map`` and raises if it captures a differentiated tensor; None for maps of derivatives.
         live: The map for the solve itself, if it writes to buffers, like running statistics, which ``map`` does not
             change. None if both are the same.
-        written: Numbers of those buffers among the inputs.
-        record: Gets the solution.
-        record_adjoint: Gets the solution of the backward equation.
+        written: Indices of these buffers among the inputs.
+        record: Called with the solution.
+        record_adjoint: Called with the solution of the backward equation.
     """
 
     map: Map
@@ -79,7 +80,7 @@ class Equation:
         return FixedPoint.apply(self, *z0, *inputs)  # pyright: ignore[reportReturnType]
 
     def linear(self, map: Map, record: Callable[[Solution], None]) -> Equation:
-        """The linear equation of a derivative, with this map."""
+        """Make the linear equation of a derivative from its map."""
         return replace(self, map=map, options=self.adjoint, probe=None, live=None, written=frozenset(), record=record)
 
 
@@ -95,17 +96,17 @@ class FixedPoint(torch.autograd.Function):
         map = equation.live or equation.map
 
         def fn(z: State, *inputs: Tensor) -> Parts:
-            # The maps of derivatives differentiate f, and torch's LSTM needs gradients on for that.
+            # The maps of derivatives differentiate f; torch's LSTM needs gradients on for that.
             with equation.autocast.off(), torch.set_grad_enabled(equation.probe is None):
                 return map(as_tuple(z), *inputs)
 
-        with equation.autocast.again():  # it limits the precision of the map
+        with equation.autocast.again():  # autocast limits the precision of the map
             solution = solve(fn, z0, tuple(x.detach() for x in inputs), **equation.options)
         equation.record(solution)
         image = as_tuple(solution.image)
         if equation.probe is not None:
             return tuple(part.clone() for part in image)  # forward mode takes no views
-        # In a derivative a gradient scaler must see the overflow.
+        # This is the solve of a derivative: a gradient scaler must see the overflow.
         lost = solution.status == Status.NONFINITE
         return tuple(part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), torch.nan) for part in image)
 
@@ -122,13 +123,13 @@ class FixedPoint(torch.autograd.Function):
     @interpreted
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         equation: Equation = ctx.equation
-        saved = ctx.saved_tensors  # once: checkpoints allow no more
+        saved = ctx.saved_tensors  # read once: checkpoints allow only one read
         parts = equation.parts
         z, inputs = saved[:parts], saved[parts:]
         if all(part is None for part in cotangents):
             return (None,) * (1 + parts + len(inputs))
         v = tuple(torch.zeros_like(of) if part is None else part for part, of in zip(cotangents, z, strict=True))
-        # Without buffers that nobody differentiates, since not every operator can differentiate them.
+        # Leave out buffers that need no gradient, since some operators have no derivative for them.
         smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() and ctx.needs_input_grad[1 + parts + i]]
 
         if torch.is_grad_enabled():
@@ -157,7 +158,7 @@ class FixedPoint(torch.autograd.Function):
         def of(z: Parts, *moving: Tensor) -> Parts:
             return _at(equation.map, z, inputs, smooth)(*moving)
 
-        # By z as well, which a cell may differentiate by: autograd.grad must find it in the graph.
+        # Include z: the cell may differentiate with respect to it, so autograd.grad must find it in the graph.
         return torch.func.vjp(of, z, *(inputs[i] for i in smooth))[1](u)[1:]
 
     @staticmethod
@@ -275,33 +276,33 @@ class CellTransforms(Exception):  # noqa: N818  # not an error
 
 
 class RefuseCaptured(TorchFunctionMode):
-    """Raises where the cell uses a tensor from outside that a transform or autograd follows.
+    """Raise if the cell uses a tensor from outside that a transform or autograd tracks.
 
-    The cell is evaluated at plain tensors. A cell that forms gradients itself follows tensors of its own, which are not
-    captured: leaves that it made, what it computed from these, and tensors of transforms that it began.
+    The cell is evaluated at plain tensors. A cell that computes gradients itself has tracked tensors of its own. They
+    are not captured: leaves that it made, tensors that it computed from these, and tensors of transforms that it began.
 
     Args:
-        levels: Transforms of torch.func that are under way outside of the cell.
-        apart: Whether to number the cell's transforms apart from those. torch.func runs this without the outer ones, so
-            that the cell's get the same numbers. Stand-ins, which map nothing, keep the numbers taken; the cell is then
-            evaluated under ``vmap``, which some cells do not take.
+        levels: Number of torch.func transforms that are active outside of the cell.
+        apart: Whether to give the cell's transforms other numbers than the outer ones. torch.func evaluates the cell
+            here without the outer transforms, so the cell's own transforms would get the same numbers. Empty ``vmap``
+            levels then occupy the outer numbers. Some cells do not work under ``vmap``.
 
     Raises:
-        CellTransforms: If the cell begins a transform, so that it takes ``apart`` to tell.
+        CellTransforms: If the cell begins a transform and ``apart`` is False.
     """
 
     def __init__(self, levels: int, apart: bool) -> None:
         super().__init__()
         self._levels, self._apart = levels, apart
-        self._leaves: dict[int, Tensor] = {}  # made inside, by id
-        self._nodes: set[Any] = set()  # of graphs that end in these leaves only
+        self._leaves: dict[int, Tensor] = {}  # leaves made inside, by id
+        self._nodes: set[Any] = set()  # nodes of graphs that end only in these leaves
 
     def __enter__(self) -> RefuseCaptured:
         self._allowed = _functorch.get_inplace_requires_grad_allowed()
         if self._apart:
             for _ in range(self._levels):
                 _functorch._vmap_increment_nesting(1, "same")
-            _functorch.set_inplace_requires_grad_allowed(True)  # as without the stand-ins
+            _functorch.set_inplace_requires_grad_allowed(True)  # as without the empty levels
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -337,7 +338,7 @@ class RefuseCaptured(TorchFunctionMode):
 
     def _is_captured(self, x: Tensor) -> bool:
         while _functorch.is_functorch_wrapped_tensor(x):
-            # Those of transforms that have ended belong to none: torch.func.vjp's product in the cell has them.
+            # Wrappers of transforms that have ended do not count; the product of a torch.func.vjp in the cell has them.
             if not _functorch.is_dead_tensor_wrapper(x) and _functorch.maybe_get_level(x) <= self._levels:
                 return True
             x = _functorch.get_unwrapped(x)
@@ -369,19 +370,19 @@ class RefuseCaptured(TorchFunctionMode):
 def equation_of(
     problem: Problem, adjoint: dict[str, Any], record: Callable[[Solution], None], settings: Any
 ) -> tuple[Equation, Parts]:
-    """Make the problem an equation with explicit inputs; returns the equation and its inputs.
+    """Convert the problem to an equation with explicit inputs; return the equation and the inputs.
 
     Args:
         adjoint: Keywords of :func:`pydeq.fixed_point` for the equations of the derivatives.
-        record: Gets the solution. The solution gets the adjoint's solution as its ``backward``.
-        settings: The adjoint, for the text of a warning.
+        record: Called with the solution. The adjoint's solution becomes its ``backward``.
+        settings: The adjoint, named in a warning.
     """
     layout = layout_of(problem.z0)
     explicit = problem.explicit()
     autocast = Autocast.current(layout.device)
 
     def live(z: Parts, *inputs: Tensor) -> Parts:
-        # Only plain operations make the derivatives of norms and attention right to any order.
+        # Norms and attention have correct derivatives of any order only in plain operations.
         plain = any_order() if torch._C._are_functorch_transforms_active() else nullcontext()
         with autocast.again(), plain:
             y = explicit(z if layout.is_tuple else z[0], inputs)
@@ -430,7 +431,7 @@ def equation_of(
 def solve_functional(problem: Problem, adjoint: dict[str, Any], settings: Any) -> tuple[State, Solution]:
     """Solve under transforms: the fixed point, with derivatives of any order and mode, and the solution.
 
-    Under vmap the solution is that of the folded batch.
+    Under vmap the solution is for the folded batch.
     """
     solutions: list[Solution] = []
     equation, inputs = equation_of(problem, adjoint, solutions.append, settings)

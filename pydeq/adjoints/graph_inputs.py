@@ -14,7 +14,7 @@ from pydeq.cell.linearization import Linearization
 def graph_inputs(
     at: Linearization, explicit: Explicit, first_node: int, tensors: Sequence[Tensor] | None = None
 ) -> tuple[tuple[Tensor, ...], bool]:
-    """Find the inputs of the graph of y, without z, and whether there are also unknown results of other computations.
+    """Find the inputs of the graph of y, without z, and whether it also has inputs that other computations made.
 
     Args:
         explicit: The known tensors. Those of the context that require grad are always inputs.
@@ -35,7 +35,7 @@ def graph_inputs(
 
 
 def edge_of(x: Tensor) -> tuple[Any, int]:
-    """The edge that the gradient of a computed tensor takes: its node, and its number among the node's results."""
+    """The edge of a computed tensor's gradient: the tensor's node, and its index among the node's results."""
     return x.grad_fn, x.output_nr
 
 
@@ -61,6 +61,6 @@ def graph_ends(at: Linearization, first_node: int) -> tuple[list[Tensor], set[tu
 
 
 def _casts_a_leaf(node: Any) -> bool:
-    """True if the node is autocast's cast of a parameter, which may be from an earlier evaluation."""
+    """Whether the node is autocast's cast of a parameter, which may be from an earlier evaluation."""
     (source, _), *others = node.next_functions or ((None, 0),)
     return node.name() == "ToCopyBackward0" and not others and hasattr(source, "variable")

@@ -1,9 +1,10 @@
 """Hand a linearization from forward to backward, also through a checkpoint around the layer.
 
-A checkpoint without reentrant autograd drops the saved tensors, and runs the whole forward again when backward asks for
-one, once for each backward pass. A solve of the adjoint system makes many passes through the graph of one evaluation,
-so it must not ask for the tensors of that graph. Instead, the second forward makes such a graph, too, and hands it over
-as an attribute of a saved tensor: saved tensors come back from the second forward, and are freed once backward has run.
+A checkpoint with use_reentrant=False drops the saved tensors. If a backward pass needs one, the checkpoint runs the
+whole forward again, once for each backward pass. A solve of the adjoint system makes many passes through the graph of
+one evaluation, so it must not ask for the tensors of that graph. But the second forward makes this graph, too, and
+passes it on as an attribute of a saved tensor. Saved tensors come back from the second forward, and are freed after
+backward.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ def hand_over(at: Linearization) -> Tensor:
 
 
 def take_over(courier: Tensor) -> Linearization | None:
-    """Get the linearization; None if the saved tensor came back as a copy, as from hooks that move it to the CPU.
+    """Get the linearization; None if the saved tensor came back as a copy, for example from hooks that move it to the
+    CPU.
 
     Raises:
-        RuntimeError: Under compiled autograd, where its graph does not exist any more.
+        RuntimeError: Under compiled autograd, where the linearization's graph no longer exists.
     """
     if in_compiled_autograd():
         raise RuntimeError(

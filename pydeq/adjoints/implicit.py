@@ -52,12 +52,12 @@ class Implicit(Adjoint):
         rtol: Relative tolerance of the adjoint solve; by default 1e-4, and 5e-3 for half states or under half autocast,
             which reach about 2e-3.
         max_steps: Maximum number of vector-Jacobian products of each sample, at least 1.
-        warm_start: Start each adjoint solve from the solution of the last one if shapes agree. This helps if a layer
-            sees the same samples again in the same order, and otherwise costs one more product.
+        warm_start: Start each adjoint solve from the previous adjoint's solution if shapes agree. This helps if a layer
+            gets the same samples again in the same order; otherwise it costs one more product.
 
     A backward solve that leaves samples unconverged warns once. Samples whose adjoint is NONFINITE get NaN gradients,
-    so that a gradient scaler sees the overflow. Derivatives of any order are exact, under torch.func in any mode. For
-    third derivatives, norms that torch differentiates wrongly are made of plain operations (docs/penalty.md).
+    so that a gradient scaler sees the overflow. Derivatives of any order are exact, under torch.func in any mode. Norms
+    with wrong third derivatives in torch are replaced by plain operations (docs/penalty.md).
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
@@ -79,7 +79,7 @@ class Implicit(Adjoint):
         set_fields(self, rtol=rtol, max_steps=check_max_steps("max_steps", self.max_steps))
 
     def options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Keywords of :func:`pydeq.fixed_point` for an adjoint that is computed in this dtype."""
+        """Make the keywords of :func:`pydeq.fixed_point` for an adjoint that is computed in this dtype."""
         finer = 0.5 if torch.finfo(dtype).bits < 32 else 0.1
         rtol = finer * default_rtol(dtype) if self.rtol is None else self.rtol
         return {"solver": self.solver, "rtol": rtol, "max_steps": self.max_steps}
@@ -128,7 +128,7 @@ def evaluate_at_fixed_point(
     layout, y = at.layout, at.y
     sources, hidden = graph_inputs(at, explicit, first_node)
     if sources or hidden:
-        # A second derivative needs the tensors that fn reads, except those that fn itself modifies.
+        # A second derivative needs the tensors that fn reads, except tensors that fn itself modifies.
         unchanged, autocast = before.with_tensors(sources), Autocast.current(layout.device)
         y = _with_adjoint_solve(
             _AdjointSystem(
@@ -136,7 +136,7 @@ def evaluate_at_fixed_point(
             ),
             at,
         )
-    else:  # everything is frozen: no adjoint to solve
+    else:  # nothing requires grad: there is no adjoint to solve
         y = tuple(part.detach() for part in y)
     return y if layout.is_tuple else y[0], at
 
@@ -149,7 +149,7 @@ def _with_adjoint_solve(problem: _AdjointSystem, at: Linearization) -> tuple[Ten
 
 @dataclass(frozen=True)
 class _AdjointSystem:
-    """The data that backward needs, next to the graph, to solve u = J^T u + v.
+    """The data that backward needs, in addition to the graph, to solve u = J^T u + v.
 
     Args:
         explicit: f as a function of all tensors that it is known to depend on.
@@ -160,7 +160,7 @@ class _AdjointSystem:
         unchanged: Raises if tensors or modules have changed when f is evaluated again.
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Keeps the last cotangent for a warm start.
-        norm: A norm in f whose third derivative torch has wrong; set in systems of a second derivative.
+        norm: The name of a norm in f that has a wrong third derivative in torch; set in systems of a second derivative.
     """
 
     settings: Implicit
@@ -180,7 +180,7 @@ class _AdjointSystem:
         settings = self.settings
         refuse_vectorized(v, settings)
         start = self._start(v)
-        with self.autocast.again():  # it limits the precision of J
+        with self.autocast.again():  # autocast limits the precision of J
             options = settings.options(self.autocast.coarsest(self.layout.dtype)) | self.shared
             solution = settings.solve_adjoint(
                 self._adjoint(at), start if self.layout.is_tuple else start[0], v, options
@@ -203,7 +203,7 @@ class _AdjointSystem:
         if self.settings.warm_start and [_kind(part) for part in last] == [_kind(part) for part in v]:
             # Samples that were lost start from v.
             return tuple(torch.where(part.isfinite(), part, of) for part, of in zip(last, v, strict=True))
-        return v  # the first evaluation at u = 0 would give this
+        return v  # the first evaluation, at u = 0, would give this
 
     def differentiate(self, out: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
         """The gradients of ``sources`` for the cotangent v of ``out``, with a graph."""
@@ -222,7 +222,7 @@ class _AdjointSystem:
         self.unchanged.check("f is to be evaluated again for a second derivative")
         gate, tensors = _Gate(), self.explicit.tensors
         z = tuple(_Substitute.apply(gate, part) for part in out)
-        # Partial derivatives: gradients end at the substitutes, and do not go on to z or to the graphs of the tensors.
+        # Partial derivatives: gradients stop at the substitutes. They do not reach z or the graphs of the tensors.
         substitutes = {id(x): _Substitute.apply(gate, x) for x in tensors if x.requires_grad}
         inputs = [substitutes.get(id(x), x) for x in tensors]
         first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
@@ -237,7 +237,7 @@ class _AdjointSystem:
         u = self._differentiable_adjoint(at, self.solve(at, v), v, inputs, norm)
         outputs = [part for part in at.y if part.requires_grad]
         seeds = [part for part, of in zip(u, at.y, strict=True) if of.requires_grad]
-        captured = {id(x) for x in leaves}  # maybe known, too: parameters that fn also has in a list
+        captured = {id(x) for x in leaves}  # some may also be known: parameters that fn has in a list, too
         targets = [substitutes.get(id(x), x) for x in self.sources]
         also = [x for x in self.sources if id(x) in substitutes and id(x) in captured]
         with gate, hooks_postponed([*targets, *also]):
@@ -249,7 +249,7 @@ class _AdjointSystem:
         return [gradients[id(x)] for x in self.sources]
 
     def _evaluate(self, z: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Evaluate f as in forward, with norms in plain operations, whose further derivatives are right."""
+        """Evaluate f as in forward, but norms in plain operations, which have correct higher derivatives."""
         with self.autocast.again(), composed_norms():
             y = self.explicit(z if self.layout.is_tuple else z[0], tensors)
             return as_tuple(self.layout.check(y, self.autocast.enabled, detach=False))
@@ -262,7 +262,7 @@ class _AdjointSystem:
         inputs: Sequence[Tensor],
         norm: str | None,
     ) -> tuple[Tensor, ...]:
-        """The adjoint's solution u with the gradients of a fixed point of u, v, z, inputs -> J^T u + v.
+        """The adjoint's solution u, with the gradients of a fixed point u of the map u, v, z, inputs -> J^T u + v.
 
         Its first derivative uses the graph of ``at``; further derivatives evaluate f again.
         """
@@ -311,7 +311,7 @@ class _AdjointSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: _AdjointSystem, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # Never called under torch.func, so it needs no setup_context, which costs as much as a small evaluation.
+        # It has no setup_context, which costs as much as a small evaluation: it is never called under torch.func.
         parts = len(problem.layout.shapes)
         output = tuple(y.view_as(y) for y in tensors[:parts])
         ctx.problem = problem
@@ -358,7 +358,7 @@ class _Substitute(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.gate = inputs[0]
-        ctx.set_materialize_grads(False)  # a closed gate stops a gradient; it does not make it zero
+        ctx.set_materialize_grads(False)  # a closed gate gives no gradient instead of zeros
 
     @staticmethod
     @interpreted

@@ -77,7 +77,7 @@ class Phantom(Adjoint):
 
     def _solve_transformed(self, problem: Problem) -> tuple[State, Solution]:
         if not torch._C._are_functorch_transforms_active():
-            # Forward-mode AD: the steps after the solve carry the tangents, also those of captured tensors.
+            # Forward-mode AD: the steps after the solve have the tangents, also of captured tensors.
             with forward_ad._set_fwd_grad_enabled(False):
                 solution = problem.solve()
             return solution.image, solution
@@ -95,7 +95,7 @@ class Phantom(Adjoint):
         y = at.y
         if any(graph_inputs(at, explicit, first_node)):
             y = _Neumann.apply(self, at.layout, hand_over(at), *at.z, *y)
-        else:  # everything is frozen
+        else:  # nothing requires grad
             y = tuple(part.detach() for part in y)
         return AdjointResult(y if at.layout.is_tuple else y[0], solution, at)
 
@@ -113,7 +113,7 @@ class _Neumann(torch.autograd.Function):
 
     @staticmethod
     def forward(settings: Phantom, layout: Layout, courier: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.clone() for part in tensors[len(tensors) // 2 :])  # no views: they may be modified
+        return tuple(part.clone() for part in tensors[len(tensors) // 2 :])  # copies: users may modify them
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

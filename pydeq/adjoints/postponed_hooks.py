@@ -1,4 +1,4 @@
-"""Form gradients of tensors without running their hooks."""
+"""Compute gradients of tensors without running their hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def hooks_postponed(sources: Sequence[Tensor]) -> Iterator[None]:
     """Context manager in which the hooks of these tensors do not run.
 
-    Autograd runs them later, when backward returns the gradients that were formed here.
+    Autograd runs them later, when backward returns the gradients that were computed here.
     """
     postponed = [(hooks, list(hooks.items())) for x in sources if (hooks := x._backward_hooks)]
     for hooks, _ in postponed:

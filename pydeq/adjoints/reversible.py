@@ -1,18 +1,19 @@
 """Reversible deep equilibria: an iteration that can be run backwards, and so differentiated in constant memory.
 
-Two states take turns,
+Two states alternate,
 
     y <- (1 - b) y + b f(z),    z <- (1 - b) z + b f(y),    y = z = z0 at first
 
-and each half is undone by one evaluation: z = (z' - b f(y')) / (1 - b), then y = (y' - b f(z)) / (1 - b). Backward
-evaluates f with gradients on where the iteration went, and chains the exact derivative of what was computed.
+and one evaluation undoes each half: z = (z' - b f(y')) / (1 - b), then y = (y' - b f(z)) / (1 - b). Backward evaluates
+f with gradients on at the points of the iteration, and computes the exact derivative by the chain rule.
 
-The loop is not that of other solves: it looks back after each iteration, and it keeps which iterations each sample took
-part in, so that they can be undone.
+The loop differs from the loop of other solves: it looks back after each iteration, and it records the iterations that
+each sample took part in, so that they can be undone.
 
-Undoing amplifies rounding errors. Where f contracts, an iteration has for each eigenvalue of J two of its own, whose
-product is (1 - b)^2 and of which neither is above 1: undone, n iterations amplify by up to (1 - b)^-2n. So the two
-states are kept in float64 whatever f computes in, and a fixed number of them along the way, to start again from.
+Undoing amplifies rounding errors. If f contracts, an iteration has two eigenvalues for each eigenvalue of J. Their
+product is (1 - b)^2, and neither is above 1 in modulus. So undoing n iterations amplifies errors by up to (1 - b)^-2n.
+For this reason the two states are kept in float64 for every dtype of f. Backward starts again from a fixed number of
+kept states along the way.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from pydeq.solve.solve import stopping_rules
 from pydeq.solve.step_reports import any_running
 from pydeq.state import Layout, State, as_tuple, layout_of
 
-# A relative error of undone states beyond which iterations were differentiated in another place.
+# Above this relative error of undone states, gradients are taken at the wrong points: backward warns.
 _LOST = 1e-2
 
 
@@ -63,23 +64,24 @@ class Reversible(Adjoint):
 
     y <- (1 - b) y + b f(z),    z <- (1 - b) z + b f(y)
 
-    It takes the place of the layer's solver, in evaluation, too. An iteration evaluates f twice, so ``max_steps`` is
-    used up to an even number; the residual that the tolerance is held against is that of y, the output f(y) at the
-    best y. Backward evaluates f twice per iteration with gradients. z0 gets its gradient, too.
+    It replaces the layer's solver, also in evaluation. An iteration evaluates f twice, so an odd ``max_steps`` is
+    rounded down. The residual is ||f(y) - y||, and the output is f(y) at the best y. Backward evaluates f twice per
+    iteration with gradients. z0 also gets its gradient.
 
     Args:
-        damping: b in (0, 1). Smaller ones are slower; larger ones are harder to undo: an iteration amplifies rounding
-            errors by up to (1 - b)^-2, 4 for .5 and 100 for .9. The two states are kept in float64 for every dtype of
-            z0, which is used up after 26 iterations at .5 and 8 at .9.
-        checkpoints: Places along the way, at least 0, whose states are kept, two float64 vectors per sample each, so
-            that no more than max_steps / (2 checkpoints + 2) iterations are undone in a row. Backward warns where
-            undoing arrives at one of them with a relative error above 1e-2.
+        damping: b in (0, 1). A smaller b is slower. A larger b is harder to undo: each undone iteration amplifies
+            rounding errors by up to (1 - b)^-2, which is 4 for .5 and 100 for .9. The two states are kept in float64
+            for every dtype of z0. In the worst case all its digits are lost after 26 iterations at .5, and after 8 at
+            .9.
+        checkpoints: Number of iterations with kept states, at least 0. Each costs two float64 vectors per sample. At
+            most max_steps / (2 checkpoints + 2) iterations are undone in a row. Backward warns if it arrives at a
+            checkpoint with a relative error above 1e-2.
 
     The cell must give the same values when called again (no fresh dropout masks). Second derivatives raise.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range, or ``max_steps`` of a call below 2.
-        RuntimeError: In forward, if the cell captures a tensor that was computed from ones that require grad: pass
+        RuntimeError: In forward, if the cell captures a tensor that was computed from tensors that require grad: pass
             it as context.
 
     Source: McCallum, Arora and Foster, Reversible Deep Equilibrium Models, 2025.
@@ -120,7 +122,7 @@ class Reversible(Adjoint):
         return self._iterate(problem)[0].solution
 
     def _iterate(self, problem: Problem, explicit: Explicit | None = None) -> tuple[_Ends, tuple[Tensor, ...]]:
-        """Run the iteration; also return what fn was made from, where it is to be differentiated as ``explicit``."""
+        """Run the iteration. With ``explicit``, also return the tensors with gradients that fn depends on."""
         options, b = problem.options, self.damping
         layout = layout_of(problem.z0)
         rules = stopping_rules(layout, options.get("rtol"), options.get("atol", 0.0))
@@ -145,15 +147,15 @@ class Reversible(Adjoint):
             counters = z.new_zeros(layout.batch, len(Counter), dtype=torch.int32)
             value, image = start, start  # the best y and f(y)
             best_y, best_z = y, z  # there, after the whole iteration
-            best_n = counters.new_zeros(layout.batch)  # its number, from 1
-            stopped_n = best_n  # the last iteration of each sample, but for those from ``awake`` on
+            best_n = counters.new_zeros(layout.batch)  # the number of the best iteration, from 1
+            stopped_n = best_n  # the last iteration of each sample before ``awake``
             n, last, awake = 0, max_steps // 2, None
             stride = -(-last // (self.checkpoints + 1))
             kept: dict[int, tuple[Tensor, Tensor]] = {}
-            if explicit is not None and not layout.batch:  # gradients of nothing are zeros, which have to go somewhere
+            if explicit is not None and not layout.batch:  # the zero gradients need a graph
                 sources = _first_evaluation(explicit, start, layout)[1]
             while layout.batch and n < last:
-                if n == 0 and explicit is not None:  # this graph tells what fn is made from
+                if n == 0 and explicit is not None:  # this graph has the tensors that fn depends on
                     f, sources = _first_evaluation(explicit, start, layout)
                 else:
                     f = evaluate(z)
@@ -178,9 +180,9 @@ class Reversible(Adjoint):
                 best_y, best_z = torch.where(improved, y, best_y), torch.where(improved, z, best_z)
                 best_n = torch.where(verdict.improved, n, best_n)
                 states += [layout.view(image)] * sum(count in states_at for count in (2 * n, 2 * n + 1))
-                if n == 1 and 1 in states_at:  # there is nothing to return before the first pair
+                if n == 1 and 1 in states_at:  # there is no output before the first pair of evaluations
                     states.append(layout.view(image))
-                # Frozen, the y and z of a sample differ: what depends on it would alternate between two ends.
+                # The y and z of a frozen sample differ: samples that depend on it would alternate between two states.
                 if awake is None and layout.batch > 1 and (n == last or not capturing(layout.device)):
                     moved, woken = _look_back(rounded, f, scalars, counters, rules, 2 * n, n == last)
                     if not capturing(layout.device) and bool(moved.any()):
@@ -205,7 +207,7 @@ class Reversible(Adjoint):
                 residual, norm = norms([f.double() - rounded.double(), f])
                 for column, of in ((Scalar.BEST, residual), (Scalar.BEST_NORM, norm)):
                     scalars[:, column] = torch.where(again, of, scalars[:, column])
-            if n:  # what is not finite from the first on stays at z0, like in other solves
+            if n:  # samples that were never finite stay at z0, as in other solves
                 value = torch.where(scalars[:, Scalar.BEST, None].isfinite(), value, start)
             states += [layout.view(image)] * (len(states_at) - len(states))
             solution = Solution(layout.view(value), layout.view(image), 2 * n, scalars, counters, None)
@@ -215,17 +217,17 @@ class Reversible(Adjoint):
 
 
 def _kept(status: Tensor) -> Tensor:
-    """Whether each sample is not lost: it runs on, or could."""
+    """Whether each sample is not lost: it is running, or could run again."""
     return status <= Status.STALLED
 
 
 def _look_back(
     y: Tensor, f: Tensor, scalars: Tensor, counters: Tensor, rules: Rules, evaluations: int, last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Judge the samples that had converged before the last evaluation again; only these are still at their best y.
+    """Check the samples that had converged before the last evaluation again; only these are still at their best y.
 
     Returns:
-        Which of them have a different image now, and which of these miss the tolerance; bool [B] each.
+        Which of these samples have a different image now, and which of those miss the tolerance; bool [B] each.
     """
     others = (counters[:, Counter.STATUS] != Status.CONVERGED)[:, None]
     before = scalars.clone(), counters.clone()
@@ -244,9 +246,9 @@ class _Taken:
 
     Args:
         best: The number of the iteration whose f(y) is a sample's output, from 1; int32 [B].
-        stopped: A sample took part up to this one, int32 [B],
-        again: and, bool [B],
-        awake: in those after this one.
+        stopped: The number of the last iteration that a sample took part in before ``awake``, int32 [B].
+        again: Whether a sample also took part in the iterations after ``awake``, bool [B].
+        awake: The number of the iteration after which some samples ran again.
         coupled: Whether samples are known to depend on each other.
     """
 
@@ -269,8 +271,8 @@ class _Ends:
     Args:
         start: z0, [B, D].
         y, z: After the best iteration, float64 [B, D].
-        taken: Which iterations these were.
-        iterations: Of the sample with the most.
+        taken: The iterations that led to the outputs.
+        iterations: The largest number of iterations of a sample.
         kept: The two states after some iterations.
     """
 
@@ -289,10 +291,11 @@ class _Run:
     """What backward needs in addition to tensors.
 
     Args:
-        explicit: fn, as a function of what it is known to depend on.
-        sources: What fn was made from: tensors that ``explicit`` knows, and captured leaves, that require grad.
-        autocast: Forward's device, dtype, whether on, whether cached.
-        watched: What must not have changed where fn is evaluated again.
+        explicit: fn as a function of the tensors that it is known to depend on.
+        sources: The tensors that fn depends on and that require grad: tensors that ``explicit`` knows, and captured
+            leaves.
+        autocast: The autocast state of forward: device, dtype, whether it is on, whether casts are cached.
+        watched: Raises if tensors or modules have changed when fn is evaluated again.
     """
 
     settings: Reversible
@@ -331,7 +334,7 @@ class _Run:
 
 
 def _first_evaluation(explicit: Explicit, start: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return f at ``start`` [B, D], and the tensors with gradients that fn is made from."""
+    """Return f at ``start`` [B, D], and the tensors with gradients that fn depends on."""
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
     tensors, cut = _cut(explicit.tensors)
     at = linearize(lambda z: explicit(z, tensors), layout.view(start), ())
@@ -348,16 +351,17 @@ def _first_evaluation(explicit: Explicit, start: Tensor, layout: Layout) -> tupl
 
 
 def _cut(tensors: Sequence[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """Replace computed tensors by leaves; also return the leaves by the ids of what they replace.
+    """Replace computed tensors by leaves; also return the leaves by the ids of the tensors that they replace.
 
-    What the tensors were computed from may be a source, too; its share through them is formed by the graph outside.
+    A tensor and the tensors that it was computed from may both be sources. The graph outside adds the gradient that
+    passes from one to the other.
     """
     cut = {id(x): x.detach().requires_grad_() for x in tensors if x.requires_grad and not x.is_leaf}
     return [cut.get(id(x), x) for x in tensors], cut
 
 
 class _Reverse(torch.autograd.Function):
-    """The output of the iteration; on the way back the iteration is undone."""
+    """The output of the iteration; backward undoes the iteration."""
 
     @staticmethod
     def forward(run: _Run, ends: _Ends, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -367,7 +371,7 @@ class _Reverse(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.run, ends, *tensors = inputs
         ctx.iterations, ctx.kept, ctx.taken = ends.iterations, list(ends.kept), ends.taken
-        # The sources are saved for the check that nobody has changed them since.
+        # The sources are saved so that autograd checks that they have not changed.
         kept = [state for pair in ends.kept.values() for state in pair]
         ctx.save_for_backward(ends.start, ends.y, ends.z, *kept, *tensors[len(ends.layout.shapes) :])
 
@@ -389,7 +393,7 @@ class _Reverse(torch.autograd.Function):
         of_y, of_z = torch.zeros_like(v), torch.zeros_like(v)  # the cotangents of the two states
         for n in range(ctx.iterations, 0, -1):
             on, ends = taken.on(n), (taken.best == n)[:, None]
-            reached = on | taken.coupled  # samples that stay where they are still move those that depend on them
+            reached = on | taken.coupled  # samples that stay in place still move samples that depend on them
 
             # z = (1 - b) z_before + b f(y), and the output is f(y) of the last iteration
             seed = torch.where(on, b * of_z, 0.0) + torch.where(ends, v, 0.0)
@@ -422,7 +426,7 @@ class _Reverse(torch.autograd.Function):
 
 
 def _relative_error(found: Tensor, expected: Tensor, rows: Tensor) -> Tensor:
-    """The largest relative error of a finite sample, 0-d; for small states the error in units of their entries."""
+    """The largest relative error of a finite sample, 0-d; for small states, the absolute error per entry."""
     error = (found - expected).norm(dim=1)
     scale = expected.norm(dim=1).clamp_min(math.sqrt(expected.shape[1]))
     return torch.where(rows[:, 0] & error.isfinite(), error / scale, 0.0).amax()

@@ -1,4 +1,4 @@
-"""Shine: use the approximate inverse that Broyden's method has from the forward solve as the adjoint's solution.
+"""Shine: solve the adjoint system by the approximate inverse that Broyden's method has from the forward solve.
 
 In forward, Broyden's method builds N ~ (I - J)^-1 (see :mod:`pydeq.ops.broyden_step`). The adjoint of a cotangent v is
 (I - J)^-T v, so u = N^T v costs no product with J.
@@ -37,19 +37,19 @@ class Shine(Adjoint):
     u = v + c (N^T v - v),   c = min(1, limit ||v|| / ||N^T v - v||) of each sample
 
     Cheap and biased: N is accurate in the directions of the solve's steps, so it improves with the evaluations of the
-    solve. After one evaluation the gradient is that of :func:`pydeq.JacobianFree`. The steps of the solve are kept
-    until backward has run, so the memory grows with the evaluations.
+    solve. After one evaluation the gradient is the same as with :func:`pydeq.JacobianFree`. The steps of the solve are
+    kept until backward has run, so the memory grows with the evaluations.
 
     Args:
         refine_steps: Maximum number of products with J of each sample that improve u, at least 0. They solve
             u = u + N^T (J^T u + v - u), the adjoint preconditioned by N, by Broyden's method.
         rtol: Relative tolerance of that solve; by default 1e-4, and 1e-3 for half states.
-        limit: Bound of the correction's norm relative to v, at least 0. In directions without steps N can be far too
-            large: after hard solves of trained cells N^T v is sometimes a hundred times v, and without a bound the
-            gradient is worse than that of :func:`pydeq.JacobianFree`, which is ``limit=0``. ``math.inf`` takes N^T v
-            unchanged. The source uses v instead of N^T v if ||N^T v|| > 1.3 ||v||.
+        limit: Bound of the correction's norm relative to v, at least 0. N can be far too large in directions without
+            steps. After hard solves of trained cells, N^T v is sometimes a hundred times as long as v. Without a bound
+            the gradient is then worse than with :func:`pydeq.JacobianFree`, which equals ``limit=0``. ``math.inf``
+            takes N^T v unchanged. The source uses v instead of N^T v if ||N^T v|| > 1.3 ||v||.
 
-    The solution's ``backward`` is that of the refinement, and None without one. Second derivatives raise.
+    The solution's ``backward`` is the solution of the refinement; None without refinement. Second derivatives raise.
 
     Raises:
         TypeError: If an argument is of the wrong type, or the layer's solver is not Broyden.
@@ -73,7 +73,7 @@ class Shine(Adjoint):
 
     def check(self, solver: Solver) -> None:
         if not isinstance(solver, Broyden):
-            raise TypeError(f"Shine needs the memory of pydeq.Broyden as the solver, got {solver!r}")
+            raise TypeError(f"Shine needs pydeq.Broyden as the solver, got {solver!r}")
 
     def solve(self, problem: Problem) -> AdjointResult:
         self.check(problem.options["solver"])
@@ -97,7 +97,7 @@ class Shine(Adjoint):
 
 @dataclass(frozen=True)
 class _Backward:
-    """The data that backward needs, next to tensors."""
+    """The data that backward needs, in addition to tensors."""
 
     settings: Shine
     layout: Layout
@@ -130,7 +130,7 @@ class _Backward:
         """v plus a correction that is no longer than ``limit`` times v."""
         most = self.settings.limit * norm(v)
         length = norm(correction)
-        # NaN and Inf stay what they are.
+        # NaN and Inf stay unchanged.
         scale = torch.where(length > most, most / length, 1.0).to(v.dtype)
         return v + scale[:, None] * correction
 
@@ -145,7 +145,7 @@ class _Shine(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.problem, inverse, *tensors = inputs
-        # Saved, the memory of the solve goes when the graph does, not when its last node does.
+        # Save these tensors: then the memory of the solve is freed with the graph, not with the graph's last node.
         ctx.save_for_backward(*tensors, *inverse.tensors)
 
     @staticmethod

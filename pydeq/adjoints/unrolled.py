@@ -1,8 +1,8 @@
 """Unrolled differentiation: autograd through every iteration of the solve.
 
-Exact for what was computed, be it converged or not, and to any order; memory grows with the evaluations. The steps
-in :mod:`pydeq.ops` work in place and have no derivatives, so the steps here are made of differentiable operations. The
-loop and the rules that stop it are those of every solve.
+The derivative is exact for the computed result, converged or not, and to any order. Memory grows with the evaluations.
+The steps in :mod:`pydeq.ops` work in place and have no derivatives, so the steps here are made of differentiable
+operations. The loop and its stopping rules are the same as in every solve.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from pydeq.state import State, layout_of
 @suggests_keywords
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """The gradient of the iteration itself, of :class:`pydeq.Picard` or :class:`pydeq.Anderson`; z0 gets one, too.
+    """The gradient of the iteration itself, for :class:`pydeq.Picard` or :class:`pydeq.Anderson`; also for z0.
 
     Args:
         checkpoint: Keep only the iterates and evaluate f again in backward, in forward's autocast and random state,
             instead of keeping the graphs of all evaluations.
 
     The output is the image of the best iterate, with no evaluation beyond those of the solve. ``states_at`` gives
-    states with the gradients of the iterations that led to them. Samples that are done are iterated no more, and
-    their gradient does not depend on the other samples. But where a cell returns NaN or Inf, parameters may get NaN.
-    Anderson's system is nearly singular near the solution, which costs second derivatives digits: Picard's keep them.
+    states with the gradients of the iterations that led to them. Samples that are done no longer iterate, and their
+    gradient does not depend on the other samples. But if a cell returns NaN or Inf, the gradients of parameters may be
+    NaN. Anderson's system is nearly singular near the solution, so second derivatives lose digits; with Picard they do
+    not.
 
     Raises:
         TypeError: If the layer's solver is another one.
@@ -83,7 +84,7 @@ class Unrolled(Adjoint):
         read = ChangeCheck(problem.explicit().lasting, problem.cell.modules)
         repeated = _Repeated(problem.cell.call, problem.cell.modules)
         fn = problem.cell.sharing_weights()
-        if self.checkpoint:  # an early stop is an exception, which TorchScript in a cell would not let through
+        if self.checkpoint:  # an early stop raises an exception, and TorchScript in a cell would change it
             fn = partial(checkpoint, repeated, use_reentrant=False, early_stop=False)
         evaluator = _AttachedEvaluator(fn, problem.context, layout, cast)
         flat = recordable(layout.flatten(problem.z0))
@@ -107,9 +108,9 @@ class _AttachedEvaluator(Evaluator):
 
 
 class _Repeated:
-    """``fn`` for a checkpoint, which calls it again in backward, when ``watched`` is set.
+    """A map for a checkpoint, which calls it again in backward, when ``watched`` is set.
 
-    ``torch.func.functional_call`` exchanges a module's tensors for one call only: the second call gets the tensors of
+    ``torch.func.functional_call`` replaces a module's tensors only for one call. So the second call gets the tensors of
     the first one.
     """
 
@@ -146,7 +147,7 @@ class _Unroll(Workspace):
         self.solver, self.damping = solver, solver.damping
         self.z: Any = [flat, flat]
         self.best: Any = [flat, flat]
-        self.anchor = flat  # where the last step began
+        self.anchor = flat  # the iterates that the last step started from
 
     @abstractmethod
     def propose(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
@@ -174,7 +175,7 @@ class _Unroll(Workspace):
     def _judge(self, z: Tensor, f: Tensor, k: int, last: bool, look_back: int = 0) -> Verdict:
         with torch.no_grad():
             verdict = judge(z.detach(), f.detach(), self.scalars, self.counters, self.rules, last, look_back=look_back)
-        if not capturing(f.device):  # nobody reads it then
+        if not capturing(f.device):  # nothing reads the report then
             report(self.progress, self.counters, k)
         return verdict
 
@@ -213,7 +214,7 @@ class _UnrollAnderson(_Unroll):
         counters = self.counters
         compute = torch.promote_types(z.dtype, torch.float32)
         go = verdict.proceed[:, None]
-        # Rows of samples that do not proceed are never read again, and must not bring NaN into sums.
+        # Rows of samples that do not proceed are never read again. They must not put NaN into sums.
         f = torch.where(go, f, 0.0).to(compute)
         g = f - torch.where(go, z, 0.0).to(compute)
         self.residuals = [g.double(), *self.residuals][: self.memory]
@@ -249,14 +250,14 @@ class _UnrollAnderson(_Unroll):
 
     def _coefficients(self, gram: Tensor, inside: Tensor) -> Tensor:
         """(Gram + ridge diag(Gram)) a = 1, normalized, on the columns ``inside``; 0 outside. [B, m]"""
-        # Scaling rows and columns by constants leaves a as it is, and its derivative.
+        # Scaling rows and columns by constants does not change a or its derivative.
         squared = gram.detach().diagonal(dim1=1, dim2=2)
         scale = torch.where(inside & (squared > 0), squared, 1.0).rsqrt()
         pairs = inside[:, :, None] & inside[:, None, :]
         system = torch.where(pairs, gram * scale[:, :, None] * scale[:, None, :], 0.0)
         outside = 1.0 - (inside & (squared > 0)).to(system.dtype)
         system = system + torch.diag_embed(self.solver.ridge * system.diagonal(dim1=1, dim2=2) + outside)
-        # ... and so does one factor for all of the right side, here the newest residual's norm.
+        # One factor for the whole right side does not either; here it is the newest residual's norm.
         right = torch.where(inside, scale / scale[:, :1], 0.0)
         x = torch.linalg.solve(system, right) * right
         total = x.sum(1, keepdim=True)

@@ -22,7 +22,7 @@ class Anderson(Solver):
     (Gram + ridge * diag(Gram)) a = 1, sum a = 1;   z' = sum_j a_j (f(z_j) - (1 - damping) g_j),   g_j = f(z_j) - z_j
 
     Args:
-        memory: Columns mixed, at least 1 (which is Picard iteration).
+        memory: Columns mixed, at least 1; with 1 this is Picard iteration.
         damping: In (0, 1].
         ridge: Relative to the diagonal of the Gram matrix, at least 0.
 

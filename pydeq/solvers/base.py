@@ -21,7 +21,7 @@ from pydeq.solvers.buffers import Scratch, empty, zeros
 
 
 class Workspace(ABC):
-    """The buffers of one solve, allocated once. Solvers of users need none: see :class:`pydeq.CustomSolver`.
+    """The buffers of one solve, allocated once. Users' solvers do not define one: see :class:`pydeq.CustomSolver`.
 
     The iterates of step k are in ``z[k % 2]``, and the step writes the next ones to the other buffer, so that the
     previous iterate is still there if it turns out to be the best.
@@ -30,7 +30,7 @@ class Workspace(ABC):
         flat: Initial iterates, [B, D], contiguous.
         rules: When a sample stops.
         max_steps: Evaluations of each sample at most.
-        own: Shapes of the solver's buffers that start as zeros; ``zeroed`` has them, float64.
+        own: Shapes of the solver's own buffers that start as zeros, float64; ``zeroed`` has the buffers.
     """
 
     reports_late: ClassVar[bool] = True
@@ -48,12 +48,12 @@ class Workspace(ABC):
             *((torch.float64, shape) for shape in own),
         )
         self.progress = torch.empty(len(Progress), dtype=torch.int64, device="cpu")  # read after a step wrote it
-        self.scratch = Scratch(flat)  # the history, which a solve that ends well releases
+        self.scratch = Scratch(flat)  # the history; a solve that ends without an exception releases it
         # For half states, the iterates before they were rounded, if the solver keeps them.
         self.iterate = flat.new_empty(0)
         self.rules = rules
         self.max_steps = max_steps
-        self.damping = 1.0  # of a plain step
+        self.damping = 1.0  # the damping of a plain step
 
     @abstractmethod
     def step(self, f: Tensor, k: int) -> None:
@@ -85,14 +85,14 @@ class Workspace(ABC):
         )  # fmt: skip
 
     def look_back(self, f: Tensor, k: int, last: bool) -> None:
-        """Judge samples that were done before the last of ``k`` evaluations by their images ``f`` [B, D] there.
+        """Check samples that were done before evaluation ``k`` by their images ``f`` [B, D] in that evaluation.
 
-        Samples that are no longer done run again, from plain steps, or are MAX_STEPS where ``last``.
+        Samples that are no longer done run again, from plain steps; with ``last`` they end as MAX_STEPS.
         """
         self.take(picard_step, f, k, last, (self.damping, k), at=k - 1)
 
     def unfreeze(self, k: int) -> None:
-        """Iterate all samples that are not lost from their values, after ``k`` evaluations."""
+        """After ``k`` evaluations, iterate all samples that are not lost, each from its value."""
         self.rules = dataclasses.replace(self.rules, freeze=False)
         status = self.counters[:, Counter.STATUS]
         stalled = status == Status.STALLED
@@ -111,7 +111,7 @@ class Solver(ABC):
     """
 
     reduces: ClassVar[bool] = False
-    """Whether its steps complete all sums over a state by ``rules.reduction``, so that states may be sharded."""
+    """Whether its steps use ``rules.reduction`` for all sums over a state, so that states may be sharded."""
 
     @abstractmethod
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
@@ -119,14 +119,14 @@ class Solver(ABC):
 
 
 def check_vectors(device: torch.device, rules: Rules, needed: int, max_steps: int, **depth: int) -> None:
-    """Refuse a history that would not fit on a GPU, before the solve.
+    """Raise before a solve on a GPU if its history may have more vectors than the kernels take.
 
     Args:
         needed: Vectors that the solve may keep.
-        depth: The hyperparameter that limits them, by its name; ``needed`` or one less.
+        depth: The hyperparameter that limits the vectors, as a keyword; its value is ``needed`` or one less.
 
     Raises:
-        ValueError: If these are more than CUDA kernels can be given.
+        ValueError: If the solve needs more vectors than CUDA kernels take.
     """
     if needed <= CUDA_VECTORS or device.type != "cuda" or not cuda_loaded() or rules.reduction is not WHOLE:
         return

@@ -19,7 +19,7 @@ from pydeq.solvers.inverse_jacobian import InverseJacobian
 
 # Initial capacity for inner products of steps; it doubles.
 _COLUMNS = 16
-# Steps allocated at once: enough for huge pages behind small states, few enough that little is left unused.
+# Steps allocated at once: enough that small states use huge pages, and few enough that little memory is unused.
 _BLOCK = 3
 
 
@@ -66,7 +66,7 @@ class BroydenWorkspace(Workspace):
             self.iterate = flat.to(self.wide)
         self.restart = flat.new_empty(0, dtype=self.wide)
         self.steps: list[Tensor] = []
-        self.evaluations = 0  # whose steps were taken or, on a GPU, are queued
+        self.evaluations = 0  # those with a step that was taken or, on a GPU, is queued
 
     def step(self, f: Tensor, k: int) -> None:
         last = k + 1 == self.max_steps
@@ -82,10 +82,10 @@ class BroydenWorkspace(Workspace):
         self.take(broyden_step, f, k, last, own)
 
     def inverse_jacobian(self) -> InverseJacobian:
-        """Return the approximation of (I - J)^-1 after the solve, which takes over its steps.
+        """Return the approximation of (I - J)^-1 after the solve; it takes over the workspace's steps.
 
         Raises:
-            RuntimeError: If a sample's memory was full: a restart overwrites steps that factors are made of.
+            RuntimeError: If a sample's memory was full: a restart overwrites steps that the approximation needs.
         """
         counters = self.counters
         restarts = self.memory + 2 < self.max_steps
@@ -103,7 +103,7 @@ class BroydenWorkspace(Workspace):
         taken = max(0, min(len(self.steps), self.evaluations - 1))
         position = self.iterate if self.iterate.numel() else self.best[0]
         counts = counters[:, Counter.COUNT].long()
-        # The last evaluation's iterate and image are kept only where it was the best one.
+        # The last evaluation's iterate and image are kept only if it was the best one.
         complete = (counters[:, Counter.SINCE_BEST] == 0) & (counts > 0)
         residual = torch.where(complete[:, None], self.best[1].to(self.wide) - position, 0.0)
         return InverseJacobian(self.steps[:taken], self.gram, self.thetas, counts, residual, complete)

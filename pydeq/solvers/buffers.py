@@ -1,7 +1,8 @@
 """The large buffers of a solve: uninitialized, laid out for the kernels, and kept for the next solve.
 
-Fresh memory costs a page fault for every page that is first written, which for middle-sized states is as much as the
-steps of a short solve. So histories, which no user ever sees, are kept when a solve is done, 64 MiB of them at most.
+New memory costs a page fault for every page that is written for the first time. For states of medium size this takes as
+long as the steps of a short solve. So histories, which no user ever sees, are kept when a solve is done, at most 64 MiB
+of them.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from torch import Tensor
 
 from pydeq.ops.kernels import advise_huge_pages
 
-# Bytes: of a buffer, from which on huge pages are asked for; of a buffer, from which on it is kept; kept in all.
+# Bytes: the least size of a buffer that asks for huge pages, the least size of a buffer that is kept, the total kept.
 _LARGE, _KEPT_FROM, _KEPT_BYTES = 1 << 21, 1 << 17, 1 << 26
 # All rows of a history are read at the same entries. A cache finds a line by its place within a page, so rows that
 # start at the same place would evict each other. So each row starts 17 lines later in its page than the row before.
 _PAGE, _LINE, _LINES_APART, _STAGGERED_FROM = 4096, 64, 17, 1 << 16
 
-# Its operations are atomic, so threads share it without a lock. A fork could leave a lock locked.
+# Threads share it without a lock, since a deque's operations are atomic. A fork could leave a lock locked.
 _kept: deque[Tensor] = deque()
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized buffer of this shape, of the device and, by default, the dtype of ``like``.
 
-    Large ones on the CPU lie in huge pages where these fit.
+    A large buffer on the CPU is in huge pages, where they fit.
     """
     buffer = like.new_empty(shape, dtype=dtype)
     if buffer.nbytes >= _LARGE and like.device.type == "cpu":
@@ -38,8 +39,8 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 def zeros(like: Tensor, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
     """Zeroed buffers of these dtypes, of 4 or 8 bytes, and shapes, on the device of ``like``.
 
-    On a GPU each fill is a launch, which costs as much as a step: there they are parts of one buffer, each from a new
-    cache line on. On the CPU a view costs as much as a small fill, so each is by itself.
+    On a GPU each fill is a launch, which costs as much as a step. So there the buffers are parts of one buffer, and
+    each part begins with a new cache line. On the CPU a view costs as much as a small fill, so each buffer is separate.
     """
     if like.device.type == "cpu":
         return [like.new_zeros(shape, dtype=dtype) for dtype, shape in parts]
@@ -113,7 +114,7 @@ def _find_kept(count: int, dtype: torch.dtype) -> Tensor | None:
             buffer = _kept.popleft()
         except IndexError:
             return None
-        # Buffers made in inference mode may not be written outside of it.
+        # Buffers made in inference mode must not be written outside of inference mode.
         if buffer.dtype == dtype and buffer.numel() == count and buffer.is_inference() == inference:
             return buffer
         _kept.append(buffer)

@@ -1,4 +1,4 @@
-"""The base class of solvers that users write, in plain torch; docs/solvers.md shows how."""
+"""The base class of solvers that users write in plain torch, see docs/solvers.md."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from pydeq.ops.constants import RUNNING, Counter, Scalar, Status
 from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Solver, Workspace
 
-# Of the plain step that judges: with any below 1, the image of every new best is saved at once.
+# The damping of the plain step that checks samples: with a damping below 1, the image of every new best is saved at
+# once.
 _DAMPING = 0.5
 
 
 class CustomSolver(Solver):
-    """Base class for a solver of your own: you say what to iterate next, pydeq does the rest of the solve.
+    """Base class for a solver of your own: you compute the next iterate, pydeq does the rest of the solve.
 
     z' = propose(z, f, state),   f = fn(z)
 
     A subclass defines :meth:`propose`. Tolerances, statuses, the best iterate, freezing, retries after NaN, counts,
-    traces, compaction and gradients are those of every solve. Hyperparameters are attributes, best those of a frozen
-    dataclass; what one solve remembers is its state, which :meth:`init` creates. See docs/solvers.md.
+    traces, compaction and gradients work as in every solve. Hyperparameters are attributes; a frozen dataclass is best.
+    The memory of one solve is its state, created by :meth:`init`. See docs/solvers.md.
 
     Raises:
         TypeError: If a subclass defines no ``propose``, or a ``start``.
@@ -48,12 +49,12 @@ class CustomSolver(Solver):
         """Return the next iterates.
 
         Rows are samples, and a row of the result must depend on the same row of the arguments only. Rows of samples
-        that are done or retried hold f = z, and what is returned for them is not used. A row with NaN or Inf becomes
+        that are done or retried hold f = z, and their rows of the result are not used. A row with NaN or Inf becomes
         f, a plain step. No gradients are recorded.
 
         Args:
             z: Iterates, [B, D]: a state of any shape or of several tensors, flattened.
-            f: Their images fn(z), [B, D]. Both tensors may be kept in ``state``, and must not be modified.
+            f: The images fn(z) of the iterates, [B, D]. You may keep z and f in ``state``; do not modify them.
             state: What :meth:`init` returned, to be updated in place.
 
         Returns:
@@ -67,12 +68,12 @@ class CustomSolver(Solver):
         """
 
     def restart(self, state: Any, z: Tensor, rows: Tensor) -> None:
-        """Forget what ``state`` knows of the samples ``rows``, which start again from ``z``.
+        """Reset ``state`` for the samples ``rows``, which start again from ``z``.
 
-        Called before ``propose`` where fn gave NaN or Inf for a sample, or other samples moved one that was done. By
-        default, ``rows`` of every tensor in ``state`` whose first dimension is the batch become those of ``init(z)``,
-        or 0 where that has no such tensor. Tensors are found in dicts, lists and tuples, nested at will, and in
-        attributes of ``state``.
+        Called before ``propose`` if fn gave NaN or Inf for a sample, or if other samples moved a sample that was done.
+        The default looks for tensors with the batch as their first dimension, in dicts, lists and tuples, also nested,
+        and in attributes of ``state``. It sets their ``rows`` to the rows in ``init(z)``, or to 0 if ``init(z)`` has no
+        such tensor.
 
         Args:
             state: As in :meth:`propose`; to be updated in place.
@@ -103,13 +104,13 @@ class _CustomWorkspace(Workspace):
         super().__init__(flat, rules, max_steps)
         self.solver = solver
         self.state: Any = None
-        self.known: Tensor | None = None  # samples that the state is about, bool [B]
+        self.known: Tensor | None = None  # samples that the state has seen, bool [B]
         # Tensors made in inference mode do not count their versions.
         self.watch = not torch.is_inference_mode_enabled()
 
     def step(self, f: Tensor, k: int) -> None:
         z, next, rules, counters = self.z[k % 2], self.z[1 - k % 2], self.rules, self.counters
-        # A plain step, judged; with damping, the image of every new best is saved at once.
+        # A plain step, which checks every sample; with damping, the image of every new best is saved at once.
         self.take(picard_step, f, k, k + 1 == self.max_steps, (_DAMPING, 0))
         if k + 1 == self.max_steps:
             return
@@ -123,12 +124,12 @@ class _CustomWorkspace(Workspace):
         if not count:
             self.known = None if self.known is None else proceed
             return
-        rows = None if count == len(f) else proceed[:, None]  # None: all of them, which saves passes over the state
+        rows = None if count == len(f) else proceed[:, None]  # None: all of them; this saves passes over the state
         image = f.clone() if rows is None else torch.where(rows, f, z)
-        with torch.autocast(f.device.type, enabled=False):  # that of fn
+        with torch.autocast(f.device.type, enabled=False):  # autocast is for fn only
             found = self._propose(z.clone(), image, proceed)
         sound = found.isfinite().all(1)
-        # A plain step from a new best is the one that a retry would take.
+        # A retry would take the same plain step from a new best.
         plain = torch.ones_like(sound) if found is image else ~sound
         tried.copy_(torch.where(proceed & (counters[:, Counter.SINCE_BEST] == 0), plain.int(), tried))
         if not bool(sound.all()):
@@ -137,7 +138,7 @@ class _CustomWorkspace(Workspace):
         self.known = proceed & sound
 
     def _propose(self, z: Tensor, f: Tensor, proceed: Tensor) -> Tensor:
-        """What the solver proposes, checked. Nothing else refers to ``z`` and ``f``: they are the solver's to keep."""
+        """Call ``propose`` and check its result. The solver may keep ``z`` and ``f``: nothing else refers to them."""
         solver, name = self.solver, type(self.solver).__name__
         if self.known is None:
             self.state = solver.init(z)

@@ -15,24 +15,25 @@ from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty
 
-# Basis vectors allocated at once: enough for huge pages behind small states, few enough that little is left unused.
+# Basis vectors allocated at once: enough that small states use huge pages, few enough that little memory is unused.
 _BLOCK = 3
 
 
 @suggests_keywords
 @dataclass(frozen=True)
 class GMRES(Solver):
-    """The generalized minimal residual method, for maps f(z) = A z + v: adjoint systems first of all.
+    """The generalized minimal residual method, for affine maps f(z) = A z + v, for example adjoint systems.
 
     x_k = argmin ||f(x) - x||  over  x in z0 + span(r, M r, ..., M^{k-1} r),   M = I - A,  r = f(z0) - z0
 
-    Every residual that decides is measured, at the point that is returned. Where dense GMRES needs k products, at most
-    k + 2 evaluations are made, the first at z0 and the last at the solution. A map that is not affine is solved as if
-    it were, cycle by cycle, which need not converge; statuses and residuals stay true.
+    Statuses depend only on residuals that are measured at the point that is returned. If dense GMRES needs k products,
+    this solver makes at most k + 2 evaluations, the first at z0 and the last at the solution. A map that is not affine
+    is treated as affine in each cycle. This may not converge; statuses and residuals are still true.
 
     Args:
-        restart: Products of a cycle, at least 1; the next cycle starts from the smallest residual. Vectors are
-            allocated as they are used: k steps take k of them, and at most ``restart``. CUDA kernels keep at most 512.
+        restart: Products per cycle, at least 1; the next cycle starts from the point with the smallest residual.
+            Vectors are allocated as they are used: k steps take k of them, and at most ``restart``. CUDA kernels keep
+            at most 512.
 
     Raises:
         TypeError, ValueError: If restart is not an int or below 1.
@@ -63,7 +64,7 @@ class _GMRESWorkspace(Workspace):
             self.iterate = flat.to(self.wide)
         self.begin = empty(flat, *flat.shape, dtype=self.wide)
         self.basis: list[Tensor] = []
-        # The last evaluation takes no step, and the one before it adds no vector that is used.
+        # The last evaluation takes no step. The evaluation before it adds no vector that is used.
         columns = self.capacity = max(1, min(solver.restart, max_steps - 1))
         check_vectors(flat.device, rules, columns, max_steps, restart=solver.restart)
         batch = flat.shape[0]

@@ -1,11 +1,11 @@
-"""The inverse Jacobian that Broyden's method has approximated by the end of a solve, as a linear map.
+"""Broyden's approximation of the inverse Jacobian at the end of a solve, as a linear map.
 
-In the terms of :mod:`pydeq.ops.broyden_step`, for a sample with n steps,
+In the notation of :mod:`pydeq.ops.broyden_step`, for a sample with n steps,
 
     N = (I + w_{n-1} s_{n-1}^T) ... (I + w_0 s_0^T) ~ (I - J)^-1,    w_j = theta_j s_{j+1} / ||s_j||^2
 
-The last factor needs s_n, the step that the residual at the solution leads to. The solve ends without this step, so it
-is computed here, from the last evaluation. Products with N and N^T take the inner products of a
+The last factor needs s_n, the step from the solution. The solve ends without this step, so it is computed here from the
+last evaluation. Products with N and N^T take the inner products of a
 vector with the steps, a small triangular recursion with the Gram matrix, and one combination of the steps.
 """
 
@@ -20,7 +20,7 @@ from pydeq.ops.broyden_step import denominator_damping
 
 
 class InverseJacobian:
-    """N of each sample.
+    """The linear map N of each sample.
 
     Args:
         steps: s_0, s_1, ..., K of them, each [B, D]. Rows of steps that a sample did not take are overwritten.
@@ -28,7 +28,7 @@ class InverseJacobian:
         thetas: float64 [B, >= K].
         counts: n of each sample, at most K, int64 [B].
         residual: g at the iterate that the last step led to, [B, D].
-        complete: Whether ``residual`` is known, bool [B]; elsewhere the last factor is left out.
+        complete: Whether ``residual`` is known, bool [B]; if not, the last factor is left out.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class InverseJacobian:
         self.gram = torch.where(taken[:, :, None] & taken[:, None, :], gram, 0.0)
         squared = self.gram.diagonal(dim1=1, dim2=2)
         safe = torch.where(squared > 0, squared, 1.0)
-        self.last = index == counts[:, None] - 1  # [B, K] whose factor holds ``newest``, not a step
+        self.last = index == counts[:, None] - 1  # [B, K] the factor that holds ``newest``, not a step
         self.weights = torch.where(taken & ~self.last, thetas[:, :columns] / safe, 0.0)  # [B, K]
         self.newest = torch.zeros_like(residual)
         if not columns:

@@ -16,7 +16,7 @@ from pydeq.solvers.base import Solver, Workspace, check_damping
 @suggests_keywords
 @dataclass(frozen=True)
 class Picard(Solver):
-    """Plain fixed-point iteration; converges where ``fn`` is a contraction.
+    """Plain fixed-point iteration; converges if ``fn`` is a contraction.
 
     z' = z + damping * (f(z) - z)
 
