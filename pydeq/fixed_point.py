@@ -92,9 +92,10 @@ def fixed_point(
             the samples of this rank.
         sharded: Each rank of ``process_group`` has its own entries of the same samples. Norms and inner products are
             taken over the whole states, so all ranks make the same decisions. The solve uses the solvers' reference
-            code in plain torch, not the kernels. states_at: Numbers of evaluations, increasing. For each number n,
-            ``states`` gets the image that a solve with ``max_steps=n`` returns. With :class:`pydeq.GMRES`, and if
-            samples depend on each other, it is the best image so far.
+            code in plain torch, not the kernels.
+        states_at: Numbers of evaluations, increasing. For each number n, ``states`` gets the image that a solve with
+            ``max_steps=n`` returns. With :class:`pydeq.GMRES`, and if samples depend on each other, it is the best
+            image so far.
         has_aux: fn returns a pair (state, aux), and ``solution.aux`` is the aux that came with ``solution.image``. If
             all samples converged, it is from the last evaluation; otherwise fn is called once more, uncounted.
         norm: "all" measures residuals in the Euclidean norm of all entries. "parts" is for states whose parts have

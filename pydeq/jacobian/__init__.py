@@ -1,4 +1,4 @@
-"""The Jacobian at the fixed point: norms to penalize, and the spectrum to watch."""
+"""The Jacobian at the fixed point: its norm, for penalties, and its eigenvalues, for monitoring."""
 
 from pydeq.jacobian.norms import frobenius_norm_squared, jacobian_penalty
 from pydeq.jacobian.penalty import JacobianPenalty

@@ -1,8 +1,9 @@
 """Arnoldi's method: the eigenvalues of a linear map from products with it, for all samples of a batch at once.
 
-v_1, ..., v_m is an orthonormal basis of the space that a random start and its images span. The eigenvalues of the upper
-Hessenberg matrix H = V^H A V, the Ritz values, approach the outer eigenvalues of A first. Complex pairs and defective
-eigenvalues need no special treatment (Saad, Numerical Methods for Large Eigenvalue Problems, 2011, chapter 6).
+v_1, ..., v_m is an orthonormal basis of the space spanned by a random start and its images. The eigenvalues of the
+upper Hessenberg matrix H = V^H A V, the Ritz values, approach the outer eigenvalues of A first. Complex pairs and
+defective eigenvalues need no special treatment (Saad, Numerical Methods for Large Eigenvalue Problems, 2011, chapter
+6).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
     Args:
         product: [B, D] -> [B, D].
         start: [B, D], float32 or float64, not 0.
-        steps: m, at least 1. More than D are of no use.
+        steps: m, at least 1. More than D steps are useless.
 
     Returns:
         H, float64 [B, m, m], and the norm of the remainder of the last step, [B]. If a sample's basis is complete

@@ -26,10 +26,10 @@ class Difference:
 
         order 1: (f(z + s v) - f(z)) / s      order 2: (f(z + s v) - f(z - s v)) / (2 s)
 
-    s is ``step`` times the root mean square of the batch's states; for a tuple, of the part where it is smallest. All
-    samples share one s, so that J may couple them. Samples that are not finite do not count.
+    s is ``step`` times the root mean square of the batch's states. For a tuple, it is that of the part with the
+    smallest one. All samples share one s, so fn may couple samples. Samples that are not finite do not count.
 
-    All evaluations draw the same random numbers. Running statistics of norms change as by one evaluation, or not at all
+    All evaluations draw the same random numbers. Running statistics of norms change as in one evaluation, or not at all
     if ``at`` is given.
 
     Args:
@@ -38,8 +38,9 @@ class Difference:
         context: Passed on to fn.
         order: 1, forward, or 2, central.
         step: In units of the root mean square; by default :data:`STEPS`.
-        at: An evaluation of fn at z, whose value and graph are used for f(z).
-        compiled: Whether fn runs compiled code, for which the variant with states that require grad exists already.
+        at: An evaluation of fn at z; its value and graph are used for f(z).
+        compiled: Whether fn runs compiled code; it is then called with states that require grad, to avoid a
+            recompilation.
         reduction: Completes sums over the entries of a state.
     """
 
@@ -109,7 +110,7 @@ class Difference:
             yield self.layout.flatten(y).to(point.dtype)
 
     def _size(self, parts: Sequence[Tensor], wide: torch.dtype) -> Tensor:
-        """s, 0-d. If the state is 0, it is the step itself."""
+        """Compute s, 0-d; ``step`` itself if the state is 0."""
         with torch.no_grad():
             flat = [part.to(wide).reshape(self.layout.batch, -1) for part in parts]
             squares = torch.stack([part.square().sum(1) for part in flat]).double()  # [parts, B]

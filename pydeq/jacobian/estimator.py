@@ -1,4 +1,4 @@
-"""Settings of the estimate of ||J||_F^2, shared by functions and by the penalty, and the estimate itself."""
+"""The estimate of ||J||_F^2, and its settings, which functions and the penalty share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISTRIBUTIONS = {"gaussian": Distribution.GAUSSIAN, "rademacher": Distribution.R
 
 Mode = Literal["auto", "vjp", "jvp", "difference"]
 
-# Rows of a dense Jacobian: 4 MB a sample in float32.
+# Largest number of rows of a dense Jacobian: 4 MB per sample in float32.
 EXACT_LIMIT = 1024
 
 
@@ -116,10 +116,10 @@ class Estimator:
             sketch = other(probes[:rank], False).to(compute)
             basis = torch.linalg.qr(sketch.permute(1, 2, 0)).Q  # [B, D, rank]
             rest = probes[rank:].to(compute).permute(1, 2, 0)
-            for _ in range(2):  # the second time removes what rounding left
+            for _ in range(2):  # the second time removes rounding errors
                 rest = rest - basis @ (basis.mT @ rest)
-            # They have the length of probes, since differences take steps of that size. Their signs are random: if fn
-            # couples samples, their contributions to each other's products then cancel in the mean.
+            # The directions have the length of probes, since differences take steps of that size. Their signs are
+            # random: if fn couples samples, contributions to other samples' products cancel in the mean.
             signs = random_probes(basis[:, :1, 0], rank, Distribution.RADEMACHER, generator).permute(1, 2, 0)
             directions = (
                 torch.cat([signs * layout.size**0.5 * basis, rest], dim=2)
@@ -132,7 +132,7 @@ class Estimator:
 
 
 def _check_independent(at: Products) -> None:
-    """Raise if fn couples samples: one product forms a row of every sample, and these would mix.
+    """Raise if fn couples samples: one product computes a row of J for every sample, and the rows would mix.
 
     Raises:
         ValueError: If the image of one sample depends on the state of another.

@@ -20,9 +20,9 @@ from pydeq.state import State, as_tuple, layout_of
 class FunctionalLinearization:
     """The products of :class:`pydeq.cell.linearization.Linearization`, but each call evaluates fn.
 
-    J v is formed in forward mode. Norms and attention are evaluated in plain operations, so that their higher
-    derivatives are right (:mod:`pydeq.cell.plain_operations`). It also works in a function that ``torch.func.grad`` or
-    ``vmap`` transforms, where autograd's own graph cannot be used. There is always a graph to the tensors that fn
+    J v is computed in forward mode. Norms and attention are evaluated in plain operations, so that their higher
+    derivatives are correct (:mod:`pydeq.cell.plain_operations`). It also works in a function that ``torch.func.grad``
+    or ``vmap`` transforms, where autograd's own graph cannot be used. There is always a graph to the tensors that fn
     captures.
 
     Args:
@@ -75,10 +75,10 @@ class FunctionalLinearization:
 
 
 class _RefuseCheckpoints(TorchFunctionMode):
-    """Refuses ``torch.utils.checkpoint`` inside, whose evaluation again in backward is not in forward mode.
+    """Raise if fn uses ``torch.utils.checkpoint``: its second evaluation, in backward, is not in forward mode.
 
     Raises:
-        RuntimeError: If fn computes in one.
+        RuntimeError: If fn uses a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -93,14 +93,14 @@ class _RefuseCheckpoints(TorchFunctionMode):
 
 
 class RefuseOnce(TorchFunctionMode):
-    """Refuses functions that are once_differentiable: torch.func drops what is second order in them without an error.
+    """Raise if fn calls a function that is once_differentiable: torch.func silently drops its second-order terms.
 
     Args:
-        second: What is a second derivative here.
-        instead: What to use.
+        second: The derivative that is a second derivative of fn, for the message.
+        instead: The advice, for the message.
 
     Raises:
-        RuntimeError: If one is called under a transform.
+        RuntimeError: If such a function is called under a transform.
     """
 
     def __init__(self, second: str, instead: str) -> None:

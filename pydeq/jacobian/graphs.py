@@ -1,4 +1,4 @@
-"""Checks of the graph of an evaluation: has it a second derivative, and is its third derivative right?"""
+"""Checks of the graph of an evaluation: whether second derivatives exist, and whether third derivatives are correct."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from pydeq.cell.linearization import Linearization
 
-# By the kinds of nodes in a graph: why there is no second derivative, or None. Nodes of C++ functions that torch does
-# not know share one type, and differ by name.
+# For each set of node kinds in a graph: the reason why there is no second derivative, or None. Custom C++ functions
+# share one node type, and differ by name.
 _verdicts: dict[frozenset[tuple[type, str]], str | None] = {}
 _KEPT = 256
 
@@ -40,7 +40,7 @@ def nodes_of(y: Sequence[Tensor], first_node: int) -> list[Any]:
 def nodes_to(z: Sequence[Tensor], nodes: Sequence[Any]) -> list[Any]:
     """The nodes that lie on a path to one of the leaves z.
 
-    Products with the Jacobian go through them. Only they are differentiated twice by the gradients of a penalty.
+    Products with the Jacobian go through these nodes. The gradient of a penalty differentiates only these nodes twice.
     """
     above: dict[Any, list[Any]] = {}
     for node in nodes:
@@ -63,8 +63,8 @@ def is_compiled_graph(nodes: Sequence[Any]) -> bool:
 def wrong_third_derivative(nodes: Sequence[Any]) -> str | None:
     """The operator whose third derivative is wrong in torch, without an error; None if there is none.
 
-    Layer norm, and norms by the statistics of a batch or an instance, such as batch norm with ``training=True``
-    (pytorch#175754, #196699, #196700). Group norm and norms by running statistics are right.
+    It is wrong for layer norm, and for norms that use statistics of a batch or an instance, such as batch norm with
+    ``training=True`` (pytorch#175754, #196699, #196700). Group norm and norms that use running statistics are correct.
     """
     for node in nodes:
         name = node.name()
@@ -76,11 +76,12 @@ def wrong_third_derivative(nodes: Sequence[Any]) -> str | None:
 
 
 def no_second_derivative(at: Linearization, nodes: Sequence[Any]) -> str | None:
-    """Why the graph of ``at`` cannot be differentiated twice; None if it can.
+    """The reason why the graph of ``at`` cannot be differentiated twice; None if it can.
 
-    Nodes that do not depend on z, such as those of context, are differentiated only once and do not count. The first
-    graph of each kind is differentiated twice as a test, without touching the gradients of parameters: operators raise
-    an error only when it is tried, and functions whose backward pass leaves no graph raise none.
+    Nodes that do not depend on z, such as nodes of context, are differentiated only once and do not count. The first
+    graph of each kind is differentiated twice as a test, which does not change the gradients of parameters. The test is
+    needed: operators raise an error only if they are differentiated twice, and functions with a backward pass that
+    leaves no graph raise no error.
     """
     if any(getattr(n, "_forward_cls", int).__module__.startswith("torch.distributed.fsdp") for n in nodes):
         return "FSDP2 frees parameters after each backward pass"
@@ -116,7 +117,7 @@ def _try(at: Linearization, nodes: Sequence[Any]) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        at.vjp(tuple(seed.detach() for seed in seeds))  # raises errors that are not about second derivatives
+        at.vjp(tuple(seed.detach() for seed in seeds))  # raises errors that have nothing to do with second derivatives
         return str(error).split("\n", 1)[0] or type(error).__name__
     finally:
         for handle in handles:
@@ -125,7 +126,7 @@ def _try(at: Linearization, nodes: Sequence[Any]) -> str | None:
 
 
 class _Recorded:
-    """A hook that records a Function whose backward pass gets tensors with a graph and returns some without."""
+    """A hook that records a Function if its backward pass gets tensors with a graph and returns some without one."""
 
     def __init__(self, node: Any, silent: list[str]) -> None:
         self.name, self.silent = node._forward_cls.__name__, silent
@@ -145,12 +146,12 @@ def is_once_differentiable(function: Any) -> bool:
     while backward is not None:
         if getattr(backward, "__code__", None) is _ONCE:
             return True
-        backward = getattr(backward, "__wrapped__", None)  # torch.amp.custom_bwd, say
+        backward = getattr(backward, "__wrapped__", None)  # for example by torch.amp.custom_bwd
     return False
 
 
 def advice(reason: str) -> str:
-    """What to do to get second derivatives, for a ``reason`` why there are none."""
+    """Advice on how to get second derivatives, given the ``reason`` why there are none."""
     if "scaled_dot_product" in reason or "attention" in reason:
         return (
             "for exact derivatives call the layer, or fn, inside"

@@ -1,4 +1,4 @@
-"""Choose the products with the Jacobian for a mode: those that are right for fn, or an error that says what to use."""
+"""Choose products with the Jacobian for a mode that are correct for fn, or raise an error that says what to use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pydeq.jacobian.graphs import (
 from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.state import State
 
-# What torch's errors say of functions that torch.func does not take, and what that means.
+# Parts of torch's error messages for functions that torch.func cannot transform, and the cause of each.
 _UNFIT = {
     "mutate a captured Tensor": "changes buffers, like batch norm in training mode",
     "not differentiable with respect to": "changes buffers, like batch norm in training mode",
@@ -50,7 +50,7 @@ def estimate(
     """||J||_F^2 of each sample, [B], in the estimator's mode.
 
     Args:
-        at: fn already linearized at z. fn is evaluated there again only if nothing but forward mode is right.
+        at: fn already linearized at z. fn is evaluated at z again only if no other mode than forward mode is correct.
         reduction: Completes sums over the entries of a state.
     """
     mode, exact = estimator.mode, estimator.method == "exact"
@@ -95,7 +95,7 @@ def _functional(
     """Estimate by torch.func.
 
     Raises:
-        RuntimeError: If torch.func cannot evaluate fn, or fn has a norm that torch would differentiate wrongly.
+        RuntimeError: If torch.func cannot evaluate fn, or fn has a norm with wrong derivatives in torch.
     """
     from_right = estimator.mode == "jvp" and estimator.method != "exact"
     first_node = torch.autograd._get_sequence_nr()  # pyright: ignore
@@ -129,7 +129,7 @@ def _differences(
 
 
 class _DifferentiableOnce:
-    """The products of a linearization, whose gradients raise an error if they are differentiated.
+    """The products of a linearization; differentiating their gradients raises an error.
 
     Args:
         at: The linearization.

@@ -1,4 +1,4 @@
-"""Estimates of the Frobenius norm of the Jacobian J = dfn/dz, and the penalty made of it."""
+"""Estimates of the Frobenius norm of the Jacobian J = dfn/dz, and the penalty on it."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def frobenius_norm_squared(
     E ||eps^T J||^2 = E ||J eps||^2 = tr(J J^T) for probes with E[eps eps^T] = I (Hutchinson 1989). The estimate is
     unbiased, and so is its gradient with respect to parameters and context. ``z`` gets no gradient.
 
-    All probes go through one vectorized product. On a CPU, large states would then exceed the cache, so mode "vjp"
-    forms several products, or one by one, unless the weights are much larger than the states. If an operator in fn has
-    no rule for vectorized products, they are formed one by one, with a warning that says why. The numbers are always
+    All probes go through one vectorized product. On a CPU, large states would then exceed the cache. So mode "vjp" uses
+    several smaller products there, unless the weights are much larger than the states. If an operator in fn has no rule
+    for vectorized products, the products are computed one by one, with a warning that says why. The numbers are always
     the same.
 
     Works inside ``torch.func.grad``, ``vmap`` (with its ``randomness="same"``) and the like.
@@ -51,19 +51,20 @@ def frobenius_norm_squared(
         probes: Products with J per sample, at least 1. Hutchinson's relative error falls as 1/sqrt(probes).
         distribution: "gaussian", variance 2 ||J J^T||_F^2, or "rademacher", 2 (||J J^T||_F^2 - sum (J J^T)_ii^2).
         mode: "auto" is "vjp" if fn can be differentiated twice, else "difference", with a warning that says why. "vjp"
-            forms eps^T J, "jvp" forms J eps, for "hutchinson" in forward mode. Their gradients are second derivatives
-            of fn. "difference" forms J eps from evaluations of fn, and needs only first derivatives.
+            computes eps^T J, "jvp" computes J eps; with method "hutchinson" it uses forward mode. Their gradients are
+            second derivatives of fn. "difference" computes J eps from evaluations of fn, and needs only first
+            derivatives.
         method: "hutchinson"; or "hutch++" (Meyer, Musco, Musco and Woodruff 2021), for Jacobians with few dominant
             directions; or "exact". "hutch++" needs at least 3 probes. A third of them finds an orthonormal basis of
             these directions by products of the other mode (and one more product, since J eps comes from differentiating
-            eps^T J). A third gives their part of the norm exactly, and a third estimates the rest. "exact" forms all D
-            rows of J, for states of at most 1024 entries that do not depend on other samples. It does not use probes
-            and distribution, and "jvp" is then "vjp".
-        order: Of "difference": 1, (f(z + s eps) - f(z)) / s, the default, or 2, (f(z + s eps) - f(z - s eps)) / (2 s).
+            eps^T J). A third gives their part of the norm exactly, and a third estimates the rest. "exact" computes all
+            D rows of J, for states of at most 1024 entries that do not depend on other samples. It ignores probes and
+            distribution, and treats "jvp" as "vjp".
+        order: For "difference": 1, (f(z + s eps) - f(z)) / s, the default, or 2, (f(z + s eps) - f(z - s eps)) / (2 s).
         step: s in units of the root mean square of the states, by default 0.1. On smooth cells, gradients are within
             11% of the exact ones for each draw, and within 3% in the mean; with order 2 within 2% and 1%. One exact
-            draw scatters by 90%. With ReLU, gradients are those of a penalty that is smoothed over the step, with a
-            scatter up to three times as large; use steps of 0.1 to 0.3. docs/penalty.md has the measurements.
+            draw scatters by 90%. With ReLU, gradients belong to a penalty that is smoothed over the step, and they
+            scatter up to three times as much; use steps of 0.1 to 0.3. docs/penalty.md has the measurements.
         generator: Source of the seed of the probes; by default torch's own. See :mod:`pydeq.ops.random_probes`.
 
     Returns:
@@ -72,7 +73,8 @@ def frobenius_norm_squared(
     Raises:
         TypeError, ValueError: If an option is out of range, a keyword is unknown, fn changes the shape of z, or z is
             too large for "exact" or has samples that depend on each other.
-        RuntimeError: If the mode cannot be right for fn; its gradient may raise it later. It says what to use.
+        RuntimeError: If the mode cannot give correct results for fn. The gradient may also raise it later. The message
+            says what to use.
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
     """

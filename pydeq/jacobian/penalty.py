@@ -42,8 +42,8 @@ class JacobianPenalty:
         every: At least 1; needed by ``increment``.
         stop: The first step without a penalty.
         probes, distribution, mode, method, order, step: As in :func:`pydeq.frobenius_norm_squared`. In a layer,
-            "vjp" does not evaluate fn again. Neither does "jvp", which differentiates the vector-Jacobian product,
-            unless fn has a norm for which that is wrong. "difference" evaluates fn once more per probe for order 1,
+            "vjp" does not evaluate fn again. "jvp" does not either: it differentiates the vector-Jacobian product,
+            unless fn has a norm for which this is wrong. "difference" evaluates fn once more per probe for order 1,
             twice for order 2.
 
     Raises:
@@ -123,7 +123,7 @@ class JacobianPenalty:
         return replace(self, strength=self.strength_at(step), milestones=(), increment=0.0, every=None, stop=None)
 
     def differentiates_twice(self) -> bool:
-        """Whether it certainly needs second derivatives of fn, or exact products with gradients off."""
+        """Whether the mode certainly needs second derivatives of fn or, with gradients off, exact products."""
         return self.mode in ("vjp", "jvp") or not torch.is_grad_enabled()
 
     def evaluate(

@@ -1,4 +1,4 @@
-"""The eigenvalues of the Jacobian, which say whether and how fast a fixed-point iteration contracts."""
+"""Eigenvalues of the Jacobian: they tell whether a fixed-point iteration contracts, and how fast."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pydeq.ops.constants import Distribution
 from pydeq.ops.reduction import norm
 from pydeq.state import State
 
-# Products before growth is judged for the first time, and between two judgements.
+# Products before the first estimate of the growth, and between two estimates.
 _FIRST, _EVERY = 16, 8
 
-_BOTH = ("return_error", "generator")  # keywords of both functions
+_BOTH = ("return_error", "generator")  # keywords that both functions take
 
 
 class SpectralRadius(NamedTuple):
@@ -82,7 +82,7 @@ def spectral_radius(
     """Estimate the largest |eigenvalue| of J = dfn/dz at ``z``, one value per sample; no gradient.
 
     rho(J) = lim ||v^T J^k||^(1/k) for almost every v. The usual power method, by Rayleigh quotients, gives 0 for a
-    rotation. Growth is right for complex pairs, defective J and J = 0.
+    rotation. The growth rate is also correct for complex pairs, defective J and J = 0.
 
     Args:
         fn: fn(z, *context, **keywords) -> like z; treats samples independently.
@@ -93,12 +93,12 @@ def spectral_radius(
         steps: Vector-Jacobian products at most, at least 2.
         method: "growth" averages the logarithm of the growth per product over a window. The weights fade towards its
             ends, which cancels oscillations (Das, Saiki, Sander and Yorke 2017). It stores one state. It needs many
-            products if the largest eigenvalues are close in modulus. "arnoldi" needs far fewer then, 20 to 40, and
-            stores all of them.
-        rtol: Growth ends once the estimated error of every sample is below ``rtol * value``, at least 0.
-        return_error: Also return the estimated error, and whether it met rtol. For growth it is twice the largest
-            difference between windows, for Arnoldi the residual times the condition of the eigenvalue. Neither sees an
-            eigenvector that is almost absent from the random start.
+            products if the largest eigenvalues are close in modulus. In that case "arnoldi" needs far fewer, 20 to 40,
+            and stores all of them.
+        rtol: "growth" ends once the estimated error of every sample is below ``rtol * value``; at least 0.
+        return_error: Also return the estimated error, and whether it met rtol. For "growth" the error is twice the
+            largest difference between windows; for "arnoldi" it is the residual times the condition number of the
+            eigenvalue. Neither method detects an eigenvector that is almost absent from the random start.
         generator: Source of the seed of the random start; by default torch's own.
 
     Returns:
@@ -162,10 +162,11 @@ def jacobian_spectrum(
 
     Args:
         fn, z, context, keywords: As in :func:`spectral_radius`.
-        k: How many, at most D. None: all D, from a dense Jacobian, for states of at most 1024 entries per sample.
+        k: Number of eigenvalues, at most D. None: all D, from a dense Jacobian, for states of at most 1024 entries per
+            sample.
         steps: Vector-Jacobian products of Arnoldi's method for a given k, at least k; by default 2 k + 20. All of them
             are stored. Accurate eigenvalues beyond the first few need more.
-        return_error: Also return the estimated errors: residuals times the conditions of the eigenvalues.
+        return_error: Also return the estimated errors: residuals times the condition numbers of the eigenvalues.
         generator: Source of the seed of the random start; by default torch's own.
 
     Returns:
@@ -180,7 +181,7 @@ def jacobian_spectrum(
         k = check_integer("k", k, 1)
     if steps is not None:
         if k is None:
-            raise ValueError("steps belongs to a given k: without k, the Jacobian is dense")
+            raise ValueError("steps needs k: without k, the Jacobian is dense")
         steps = check_integer("steps", steps, k)
     _refuse_transforms("jacobian_spectrum")
     adapter = Adapter(z, keywords_for("jacobian_spectrum", fn, keywords, ("k", "steps", *_BOTH)))
@@ -251,7 +252,8 @@ def _growth(at: Linearization, steps: int, rtol: float, generator: torch.Generat
 def _judge(lengths: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The mean growth in the last half of [N, B], and twice the largest difference of other windows from it.
 
-    Earlier windows detect decay. Shorter windows detect oscillation, since a shift may be a whole period.
+    Earlier windows detect decay. Shorter windows detect oscillation; a shifted window may miss it, since the shift may
+    be a whole period.
     """
     count = len(lengths)
     half = count - count // 2
@@ -272,5 +274,5 @@ def _average(lengths: Tensor) -> Tensor:
     """exp of the mean over the first dimension, with weights exp(-1 / (t (1 - t))) for t in (0, 1)."""
     t = (torch.arange(len(lengths), dtype=torch.float64, device=lengths.device) + 0.5) / len(lengths)
     weights = torch.exp(4.0 - 1.0 / (t * (1.0 - t)))
-    terms = torch.where(weights[:, None] > 0, weights[:, None] * lengths, 0.0)  # -inf where it counts
+    terms = torch.where(weights[:, None] > 0, weights[:, None] * lengths, 0.0)  # 0 * -inf would be NaN
     return torch.exp(terms.sum(0) / weights.sum())

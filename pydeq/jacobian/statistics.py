@@ -16,7 +16,7 @@ class KeptStatistics:
 
     The power methods of spectral norms, torch's and pydeq's, take no steps in it, so their weights do not change.
 
-    It finds a module only if fn is the module, is a method of it, or holds, closes over or names it.
+    It finds a module only if fn is the module or its method, or if fn holds it, closes over it or names it.
 
     Args:
         fn: The function that is evaluated.
@@ -38,18 +38,18 @@ class KeptStatistics:
         for buffer, value in zip(self.buffers, self.values, strict=True):
             buffer.data.copy_(
                 value
-            )  # with .data the version stays: a new one would be an error in backward, which does not read them
+            )  # .data keeps the version: backward does not read these tensors, but a new version would be an error
         for part in self.iterating:
             part.training = True
 
 
 def _iterates(module: nn.Module) -> bool:
-    """Whether a training call of this module itself, not of a module in it, takes a step of a power method."""
+    """Whether a training call of this module itself takes a step of a power method; its submodules do not count."""
     return any(hasattr(x, "n_power_iterations") for x in (module, *module._forward_pre_hooks.values()))
 
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
-    """The modules that can be found in a callable, each once."""
+    """Find the modules in a callable, each once."""
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, int]] = [(fn, 0)]
@@ -73,7 +73,7 @@ def _held(thing: Any) -> Iterator[Any]:
     for cell in getattr(thing, "__closure__", None) or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the closure's cell is not filled yet
             continue
     code = getattr(thing, "__code__", None)
     names = getattr(thing, "__globals__", {})

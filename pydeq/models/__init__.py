@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[type[Config], type[EquilibriumModel]]] = {
     "implicit_mlp": (ImplicitMLPConfig, ImplicitMLP),
     "mdeq": (MDEQConfig, MDEQ),
 }
-"""The configuration and the class of each model, by the name that a mapping's key ``model`` has."""
+"""The configuration and the class of each model, by its name, the value of a mapping's key ``model``."""
 
 
 def config_from_mapping(mapping: dict[str, Any]) -> Config:

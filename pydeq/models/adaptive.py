@@ -87,7 +87,7 @@ class AdaptiveEmbedding(Bands):
         flat = tokens.flatten()
         rows = []
         order = []
-        # Bands without a word take part, so that every parameter gets a gradient, as DDP expects.
+        # Bands without a word are included, so that every parameter gets a gradient, as DDP expects.
         for i, (begin, end) in enumerate(itertools.pairwise(self.ends)):
             where = ((flat >= begin) & (flat < end)).nonzero()[:, 0]
             order.append(where)
@@ -104,7 +104,8 @@ class AdaptiveSoftmax(nn.Module):
 
     Args:
         vocabulary, d_embed, d_model, cutoffs, div: See :class:`Bands`.
-        tie_weights: Whether to use the vectors of the embedding that :meth:`forward` gets, instead of own ones.
+        tie_weights: Whether to use the vectors of the embedding that :meth:`forward` gets, instead of vectors of its
+            own.
         tie_projections: The same for the projections of all bands except the first.
     """
 

@@ -1,10 +1,10 @@
 """Configurations as typed dataclasses that check their values.
 
-A mapping of the fields, with nested configurations as mappings, builds one, too::
+A configuration can also be built from a mapping of the fields, with nested configurations as mappings::
 
     build_config(MDEQConfig, {"channels": [24, 24], "solver": {"forward": "broyden", "max_steps": 18}})
 
-A key that is no field, or a value of another type, is an error that names it.
+An unknown key, or a value of another type, raises an error that names it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydeq.arguments import unknown_keyword
 class Config:
     """Base class of configurations: frozen, with fields of the annotated types.
 
-    Where the annotation says so, a list becomes a tuple, a whole number a float, and a mapping a nested configuration.
+    Following the annotation, a list becomes a tuple, a whole number a float, and a mapping a nested configuration.
 
     Raises:
         TypeError: If a value has another type, or a keyword is unknown. The message names the field.

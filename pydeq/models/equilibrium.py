@@ -1,4 +1,4 @@
-"""The base of all models: how their fixed point is solved and differentiated, and how they are called."""
+"""The base class of all models: it solves and differentiates their fixed point."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SolverConfig(Config):
     backward_max_steps: int = 50
 
     def check(self) -> None:
-        # The adjoint has other names for these.
+        # The adjoint has other names for these settings.
         check_at_least(self, 1, "memory", "backward_memory", "backward_max_steps")
         check_at_least(self, 0, "backward_rtol")
         for solver, name in ((self.forward, "memory"), (self.backward, "backward_memory")):
@@ -83,7 +83,7 @@ class PenaltyConfig(Config):
     """The Jacobian penalty of a training; see :class:`pydeq.JacobianPenalty`.
 
     Args:
-        strength, frequency, increment, every, probes, mode: See there; steps are training steps.
+        strength, frequency, increment, every, probes, mode: As in that class; steps are training steps.
         stop_epoch: The first epoch without a penalty.
         pretraining_strength: The strength during shallow pre-training.
     """
@@ -155,7 +155,7 @@ class EquilibriumModel(nn.Module):
         Args:
             return_solution: Whether the caller returns the solution; a penalty needs that.
             layers: For shallow pre-training: apply the cell this many times and differentiate through all of them. The
-                solution is then that of the last application.
+                solution then describes the last application.
             rtol, max_steps, penalty: See :meth:`pydeq.DEQ.forward`.
         """
         if penalty is not None and not return_solution:

@@ -1,9 +1,9 @@
-"""The implicit graph network: an equilibrium of messages, so that information travels any distance.
+"""The implicit graph network: an equilibrium of messages, so information travels any distance in the graph.
 
     Z = relu(A Z W^T + A X U^T + b),    A = D^(-1/2) (E + I) D^(-1/2)
 
-for a graph with edges E, a loop at each node, and degrees D. The largest eigenvalue of A is 1, so that there is one
-equilibrium where ||W||_inf < 1: each row of W is shrunk to an l1 norm of at most ``bound``.
+for a graph with edges E, a loop at each node, and degrees D. The largest eigenvalue of A is 1. So there is one
+equilibrium if ||W||_inf < 1: each row of W is scaled down to an l1 norm of at most ``bound``.
 
 A graph is one sample: its nodes depend on each other, so they stop together. A batch of graphs is one graph without
 edges between them.
@@ -80,7 +80,7 @@ class IGNN(EquilibriumModel):
         self.output = nn.Linear(config.hidden, config.outputs)
 
     def bounded_weight(self) -> Tensor:
-        """W, with each row shrunk to an l1 norm of at most ``bound``."""
+        """W, with each row scaled down to an l1 norm of at most ``bound``."""
         norms = self.recurrent.abs().sum(dim=1, keepdim=True)
         return self.recurrent * (self.config.bound / norms.clamp(min=self.config.bound))
 
@@ -99,7 +99,7 @@ class IGNN(EquilibriumModel):
 
         Args:
             features: Features of the nodes, (nodes, inputs).
-            edges: Pairs (from, to), integers (2, edges); an undirected edge is in it both ways.
+            edges: Pairs (from, to), integers (2, edges); an undirected edge must be given in both directions.
             return_solution: Also return the :class:`pydeq.Solution`, of a batch of one.
             layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
 

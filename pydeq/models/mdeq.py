@@ -1,7 +1,7 @@
 """Multiscale deep equilibrium models for images.
 
 The state is a tuple of feature maps, one per resolution, each half as high and wide as the one before. One evaluation
-is a residual block at each resolution, then a fusion of all with all:
+is a residual block at each resolution, then a fusion of all resolutions:
 
     y_i = GN3(relu(GN2(drop(W2 relu(GN1(W1 z_i))) + x_i) + z_i))          x_0 the injection, x_i = 0 else
     f_i(z) = GN(P_i relu(sum_j R_ij(y_j)))
@@ -80,10 +80,10 @@ class MDEQConfig(Config):
         channels: Channels of each resolution, the finest first.
         classification, segmentation: The head; exactly one of them.
         image_channels: Channels of the input.
-        downsamplings: How often the stem halves the image before the finest resolution.
+        downsamplings: How many times the stem halves the image before the finest resolution.
         project_injection: Whether a 1x1 convolution with BN and ReLU follows the stem.
         expansion: Channels inside a block, as a multiple of the resolution's.
-        groups: Groups of the group norms; half as many after the fusion.
+        groups: Groups of the group norms; the norms after the fusion have half as many.
         block_affine, fusion_affine, post_affine: Whether the norms of blocks, of the fusion and after it have affine
             parameters.
         weight_norm: Whether the convolutions of blocks and after the fusion are normalized, one length per filter.
@@ -222,7 +222,7 @@ class MDEQCell(nn.Module):
         return functional.relu(total)
 
     def normalized_layers(self) -> list[nn.Module]:
-        """The convolutions that get weight norm: all except those of the fusion."""
+        """The convolutions that get weight norm: all except the convolutions of the fusion."""
         blocks = [conv for block in self.blocks for conv in block.children() if isinstance(conv, nn.Conv2d)]
         return blocks + [layer[0] for layer in self.post if isinstance(layer, nn.Sequential)]
 

@@ -1,7 +1,7 @@
 """The published configurations, by name: MDEQ on images and the DEQ-Transformer on text.
 
-Parameter counts are those of the built models. Entries of the state are per image, 32 x 32 on CIFAR-10 and 224 x 224 on
-ImageNet.
+Parameter counts are counted in the built models. Entries of the state are per image, 32 x 32 on CIFAR-10 and 224 x 224
+on ImageNet.
 
 Sources: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019; Bai, Koltun and Kolter, Multiscale Deep
 Equilibrium Models, NeurIPS 2020; the same, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021.
@@ -16,7 +16,7 @@ from pydeq.models.equilibrium import PenaltyConfig, SolverConfig
 from pydeq.models.mdeq import ClassificationConfig, MDEQConfig, SegmentationConfig
 from pydeq.models.transformer import DEQTransformerConfig
 
-# MDEQ. What the configurations of a data set share is in the first one.
+# MDEQ. The first configuration of a data set has the values that its other configurations share.
 _BROYDEN = SolverConfig(forward="broyden", backward="broyden", backward_rtol=1e-4)
 _CIFAR_SOLVER = replace(_BROYDEN, rtol=1e-3, max_steps=18, backward_max_steps=20)
 _IMAGENET_SOLVER = replace(_BROYDEN, rtol=0.0, atol=1e-3, max_steps=26, backward_max_steps=27)

@@ -1,4 +1,4 @@
-"""Transformer-XL's relative attention. What does not depend on the state is computed outside the iterations.
+"""Transformer-XL's relative attention. Terms that do not depend on the state are computed outside the iterations.
 
 The L queries belong to the last L of M + L keys. Query i and key j (j counts from the start of the memory) are at the
 distance d = M + i - j, and
@@ -74,7 +74,7 @@ class RelativeAttention(nn.Module):
         Args:
             z: State, (batch, L, d_model).
             injection: Added to queries, keys and values, (batch, L, 3 * heads * d_head).
-            keys, values: Those of the memory, (batch, heads, M, d_head).
+            keys, values: Keys and values of the memory, (batch, heads, M, d_head).
             positions: From :meth:`positions`, (heads, M + L, d_head).
             mask: 0 where a query may look and -inf elsewhere, (L, M + L).
 
@@ -88,7 +88,7 @@ class RelativeAttention(nn.Module):
         bias = relative_shift(by_distance) + mask
         q = q + self.content_bias
         if torch.is_grad_enabled() or transforms_active() or self._drops():
-            # Penalties need second derivatives, which the fused kernels lack; these also draw new dropout masks.
+            # Penalties need second derivatives, which fused kernels lack. Fused kernels also draw new dropout masks.
             weights = self.attention_dropout((q * scale @ k.mT + bias).softmax(-1))
             attended = weights.to(v.dtype) @ v
         else:

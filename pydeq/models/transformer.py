@@ -50,7 +50,7 @@ class DEQTransformerConfig(Config):
         d_embed: Width of the embedding's vectors; d_model by default.
         cutoffs, div: See :class:`pydeq.models.adaptive.Bands`.
         tie_weights: Whether the softmax shares the embedding's vectors.
-        tie_projections: Whether it also shares the projections, except that of the first band.
+        tie_projections: Whether it also shares the projections of all bands except the first one.
         pre_norm: Pre-LN instead of post-LN.
         weight_norm: Whether the block's weights are normalized, one length per row.
         dropout, attention_dropout: Probabilities.
@@ -287,7 +287,7 @@ class DEQTransformerLM(EquilibriumModel):
             nll = torch.cat([output.nll for output, _ in model.eval().stream(tokens, 150)], dim=1)
 
         Args:
-            tokens: Words, integers (batch, T); every word but the first is predicted from those before it.
+            tokens: Words, integers (batch, T); every word except the first is predicted from the words before it.
             length: Length of a segment, at least 1; the last one may be shorter.
             memory: The memory of the preceding text.
             options: ``rtol`` and ``max_steps``.

@@ -1,4 +1,4 @@
-"""Modules for cells: what is random or normalized in them is drawn or computed once per solve, not per evaluation."""
+"""Modules for cells: they draw masks and compute normalized weights once per solve, not once per evaluation."""
 
 from pydeq.cell.scope import solve_scope
 from pydeq.nn.dropout import (

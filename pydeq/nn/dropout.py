@@ -1,7 +1,8 @@
 """Dropout whose mask is drawn once per solve.
 
-Dropout that draws a new mask for each evaluation leaves a DEQ without a fixed point. Here all evaluations of a solve,
-and those that its gradients need, share one mask; the next solve draws a new one. Outside of a solve, every call draws.
+Dropout that draws a new mask for each evaluation leaves a DEQ without a fixed point. Here all evaluations of a solve
+share one mask, also the evaluations for its gradients. The next solve draws a new mask. Outside of a solve, every call
+draws a mask.
 
     y = x * mask / (1 - p),   mask ~ Bernoulli(1 - p)
 
@@ -22,8 +23,8 @@ from pydeq.cell.scope import Scoped, active_scope, outside_inference_mode
 class VariationalDropout(Scoped):
     """Dropout with one mask per solve.
 
-    A module that is used twice in a cell, on inputs of one shape, drops the same entries both times; give each place a
-    module of its own. In evaluation mode it hands its input through.
+    If a module is used twice in a cell, on inputs of the same shape, it drops the same entries both times: use one
+    module for each place. In evaluation mode it returns its input.
 
     Args:
         p: Probability that an entry is dropped, in [0, 1].
@@ -51,7 +52,7 @@ class VariationalDropout(Scoped):
         """Drop entries of x, in training mode.
 
         Raises:
-            ValueError: If x does not have the dimensions that the module is for.
+            ValueError: If x does not have the dimensions that the module expects.
         """
         shared = self._shared(x)
         if not self.training or self.p == 0.0:
@@ -77,7 +78,7 @@ class VariationalDropout(Scoped):
         return mask.to(x.dtype)
 
     def _draw(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        with outside_inference_mode():  # an evaluation that keeps the mask for backward may follow
+        with outside_inference_mode():  # a later evaluation may save the mask for backward
             kept = torch.bernoulli(torch.full(shape, 1.0 - self.p, dtype=x.dtype, device=x.device))
             return kept if self.p == 1.0 else kept / (1.0 - self.p)
 
@@ -112,7 +113,7 @@ class _ChannelDropout(VariationalDropout):
 
 
 class VariationalDropout1d(_ChannelDropout):
-    """Drops whole channels of (batch, channels, length), the same ones in all of a solve.
+    """Drops whole channels of (batch, channels, length), the same channels in a whole solve.
 
     Args:
         p: Probability that a channel is dropped, in [0, 1].
@@ -123,7 +124,7 @@ class VariationalDropout1d(_ChannelDropout):
 
 
 class VariationalDropout2d(_ChannelDropout):
-    """Drops whole channels of (batch, channels, height, width), the same ones in all of a solve.
+    """Drops whole channels of (batch, channels, height, width), the same channels in a whole solve.
 
     Args:
         p: Probability that a channel is dropped, in [0, 1].
@@ -134,7 +135,7 @@ class VariationalDropout2d(_ChannelDropout):
 
 
 class VariationalDropout3d(_ChannelDropout):
-    """Drops whole channels of (batch, channels, depth, height, width), the same ones in all of a solve.
+    """Drops whole channels of (batch, channels, depth, height, width), the same channels in a whole solve.
 
     Args:
         p: Probability that a channel is dropped, in [0, 1].

@@ -1,7 +1,7 @@
 """Weight norm and spectral norm, computed once per solve.
 
-Both are parametrizations in torch's sense (``torch.nn.utils.parametrize``), with the names that torch's own have in
-checkpoints; ``module.weight`` is the normalized weight.
+Both are parametrizations (``torch.nn.utils.parametrize``). Their names in checkpoints are the same as in torch's own.
+``module.weight`` is the normalized weight.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WeightNorm(_Norm):
             raise ValueError(
                 "weight must not be zero where its norm is taken"
                 + ("" if self.dim is None else f", along each index of dim {self.dim}")
-                + ": a direction of norm 0 cannot be normalized; initialize it otherwise, or leave it out"
+                + ": a direction of norm 0 cannot be normalized; initialize it differently, or do not normalize it"
             )
         return norm.to(weight.dtype), weight
 
@@ -64,7 +64,7 @@ class WeightNorm(_Norm):
 
 
 class SpectralNorm(_Norm):
-    """w = bound v / sigma(v), or w = min(1, bound / sigma(v)) v; sigma by power iteration, one per solve."""
+    """w = bound v / sigma(v), or w = min(1, bound / sigma(v)) v; sigma comes from power iteration, once per solve."""
 
     def __init__(self, weight: Tensor, dim: int, bound: float, clip: bool, n_power_iterations: int, eps: float) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class SpectralNorm(_Norm):
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor, steps: int) -> None:
-        # In place, so that replicas and compiled graphs that hold the buffers see it.
+        # In place, so that replicas and compiled graphs that hold the buffers see the change.
         u, v = self._u, self._v.to(matrix.dtype)
         for _ in range(steps):
             u = functional.normalize(matrix @ v, dim=0, eps=self.eps)
@@ -91,7 +91,7 @@ class SpectralNorm(_Norm):
         self._v.copy_(v)
 
     def _directions(self, weight: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Left and right singular vectors, as they were when the solve first asked."""
+        """Left and right singular vectors, with their values from the first call in the solve."""
         scope = active_scope()
         kept = None if scope is None else scope.direction(self, weight)
         if kept is None:
@@ -118,14 +118,14 @@ class SpectralNorm(_Norm):
 
 
 def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
-    """Give a parameter as length times direction, w = g v / ||v||; computed once per solve.
+    """Replace a parameter by length times direction, w = g v / ||v||; computed once per solve.
 
-    Like ``torch.nn.utils.parametrizations.weight_norm``, whose checkpoints it reads, as well as those with ``<name>_g``
-    and ``<name>_v``. g starts as ||w||, v as w.
+    Like ``torch.nn.utils.parametrizations.weight_norm``. It also reads that function's checkpoints, and older
+    checkpoints with ``<name>_g`` and ``<name>_v``. g starts as ||w||, v as w.
 
     Args:
-        module: Holds the parameter.
-        name: Of the parameter.
+        module: Module with the parameter.
+        name: Name of the parameter.
         dim: The dimension that keeps its lengths: g has the size of w there and 1 elsewhere. None: one length.
 
     Returns:
@@ -154,20 +154,21 @@ def spectral_norm(
 ) -> nn.Module:
     """Divide a parameter by its largest singular value, w = bound v / sigma(v); computed once per solve.
 
-    sigma is that of v as a matrix, ``dim`` by all else, estimated by power iteration. In training mode a solve begins
-    with ``n_power_iterations`` steps of it; outside of solves every access does. Evaluation mode takes none. With a
-    bound below 1 and 1-Lipschitz activations, a linear cell contracts; of a convolution, sigma is not the norm of the
-    map. Like ``torch.nn.utils.parametrizations.spectral_norm``, whose checkpoints it reads, as well as those with
-    ``<name>_orig``.
+    sigma is the largest singular value of v as a matrix, with ``dim`` as rows and all other dimensions as columns,
+    estimated by power iteration. In training mode each solve begins with ``n_power_iterations`` steps of it; outside of
+    solves every access does. Evaluation mode takes no steps. With a bound below 1 and 1-Lipschitz activations, a linear
+    cell contracts. For a convolution, sigma is not the norm of the map. Like
+    ``torch.nn.utils.parametrizations.spectral_norm``. It also reads that function's checkpoints, and older checkpoints
+    with ``<name>_orig``.
 
     Args:
         module: Holds the parameter, of two dimensions at least.
-        name: Of the parameter.
+        name: Name of the parameter.
         dim: The dimension of outputs; by default 0, and 1 for transposed convolutions.
         bound: The largest singular value of w, greater than 0.
         clip: Leave a parameter unchanged if its sigma is below the bound.
         n_power_iterations: Steps of power iteration per solve, at least 1.
-        eps: Guards the norms of the power iteration.
+        eps: Lower bound of the norms in the power iteration.
 
     Returns:
         The module.
@@ -200,10 +201,10 @@ def apply_norm(
     Args:
         model: Its submodules, and itself, are looked through.
         norm: "weight_norm" or "spectral_norm".
-        names: Of the parameters; every module that has one of two dimensions or more is taken. By default "weight" of
-            linear and convolutional layers.
+        names: Names of the parameters. They are normalized in every module where they have at least two dimensions. By
+            default "weight" of linear and convolutional layers.
         filter: filter(qualified name of the module, module) -> whether to take it.
-        options: Of :func:`weight_norm` or :func:`spectral_norm`. ``dim`` is by default 0, and 1 for transposed
+        options: Options of :func:`weight_norm` or :func:`spectral_norm`. ``dim`` is by default 0, and 1 for transposed
             convolutions.
 
     Returns:
@@ -250,7 +251,7 @@ def remove_norm(model: nn.Module) -> list[str]:
             norms = [part for part in chain.children() if isinstance(part, _Norm)]
             if norms:
                 for part in norms:
-                    part.eval()  # removing evaluates once more: no step of power iteration
+                    part.eval()  # removal evaluates once more, without a step of power iteration
                 parametrize.remove_parametrizations(module, name)
                 found.append(f"{prefix}.{name}" if prefix else name)
     return found
@@ -288,11 +289,11 @@ def _check_dim(dim: int, weight: Tensor) -> int:
 
 
 def _register(module: nn.Module, name: str, norm: _Norm, old_names: dict[str, str], telling: str) -> nn.Module:
-    """Parametrize, in a way that survives pickling and reads older checkpoints.
+    """Parametrize a module so that it can be pickled and reads older checkpoints.
 
     Args:
         old_names: Ending of the key in an older checkpoint -> where the tensor is now.
-        telling: The ending that tells such a checkpoint.
+        telling: The ending of a key by which an older checkpoint is recognized.
     """
     parametrize.register_parametrization(module, name, norm, unsafe=True)
     type(module).__reduce_ex__ = _reduce
@@ -321,13 +322,13 @@ def _load_old_names(
 
 
 def _reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:
-    """Pickle a parametrized module: its class is made at run time, so it is made again."""
+    """Pickle a parametrized module: its class is made at run time, so unpickling makes it again."""
     base = parametrize.type_before_parametrizations(module)
     return _rebuild, (base, tuple(_parametrizations(module))), module.__dict__
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """An empty module of the parametrized class; unpickling fills it."""
+    """Make an empty module of the parametrized class; unpickling fills it."""
     module = base.__new__(base)
     nn.Module.__init__(module)
     for name in names:

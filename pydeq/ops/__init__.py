@@ -1,6 +1,6 @@
-"""Operations: for each its schema, its reference in plain torch, its fake kernel, its gradient and its wrapper.
+"""Operations: each has a schema, a reference in plain torch, a fake kernel, a gradient and a wrapper.
 
-One operation per iteration does all of a solver's work. Compiled kernels, where they are loaded, replace the
+In each iteration, one operation does all of a solver's work. Compiled kernels, if they are loaded, replace the
 references under the same schema.
 """
 

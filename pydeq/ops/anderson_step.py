@@ -19,7 +19,7 @@ from pydeq.ops.termination import judge
 
 
 def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Solve the small system of each sample, without its oldest columns if they make it unsound.
+    """Solve the small system of each sample; leave out its oldest columns if they make it ill-conditioned.
 
     Args:
         gram: Gram matrices with the newest column first, float64 [B, M, M].
@@ -82,13 +82,13 @@ def anderson_step_reference(
     sample = torch.arange(z.shape[0], device=z.device)
     verdict = judge(z, f, step.scalars, counters, step.rules, step.last)
     head, count = counters[:, Counter.HEAD].long(), counters[:, Counter.COUNT].long()
-    before = z.clone()  # settling moves the iterates of stopped samples
+    before = z.clone()  # ``settle`` moves the iterates of stopped samples
     settle(step, verdict, values[sample, (head - 1) % slots], damping)
     count = torch.where(verdict.retry, 0, count)
     counters[:, Counter.COUNT] = count.int()
 
     compute = torch.promote_types(z.dtype, torch.float32)
-    if not step.last:  # the slot is free: a sample that does not proceed leaves its head where it is
+    if not step.last:  # the slot is free: the head of a sample that does not proceed stays in place
         rows = verdict.active.nonzero()[:, 0]
         residuals[rows, head[rows]] = (f[rows].to(compute) - before[rows].to(compute)).to(z.dtype)
         values[rows, head[rows]] = f[rows]
@@ -100,7 +100,7 @@ def anderson_step_reference(
         by_age = (slot[:, None] - age) % slots  # [R, memory], newest first
         valid = age < columns[:, None]
         history = torch.where(valid[:, :, None], residuals[rows[:, None], by_age], 0).double()  # [R, memory, D]
-        # Not a matrix product, whose order for a single sample depends on the threads.
+        # Not a matrix product: its order of summation for a single sample depends on the threads.
         row = reduction.sum((history[:, :1] * history).sum(2))
         old = gram[rows, slot]
         new = old.scatter(1, by_age, torch.where(valid, row, old.gather(1, by_age)))
@@ -116,7 +116,7 @@ def anderson_step_reference(
         next[rows] = torch.einsum("bm,bmd->bd", a.to(compute), mixed).to(z.dtype)
         counters[rows, Counter.COUNT] = used.int()
         counters[rows, Counter.HEAD] = ((slot + 1) % slots).int()
-        # Mixing one column is a plain step, and from a new best it is the one a retry would take.
+        # Mixing one column is a plain step. A retry would take the same step from a new best.
         plain = (used == 1) & verdict.improved[rows]
         counters[rows, Counter.TRIED] = torch.where(plain, 1, counters[rows, Counter.TRIED])
     report(step.progress, step.counters, step.number)

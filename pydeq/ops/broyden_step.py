@@ -11,13 +11,13 @@ so that for g = f(z) - z, t = S^T g and G = S^T S the next step s_{k+1} comes fr
     v   = g + sum_{j<k} c_j s_{j+1}
     a   = s_k^T v / ||s_k||^2,   s_{k+1} = v / (1 - theta_k a)
 
-theta_k = 1 while |1 - a| >= 0.1, else it holds the update's denominator at 0.1 (More and Trangenstein 1976).
+theta_k = 1 while |1 - a| >= 0.1. Otherwise theta_k keeps the update's denominator at 0.1 (More and Trangenstein 1976).
 
 A full memory restarts from the newest pair (s, y), which keeps the secant condition: w_0 is then stored explicitly,
 
     w_0 = u_0 / ||s||^2,   u_0 = theta (s + y) / (1 - theta + theta gamma),   gamma = -s^T y / ||s||^2
 
-as u_0, which has the size of s, and s becomes s_0. From then on u_0 replaces theta_0 s_1. Row j of G keeps
+as u_0, a vector like s, and s becomes s_0. From then on u_0 replaces theta_0 s_1. Row j of G keeps
 <s_j, u_0> in column 0, which is free for j > 0.
 """
 
@@ -43,9 +43,9 @@ def denominator_damping(d: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _History:
-    """The steps of some samples that have the same number of steps, and how a new step is added."""
+    """The steps of samples that have the same number of steps; adds a new step."""
 
-    rows: Tensor  # [R] which samples
+    rows: Tensor  # [R] the samples
     steps: Sequence[Tensor]  # each [B, D]
     restart: Tensor  # [B, D], or empty
     gram: Tensor  # [B, K, K]
@@ -108,7 +108,7 @@ def _next_step(history: _History, g: Tensor, count: int, restarted: bool) -> tup
 
 
 def _restarted_step(history: _History, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Do the same as ``_next_step`` where the memory is full: keep only the newest pair."""
+    """Do the same as ``_next_step`` for a full memory: keep only the newest pair."""
     rows, newest = history.rows, history.memory
     s, squared = history.steps[newest][rows], history.gram[rows, newest, newest]
     y = g.double() - history.restart[rows].double()
@@ -138,11 +138,11 @@ def broyden_step_reference(
     """Take a step of Broyden's method.
 
     Args:
-        iterate: The iterates in float32 where z is of a half type; else of no elements.
+        iterate: The iterates in float32 if z has a half type; otherwise empty.
         steps: s_0, s_1, ..., float32 for half states; at least min(step.number, memory) + 1 of them unless this
             evaluation is the last.
-        restart: u_0 and, before a restart, the previous residual, of the dtype of the steps. Of no elements where the
-            solve ends before a restart could come.
+        restart: u_0 and, before a restart, the previous residual, of the dtype of the steps. Empty if the solve ends
+            before a restart is possible.
         gram: S^T S, lower triangle, float64, with K the largest number of steps.
         thetas: Damping of each update, float64.
         memory: Pairs kept, at least 1.
@@ -150,7 +150,7 @@ def broyden_step_reference(
     z, f, next, counters = step.z, step.f, step.next, step.counters
     verdict = judge(z, f, step.scalars, counters, step.rules, step.last)
     settle(step, verdict)
-    exact = iterate.numel() > 0  # then z is the rounding of iterate
+    exact = iterate.numel() > 0  # z is ``iterate`` after rounding
     counters[verdict.retry, Counter.COUNT] = 0
     if exact:
         iterate.copy_(torch.where(verdict.retry[:, None], next.to(iterate.dtype), iterate))
@@ -177,7 +177,7 @@ def broyden_step_reference(
         if exact:
             iterate[rows] = moved
         next[rows] = moved.to(z.dtype)
-        # From a new best a plain step is the one a retry would take.
+        # A retry would take the same plain step from a new best.
         counters[rows[plain & verdict.improved[rows]], Counter.TRIED] = 1
     report(step.progress, step.counters, step.number)
 

@@ -1,4 +1,4 @@
-"""Whether work goes into a CUDA graph: nothing may be asked of the device then."""
+"""A check for CUDA graph capture, during which nothing may wait for the device."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched on ``device`` is captured into a CUDA graph."""
+    """Whether launches on ``device`` are captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -16,9 +16,9 @@ class Status(IntEnum):
     CONVERGED = 1
     """The residual met the tolerance."""
     MAX_STEPS = 2
-    """The evaluations were used up before the tolerance was met."""
+    """The sample used all its evaluations before it met the tolerance."""
     STALLED = 3
-    """No progress any more, at a residual that rounding explains."""
+    """The residual no longer falls, and it is so small that rounding errors can explain it."""
     DIVERGED = 4
     """The residual grew far beyond the first one."""
     NONFINITE = 5
@@ -39,13 +39,13 @@ class Counter(IntEnum):
     FRESH = 3
     """1 while the best iterate is the one evaluated last and is not yet copied to ``best``."""
     TRIED = 4
-    """Since the best iterate: 1 for a plain step from it, plus 1 for each way back from non-finite values tried."""
+    """Since the best iterate: 1 for a plain step from it, plus 1 for each attempt to recover from non-finite values."""
     COUNT = 5
     """Columns (Anderson), steps (Broyden) or basis vectors (GMRES) in the sample's history."""
     HEAD = 6
     """Anderson: the ring slot written next."""
     RESTARTED = 7
-    """Broyden: 1 when the sample's oldest factor is the explicit one of a restart."""
+    """Broyden: 1 if the sample's oldest factor is the explicit factor of a restart."""
     TILES_DONE = 8
     """On a GPU, while a step runs: blocks that are done with their part of the sample; else 0."""
     SAMPLES_DONE = 9
@@ -72,7 +72,7 @@ class Scalar(IntEnum):
 
 
 class Coordinate(IntEnum):
-    """Rows of ``coordinates``, float64 [B, len(Coordinate), K]: what GMRES knows by coordinates in its basis."""
+    """Rows of ``coordinates``, float64 [B, len(Coordinate), K]: vectors of GMRES by their coordinates in its basis."""
 
     MINIMUM = 0
     """The point with the smallest residual, from the start of the cycle."""
@@ -99,35 +99,36 @@ class Answer(IntEnum):
     PENDING = -1
     """Nothing has happened so far."""
     LOST = -2
-    """The stream has done all its work, which did not include the step."""
+    """The stream has done all its work, but the step has not reported."""
     FAILED = -3
-    """This number and smaller ones: the stream has an error, whose code is ``FAILED - number``."""
+    """This number and all smaller numbers: the stream has an error with the code ``FAILED - number``."""
 
 
 CONTRACTION: Final = 0.9
-"""After the first evaluation CONVERGED also needs a residual below this share of the first one."""
+"""After the first evaluation, CONVERGED also needs a residual below this fraction of the first one."""
 GROWTH: Final = 1.25
-"""... where the iterate has grown by more than this, that drop must not be one that rounding explains."""
+"""If the iterate has grown by more than this, CONVERGED also needs a drop that rounding cannot explain."""
 DIVERGENCE: Final = 1e6
 """A residual beyond this multiple of the first one is DIVERGED."""
 SUM_ROUNDING: Final = 1e-6
-"""Relative difference of two norms of the same vector whose sums were formed in another order, at most."""
+"""The largest relative difference of two norms of one vector, if the terms are summed in different orders."""
 RECOVERIES: Final = 4
-"""After a plain step from the best iterate, this many ways back from non-finite values are tried before NONFINITE."""
+"""After a plain step from the best iterate, a sample makes this many attempts to recover before it is NONFINITE."""
 STALL_WINDOW: Final = 10
 """Evaluations without a new best before a sample can be STALLED."""
 STALL_EPSILONS: Final = 64
-"""... which also needs a relative residual within this many machine epsilons."""
+"""STALLED also needs a relative residual of at most this many machine epsilons."""
 FAR: Final = 10.0
-"""A residual is far from its tolerance if even a reduction by the fourth power of the last one would leave it beyond
-this multiple. Reductions grow from step to step, faster for states with fewer entries."""
+"""Suppose the next step reduces the residual by the fourth power of the last reduction. If the residual would still be
+above this multiple of the tolerance, it is far from the tolerance. Reductions grow from step to step, and faster for
+states with fewer entries."""
 COEFFICIENT_LIMIT: Final = 1e4
-"""Anderson drops its oldest column while the 1-norm of the mixing coefficients is beyond this."""
+"""Anderson drops its oldest column while the 1-norm of the mixing coefficients is above this."""
 DENOMINATOR_LIMIT: Final = 0.1
 """Broyden's update is damped to keep its denominator at least this large (More and Trangenstein 1976)."""
 
 CUDA_VECTORS: Final = 512
-"""Vectors of a history that a CUDA kernel can be given by name: Broyden's steps, GMRES's basis."""
+"""The most vectors of a history that a CUDA kernel takes as pointers: Broyden's steps, GMRES's basis."""
 
 
 class CudaPath(IntEnum):
@@ -138,7 +139,7 @@ class CudaPath(IntEnum):
     BLOCK = 1
     """One launch, a block for each sample."""
     CLUSTER = 2
-    """One launch, a cluster of blocks for each sample; on a GPU without clusters as BLOCK."""
+    """One launch, a cluster of blocks for each sample; the same as BLOCK on a GPU without clusters."""
     SPLIT = 3
     """Two launches, a block for each tile of a sample."""
 
@@ -154,7 +155,7 @@ class Distribution(IntEnum):
 
 PHILOX_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 PHILOX_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
-"""Philox 4x32 (Salmon, Moraes, Dror and Shaw, SC 2011, section 3.3): multipliers, and what a round adds to the key."""
+"""Philox 4x32 (Salmon, Moraes, Dror and Shaw, SC 2011, section 3.3): multipliers, increments of the key."""
 PHILOX_ROUNDS: Final = 10
 
 # Minimax polynomials of the normal transform, each number a float32. Largest relative errors before rounding: 3e-8,
@@ -176,8 +177,8 @@ COSINE_TERMS: Final = (-1.2337005138397217, 0.25366923213005066, -0.020860288292
 """cos(pi t / 2) = 1 + t^2 sum_i a_i t^(2 i) for |t| <= 1/2."""
 LOG_2: Final = 0.6931471824645996
 MARGIN: Final = 0.9
-"""GMRES evaluates its solution once the known residual is within this share of the tolerance."""
+"""GMRES evaluates its solution once the known residual is below this fraction of the tolerance."""
 NEWEST_SHARE: Final = 0.1
-"""A direction of GMRES has at least this share of the newest basis vector, along which the map is not known yet."""
+"""A direction of GMRES has at least this fraction of the newest basis vector; along it the map is not known yet."""
 BREAKDOWN_EPSILONS: Final = 16
-"""A difference within this many machine epsilons of what it was subtracted from is rounding, not a direction."""
+"""A difference of at most this many machine epsilons, relative to the minuend, is a rounding error, not a direction."""

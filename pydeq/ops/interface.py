@@ -1,6 +1,6 @@
-"""The interface of the package and its compiled libraries: schemas of operations and constants, as digests.
+"""The interface between the package and its compiled libraries, as digests of operations' schemas and of constants.
 
-A library holds the digests from its build. It imports nothing but the standard library, so that a build can read it
+A library holds the digests from its build. This module imports only the standard library, so that a build can read it
 without torch.
 """
 
@@ -27,7 +27,7 @@ def step_schema(name: str, own: str) -> str:
 
 
 def interface(schemas: Iterable[str], constants: Mapping[str, object]) -> str:
-    """Return digests of everything that must be the same on both sides, "name=digest" separated by spaces.
+    """Return digests of everything that must agree between package and library, "name=digest" separated by spaces.
 
     Args:
         schemas: Of the operations, ``name(args) -> returns``.

@@ -1,16 +1,16 @@
-"""The compiled kernels: loading them, saying what runs, and what to do where there are none.
+"""Load the compiled kernels, report which of them run, and warn or raise if there are none.
 
 Environment:
 
     PYDEQ_KERNELS=off         run the plain-torch references, without a warning
     PYDEQ_REQUIRE_KERNELS=1   missing kernels are an ImportError, not a warning
-    PYDEQ_ISA=avx2            run the kernels compiled for this instruction set, not the best this CPU has
+    PYDEQ_ISA=avx2            run the kernels compiled for this instruction set, not for the CPU's best one
     PYDEQ_CUDA_PATH=split     take every step on a GPU by this path (auto, block, cluster, split; read at import), see
                               select_cuda_path
 
-CPU kernels are in ``libpydeq_cpu.so``, CUDA kernels in ``libpydeq_cuda.so``, which is loaded only where torch has CUDA
-and the driver is new enough for them. Kernels need these two files only, under any Python. How they were built is in
-the module ``_C``, which is of one Python version.
+CPU kernels are in ``libpydeq_cpu.so``, CUDA kernels in ``libpydeq_cuda.so``, which is loaded only if torch has CUDA and
+the driver is new enough. Kernels need only these two files, under any Python. The module ``_C`` has the facts of the
+build; it works only under one Python version.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _cpu_reason = "not loaded yet"
 _cuda_library: CudaLibrary | None = None
 _cuda_reason = "not loaded yet"
 _cuda_path = CudaPath.AUTO
-_missed_cuda = False  # whether a solve on a GPU was told that it runs without CUDA kernels
+_missed_cuda = False  # whether a solve on a GPU has warned about missing CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -53,35 +53,35 @@ class Kernels:
     cpu: bool
     """Whether compiled CPU kernels are loaded; the plain-torch references run otherwise."""
     cpu_reason: str
-    """Why there are no CPU kernels; empty where there are."""
+    """Why there are no CPU kernels; empty if there are some."""
     instruction_set: str | None
     """The instruction set whose CPU kernels run."""
     instruction_sets: tuple[str, ...]
-    """The instruction sets that CPU kernels were compiled for, from the plainest to the best."""
+    """The instruction sets that CPU kernels were compiled for, from the most basic to the best."""
     cuda: bool
     """Whether compiled CUDA kernels are loaded, and a GPU is here to run them."""
     cuda_reason: str
-    """Why no CUDA kernels run; empty where they do."""
+    """Why no CUDA kernels run; empty if they run."""
     cuda_archs: tuple[str, ...]
-    """The GPU architectures that CUDA kernels were compiled for, such as "9.0", or "9.0+PTX" where newer GPUs can run
+    """The GPU architectures that CUDA kernels were compiled for, such as "9.0", or "9.0+PTX" if newer GPUs can run
     them, too."""
     cuda_built: str | None
-    """The version of CUDA that they were compiled with."""
+    """The version of CUDA that CUDA kernels were compiled with."""
     cuda_driver: str | None
-    """The newest version of CUDA that the NVIDIA driver here supports; None without one."""
+    """The newest version of CUDA that the NVIDIA driver on this machine supports; None without a driver."""
     pydeq: str
     """The version of pydeq."""
     torch: str
-    """The version of torch that runs."""
+    """The version of torch in use."""
     torch_built: str | None
-    """The version of torch whose headers the kernels were compiled against; None where it is not known."""
+    """The version of torch that the kernels were compiled with; None if it is not known."""
     abi_target: str | None
-    """The oldest torch whose stable ABI the kernels use: they run with every torch from there on. None where it is not
-    known."""
+    """The version of torch's stable ABI that the kernels use: they run with this version of torch and later ones. None
+    if it is not known."""
     compiler: str | None
-    """The C++ compiler of the CPU kernels; None where it is not known."""
+    """The C++ compiler of the CPU kernels; None if it is not known."""
     unknown_reason: str
-    """Why the last three are not known although there are kernels; empty where they are."""
+    """Why the three attributes above are not known although there are kernels; empty if they are known."""
 
     def __str__(self) -> str:
         sets = f"{self.instruction_set} (compiled: {', '.join(self.instruction_sets)})"
@@ -105,7 +105,7 @@ class Kernels:
 
 
 def package_version() -> str:
-    """The version of pydeq that is installed; "0+unknown" in a checkout that is not."""
+    """The installed version of pydeq; "0+unknown" in a checkout that is not installed."""
     try:
         return version("pydeq")
     except PackageNotFoundError:
@@ -113,8 +113,8 @@ def package_version() -> str:
 
 
 def kernels() -> Kernels:
-    """Say which kernels are loaded, for which instruction set and torch, and why the other ones are not."""
-    # Only this looks for a GPU: at import, that would cost time and could start CUDA in a process that forks.
+    """Describe the loaded kernels, their instruction set and torch, and why other kernels are not loaded."""
+    # Only this function looks for a GPU: at import, it would cost time and could start CUDA in a process that forks.
     reason = _cuda_reason or ("" if torch.cuda.is_available() else "torch finds no GPU here")
     driver = cuda_driver() if torch.version.cuda else None
     compiled = _cuda_library or _library  # with CUDA
@@ -139,7 +139,7 @@ def kernels() -> Kernels:
 
 
 def _build_facts() -> tuple[Any, str]:
-    """The module with the facts of the build; or None, and why there is none."""
+    """The module with the facts of the build, or None with the reason."""
     if any((_PACKAGE / f"_C{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
         try:
             return importlib.import_module("pydeq._C"), ""
@@ -152,7 +152,7 @@ def _build_facts() -> tuple[Any, str]:
 
 
 def load() -> None:
-    """Load the compiled kernels, which register themselves with torch. The schemas must be defined by now.
+    """Load the compiled kernels, which register themselves with torch. Call it after all schemas are defined.
 
     Raises:
         ImportError: If there are none and PYDEQ_REQUIRE_KERNELS=1, or if they were built from other sources.
@@ -201,11 +201,11 @@ def _interface() -> str:
 
 
 def _load_cuda(library: CpuLibrary, required: bool) -> None:
-    """Load the CUDA kernels of this build where torch has CUDA.
+    """Load the CUDA kernels of this build if torch has CUDA.
 
     Raises:
-        ImportError: If they do not load although they should, and ``required``; or if they were built from other
-            sources.
+        ImportError: If they were built from other sources; with ``required``, also if they do not load although they
+            should.
     """
     global _cuda_library, _cuda_reason
     _cuda_library = None
@@ -238,14 +238,14 @@ def _load_cuda(library: CpuLibrary, required: bool) -> None:
 
 
 def check_capability(capability: tuple[int, int], name: str) -> None:
-    """Refuse a GPU that the CUDA kernels were not compiled for.
+    """Raise if the CUDA kernels were not compiled for this GPU.
 
     Args:
         capability: Its compute capability, such as (9, 0).
         name: Its name, such as "cuda:0, NVIDIA H100".
 
     Raises:
-        RuntimeError: If it runs none of them.
+        RuntimeError: If the GPU can run none of the kernels.
     """
     archs = _compiled_archs()
     if any(_runs(arch, capability) for arch in archs):
@@ -259,10 +259,10 @@ def check_capability(capability: tuple[int, int], name: str) -> None:
 
 
 def _runs(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU runs what was compiled for ``arch``: machine code within its major version, PTX on later ones."""
+    """Whether a GPU runs code for ``arch``: machine code within its major version, PTX also on later ones."""
     match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
     if not match:
-        return True  # nothing is known against it; a launch will tell
+        return True  # unknown; a launch will show
     made_for, kind, ptx = (int(match[1]), int(match[2])), match[3], match[4]
     if kind == "a":
         return capability == made_for
@@ -280,7 +280,7 @@ def cuda_loaded() -> bool:
 
 
 def miss_cuda() -> None:
-    """Say, once, that a solve on a GPU runs without CUDA kernels.
+    """Warn once that a solve on a GPU runs without CUDA kernels.
 
     Raises:
         ImportError: If PYDEQ_REQUIRE_KERNELS=1.
@@ -301,10 +301,10 @@ def miss_cuda() -> None:
 
 
 def cuda_driver() -> tuple[int, int] | None:
-    """The newest version of CUDA that the NVIDIA driver supports; None where there is no driver."""
+    """The newest version of CUDA that the NVIDIA driver supports; None without a driver."""
     version = ctypes.c_int(0)
     try:
-        # Starts nothing: a process may still fork after it.
+        # It does not start CUDA: a process may still fork after it.
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
             return None
     except (OSError, AttributeError):
@@ -316,11 +316,11 @@ def await_report(address: int, steps: int, stream: int, device: int, idle: bool)
     """Wait until ``steps`` steps have reported at ``address``; return how many samples run.
 
     Args:
-        stream, device: Where the steps were launched; asked for errors now and then, never waited for.
-        idle: Whether the device has nothing to do after these steps: then the wait takes no naps.
+        stream, device: The stream and the device of the steps; checked for errors from time to time, never waited for.
+        idle: Whether the device has nothing to do after these steps: then the wait does not sleep.
 
     Raises:
-        RuntimeError: If the stream has an error, or has done all its work without that report.
+        RuntimeError: If the stream has an error, or has finished all its work without this report.
     """
     assert _library is not None and _cuda_library is not None, "only where CUDA kernels run"  # noqa: PT018
     return check_report(
@@ -338,8 +338,8 @@ def check_report(answer: int, steps: int, describe: Callable[[int], str]) -> int
         raise RuntimeError(f"step {steps - 1} never reported, and the stream has nothing left to do")
     error = describe(Answer.FAILED - answer)
     raise RuntimeError(
-        f"the GPU failed while step {steps - 1} of a solve, or fn, was running: {error}. Which kernel"
-        " it was shows with CUDA_LAUNCH_BLOCKING=1 or under compute-sanitizer"
+        f"the GPU failed while step {steps - 1} of a solve, or fn, was running: {error}. To find the"
+        " kernel, run with CUDA_LAUNCH_BLOCKING=1 or under compute-sanitizer"
     )
 
 
@@ -349,10 +349,10 @@ def has_reported(address: int, steps: int) -> bool:
 
 
 def allocate_pinned(size: int) -> int:
-    """The address of ``size`` bytes of host memory that every GPU can write to, and that are never freed.
+    """Allocate ``size`` bytes of host memory that every GPU can write to; return the address. It is never freed.
 
     Raises:
-        RuntimeError: If there are none, or no CUDA kernels.
+        RuntimeError: If there is no such memory, or there are no CUDA kernels.
     """
     if _cuda_library is None:
         raise RuntimeError(f"there are no CUDA kernels to report there: {_cuda_reason}")
@@ -360,7 +360,8 @@ def allocate_pinned(size: int) -> int:
 
 
 def select_instruction_set(name: str) -> None:
-    """Run the CPU kernels compiled for ``name`` from now on; for tests and timings. Not while an operation runs.
+    """Run the CPU kernels compiled for ``name`` from now on; for tests and timings. Do not call it while an operation
+    runs.
 
     Raises:
         RuntimeError: If no compiled kernels are loaded.
@@ -372,13 +373,13 @@ def select_instruction_set(name: str) -> None:
 
 
 def select_cuda_path(name: str) -> None:
-    """Take steps on a GPU by this path from now on; for tests and timings. All paths give the same bits.
+    """Use this path for steps on a GPU from now on; for tests and timings. All paths give the same bits.
 
     Args:
         name: "block" is one launch, with a block of threads for each sample; "cluster" one launch, with up to 8 blocks
             for each sample, on GPUs from 9.0 on; "split" two launches, with a block for each tile of a sample. One
-            launch is taken where what it keeps of a sample fits shared memory; else there are two. "auto" chooses by
-            the GPU's multiprocessors, the batch and the state.
+            launch is used only if its data of a sample fits in shared memory; otherwise there are two. "auto" chooses
+            by the GPU's multiprocessors, the batch and the state.
 
     Raises:
         ValueError: If there is no such path.
@@ -399,7 +400,7 @@ def advise_huge_pages(address: int, size: int) -> None:
 
 
 def supported_instruction_sets() -> tuple[str, ...]:
-    """The compiled instruction sets that this CPU has, from the plainest to the best."""
+    """The compiled instruction sets that this CPU has, from the most basic to the best."""
     return _library.supported_instruction_sets if _library else ()
 
 

@@ -1,8 +1,8 @@
 """The two libraries of compiled kernels and their C functions, called by ctypes, which releases the GIL during a call.
 
-Their operations register themselves with torch when a library is loaded. They hold no Python symbol, so that the same
-files serve every Python version. A call of a C function costs less than half of an operation's dispatch, and no
-dispatch mode sees it.
+When a library is loaded, its operations register themselves with torch. The libraries use no Python symbol, so that the
+same files serve every Python version. A call of a C function costs less than half of an operation's dispatch, and
+dispatch modes do not see it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
-import torch  # before a library is loaded: it finds torch's symbols only where torch is loaded already
+import torch  # before a library is loaded: it finds torch's symbols only if torch is loaded already
 
 from pydeq.ops.constants import Answer
 from pydeq.ops.interface import differences
@@ -28,7 +28,7 @@ class StaleLibraryError(ImportError):
 
 
 class CpuLibrary:
-    """The CPU kernels, and what the loop needs of the host.
+    """The CPU kernels, and the host functions that the solver loop needs.
 
     Args:
         path: The file.
@@ -36,20 +36,20 @@ class CpuLibrary:
 
     Raises:
         OSError: If it does not load.
-        StaleLibraryError: If it does not agree.
+        StaleLibraryError: If its interface does not agree.
     """
 
     def __init__(self, path: Path, interface: str) -> None:
         library = _load(path, interface)
         self.instruction_sets = tuple(_text(library, "pydeq_instruction_sets").split())
-        """The compiled ones, from the plainest to the best."""
+        """The compiled instruction sets, from the most basic to the best."""
         supports = _function(library, "pydeq_supports_instruction_set", c_bool, c_int)
         self.supported_instruction_sets = tuple(
             name for index, name in enumerate(self.instruction_sets) if supports(index)
         )
-        """Those of them that this CPU has."""
+        """The compiled instruction sets that this CPU has."""
         self.cuda_version = _text(library, "pydeq_cuda_version")
-        """Of the CUDA kernels that were built along; empty where there are none."""
+        """The version of CUDA of the CUDA kernels from the same build; empty if there are none."""
         self.cuda_archs = _text(library, "pydeq_cuda_archs")
         self.cuda_reason = _text(library, "pydeq_cuda_reason")
         """Why there are no CUDA kernels."""
@@ -62,11 +62,11 @@ class CpuLibrary:
         self.advise_huge_pages = _function(library, "pydeq_advise_huge_pages", None, c_void_p, c_size_t)
 
     def instruction_set(self) -> str:
-        """The one whose kernels run."""
+        """The instruction set of the kernels that run."""
         return self.instruction_sets[self._active()]
 
     def select_instruction_set(self, name: str) -> None:
-        """Run the kernels of another one from now on.
+        """Run the kernels of another instruction set from now on.
 
         Raises:
             ValueError: If it was not compiled or this CPU lacks it.
@@ -82,27 +82,27 @@ class CpuLibrary:
         """Wait until ``steps`` steps have reported at the address ``progress``.
 
         Args:
-            query: The address of a C function of ``stream`` and ``device`` that says how the stream is.
-            idle: Whether the device has nothing to do after these steps: then the wait takes no naps.
+            query: The address of a C function of ``stream`` and ``device`` that returns the state of the stream.
+            idle: Whether the device has nothing to do after these steps: then the wait does not sleep.
 
         Returns:
-            How many samples run; or a number of ``pydeq.ops.constants.Answer`` where they will never report.
+            The number of running samples; or a value of ``pydeq.ops.constants.Answer`` if the steps will never report.
         """
-        # The wait returns now and then, and Python handles signals before the next one.
+        # The wait returns from time to time. Python handles signals before the next wait.
         while (answer := self._await(progress, steps, query, stream, device, idle)) == _PENDING:
             pass
         return answer
 
 
 class CudaLibrary:
-    """The CUDA kernels, and what the loop needs of a device; arguments and errors as for ``CpuLibrary``."""
+    """The CUDA kernels, and the device functions that the loop needs; arguments and errors as in ``CpuLibrary``."""
 
     def __init__(self, path: Path, interface: str) -> None:
         library = _load(path, interface)
         self.cuda_version = _text(library, "pydeq_cuda_version")
         self.cuda_archs = _text(library, "pydeq_cuda_archs")
         self.query_stream = ctypes.cast(library.pydeq_query_stream, c_void_p).value
-        """The address of the function that ``CpuLibrary.await_report`` asks how a stream is."""
+        """The address of the function that tells ``CpuLibrary.await_report`` the state of a stream."""
         self._describe = _function(library, "pydeq_describe_error", c_char_p, c_int)
         self.select_path = _function(library, "pydeq_select_cuda_path", None, c_int)
         """Take steps by this ``pydeq.ops.constants.CudaPath`` from now on."""
@@ -113,10 +113,10 @@ class CudaLibrary:
         return self._describe(code).decode()
 
     def allocate_pinned(self, size: int) -> int:
-        """The address of ``size`` bytes of host memory that every device can write to; they are never freed.
+        """Allocate ``size`` bytes of host memory that every device can write to; return the address. It is never freed.
 
         Raises:
-            RuntimeError: If there are none.
+            RuntimeError: If there is no such memory.
         """
         memory = c_void_p()
         code = self._allocate(size, ctypes.byref(memory))

@@ -14,10 +14,10 @@ def picard_step_reference(step: Step, damping: float, look_back: int) -> None:
 
     Args:
         damping: In (0, 1]; 1 is plain iteration.
-        look_back: 0, or the number of evaluations so far where the step looks back: it judges only samples that were
-            done before the last evaluation, of any solver. A sample whose image at its value no longer meets what it
-            was done for depends on other samples: it runs again, by a plain step from its value, or ends as MAX_STEPS
-            where this evaluation is the last.
+        look_back: 0, or the number of evaluations so far. In the second case the step looks back: it checks only
+            samples that were done before the last evaluation, of any solver. If a sample no longer meets the condition
+            that it was done for, it depends on other samples. It then runs again, with a plain step from its value, or
+            ends as MAX_STEPS if this evaluation is the last.
     """
     z, f, next, counters = step.z, step.f, step.next, step.counters
     verdict = judge(z, f, step.scalars, counters, step.rules, step.last, look_back)
@@ -30,7 +30,7 @@ def picard_step_reference(step: Step, damping: float, look_back: int) -> None:
         compute = torch.promote_types(z.dtype, torch.float32)
         wide = z.to(compute)
         next.copy_(torch.where(proceed, wide + damping * (f.to(compute) - wide), next))
-    # Every step is a plain one: from a new best it is the one a retry would take.
+    # Every step is a plain one. A retry would take the same step from a new best.
     plain = verdict.proceed & verdict.improved
     counters[:, Counter.TRIED] = torch.where(plain, 1, counters[:, Counter.TRIED])
     report(step.progress, step.counters, step.number)

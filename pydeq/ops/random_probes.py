@@ -1,13 +1,13 @@
 """Random probes for estimators of traces and norms, from a counter-based generator.
 
-Entry d of probe k of sample b depends only on the seed and (k, b, d). A block of four random words is Philox
-4x32-10 of the counter (block, b, k, distribution) under the seed as its key. Rademacher probes take 128 signs from a
-block, entry d the bit d % 32 of word d % 128 // 32 of block d // 128, +1 where it is 0. Gaussian probes take 4 numbers
-from a block, the transforms of its words (0, 1) and (2, 3); they are computed in float32 for every dtype, by additions,
+Entry d of probe k of sample b depends only on the seed and (k, b, d). A block of four random words is Philox 4x32-10 of
+the counter (block, b, k, distribution) with the seed as the key. Rademacher probes take 128 signs from a block, entry d
+the bit d % 32 of word d % 128 // 32 of block d // 128, +1 where it is 0. Gaussian probes take 4 numbers from a block,
+the transforms of its words (0, 1) and (2, 3); they are computed in float32 for every dtype, by additions,
 multiplications and square roots, which IEEE 754 defines to the last bit.
 
-So a seed gives the same bits on every device, instruction set and number of threads; a sample's probes do not depend
-on the batch around it, and the first probes do not depend on how many there are.
+So a seed gives the same bits on every device, instruction set and number of threads; a sample's probes do not depend on
+other samples, and the first probes do not depend on the number of probes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _log_of_word(w: Tensor) -> Tensor:
     bits = ((w.float() + 0.5) * _UNIT).view(torch.int32) + (_ONE - _ROOT_HALF)
     e = (bits >> 23) - 127
     m = ((bits & 0x7FFFFF) + _ROOT_HALF).view(torch.float32)
-    # Next to 1, 1 - u is known to more digits than u.
+    # Near u = 1, 1 - u has more correct digits than u.
     from_one = ((_MASK - w).float() + 0.5) * -_UNIT
     f = torch.where(e == 0, from_one, m - 1.0)
     return e.float() * LOG_2 + (f + f * f * _polynomial(LOG_TERMS, f))
@@ -89,7 +89,8 @@ def normal_pair(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Box and Muller, A Note on the Generation of Random Normal Deviates, 1958.
     """
-    # torch's own root of float32 may be off by an ulp; that of float64 rounds to the float32 that IEEE 754 asks for.
+    # torch's float32 square root may be off by an ulp. Its float64 square root rounds to the float32 number of IEEE
+    # 754.
     r = (-2.0 * _log_of_word(w0)).double().sqrt().float()
     quadrant = (w1 + 0x20000000 & _MASK) >> 30
     i = (w1 - (quadrant << 30) + 0x80000000 & _MASK) - 0x80000000
@@ -146,12 +147,12 @@ def random_probes(
     Args:
         like: [B, D], read only for its shape, dtype and device.
         probes: K, at least 1.
-        distribution: Of the entries; independent, mean 0, variance 1.
-        generator: Where the seed is drawn; by default torch's own for the device of ``like``.
-        seed: int64 of no dimension, to be used instead of one that is drawn.
+        distribution: The distribution of the entries, which are independent with mean 0 and variance 1.
+        generator: Draws the seed; by default torch's own generator for the device of ``like``.
+        seed: 0-d int64, used instead of a drawn seed.
 
     Returns:
-        [K, B, D]; half types hold the float32 numbers rounded, float64 holds them as they are.
+        [K, B, D]; half types have the float32 numbers after rounding, float64 has them unchanged.
 
     Raises:
         ValueError: If like is not [B, D], or probes < 1.

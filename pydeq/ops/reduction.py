@@ -1,7 +1,8 @@
-"""Sums over the entries of a state: inner products, norms, and how they are completed over processes.
+"""Sums over the entries of a state: inner products and norms, completed over processes if a state is sharded.
 
-Apart from these sums solvers compute entry by entry. So a solver whose sums all go through a :class:`Reduction` also
-works for states that are sharded over processes: each process sums over its entries, the reduction over processes.
+Apart from these sums, solvers work entry by entry. So a solver that uses a :class:`Reduction` for all its sums also
+works for states that are sharded over processes: each process sums over its entries, and the reduction sums over
+processes.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch import Tensor
 
 
 class Reduction:
-    """Completes the sums of a process over its entries of a state. This class: the process has all entries."""
+    """Complete the sums of a process over its entries of a state. In this base class the process has all entries."""
 
     def sum(self, partial: Tensor) -> Tensor:
         """Return the complete sums from the partial ones."""
         return partial
 
     def max(self, partial: Tensor) -> Tensor:
-        """Return the complete maxima from the partial ones; NaN where one of them is."""
+        """Return the complete maxima from the partial ones; NaN if one of them is NaN."""
         return partial
 
 

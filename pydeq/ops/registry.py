@@ -25,7 +25,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
     Args:
         schema: ``name(args) -> returns``, without defaults.
-        reference: What the operation means, in plain torch.
+        reference: The definition of the operation, in plain torch.
         fake: Output shapes and dtypes, for torch.compile.
     """
     name = schema.split("(", 1)[0]
@@ -38,7 +38,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
 
 def without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``reference`` with autocast off, which would round its products: fn, and so a step, may run under it."""
+    """Return ``reference`` with autocast off: autocast would round its products, and steps may run under autocast."""
 
     @functools.wraps(reference)
     def exact(first: Tensor, *others: Any, **options: Any) -> Any:

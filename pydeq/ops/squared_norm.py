@@ -1,6 +1,6 @@
 """The squared Euclidean norm of each sample, averaged over probes: y[b] = 1/K sum_k sum_d x[k, b, d]^2.
 
-Every estimate of a Jacobian's norm ends with it.
+It is the last operation in every estimate of a Jacobian's norm.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class _SquaredNorm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
-        x = x.movedim(in_dims[0], 1)  # [K, N, B, D]: what is mapped over is more of the batch
+        x = x.movedim(in_dims[0], 1)  # [K, N, B, D]: the mapped dimension extends the batch
         return mean_squared_norm(x.flatten(1, 2)).view(x.shape[1:3]), 0
 
 
 class _WithForwardMode(_SquaredNorm):
-    """Apart, since torch.compile traces no Function that has a ``jvp``."""
+    """With forward mode; a separate class, since torch.compile does not trace a Function that has a ``jvp``."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -71,7 +71,7 @@ def mean_squared_norm(x: Tensor) -> Tensor:
 
     Returns:
         [B], float64 for float64, else float32. Differentiable to any order, in forward mode and under ``torch.func``.
-        Runs repeat bit for bit.
+        Results are the same bits in every run.
 
     Raises:
         ValueError: If x is not of that shape.

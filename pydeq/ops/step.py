@@ -1,4 +1,4 @@
-"""The parts of a step that all solvers share: arguments, registration, and what follows from a verdict.
+"""The parts of a step that all solvers share: arguments, registration, and the actions on a verdict.
 
 The shared arguments are :class:`Step` and, as a schema, ``STEP`` in :mod:`pydeq.ops.interface`. The kernels
 have them in ``csrc/shared/step_args.h`` and ``csrc/shared/bind_step.h``.
@@ -53,7 +53,7 @@ class StepOperation:
     """A solver's step: measure f(z), decide for each sample whether it is done, and write the next iterates.
 
     Args:
-        name: Of the operation.
+        name: The name of the operation.
         own: Schema of the arguments that only this solver has. They follow the shared ones.
         reference: Defines the operation; a function of a :class:`Step` and the solver's own arguments.
     """
@@ -76,13 +76,14 @@ class StepOperation:
         """Take the step, with the arguments of the schema.
 
         Raises:
-            RuntimeError: If gradients are on and an input requires grad, or a tensor's shape, dtype or layout is off.
+            RuntimeError: If gradients are on and an input requires grad, or a tensor has the wrong shape, dtype or
+                layout.
         """
         refuse_gradients(self.name, z, f)
         self.overload(z, f, *others)
 
     def completed_by(self, reduction: Reduction) -> Callable[..., None]:
-        """The step for states of which some entries are elsewhere: the reference, with its sums completed."""
+        """The step for sharded states: the reference, with its sums completed by ``reduction``."""
         return reducing(self.reference, reduction)
 
 
@@ -93,9 +94,9 @@ def settle(step: Step, verdict: Verdict, previous_image: Tensor | None = None, d
 
     Args:
         step: ``next`` holds the previous iterates, and gets the next ones of stopped and retried samples.
-        previous_image: f at the previous iterates, [B, D], read for displaced samples. None where the solver does not
-            keep it: then every improvement saves its image at once.
-        damping: Of a plain step from the best iterate.
+        previous_image: f at the previous iterates, [B, D], read for displaced samples. None if the solver does not keep
+            it: then every improvement saves its image at once.
+        damping: The damping of a plain step from the best iterate.
     """
     z, f, next, value, image = step.z, step.f, step.next, step.best[0], step.best[1]
     save, keep = verdict.materialize[:, None], verdict.displaced[:, None]

@@ -1,4 +1,4 @@
-"""When a sample is done: the reference of ``csrc/shared/termination.h``.
+"""The rules that decide when a sample is done; the reference of ``csrc/shared/termination.h``.
 
 One rule for every solver. A step measures the residual g = f(z) - z of each sample, and ``judge`` turns it into a
 verdict. :mod:`pydeq.ops.step` has what every solver does with a verdict.
@@ -37,8 +37,9 @@ class Rules:
         rtol: CONVERGED when ||f(z) - z|| <= atol + rtol * ||f(z)||.
         atol: See ``rtol``; in units of the residual.
         eps: Machine epsilon of the coarsest dtype that fn computes in.
-        freeze: Whether a sample that is done is left alone. False iterates all samples until the worst one is done.
-        stall: Whether a sample without progress, at a residual that rounding explains, is STALLED.
+        freeze: Whether a sample that is done keeps its result. With False, all samples continue until the worst one is
+            done.
+        stall: Whether a sample without progress ends as STALLED if rounding errors explain its residual.
         reduction: Completes sums over the entries of a state.
     """
 
@@ -61,12 +62,12 @@ class Verdict:
 
     active: Tensor  # judged at this step
     improved: Tensor  # this iterate is the best so far
-    displaced: Tensor  # not improved, and the best iterate is the previous one: save it now
+    displaced: Tensor  # not improved, but the previous iterate was the best one: save it now
     proceed: Tensor  # take the solver's step
     retry: Tensor  # forget the history, and try another iterate: by default the previous one again
     from_best: Tensor  # retry: a plain step from the best iterate
     halfway: Tensor  # retry: half the step from the previous iterate to this one
-    stopped: Tensor  # done now; its rows hold its value from here on
+    stopped: Tensor  # done now; from now on its rows hold its value
     materialize: Tensor  # the best iterate is this one and must be saved now
 
 
@@ -111,7 +112,7 @@ def judge(
     scalars[:, Scalar.FIRST_NORM] = torch.where(begins, image, scalars[:, Scalar.FIRST_NORM])
     first, first_norm = scalars[:, Scalar.FIRST], scalars[:, Scalar.FIRST_NORM]
 
-    # z + c has no fixed point, but far out z + c rounds to z: there a small residual says nothing.
+    # z + c has no fixed point, but for a large z it rounds to z: a small residual means nothing there.
     absorbed = (0.5 * rules.eps * image > (1.0 - CONTRACTION) * first) & (image > GROWTH * first_norm)
     contracted = (residual < CONTRACTION * first) & ~absorbed
     tolerance = rules.atol + rules.rtol * image
@@ -147,12 +148,12 @@ def judge(
     ended = done if rules.freeze else (status >= Status.DIVERGED) | lost
     stopped = active & (ended | last)
     retry = active & ~finite & ~stopped
-    # A step from a history of one evaluation was a plain one.
+    # A step from a history of one evaluation was a plain step.
     from_best, halfway = retry & (tried == 0), retry & (tried > 0) & (counters[:, Counter.COUNT] <= 1)
     counters[:, Counter.TRIED] = torch.where(retry, tried + 1, torch.where(improved, 0, tried))
     materialize = improved & (done | last)
     counters[:, Counter.FRESH] = torch.where(active, (improved & ~materialize).int(), counters[:, Counter.FRESH])
-    # A sample about to stall is not far from its end either.
+    # A sample that is about to stall is not far from its end either.
     stalls = (counters[:, Counter.SINCE_BEST] + 1 >= STALL_WINDOW) & explained & rules.stall
     squared = torch.where(residual < previous, residual / previous, 1.0).square()
     far = (residual * (squared * squared) > FAR * tolerance) & ~done & ~begins & finite & ~stalls
@@ -170,10 +171,10 @@ def _judge_again(
     last: bool,
     look_back: int,
 ) -> Verdict:
-    """Judge samples that were done before this evaluation of their values.
+    """Check samples that were done before this evaluation of their values.
 
-    ``residual`` and ``image``, the norms of g and f, are the recorded ones unless a sample's image depends on other
-    samples.
+    ``residual`` and ``image`` are the norms of g and f. They equal the recorded ones unless a sample's image depends on
+    other samples.
     """
     status = counters[:, Counter.STATUS].clone()
     active = (status == Status.CONVERGED) | (status == Status.STALLED)

@@ -251,7 +251,7 @@ def test_bad_arguments(arguments, error, message):
     [
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"k": 3}, "k must be at most the 2 entries of a sample's state, got 3"),
-        ({"steps": 5}, "steps belongs to a given k"),
+        ({"steps": 5}, "steps needs k"),
         ({"k": 2, "steps": 1}, "steps must be at least 2, got 1"),
     ],
 )
