@@ -1,7 +1,7 @@
-"""Find copies of the originals in a code base, and tell whether they were changed.
+"""Find copies of the originals in a code base, and detect changes in them.
 
-locuslab/deq is no package: its users copied ``lib/solvers.py`` into their own code, and many changed it. An import of a
-changed solver must not be replaced without a word.
+locuslab/deq is not a package. Its users copied ``lib/solvers.py`` into their own code, and many changed it. An import
+of a changed solver must not be replaced silently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Changed:
 
     Args:
         path, line: Where it is.
-        differences: What differs, in words.
+        differences: Description of the differences.
     """
 
     path: Path
@@ -35,11 +35,11 @@ class Changed:
 
 
 Functions = dict[str, Changed | None]
-"""The functions of a module that are named like the original's; None where nothing was found to differ."""
+"""The functions of a module that have the names of the original's functions; None if no difference was found."""
 
 
 class Surroundings:
-    """The files of a code base around those that are rewritten.
+    """The files of the code base that contains the rewritten files.
 
     Args:
         files: The files that are looked at.
@@ -65,7 +65,7 @@ class Surroundings:
             level: The number of these dots.
 
         Returns:
-            None where there is no such file: the module is then taken to be the original.
+            None if there is no such file: the module is then assumed to be the original.
         """
         tail = Path(*module.split(".")).with_suffix(".py")
         places: list[Path] = []
@@ -83,13 +83,13 @@ class Surroundings:
         return self._known[path]
 
     def copies(self) -> Iterator[tuple[Path, int, str]]:
-        """Yield (file, line, text) for copies of the originals' solvers that no import statement leads to."""
+        """Yield (file, line, text) for copies of the originals' solvers that no import statement points to."""
         for package in self.packages:
             yield (
                 package / "__init__.py",
                 1,
-                f"a copy of {PACKAGE}: imports of {PACKAGE} are left alone, as changes that were made in it would be"
-                " lost. Where there are none, move it away and run this again",
+                f"a copy of {PACKAGE}: imports of {PACKAGE} are left unchanged, since changes in the copy would be"
+                " lost. If there are none, move the copy away and run this again",
             )
         for path in self.files:
             if path.suffix != ".py" or self.is_vendored(path):
@@ -105,7 +105,7 @@ class Surroundings:
 
 
 def functions_of(path: Path) -> Functions:
-    """The functions of a file that are named like those of :mod:`pydeq.compat.deq`."""
+    """The functions of a file that have the names of functions in :mod:`pydeq.compat.deq`."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):

@@ -1,7 +1,7 @@
 """Replacements for ``lib.solvers`` and ``lib.jacobian`` of locuslab/deq (2021): the same calls, pydeq's numerics.
 
-The original iterates until the whole batch's norm meets the tolerance, and returns the iterate of one step for all
-samples; so do these.
+Like the original, they iterate until the norm of the whole batch meets the tolerance, and return the iterate of one
+step for all samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydeq.ops.constants import Scalar
 __all__ = ["anderson", "broyden", "jac_loss_estimate", "power_method"]
 
 KEYS = ("result", "lowest", "nstep", "prot_break", "abs_trace", "rel_trace", "eps", "threshold")
-"""The keys of what :func:`broyden` and :func:`anderson` return."""
+"""The keys of the dict that :func:`broyden` and :func:`anderson` return."""
 
 # The residual may grow by this factor for each position of a sequence before a solve is given up.
 _PROTECTION = {"abs": 1e6, "rel": 1e3}
@@ -46,13 +46,14 @@ def broyden(
     Args:
         f: The map, on tensors like x0.
         x0: Where to start, (B, D, L).
-        threshold: Steps at most, with a call of f each and one before; more with a line search.
-        eps: Stop when the residual of the whole batch is below.
+        threshold: Maximum number of steps. Each calls f once, and there is one call before; with a line search there
+            are more.
+        eps: Stop when the residual of the whole batch is below ``eps``.
         stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)|| + 1e-9.
         ls: Line search by Armijo's rule, of each sample; in legacy mode of the whole batch.
-        name: What is solved. A solve named "backward", or one without a name in a backward pass, warns once where it
-            did not converge.
-        legacy: Reproduce the original's iterates; by default as :func:`pydeq.compat.legacy` says.
+        name: Name of the solve. A solve named "backward", or a solve without a name in a backward pass, warns once if
+            it does not converge.
+        legacy: Reproduce the original's iterates; by default, whether :func:`pydeq.compat.legacy` is active.
 
     Returns:
         ``result``, the best x; ``lowest``, its residual; ``nstep``, its step; ``prot_break``, whether the residual
@@ -89,8 +90,8 @@ def anderson(
         x0: Where to start, (B, D, L).
         m: Columns mixed.
         lam: Ridge. Relative here: lam / 100 of the Gram matrix's diagonal; absolute in legacy mode.
-        threshold: Calls of f at most.
-        eps: Stop when the residual of the whole batch is below.
+        threshold: Maximum number of calls of f.
+        eps: Stop when the residual of the whole batch is below ``eps``.
         stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)|| + 1e-5.
         beta: Damping. Outside of (0, 1] the original's steps are taken.
         kwargs: ``legacy=True`` reproduces the original's iterates; ``name`` is as for :func:`broyden`; the rest is
@@ -140,18 +141,19 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
 
 
 class _Loop:
-    """The loop: when to stop, which state to return, what to report.
+    """The loop of a solve: decides when to stop, and which state and statistics to return.
 
-    It is not pydeq's own loop: it stops by the norm of the whole batch, where that one stops sample by sample.
+    It is not pydeq's own loop: it stops by the norm of the whole batch, while pydeq's loop stops each sample
+    separately.
 
     Args:
         stop_mode, eps, threshold: As the caller gave them.
-        first: Evaluations that leave no entry in the traces.
+        first: Number of evaluations at the start that have no entry in the traces.
         shift: Added to the denominator of relative residuals.
-        legacy: Decide as the original does, which does not look at evaluations before ``first``.
+        legacy: Decide as the original does: it ignores evaluations before ``first``.
         protection: Give up when the residual has grown by this factor since the first entry.
-        stalls: Whether lack of progress stops.
-        backward: The solver's name where it solves for gradients, which is then warned about.
+        stalls: Whether a solve without progress stops.
+        backward: The solver's name if it solves for gradients, for the warning; otherwise empty.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class _Loop:
                 hopeless = process.hopeless
                 broken = hopeless is not None and bool(
                     hopeless.any()
-                )  # the batch has no iterate that meets the tolerance any more
+                )  # the batch no longer has an iterate that meets the tolerance
                 absolute = _length(row[:, Scalar.RESIDUAL])
                 pair = (absolute, absolute / (_length(row[:, Scalar.NORM]) + self.shift))
                 for i in (0, 1):

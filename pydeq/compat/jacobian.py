@@ -1,4 +1,4 @@
-"""Estimates from f0 = f(z0) and z0, as the originals take them: the Jacobian's norm and its largest eigenvalue."""
+"""Estimates of the Jacobian's norm and largest eigenvalue from f0 = f(z0) and z0, the arguments of the originals."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def hutchinson(f0: Tensor, z0: Tensor, vecs: int, create_graph: bool, legacy: bo
 def dominant_eigenvalue(f0: Tensor, z0: Tensor, n_iters: int, legacy: bool) -> tuple[Tensor, Tensor]:
     """The direction and the largest |eigenvalue| that ``n_iters`` power iterations find, for each sample.
 
-    v' = J^T v / ||J^T v||. Where v settles, its Rayleigh quotient is the eigenvalue. Where it goes on turning, the last
-    three vectors obey w'' = a w' + b w with the two dominant eigenvalues, a complex pair or a pair of opposite or close
-    real ones, as roots of r^2 = a r + b. Where that does not hold yet, the growth of ||v|| in the second half is left.
+    v' = J^T v / ||J^T v||. If v converges, its Rayleigh quotient is the eigenvalue. If v keeps turning, the last three
+    vectors satisfy w'' = a w' + b w. The roots of r^2 = a r + b are the two dominant eigenvalues: a complex pair, or a
+    pair of opposite or close real ones. If that does not hold yet either, the result is the growth of ||v|| in the
+    second half.
 
     Args:
         f0, z0: f(z0) and z0, with the graph between them; samples are independent.
         n_iters: Vector-Jacobian products, at least 1.
-        legacy: Take the Rayleigh quotient in any case.
+        legacy: Always use the Rayleigh quotient.
 
     Returns:
         Unit vectors like z0, and moduli, (B,). For J = 0 the modulus is 0.
@@ -62,7 +63,7 @@ def dominant_eigenvalue(f0: Tensor, z0: Tensor, n_iters: int, legacy: bool) -> t
         zero = lengths[-1] == 0
         vectors = [*vectors[-2:], torch.where(zero[:, None], vectors[-1], _unit(product))]
         if k >= n_iters // 2:
-            growth += lengths[-1].log()  # -inf once v is 0, and it stays
+            growth += lengths[-1].log()  # -inf once v is 0, and from then on
     last = lengths[-1]
     w, product = vectors[-2].double(), vectors[-1].double() * last[:, None]
     rayleigh = (w * product).sum(1)

@@ -20,8 +20,7 @@ def migrate(paths: Sequence[str], write: bool) -> int:
         paths: Files and folders. Notebooks are reported, not rewritten.
         write: Whether to change them.
 
-    Returns:
-        The exit status: 0, or 1 where a file could not be read or parsed, or 2 without libcst.
+    Returns: The exit status: 0, or 1 if a file could not be read or parsed, or 2 without libcst.
     """
     try:
         from pydeq.compat.rewriting import UnparsableError, inspect_notebook, rewrite
@@ -80,7 +79,7 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
 
 
 def _shown(path: Path, files: Sequence[Path]) -> Path:
-    """A resolved path as it was given."""
+    """The path as the user gave it, for a resolved path."""
     return next((file for file in files if file.resolve() == path), path)
 
 

@@ -13,9 +13,9 @@ _active: ContextVar[bool] = ContextVar("pydeq.compat.legacy", default=False)
 def legacy(enabled: bool = True) -> Iterator[None]:
     """Reproduce the originals' iterates to rounding inside a ``with`` statement.
 
-    The solvers of :mod:`pydeq.compat` then take the originals' steps, stop where they stop and return what they
-    return, without their crashes; their power methods use the originals' Rayleigh quotient. A layer's backward pass
-    follows the mode of its forward pass. ``legacy=True`` does the same for one call.
+    The solvers of :mod:`pydeq.compat` then take the originals' steps, stop at the same step and return the same result,
+    without their crashes. The power methods use the originals' Rayleigh quotient. A layer's backward pass follows the
+    mode of its forward pass. ``legacy=True`` does the same for one call.
 
     Args:
         enabled: False asks for pydeq's numerics inside of a legacy block.
@@ -28,5 +28,5 @@ def legacy(enabled: bool = True) -> Iterator[None]:
 
 
 def is_legacy(asked: bool | None = None) -> bool:
-    """Whether to reproduce the original: ``asked`` if given, else what the block around says."""
+    """Whether to reproduce the original: ``asked`` if given, else the mode of the enclosing block."""
     return _active.get() if asked is None else bool(asked)

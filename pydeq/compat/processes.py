@@ -1,11 +1,11 @@
-"""Fixed-point processes, one evaluation of f at a time, for loops that stop and keep count by other packages' rules.
+"""Fixed-point processes, one evaluation of f at a time, for loops that stop and count by other packages' rules.
 
 A process calls f at its iterate z, measures the residual g = f(z) - z of every sample, and moves on. The loop that
 drives it decides when to stop and which state to return.
 
 :class:`Stepped` takes pydeq's own steps, by the same operations as :func:`pydeq.fixed_point`. The other processes are
-in plain torch: they reproduce the methods of the originals, which are not pydeq's, and serve the options that pydeq's
-operations lack.
+in plain torch: they reproduce methods of the originals that pydeq does not have, and options that pydeq's operations
+lack.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pydeq.solvers.base import empty
 _DECREASE, _SHORTEST = 1e-4, 1e-2
 _RUNNING_COLUMN, _RESIDUAL, _BEST = int(Progress.RUNNING), int(Scalar.RESIDUAL), int(Scalar.BEST)
 _LARGEST = sys.float_info.max
-# The default lam of both, 1e-4, is taken for pydeq's default ridge, 1e-6 of the diagonal.
+# The default lam of both originals, 1e-4, becomes pydeq's default ridge, 1e-6 of the diagonal.
 _RIDGE_PER_LAM = 1e-2
 
 
@@ -45,7 +45,7 @@ class Process(ABC):
     """A solve, one evaluation of f at a time.
 
     Args:
-        func: f, on tensors of x0's shape. Its result is reshaped and cast to x0's.
+        func: f, on tensors of x0's shape. Its result is reshaped and cast to x0's shape and dtype.
         x0: Where to start, [B, ...]; 0-d and 1-d tensors are batches of scalars.
 
     Attributes:
@@ -77,7 +77,7 @@ class Process(ABC):
 
     @property
     def hopeless(self) -> np.ndarray | None:
-        """Samples that are given up, bool [B]; None where there are none."""
+        """Samples that are given up, bool [B]; None if there are none."""
         return None
 
     def call(self, z: Tensor, view: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Process(ABC):
         return self.result(self.func(view))
 
     def result(self, image: Tensor) -> Tensor:
-        """Bring what f returned to contiguous [B, D] in x0's dtype."""
+        """Convert the result of f to contiguous [B, D] in x0's dtype."""
         f = image if image.shape == self.flat_shape else image.reshape(self.flat_shape)
         if f.dtype != self.dtype:  # autocast
             f = f.to(self.dtype)
@@ -98,14 +98,14 @@ class Process(ABC):
 class Stepped(Process):
     """The steps of one of pydeq's solvers.
 
-    f is given a view of the solver's memory, and a copy from the call on in which it modified its argument or kept a
-    reference to it.
+    f gets a view of the solver's memory. If a call modifies its argument or keeps a reference to it, f gets copies from
+    that call on.
 
     Args:
         func, x0: As in :class:`Process`.
         solver: One of pydeq's solvers.
-        evaluations: Calls of f at most, at least 1.
-        damping: Of the solver; for :attr:`damped`.
+        evaluations: Maximum number of calls of f, at least 1.
+        damping: The solver's damping; for :attr:`damped`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Stepped(Process):
         self.step = workspace.step
         self._look_at_buffers()
         self.copies = False
-        # Views of what a step writes, where this memory is the CPU's.
+        # Views of the memory that a step writes, if it is on the CPU.
         on_cpu = x0.device.type == "cpu"
         self.scalars = workspace.scalars.numpy() if on_cpu else None
         self.counters = workspace.counters.numpy() if on_cpu else None
@@ -155,21 +155,21 @@ class Stepped(Process):
         self.storage = self.buffers[0].untyped_storage()._cdata
 
     def _leave_buffers(self) -> None:
-        """Leave the iterates' memory to f, which holds on to it, and give f copies from now on."""
+        """Leave the memory of the iterates to f, which keeps a reference to it, and give f copies from now on."""
         both = torch.stack(self.workspace.z)
         self.workspace.z = (both[0], both[1])
         self._look_at_buffers()
         self.copies = True
 
     def _after_modification(self, z: Tensor, view: Tensor, f: Tensor) -> Tensor:
-        """Return the image of z, [B, D], where f has modified z; f is given copies from now on."""
+        """Return the image of z, [B, D], after f has modified z; f gets copies from now on."""
         warn_of_modification()
         self.copies = True
         if self.k == 0:
             f = f.clone()  # it may be z itself
             z.copy_(self.flat)
             return f
-        return self.call(z, view.clone())  # the iterate is lost: go on from what became of it
+        return self.call(z, view.clone())  # the iterate is lost: continue from the modified one
 
     @property
     def damped(self) -> Tensor:
@@ -183,9 +183,10 @@ class Stepped(Process):
         return (status != RUNNING) & (status != Status.CONVERGED)
 
     def best(self, state: str) -> Tensor:
-        """Per sample the iterate with the smallest residual so far, its image, or their mixture; a new tensor [B, D].
+        """For each sample the iterate with the smallest residual so far, its image, or their mixture; a new tensor [B,
+        D].
 
-        Where f never was finite: x0.
+        x0 if f was never finite.
 
         Args:
             state: "z", "f" or "damped".
@@ -212,7 +213,7 @@ class Stepped(Process):
 
 
 class _Plain(Process):
-    """A method written out in plain torch."""
+    """Base class of methods in plain torch."""
 
     def __init__(self, func: Callable[..., Any], x0: Tensor) -> None:
         super().__init__(func, x0)
@@ -237,7 +238,7 @@ class Damped(_Plain):
     Args:
         func, x0: As in :class:`Process`.
         tau: Damping, or relaxation above 1.
-        scaled: Measure x' - x, which is tau (f(x) - x), against x': what torchdeq reports.
+        scaled: Measure x' - x, which is tau (f(x) - x), relative to x', as torchdeq does.
     """
 
     def __init__(self, func: Callable[..., Any], x0: Tensor, tau: float, scaled: bool) -> None:
@@ -264,7 +265,7 @@ class AbsoluteRidgeAnderson(_Plain):
         [ 0     1^T        ] [ mu ]   [ 1 ]
         [ 1   G G^T + lam I ] [ a  ] = [ 0 ],    x' = tau sum a_j f(x_j) + (1 - tau) sum a_j x_j
 
-    A system that cannot be solved takes a plain step, only in that sample.
+    If a sample's system cannot be solved, this sample takes a plain step.
 
     Args:
         func, x0: As in :class:`Process`.
@@ -359,7 +360,7 @@ class LowRankBroyden(_Plain):
         u = dx + dg - U.bmm(V.bmm(dg[:, :, None]))[:, :, 0]
         u = u / (v * dg).sum(1, keepdim=True)
         slot = (self.k - 1) % self.memory
-        # A vanishing denominator would poison every later step.
+        # A denominator near 0 would spoil every later step.
         self.V[:, slot], self.U[:, :, slot] = v.nan_to_num(0.0, 0.0, 0.0), u.nan_to_num(0.0, 0.0, 0.0)
 
     def _line_search(self) -> tuple[Tensor, Tensor]:
@@ -400,13 +401,13 @@ class LowRankBroyden(_Plain):
             take(new_x, new_g, better)
             least = torch.where(better, phi, least)
 
-        # The minimizer of the parabola with value and slope (taken as -phi0) at 0 and the value at 1.
+        # The minimizer of the parabola that has the value and the slope (assumed to be -phi0) at 0, and the value at 1.
         s1 = phi0 / 2 / p0
         s1 = torch.where(lost, torch.full_like(s1, 0.0 if whole else 0.5), s1)
         new_x, new_g, p1 = measure(torch.where(done, s0, s1))
         if not whole:
             rescue(new_x, new_g, p1)
-        # As in the originals it counts only through the cubic that follows.
+        # As in the originals, it is used only in the cubic interpolation that follows.
         searching = ~done & (s1 > _SHORTEST)
         while bool(searching.any()):
             scale = s0**2 * s1**2 * (s1 - s0)
@@ -431,7 +432,7 @@ class LowRankBroyden(_Plain):
 def anderson_process(
     func: Callable[..., Any], x0: Tensor, m: int, lam: float, tau: float, evaluations: int, legacy: bool
 ) -> Process:
-    """Anderson mixing by pydeq, or by the originals in legacy mode and for damping outside of (0, 1]."""
+    """Make Anderson mixing: pydeq's, or the originals' in legacy mode and for damping outside of (0, 1]."""
     if legacy or not 0.0 < tau <= 1.0:
         return AbsoluteRidgeAnderson(func, x0, m, lam, tau)
     solver = Anderson(memory=m, damping=tau, ridge=_RIDGE_PER_LAM * lam)
@@ -456,7 +457,7 @@ def _begin_undamped(process: Stepped, solver: Anderson) -> None:
 def broyden_process(
     func: Callable[..., Any], x0: Tensor, memory: int, ls: bool, evaluations: int, legacy: bool
 ) -> Process:
-    """Broyden's method by pydeq, or by the originals in legacy mode and with a line search."""
+    """Make Broyden's method: pydeq's, or the originals' in legacy mode and with a line search."""
     if legacy or ls:
         return LowRankBroyden(func, x0, memory, search=("batch" if legacy else "sample") if ls else None)
     return Stepped(func, x0, Broyden(memory=memory), evaluations)

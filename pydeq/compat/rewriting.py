@@ -1,5 +1,5 @@
 # ruff: noqa: N802  # libcst finds visitors by the names of its nodes
-"""Rewrite imports in one file, on its concrete syntax tree; everything else stays as it is. Needs libcst."""
+"""Rewrite imports in one file, on its concrete syntax tree; nothing else changes. Needs libcst."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydeq.compat.copies import LIBRARY, PACKAGE, Functions, Surroundings
 from pydeq.compat.deq import __all__ as LIBRARY_NAMES
 
 REPLACEMENT = "pydeq.compat.torchdeq"
-# Of locuslab/deq's modules, wherever its folder ``lib`` lies.
+# Replacements of locuslab/deq's modules, for a folder ``lib`` at any place.
 LIBRARY_REPLACEMENT = "pydeq.compat.deq"
 
 
@@ -29,13 +29,13 @@ class UnparsableError(ValueError):
 
 @dataclass
 class Rewritten:
-    """A file's new source and what was found.
+    """A file's new source, and the findings.
 
     Args:
         source: The new source.
         changes: (line, import before, import after).
-        doubts: (line, what was not understood).
-        left: (line, what was left as it is because the code base has changed it).
+        doubts: (line, text that was not understood).
+        left: (line, text that is left unchanged because the code base has changed the solver).
     """
 
     source: bytes = b""
@@ -77,7 +77,7 @@ def inspect_notebook(source: bytes, path: Path | None = None, around: Surroundin
     begin with % or !, is a doubt.
 
     Raises:
-        UnparsableError: If the source is no notebook.
+        UnparsableError: If the source is not a notebook.
     """
     try:
         cells = json.loads(source)["cells"]
@@ -113,7 +113,7 @@ class _Rewriter(cst.CSTTransformer):
         self.path, self.around = path, around
         self.in_library = path is not None and path.resolve().parent.name == "lib"
         self.found = Rewritten()
-        self.bound: dict[str, str] = {}  # names that a rewritten import binds -> the module behind it
+        self.bound: dict[str, str] = {}  # names that a rewritten import binds -> their module
         self.uses: list[tuple[int, str]] = []
 
     def line(self, node: cst.CSTNode) -> int:
@@ -132,7 +132,7 @@ class _Rewriter(cst.CSTTransformer):
         for alias in updated_node.names:
             new = self._alias(original_node, alias)
             key = _code(new.with_changes(comma=cst.MaybeSentinel.DEFAULT))
-            if new is alias or key not in seen:  # two submodules of torchdeq become one import
+            if new is alias or key not in seen:  # imports of two submodules of torchdeq become one import
                 names.append(new)
             if new is not alias:
                 seen.add(key)
@@ -154,7 +154,7 @@ class _Rewriter(cst.CSTTransformer):
             if not _exists(target):
                 self.doubt(statement, f"import {name}: {target} does not exist")
                 return alias
-            if alias.asname is None:  # binds torchdeq, whatever submodule it names
+            if alias.asname is None:  # binds torchdeq, for any submodule
                 target = REPLACEMENT
                 self.bound[PACKAGE] = REPLACEMENT
                 return _renamed(alias, target, PACKAGE)
@@ -195,8 +195,8 @@ class _Rewriter(cst.CSTTransformer):
     def _from_module(
         self, original: cst.ImportFrom, node: cst.ImportFrom, functions: Functions | None
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
-        """Rewrite ``from lib.solvers import ...``; what the code base has changed stays as it is."""
-        if functions == {}:  # a module of another kind
+        """Rewrite ``from lib.solvers import ...``, except functions that the code base has changed."""
+        if functions == {}:  # the module has none of the original's functions
             return node
         if isinstance(node.names, cst.ImportStar):
             left = self._leaves(original, functions, LIBRARY_NAMES)
@@ -222,7 +222,7 @@ class _Rewriter(cst.CSTTransformer):
     def _from(
         self, original: cst.ImportFrom, node: cst.ImportFrom, target: str, left: Sequence[cst.ImportAlias] = ()
     ) -> cst.ImportFrom | cst.FlattenSentinel[cst.ImportFrom]:
-        """Import from ``target`` the names that it has, except those in ``left``, which stay where they are."""
+        """Import from ``target`` the names that it has, except names in ``left``: their imports stay unchanged."""
         if not _exists(target):
             self.doubt(original, f"{_code(original)}: {target} does not exist")
             return node
@@ -289,7 +289,7 @@ class _Rewriter(cst.CSTTransformer):
         lines = [updated_node.with_changes(body=[first.with_changes(semicolon=cst.MaybeSentinel.DEFAULT)])]
         return cst.FlattenSentinel([*lines, *(cst.SimpleStatementLine([statement]) for statement in rest)])
 
-    # What an import binds, and names in strings
+    # Names that an import binds, and names in strings
 
     def visit_Attribute(self, node: cst.Attribute) -> bool:
         name = get_full_name_for_node(node)
@@ -329,7 +329,7 @@ def _is_library(name: str) -> bool:
 
 
 def _resolve(path: str) -> Any:
-    """Import what a dotted path names; None if there is no such thing."""
+    """Import the object at a dotted path; None if it does not exist."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError:

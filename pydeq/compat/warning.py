@@ -13,14 +13,14 @@ def warn_of_modification() -> None:
     """Warn that f modifies its argument."""
     _say_once(
         "modification",
-        "func modifies its argument in place: from now on it is given a copy at each call, which costs time. To save"
+        "func modifies its argument in place: from now on it gets a copy at each call, which costs time. To save"
         " it, use out-of-place operations in func, for example relu(z) instead of relu(z, inplace=True)",
         UserWarning,
     )
 
 
 def warn_of_coupling(left: int, batch: int) -> None:
-    """Warn that samples moved away from a solution they had found.
+    """Warn that samples moved away from a solution that they had found.
 
     Args:
         left: Number of these samples.
@@ -28,9 +28,9 @@ def warn_of_coupling(left: int, batch: int) -> None:
     """
     _say_once(
         "coupling",
-        f"{left} of {batch} samples met the tolerance and then moved far away from it, as samples do that depend on"
-        " each other. The solve did not converge, and what is returned is the best state of each sample: for such"
-        " samples its residual is larger than reported. Make one coupled system, such as the nodes of a graph, one"
+        f"{left} of {batch} samples met the tolerance and then moved far away from it. Samples do this if they depend"
+        " on each other. The solve did not converge, and it returns the best state of each sample: for such samples"
+        " its residual is larger than reported. Make one coupled system, such as the nodes of a graph, one"
         " sample: solve for z[None], deq(lambda z: f(z[0])[None], z0[None]), and take [0] of the result. This is said"
         " once",
         CouplingWarning,
@@ -38,12 +38,12 @@ def warn_of_coupling(left: int, batch: int) -> None:
 
 
 def warn_of_backward(solver: str, state: str, remedy: str) -> None:
-    """Warn of a backward solve; once for each solver.
+    """Warn once for each solver that a backward solve is inexact.
 
     Args:
         solver: Its name.
-        state: How far it got.
-        remedy: What to change of its options.
+        state: The result of the solve, for the message.
+        remedy: The options to change, for the message.
     """
     _say_once(
         f"backward by {solver}",

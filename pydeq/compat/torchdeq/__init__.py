@@ -1,7 +1,7 @@
 """A replacement for torchdeq 0.1: ``import pydeq.compat.torchdeq as torchdeq``.
 
-The same names, arguments, conventions and submodules, pydeq's numerics. :func:`register` puts pydeq's solvers into an
-installed torchdeq instead.
+It has the same names, arguments, conventions and submodules, with pydeq's numerics. Or keep an installed torchdeq, and
+put pydeq's solvers into it by :func:`register`.
 """
 
 from __future__ import annotations

@@ -32,13 +32,13 @@ class DEQBase(nn.Module):
     An option is looked up in ``args`` first, then among the keywords.
 
     Args:
-        args: A namespace, a mapping or a :class:`DEQConfig`; left as it is.
+        args: A namespace, a mapping or a :class:`DEQConfig`; not modified.
         f_solver, b_solver: Names of the forward and the backward solver.
-        no_stat: Keep tuples of states apart, with a solver that measures nothing; by default where the solver is
+        no_stat: Keep the tensors of a tuple separate, for a solver that measures nothing; by default if the solver is
             simple_fixed_point_iter.
-        f_max_iter, b_max_iter: Their steps at most.
+        f_max_iter, b_max_iter: Maximum numbers of their steps.
         f_tol, b_tol: Their tolerances.
-        f_stop_mode, b_stop_mode: What these are for, "abs" or "rel".
+        f_stop_mode, b_stop_mode: Whether the tolerances are for absolute ("abs") or relative ("rel") residuals.
         eval_factor: In evaluation mode f_max_iter is multiplied by this ...
         eval_f_max_iter: ... or is this, if above 0.
         kwargs: Further options. ``f_solver_kwargs`` and ``b_solver_kwargs`` are passed on to the solvers, and
@@ -97,12 +97,12 @@ class DEQBase(nn.Module):
         solver_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Solve without a gradient; each core says what it returns. A subclass may replace it.
+        """Solve without a gradient. The result depends on the core. A subclass may override it.
 
         Args:
             deq_func: The map, of one tensor.
             z_init: Where to start.
-            f_max_iter: Steps at most.
+            f_max_iter: Maximum number of steps.
             solver_kwargs: Options of the forward solver for this call.
         """
         raise NotImplementedError
@@ -129,15 +129,15 @@ class DEQBase(nn.Module):
         """Solve z = func(z).
 
         Args:
-            func: The map; of a tuple of states it is given each as an argument of its own.
+            func: The map; the states of a tuple are separate arguments.
             z_init: Where to start, a tensor or a tuple of tensors.
             solver_kwargs: Options of the forward solver for this call; ``f_max_iter`` among them replaces the steps.
             sradius_mode: In evaluation mode, also estimate the spectral radius.
             backward_writer: Called with the statistics of each backward solve.
 
         Returns:
-            The states: in training with gradients, in evaluation mode only the solution. Of a tuple, lists. And the
-            statistics of the last solve.
+            The pair (states, statistics of the last solve). In training, states have gradients; in evaluation mode
+            there is only the solution. For a tuple of states, each is a list.
         """
         raise NotImplementedError
 
@@ -147,11 +147,11 @@ class _Sampling(DEQBase):
 
     Args:
         ift, hook_ift: Differentiate the last state implicitly.
-        grad: Steps of the phantom gradients: for all states, or a list of them.
-        tau: Their damping.
+        grad: Number of steps of the phantom gradients: one for all states, or a list.
+        tau: Damping of these steps.
         sup_gap, sup_loc: Which of these steps to return, see :func:`backward_factory`.
         n_states: States to sample uniformly.
-        indexing: Else the steps whose states to sample; the last state is always one.
+        indexing: Otherwise, the steps to sample states at; the last state is always included.
         kwargs: As :class:`DEQBase`.
     """
 
@@ -205,7 +205,7 @@ class _Sampling(DEQBase):
         solver_kwargs: dict[str, Any],
         writer: Any,
     ) -> tuple[list[Any], Any]:
-        """The states with gradients, as solvers see them, and the statistics."""
+        """The states with gradients, in the solvers' format, and the statistics."""
         raise NotImplementedError
 
     @skipped
@@ -218,7 +218,7 @@ class _Sampling(DEQBase):
         backward_writer: Callable[[Any], Any] | None = None,
         **kwargs: Any,
     ) -> tuple[list[Any], Any]:
-        z_init = kwargs.get("z_star") if z_init is None else z_init  # what the original's DEQSliced calls it
+        z_init = kwargs.get("z_star") if z_init is None else z_init  # its name in the original's DEQSliced
         options = solver_kwargs or {}
         with Compiler() as compiler, legacy(is_legacy(options.get("legacy", self.legacy))):
             func = compiler.compiled(func)
@@ -245,7 +245,7 @@ class _Sampling(DEQBase):
 
 
 class DEQIndexing(_Sampling):
-    """One solve whose states are sampled on the way, each with gradients; options as in :class:`DEQBase`.
+    """One solve with states sampled along the way, each with gradients; options as in :class:`DEQBase`.
 
     Args:
         ift, hook_ift, grad, tau, sup_gap, sup_loc: How a state gets its gradient.
@@ -285,7 +285,7 @@ class DEQIndexing(_Sampling):
             deq_func, z, f_max_iter=f_max_iter, indexing=steps, solver_kwargs=solver_kwargs
         )
         produce = self.produce_grad
-        if not is_legacy():  # where there are fewer states, the last gradient still is that of the last state
+        if not is_legacy():  # with fewer states, the last gradient still belongs to the last state
             produce = produce[max(0, len(produce) - len(trajectory)) :]
         states = []
         for state, produce_grad in zip(trajectory, produce, strict=False):
@@ -294,7 +294,7 @@ class DEQIndexing(_Sampling):
 
 
 class DEQSliced(_Sampling):
-    """Several solves in a row; each starts from the state after the gradient steps of the one before.
+    """Several solves in a row; each starts from the state after the previous solve's gradient steps.
 
     Args:
         ift, hook_ift, grad, tau, sup_gap, sup_loc: How a state gets its gradient.
@@ -332,7 +332,7 @@ class DEQSliced(_Sampling):
         info = None
         for count, produce_grad in zip(steps, self.produce_grad, strict=False):
             found = self._solve_fixed_point(deq_func, z, f_max_iter=count, solver_kwargs=solver_kwargs)
-            z, info = found[0], found[-1]  # an override may return states in between
+            z, info = found[0], found[-1]  # an overridden method may also return intermediate states
             states += produce_grad(self, deq_func, deq_func.detach(z), writer=writer)
             z = states[-1]
         return states, info
@@ -347,12 +347,12 @@ def register_deq(deq_type: str, core: Callable[..., Any]) -> None:
 
 
 def get_deq(args: Any = None, **kwargs: Any) -> Any:
-    """The module that ``args`` and ``kwargs`` describe.
+    """Make the module that ``args`` and ``kwargs`` describe.
 
     Args:
-        args: A namespace, a mapping or a :class:`DEQConfig`; left as it is.
-        kwargs: Options, which replace those of ``args``: ``core``, "sliced" or "indexing", and those of
-            :class:`DEQIndexing` and :class:`DEQBase`. One that no core knows is named in a warning.
+        args: A namespace, a mapping or a :class:`DEQConfig`; not modified.
+        kwargs: Options, which override ``args``: ``core``, "sliced" or "indexing", and the options of
+            :class:`DEQIndexing` and :class:`DEQBase`. A warning names an option that no core knows.
 
     Raises:
         AssertionError: If the core is unknown.
@@ -380,6 +380,6 @@ _OPTIONS = (
 
 
 def reset_deq(model: nn.Module) -> None:
-    """Compute the normed weights again and forget the dropout masks: once before each training step."""
+    """Compute normed weights again and drop the dropout masks. Call it once before each training step."""
     reset_norm(model)
     reset_dropout(model)

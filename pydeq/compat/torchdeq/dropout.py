@@ -1,6 +1,6 @@
 """Variational dropout: one mask for all iterations of a solve, drawn again after ``reset_dropout``.
 
-A mask is drawn where the tensor is and in its dtype, and again when the shape no longer fits.
+A mask is drawn on the tensor's device and in its dtype. It is drawn again when it no longer fits the tensor's shape.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _VariationalDropoutNd(nn.Module):
             raise ValueError(f"dropout probability must be in [0, 1], got {dropout}")
         self.dropout = dropout
         self.mask: Tensor | None = None
-        self._shape: tuple[int, ...] | None = None  # of a mask that was drawn here
+        self._shape: tuple[int, ...] | None = None  # the shape of a mask that was drawn here
 
     def mask_shape(self, x: Tensor) -> Sequence[int]:
         """The shape of the mask of ``x``: 1 in dimensions along which the mask is the same."""
@@ -109,43 +109,43 @@ class _Dimensional(_VariationalDropoutNd):
 
 
 class VariationalDropout1d(_Dimensional):
-    """Drops features of (B, L, D), or of (B, D, L) where not ``token_first``."""
+    """Drops features of (B, L, D), or of (B, D, L) with ``token_first=False``."""
 
     positions, tokens = 1, False
 
 
 class VariationalDropout2d(_Dimensional):
-    """Drops features of (B, H, W, D), or of (B, D, H, W) where not ``token_first``."""
+    """Drops features of (B, H, W, D), or of (B, D, H, W) with ``token_first=False``."""
 
     positions, tokens = 2, False
 
 
 class VariationalDropout3d(_Dimensional):
-    """Drops features of (B, T, H, W, D), or of (B, D, T, H, W) where not ``token_first``."""
+    """Drops features of (B, T, H, W, D), or of (B, D, T, H, W) with ``token_first=False``."""
 
     positions, tokens = 3, False
 
 
 class VariationalDropToken1d(_Dimensional):
-    """Drops positions of (B, L, D), or of (B, D, L) where not ``token_first``."""
+    """Drops positions of (B, L, D), or of (B, D, L) with ``token_first=False``."""
 
     positions, tokens = 1, True
 
 
 class VariationalDropToken2d(_Dimensional):
-    """Drops positions of (B, H, W, D), or of (B, D, H, W) where not ``token_first``."""
+    """Drops positions of (B, H, W, D), or of (B, D, H, W) with ``token_first=False``."""
 
     positions, tokens = 2, True
 
 
 class VariationalDropToken3d(_Dimensional):
-    """Drops positions of (B, T, H, W, D), or of (B, D, T, H, W) where not ``token_first``."""
+    """Drops positions of (B, T, H, W, D), or of (B, D, T, H, W) with ``token_first=False``."""
 
     positions, tokens = 3, True
 
 
 def reset_dropout(model: nn.Module) -> None:
-    """Forget the masks of all variational dropouts in ``model``, those of an installed torchdeq among them."""
+    """Drop the masks of all variational dropouts in ``model``, also from an installed torchdeq."""
     original = sys.modules.get("torchdeq.dropout")
     kinds = (_VariationalDropoutNd, getattr(original, "_VariationalDropoutNd", _VariationalDropoutNd))
     for module in model.modules():
@@ -154,14 +154,14 @@ def reset_dropout(model: nn.Module) -> None:
 
 
 def _join_original() -> None:
-    """Make ``reset_deq`` and ``reset_dropout`` of an imported torchdeq forget the masks of this module, too.
+    """Make ``reset_deq`` and ``reset_dropout`` of an imported torchdeq also drop the masks of this module.
 
-    Code that was moved over in part may call the original's functions on a model with these dropouts.
+    Code that has moved over only in part may call the original's functions on a model with these dropouts.
     """
     for name in ("torchdeq", "torchdeq.core", "torchdeq.dropout"):
         module = sys.modules.get(name)
         theirs: Any = getattr(module, "reset_dropout", None)
-        # This package may have been put in the place of torchdeq.
+        # sys.modules may hold this package under the name torchdeq.
         if theirs is not None and theirs is not reset_dropout and not hasattr(theirs, "_resets_pydeq"):
             module.reset_dropout = _joined(theirs)  # pyright: ignore
 

@@ -1,4 +1,4 @@
-"""How states get gradients: implicitly, or by phantom steps."""
+"""Gradients of states: implicit, or by phantom steps."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ __all__ = ["backward_factory"]
 
 T = TypeVar("T")
 
-# Backward solves end well below this share of the gradient, unless their tolerance is not made for its size.
+# Backward solves end well below this fraction of the gradient, unless their tolerance does not suit the gradient's
+# size.
 _COARSE = 0.1
 _OWN = (anderson_solver, broyden_solver, fixed_point_iter)
 
 
 def make_pair(target: Sequence[Any], source: Sequence[T]) -> Sequence[T]:
-    """``source`` with an entry for each of ``target``; a single one is repeated.
+    """Give ``source`` an entry for each entry of ``target``; a single entry is repeated.
 
     Raises:
         ValueError: If the lengths do not allow it.
@@ -43,7 +44,7 @@ def make_pair(target: Sequence[Any], source: Sequence[T]) -> Sequence[T]:
 
 @dataclass(frozen=True, eq=False)  # its options have no hash
 class SolverImplicit(Implicit):
-    """Implicit differentiation whose adjoint is solved by a solver with torchdeq's signature.
+    """Implicit differentiation that solves the adjoint system by a solver with torchdeq's signature.
 
     Args:
         b_solver: Called as b_solver(func, x0, **b_solver_kwargs).
@@ -60,7 +61,7 @@ class SolverImplicit(Implicit):
     def solve_adjoint(
         self, fn: Callable[..., Any], start: State, v: Sequence[Tensor], options: dict[str, Any]
     ) -> Solution:
-        """Solve u = fn(u, *v) by ``b_solver``; its own options count, not pydeq's."""
+        """Solve u = fn(u, *v) by ``b_solver``, with its own options instead of pydeq's."""
         assert isinstance(start, Tensor)
         calls = 0
 
@@ -87,12 +88,13 @@ class SolverImplicit(Implicit):
         return Solution(u, u, calls, scalars, counters, None)
 
     def _watch(self, u: Tensor, lowest: Tensor, relative: Tensor, finite: Tensor) -> None:
-        """Warn once about samples that met neither the tolerance of ``b_solver`` nor the one of :class:`Implicit`.
+        """Warn once about samples that met neither the tolerance of ``b_solver`` nor the tolerance of
+        :class:`Implicit`.
 
-        That of :class:`Implicit` is relative: where rounding keeps a solve from a small absolute tolerance, gradients
-        are as exact as they can be. An absolute tolerance that is large compared with the gradients is warned about,
-        too: it is met at once where the loss is a mean over many terms. Samples that are not finite get NaN gradients
-        instead.
+        The tolerance of :class:`Implicit` is relative. If rounding errors keep a solve from a small absolute tolerance,
+        gradients are still as exact as possible. There is also a warning about an absolute tolerance that is large
+        compared with the gradients: if the loss is a mean over many terms, it is met at once. Samples that are not
+        finite get NaN gradients and no warning.
         """
         tol = self.b_solver_kwargs.get("tol", 0.0)
         missed = (relative if self.b_solver_kwargs.get("stop_mode") == "rel" else lowest) >= tol
@@ -116,7 +118,7 @@ class SolverImplicit(Implicit):
 
 
 def _lowest(info: Any, name: str, u: Tensor) -> Tensor:
-    """The smallest residual of each sample, (B,); 0 where the solver reports -1 or nothing."""
+    """The smallest residual of each sample, (B,); 0 if the solver reports -1 or nothing."""
     found = info.get(name) if isinstance(info, Mapping) else None
     if not isinstance(found, Tensor):
         return torch.zeros(len(u), dtype=torch.float64, device=u.device)
@@ -137,7 +139,7 @@ class ImplicitGradient:
             b_solver=self.b_solver, b_solver_kwargs=self.b_solver_kwargs, writer=writer, reproduce=is_legacy()
         )
         z = z_pred.detach()
-        if z.dim():  # a copy, as func may modify its argument
+        if z.dim():  # a copy, since func may modify its argument
             return [evaluate_at_fixed_point(settings, lambda z: func(z.clone()), z, ())[0]]
         y, _ = evaluate_at_fixed_point(settings, lambda z: func(z[0].clone())[None], z[None], ())
         assert isinstance(y, Tensor)
@@ -146,13 +148,13 @@ class ImplicitGradient:
 
 @dataclass(frozen=True)
 class PhantomGradient:
-    """A few damped evaluations from the state, with the graph through them.
+    """A few damped evaluations from the state, with their graph.
 
     Args:
-        steps: How many.
+        steps: Number of evaluations.
         tau: Damping.
         sup_gap: If above 0, a state is returned after each multiple of it.
-        sup_loc: Else the states after these steps, and the last one.
+        sup_loc: Otherwise, the states after these steps are returned, and the last one.
     """
 
     steps: int
@@ -181,11 +183,11 @@ def backward_factory(
     tau: float = 1.0,
     **grad_factory_kwargs: Any,
 ) -> Callable[..., list]:
-    """A function (trainer, func, z, writer=None) -> list of states with gradients.
+    """Make a function (trainer, func, z, writer=None) -> list of states with gradients.
 
     Args:
         grad_type: "ift" for implicit differentiation, or the steps of a phantom gradient.
-        hook_ift: No meaning here: implicit differentiation needs no hook.
+        hook_ift: Has no effect: implicit differentiation needs no hook here.
         b_solver: Solver of the adjoint; fixed-point iteration by default.
         b_solver_kwargs: Its options.
         sup_gap, sup_loc: Which states of the phantom steps to return.

@@ -20,7 +20,7 @@ def register(replace: bool = True) -> None:
     They are called ``pydeq_anderson`` and so on. A layer looks its solvers up when it is made.
 
     Args:
-        replace: Also take the place of torchdeq's own: ``anderson``, ``broyden``, ``fixed_point_iter`` and
+        replace: Also replace torchdeq's own solvers: ``anderson``, ``broyden``, ``fixed_point_iter`` and
             ``simple_fixed_point_iter``.
 
     Raises:

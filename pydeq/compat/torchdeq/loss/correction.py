@@ -1,4 +1,4 @@
-"""Fixed-point correction: a loss on several states of a solve, weighted by how late they are.
+"""Fixed-point correction: a loss on several states of a solve, with larger weights for later states.
 
 Source: Bai, Geng, Savani and Kolter, Deep Equilibrium Optical Flow Estimation, CVPR 2022.
 """
@@ -40,7 +40,7 @@ def fp_correction(
     return_loss_values: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The sum over states k of weight(n, k) crit(arguments of k).
+    """Sum weight(n, k) crit(arguments of state k) over the states k.
 
     Args:
         crit: The loss.

@@ -1,4 +1,4 @@
-"""Applying norms to the weights of a model, by name."""
+"""Apply norms to the weights of a model, by name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def register_norm(norm_type: str, norm_class: Any) -> None:
     """Make a norm available as ``norm_type``.
 
     Its class has ``_target_modules``, a dict from module types to (names, dims), and a class method
-    ``apply(module, deq_args=..., **norm_kwargs)``; what that returns is called with the module to compute the weight
-    again, and has ``remove(module)``.
+    ``apply(module, deq_args=..., **norm_kwargs)``. The object that ``apply`` returns is called with the module to
+    compute the weight again, and has a method ``remove(module)``.
     """
     _norm_class[norm_type] = norm_class
 
 
 def register_norm_module(module_class: type, norm_type: str, names: Any = "weight", dims: Any = 0) -> None:
-    """Have ``norm_type`` norm the weights ``names`` of modules of this class, along ``dims``."""
+    """Make ``norm_type`` norm the weights ``names`` of modules of this class, along ``dims``."""
     _norm_class[norm_type]._target_modules[module_class] = (names, dims)
 
 
@@ -44,10 +44,10 @@ def apply_norm(
         model: Changed in place.
         norm_type: "weight_norm", "spectral_norm", "none" or a registered one.
         prefix_filter_out: Modules whose name begins with one of these are not normed.
-        filter_out: So are those whose name contains one of these.
+        filter_out: Modules whose name contains one of these are not normed either.
         args: Options: ``norm_type``, ``norm_no_scale``, ``norm_target_norm``, ``norm_clip``, ``norm_clip_value``,
-            ``sn_n_power_iters``; left as they are.
-        norm_kwargs: Options of the norm, or more of those.
+            ``sn_n_power_iters``; not modified.
+        norm_kwargs: Options of the norm, or further options like those in ``args``.
 
     Raises:
         AssertionError: If the norm is unknown.
@@ -61,7 +61,7 @@ def apply_norm(
         raise AssertionError(f"norm_type must be none or one of {', '.join(_norm_class)}, got {norm_type!r}")
     norm = _norm_class[norm_type]
     own = norm_kwargs
-    if norm in (WeightNorm, SpectralNorm):  # these find the others in the configuration
+    if norm in (WeightNorm, SpectralNorm):  # these norms read the other options from the configuration
         own = {key: value for key, value in norm_kwargs.items() if not key.startswith(("norm_", "sn_"))}
     prefixes, parts = _listed(prefix_filter_out), _listed(filter_out)
     for name, module in model.named_modules():
@@ -72,7 +72,7 @@ def apply_norm(
 
 
 def reset_norm(model: nn.Module) -> None:
-    """Compute the normed weights of ``model`` again, with a graph: once before each training step."""
+    """Compute the normed weights of ``model`` again, with a graph. Call it once before each training step."""
     for module in model.modules():
         if hasattr(module, "_deq_norm"):
             module._deq_norm(module)  # pyright: ignore

@@ -18,7 +18,7 @@ class SpectralNorm(WeightRule):
     """w = w_orig * g / sigma(w_orig); parameters <name>_orig and <name>_g, buffers <name>_u and <name>_v.
 
     sigma is the largest singular value of the weight as a matrix with one row for each output, estimated by power
-    iterations that go on from reset to reset.
+    iterations that continue from reset to reset.
 
     Args:
         names, dims, learn_scale, target_norm, clip, clip_value: As :class:`WeightRule`.
@@ -53,7 +53,7 @@ class SpectralNorm(WeightRule):
                 for _ in range(self.n_power_iterations):
                     v.copy_(normalize(matrix.t() @ u, dim=0, eps=self.eps))
                     u.copy_(normalize(matrix @ v, dim=0, eps=self.eps))
-        # Graphs of earlier resets hold on to the vectors they were made with.
+        # Graphs of earlier resets keep the vectors that they were made with.
         sigma = u.clone() @ (matrix @ v.clone())
         return self.scaled(module, name, weight, sigma)
 

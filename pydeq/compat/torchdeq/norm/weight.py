@@ -1,4 +1,4 @@
-"""Base of the norms: a weight made of parameters, kept as a plain attribute of its module between two resets."""
+"""The base of the norms: a weight computed from parameters, kept as a plain attribute of its module between resets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TARGETS = {
 
 
 class WeightRule(ABC):
-    """w <- w * min(clip_value, scale / norm(w)), the minimum where ``clip``.
+    """w <- w * scale / norm(w), with ``clip`` w <- w * min(clip_value, scale / norm(w)).
 
     Args:
         names: Weights of the module.
-        dims: For each the dimension of its outputs.
+        dims: The output dimension of each weight.
         learn_scale: Whether scale is a parameter; else it is ``target_norm``.
         target_norm: Scale.
         clip: Whether the factor is bounded.
@@ -48,18 +48,16 @@ class WeightRule(ABC):
 
     @abstractmethod
     def weight(self, module: nn.Module, name: str, dim: int, learn: bool) -> Tensor:
-        """The normed weight, with a graph; ``learn`` allows to update running estimates."""
+        """The normed weight, with a graph; ``learn`` allows updates of running estimates."""
 
     @abstractmethod
     def parameters(self, name: str) -> tuple[str, ...]:
-        """The names of what the weight is made of."""
+        """The names of the parameters that the weight is computed from."""
 
     def scaled(self, module: nn.Module, name: str, weight: Tensor, norm: Tensor) -> Tensor:
         """``weight`` times its factor."""
         factor = (getattr(module, name + "_g") if self.learn_scale else self.target_norm) / norm
-        if (
-            self.clip
-        ):  # at its bound, where a weight begins, minimum halves the gradient, as in torchdeq; clamp does not
+        if self.clip:  # at the bound, minimum halves the gradient, as in torchdeq; clamp does not
             factor = torch.minimum(factor, torch.full_like(factor, self.clip_value))
         return weight * factor
 
@@ -82,8 +80,8 @@ class WeightRule(ABC):
 def hold(module: nn.Module, name: str, weight: Tensor) -> None:
     """Make ``weight`` an attribute of ``module``.
 
-    With a graph behind it, torch refuses to copy it and to send it to another process: a copy of the module, and a
-    pickled one, holds its value until the next reset.
+    torch refuses to copy a tensor with a graph, or to send it to another process. So a copied or pickled module holds
+    the weight's value, without a graph, until the next reset.
     """
     setattr(module, name, weight)
     if "__reduce_ex__" not in module.__dict__:
@@ -91,14 +89,14 @@ def hold(module: nn.Module, name: str, weight: Tensor) -> None:
 
 
 class _Detached:
-    """Takes apart a module, for ``copy`` and ``pickle``, without the graphs behind its attributes.
+    """Reduce a module for ``copy`` and ``pickle``, without the graphs of its attributes.
 
     Args:
-        module: Has this as its ``__reduce_ex__``.
+        module: The module; this object is its ``__reduce_ex__``.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = weakref.ref(module)  # no cycle: parameters are freed with their module
+        self.module = weakref.ref(module)  # no reference cycle: parameters are freed with their module
 
     def __call__(self, protocol: Any) -> tuple[Any, ...]:
         module = self.module()
@@ -108,7 +106,7 @@ class _Detached:
             state = {
                 key: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
                 for key, value in state.items()
-                if not isinstance(value, _Detached)  # the next reset makes it
+                if not isinstance(value, _Detached)  # the next reset makes a new one
             }
         return (make, arguments, state, *rest)
 
@@ -124,7 +122,7 @@ def named(targets: dict[type, Any], module: nn.Module, names: Any, dims: Any) ->
 
 
 def shared_options(args: Any, learn_scale: bool, target_norm: float, clip: bool, clip_value: float) -> dict[str, Any]:
-    """The options of every norm, where ``args`` has them from there."""
+    """The options of every norm; ``args`` overrides them."""
     get = (args or {}).get
     return {
         "learn_scale": not get("norm_no_scale", not learn_scale),

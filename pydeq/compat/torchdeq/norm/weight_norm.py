@@ -13,7 +13,7 @@ __all__ = ["WeightNorm"]
 
 
 def _norm(v: Tensor, dim: int | None) -> Tensor:
-    """The norm of ``v`` over all dimensions but ``dim``, which are kept as 1."""
+    """The norm of ``v`` over all dimensions except ``dim``; these dimensions have size 1 in the result."""
     others = [i for i in range(v.dim()) if dim is None or i != dim % v.dim()]
     return torch.linalg.vector_norm(v, dim=others, keepdim=True)
 

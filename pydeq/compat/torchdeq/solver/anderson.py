@@ -32,10 +32,10 @@ def anderson_solver(
     Args:
         func: The map, on tensors like x0.
         x0: Where to start, (B, ...); every element of a 0-d or 1-d tensor is a sample.
-        max_iter: Calls of func at most.
-        tol: Stop at a step where every sample's residual is below.
+        max_iter: Maximum number of calls of func.
+        tol: Stop at a step in which every sample's residual is below ``tol``.
         stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)||.
-        indexing: Numbers of calls after which the best state so far is wanted.
+        indexing: Numbers of calls after which to return the best state so far.
         m: Columns mixed.
         lam: Ridge. Relative here: lam / 100 of the Gram matrix's diagonal; absolute in legacy mode.
         tau: Damping. Outside of (0, 1] the original's steps are taken.

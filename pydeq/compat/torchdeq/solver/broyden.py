@@ -31,10 +31,11 @@ def broyden_solver(
     Args:
         func: The map, on tensors like x0.
         x0: Where to start, (B, ...); every element of a 0-d or 1-d tensor is a sample.
-        max_iter: Steps at most, with a call of func each and one before; more with a line search.
-        tol: Stop at a step where every sample's residual is below.
+        max_iter: Maximum number of steps. Each calls func once, and there is one call before; with a line search there
+            are more.
+        tol: Stop at a step in which every sample's residual is below ``tol``.
         stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)||.
-        indexing: Numbers of calls after which the best state so far is wanted; max_iter is the end.
+        indexing: Numbers of calls after which to return the best state so far; max_iter means the end.
         LBFGS_thres: Pairs kept; None: all. A full memory restarts from the newest pair; in legacy mode, and with a
             line search, it overwrites the oldest one.
         ls: Line search by Armijo's rule, of each sample; in legacy mode of the whole batch.

@@ -33,9 +33,10 @@ def fixed_point_iter(
         func: The map, on tensors like x0.
         x0: Where to start, (B, ...); every element of a 0-d or 1-d tensor is a sample.
         max_iter: Calls of func at most.
-        tol: Stop at a step where every sample's residual is below.
-        stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)||. In legacy mode these are of the damped step.
-        indexing: Numbers of calls after which the best state so far is wanted.
+        tol: Stop at a step in which every sample's residual is below ``tol``.
+        stop_mode: "abs" for ||f(x) - x||, "rel" for that over ||f(x)||. In legacy mode these are residuals of the
+            damped step.
+        indexing: Numbers of calls after which to return the best state so far.
         tau: Damping.
         return_final: Run all steps and return the last state, not the best.
         kwargs: ``legacy=True`` reproduces torchdeq's iterates; the rest is ignored.
@@ -63,14 +64,14 @@ def simple_fixed_point_iter(
     indexing: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, list[Any], SolverStat]:
-    """Iterate x' = func(x, tau=tau), which damps by itself; nothing is measured before the end, and gradients flow.
+    """Iterate x' = func(x, tau=tau), where func damps itself. Residuals are measured only at the end; gradients flow.
 
     Args:
         func: The map; it is called with the keyword ``tau``.
         x0: Where to start, a tensor or a sequence of tensors.
         max_iter: Calls of func.
         tau: Passed on to func.
-        indexing: Numbers of calls after which the state is wanted.
+        indexing: Numbers of calls after which to return the state.
         kwargs: Ignored.
 
     Returns:

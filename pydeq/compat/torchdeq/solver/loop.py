@@ -1,9 +1,9 @@
-"""The loop of the solvers: when they stop, which state they return, what they report.
+"""The loop of the solvers: decides when they stop, and which state and statistics they return.
 
-There are two loops over the same processes. ``run`` keeps torchdeq's conventions and none of its faults: it looks at
-every evaluation, states asked for are always returned, and NaN stays in its sample. Like torchdeq it ends where all
-samples meet the tolerance in one step, and then returns that step: samples may depend on each other. ``run_legacy``
-makes every decision as torchdeq does. Neither is pydeq's own loop, which stops sample by sample, by other rules.
+There are two loops over the same processes. ``run`` keeps torchdeq's conventions, but not its faults: it checks every
+evaluation, always returns the requested states, and keeps NaN in its sample. Like torchdeq it ends once all samples
+meet the tolerance in one step, and then returns that step, since samples may depend on each other. ``run_legacy`` makes
+every decision as torchdeq does. Neither is pydeq's own loop, which stops each sample separately, by other rules.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from pydeq.ops.constants import Scalar
 
 Result = tuple[Tensor, list[Tensor], SolverStat]
 
-# Columns of what a process measures; BEST is the smallest residual of the mode that the solve stops by.
+# Columns of a process's measurements; BEST is the smallest residual in the stop mode.
 RESIDUAL, NORM, BEST = int(Scalar.RESIDUAL), int(Scalar.NORM), int(Scalar.BEST)
 
-# Independent samples that met the tolerance rise above it now and then: by 100 times in 1 of 75,000 samples on random
+# Independent samples that met the tolerance sometimes rise above it: 1 of 75,000 samples rose by 100 times on random
 # maps that did not converge. In units of eps, a relative residual up to _ROUNDING may be rounding.
 _LEFT, _ROUNDING = 100.0, 32.0
 
 
 @dataclass
 class Convention:
-    """How a solver counts.
+    """The counting conventions of a solver.
 
     Args:
-        max_iter: As its caller counts.
-        evaluations: Calls of f at most.
-        first: Evaluations that leave no column in the traces.
-        offset: ``nstep`` of evaluation 0.
-        state: What is returned of the best evaluation: the iterate, its image or their mixture.
-        stalls: Whether it stops for lack of progress.
+        max_iter: The limit, in the caller's counting.
+        evaluations: Maximum number of calls of f.
+        first: Number of evaluations at the start that have no column in the traces.
+        offset: The value of ``nstep`` for evaluation 0.
+        state: The state that is returned for the best evaluation: the iterate, its image or their mixture.
+        stalls: Whether the solver stops for lack of progress.
     """
 
     max_iter: int
@@ -64,12 +64,12 @@ class Convention:
 
 @dataclass
 class Request:
-    """The wishes of a caller.
+    """The options of a call.
 
     Args:
         tol: Tolerance.
-        stop_mode: Which residual it is for, "abs" or "rel".
-        indexing: Steps whose states are wanted.
+        stop_mode: Whether the tolerance is for the absolute ("abs") or relative ("rel") residual.
+        indexing: Steps to return the states of.
         return_final: Run all steps, and return the last state instead of the best.
     """
 
@@ -88,7 +88,7 @@ def solve(start: Callable[[], Process], convention: Convention, x0: Tensor, requ
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("torchdeq's solvers do not work under torch.func transforms, nor do these: use pydeq.DEQ")
+        raise RuntimeError("solvers of torchdeq do not work under torch.func transforms: use pydeq.DEQ")
     with torch.no_grad():
         if convention.evaluations < 1 or x0.numel() == 0:
             state = x0.detach().clone().view(_shape(x0))
@@ -103,7 +103,7 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
     """Solve by torchdeq's conventions."""
     tol, relative, final = request.tol, request.stop_mode == "rel", request.return_final
     offset, of, shape, evaluations = convention.offset, convention.of, _shape(x0), convention.evaluations
-    # pydeq's steps keep the iterate of smallest absolute residual by themselves.
+    # pydeq's steps already keep the iterate with the smallest absolute residual.
     keeper = None if isinstance(process, Stepped) and not relative else _Keeper(convention, process, relative)
     wanted = sorted({int(i) for i in request.indexing or () if 1 <= i <= convention.max_iter})
     states: list[Tensor] = []
@@ -122,8 +122,8 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
         """The residuals that the tolerance is for, [B]."""
         return _relative(row[:, RESIDUAL], row[:, NORM]) if relative else row[:, RESIDUAL]
 
-    # The tolerance is compared with one sample's residual, that of the worst one when all were looked at last: until
-    # it is met there, there is no need to look at the other samples.
+    # Only one sample's residual is compared with the tolerance: the sample that was the worst in the last check of all
+    # samples. While it does not meet the tolerance, the other samples need no check.
     worst, met = slice(0, 1), False
     for k in range(evaluations):
         row = advance()
@@ -149,8 +149,8 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
         if convention.stalls and k > STALL_WINDOW and _stalled(rows[-STALL_WINDOW:], relative, tol):
             break
     state = current()
-    if request.indexing:  # what was not reached is what was found
-        # A copy for each: func may modify its argument where it is given one of them.
+    if request.indexing:  # steps that were not reached get the result
+        # Copies: func may modify its argument, and the argument may be one of these states.
         states += [state.clone() for _ in range(len(wanted) if wanted or states else 1)]
 
     traces = np.empty((2, len(process.flat), convention.first + convention.columns))
@@ -158,7 +158,7 @@ def run(process: Process, convention: Convention, x0: Tensor, request: Request) 
     if final or met:
         lowest, step = seen[:, :, -1].copy(), np.full(len(process.flat), len(rows) - 1)
         given_up = process.hopeless
-        if given_up is not None:  # the last state of these is their best one
+        if given_up is not None:  # for these samples the last state is the best one
             lowest = np.where(given_up, seen.min(axis=2), lowest)
             step = np.where(given_up, seen[0].argmin(axis=1), step)
     else:
@@ -207,12 +207,12 @@ def _shape(x0: Tensor) -> torch.Size:
 
 
 class _Keeper:
-    """Keeps the best state of each sample.
+    """Record of the best state of each sample.
 
     Args:
-        convention: Which state.
-        process: Where it comes from; samples that never improve keep its x0.
-        relative: Whether the best is that of the smallest relative residual.
+        convention: Selects the state.
+        process: The source of states; samples that never improve keep its x0.
+        relative: Whether the best state is the one with the smallest relative residual.
     """
 
     def __init__(self, convention: Convention, process: Process, relative: bool) -> None:
@@ -254,10 +254,10 @@ def _relative(residual: np.ndarray, norm: np.ndarray) -> np.ndarray:
 def _watch_coupling(
     lowest: np.ndarray, newest: np.ndarray, relative: np.ndarray, tol: float, dtype: torch.dtype
 ) -> None:
-    """Warn of samples that met the tolerance and moved far away from it.
+    """Warn about samples that met the tolerance and then moved far away from it.
 
     Args:
-        lowest, newest: Of the residual that the tolerance is for, [B].
+        lowest, newest: The lowest and the newest residual in the stop mode, [B].
         relative: The newest relative residuals, [B].
         tol: Tolerance.
         dtype: Of the states.
@@ -270,7 +270,7 @@ def _watch_coupling(
 
 
 def _stalled(rows: list[np.ndarray], relative: bool, tol: float) -> bool:
-    """Whether every sample is near the tolerance, and none got anywhere in the last steps."""
+    """Whether every sample is near the tolerance, and none made progress in the last steps."""
     newest = _traces(rows[-1:])[int(relative)]
     if newest.max() >= STALL_TOLERANCES * tol:
         return False
@@ -279,10 +279,10 @@ def _stalled(rows: list[np.ndarray], relative: bool, tol: float) -> bool:
 
 
 def _stat(traces: np.ndarray, seen: int, lowest: np.ndarray, nstep: np.ndarray, x0: Tensor) -> SolverStat:
-    """Statistics from traces [2, B, columns], of which the columns 1 to ``seen`` are filled."""
+    """Statistics from traces [2, B, columns] with the columns 1 to ``seen`` filled."""
     traces[:, :, 0] = UNKNOWN
     traces[:, :, seen + 1 :] = lowest[:, :, None]
-    # What was never measured has the dtype of 1e8.
+    # Values that were never measured have the dtype of 1e8.
     measured = seen > 0 or bool((lowest != UNKNOWN).any())
     dtype = torch.promote_types(x0.dtype, torch.float32) if measured else torch.float32
 

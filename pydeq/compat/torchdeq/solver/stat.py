@@ -1,4 +1,4 @@
-"""``SolverStat``: what a solve reports."""
+"""``SolverStat``: the statistics of a solve."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ABSENT = {"abs_lowest": 1, "rel_lowest": 1, "abs_trace": 2, "rel_trace": 2, "ns
 
 
 class SolverStat(dict):
-    """Statistics of a solve, by name; a missing one is -1.
+    """Statistics of a solve, by name; a missing value is -1.
 
     ``abs_lowest`` and ``rel_lowest``, (B,): the smallest ||f(z) - z|| and ||f(z) - z|| / ||f(z)||. ``abs_trace`` and
-    ``rel_trace``, (B, N): the same along the solve, beginning with 1e8. ``nstep``, (B,): the step that was best.
-    ``sradius``, (B,): the spectral radius, where asked for.
+    ``rel_trace``, (B, N): the same along the solve, beginning with 1e8. ``nstep``, (B,): the best step. ``sradius``,
+    (B,): the spectral radius, if requested.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ class SolverStat(dict):
         trace_dict: Mapping[str, Sequence[Tensor]],
         lowest_step_dict: Mapping[str, Tensor],
     ) -> SolverStat:
-        """Statistics from lowest residuals, traces (a list of (B,) tensors) and best steps of the modes abs and rel."""
+        """Make statistics from lowest residuals, traces (lists of (B,) tensors) and best steps, by stop mode."""
         return cls(
             abs_lowest=lowest_dict["abs"],
             rel_lowest=lowest_dict["rel"],
@@ -46,7 +46,7 @@ class SolverStat(dict):
 
     @classmethod
     def from_final_step(cls, z: Any, fz: Any, nstep: int = 0) -> SolverStat:
-        """Statistics of one evaluation: ``fz`` = f(``z``), tensors or sequences of them."""
+        """Make the statistics of one evaluation ``fz`` = f(``z``), tensors or sequences of tensors."""
         if not isinstance(z, Tensor):
             z = torch.cat([flatten(part) for part in z], dim=1)
             fz = torch.cat([flatten(part) for part in fz], dim=1)

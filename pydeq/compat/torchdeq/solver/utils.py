@@ -1,4 +1,4 @@
-"""Building blocks for solvers of users: shapes, the best state so far, statistics."""
+"""Building blocks for users' own solvers: shapes, the best state so far, statistics."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def batch_flatten(x: Tensor) -> Tensor:
 
 
 def batch_masked_mixing(mask: Tensor, mask_var: Any, orig_var: Any) -> Tensor:
-    """Samples of ``mask_var`` where ``mask``, (B,), else of ``orig_var``: (B, ...), or one of them a number.
+    """Select samples of ``mask_var`` where ``mask``, (B,), is true, else of ``orig_var``. One of the two may be a
+    number.
 
-    NaN in samples that are not chosen does no harm.
+    NaN in samples that are not selected has no effect.
 
     Raises:
         ValueError: If neither is a tensor.
@@ -34,7 +35,7 @@ def batch_masked_mixing(mask: Tensor, mask_var: Any, orig_var: Any) -> Tensor:
 def init_solver_info(
     bsz: int, device: Any, init_loss: float = UNKNOWN
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """Traces that begin with ``init_loss``, lowest residuals and their steps, each for "abs" and "rel"."""
+    """Make traces that begin with ``init_loss``, lowest residuals and their steps, each for "abs" and "rel"."""
 
     def start(value: float) -> Tensor:
         return torch.full((bsz,), value, device=device)
@@ -59,15 +60,15 @@ def update_state(
     lowest_step_dict: dict[str, Tensor],
     return_final: bool = False,
 ) -> Tensor:
-    """The best states, with ``x_est`` of step ``nstep`` taken into account; the three dicts are updated.
+    """Return the best states, including ``x_est`` of step ``nstep``, and update the three dicts.
 
     Args:
         lowest_xest, x_est: The best states before and the newest ones, (B, ...).
         nstep: Number of the step.
-        stop_mode: Whether "abs" or "rel" decides what is best.
+        stop_mode: Whether the "abs" or the "rel" residual decides which state is best.
         abs_diff, rel_diff: Residuals of ``x_est``, (B,).
         trace_dict, lowest_dict, lowest_step_dict: As :func:`init_solver_info` makes them.
-        return_final: Take the newest ones in any case.
+        return_final: Always return the newest states.
     """
     for mode, diff in (("abs", abs_diff), ("rel", rel_diff)):
         trace_dict[mode].append(diff)

@@ -11,7 +11,7 @@ from typing import Any
 class DEQConfig:
     """Options by name, from a namespace, a mapping, another config, or the attributes of any object.
 
-    The options are copied: what is updated here does not change where they came from.
+    The options are copied: updates here do not change the source.
     """
 
     def __init__(self, config: Any = None) -> None:
@@ -24,12 +24,12 @@ class DEQConfig:
         elif isinstance(config, DEQConfig):
             options = config.config
         else:
-            warnings.warn(f"Unrecognized config type: {type(config)}. Its attributes are taken.", stacklevel=2)
+            warnings.warn(f"Unrecognized config type: {type(config)}. Its attributes are used.", stacklevel=2)
             options = vars(config)
         self.config: dict[str, Any] = dict(options)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The option ``key``, or ``default`` where there is none."""
+        """The option ``key``, or ``default`` if there is none."""
         return self.config.get(key, default)
 
     def update(self, **kwargs: Any) -> None:

@@ -23,11 +23,11 @@ class DEQWrapper:
         self.func = func
 
     def list2vec(self, z: Any) -> Any:
-        """The state as solvers see it."""
+        """Convert a state from the user's format to the solver's."""
         return z
 
     def vec2list(self, z: Any) -> Any:
-        """The state as users see it."""
+        """Convert a state from the solver's format to the user's."""
         return z
 
     def detach(self, z: Any) -> Any:
@@ -45,7 +45,7 @@ class DEQWrapper:
 
 
 class MDEQWrapper(DEQWrapper):
-    """A map of several tensors, seen as one of shape (B, all entries): func(*tensors) -> as many tensors."""
+    """A map of several tensors as a map of one, (B, all entries); func(*tensors) -> as many tensors."""
 
     def __init__(self, func: Callable[..., Any], z_init: Sequence[Tensor]) -> None:
         super().__init__(func)
@@ -68,7 +68,7 @@ class MDEQWrapper(DEQWrapper):
 
 
 class SpeedyMDEQWrapper(DEQWrapper):
-    """A map of several tensors for a solver that measures nothing, and so needs no single tensor."""
+    """A map of several tensors, for a solver that measures nothing and so does not need a single tensor."""
 
     def detach(self, z: Sequence[Tensor]) -> list[Tensor]:
         return [part.detach() for part in z]
@@ -92,7 +92,7 @@ def deq_decorator(func: Callable[..., Any], z_init: Any = None, no_stat: bool = 
     Args:
         func: func(z) for a tensor, func(*tensors) for a tuple or list of them.
         z_init: The initial state.
-        no_stat: Keep several tensors apart: the solver measures nothing.
+        no_stat: Keep several tensors separate, since the solver measures nothing.
     """
     if isinstance(z_init, Tensor):
         return DEQWrapper(func, z_init), z_init
