@@ -1,4 +1,5 @@
-// The Python module pydeq._C: how the libraries were built, for pydeq.kernels(). The only file with Python in it.
+// The Python module pydeq._C: how the libraries were built, for pydeq.kernels(). This is the only file with
+// Python's C API.
 #include <pybind11/pybind11.h>
 
 namespace {

@@ -69,7 +69,7 @@ struct AndersonStep {
     sums[0] = sum(rr);
     sums[1] = sum(ff);
     if (!keep) return;
-    // The Gram matrix is of the residuals as stored, or it would not be positive definite.
+    // The Gram matrix is computed from the stored residuals, or it would not be positive definite.
     sums[2] = is_half<T> ? dot<A>(residual, residual, n) : sums[0];
     column_dots<A>(b, slot, columns, begin, n, sums + 2);
   }
@@ -115,7 +115,7 @@ struct AndersonStep {
     }
     counters[COUNTER_COUNT] = static_cast<int32_t>(plan.columns);
     counters[COUNTER_HEAD] = static_cast<int32_t>((plan.slot + 1) % slots);
-    // Mixing one column is a plain step, and from a new best it is the one a retry would take.
+    // Mixing one column is a plain step. A retry would take the same step from a new best.
     if (plan.columns == 1 && plan.verdict.improved) counters[COUNTER_TRIED] = 1;
   }
 

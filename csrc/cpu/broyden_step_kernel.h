@@ -2,7 +2,7 @@
 // s_{k+1}   = (g + sum_{j<k} c[j] u_j) / (1 - theta[k] a),   a as c[k] without theta
 // next[b,d] = z[b,d] + s_{k+1}[b,d]
 //
-// u_j is s_{j+1}, but for the u_0 that a restart stored.
+// u_j is s_{j+1}, except u_0 after a restart, which is stored.
 //
 // With k + 1 steps stored: reads z and f (twice, the second time from the cache while a sample fits it), s_0..s_k in
 // the first pass and u_0..u_{k-1} in the second, which also forms the new row of the Gram matrix; writes the new step,
@@ -20,7 +20,7 @@ namespace {
 // Elements of all steps that the second pass visits at once: the rows that v is combined from are still in the
 // first-level cache when v is multiplied with them.
 constexpr int64_t kTile = 256;
-// Columns whose products are formed along; those of more are formed once a chunk is done.
+// Number of columns with products computed in the same pass; products of further columns follow after the chunk.
 constexpr int64_t kColumns = 64;
 
 // v[i] += sum_j c[j] rows(j)[i], four rows at a time so that v passes through the registers less often.
@@ -57,7 +57,7 @@ struct BroydenStep {
     Kind kind;
     int64_t slot;    // of the new step
     bool restarted;  // factor 0 is the explicit one
-    bool wide;       // sums of float products left their range: form them in double
+    bool wide;       // sums of float products overflowed or underflowed: compute them in double
     double* c;       // [slot] coefficients of u_0, u_1, ...
     double scale;    // next: 1 / (1 - theta a); restart: u_0 = scale (s + y)
     double weight;   // restart: <s, g> / ||s||^2
@@ -73,7 +73,7 @@ struct BroydenStep {
   A* step_row(int64_t j, int64_t b) const { return row_of(args.steps[j], b); }
   bool full(int64_t count) const { return count == args.memory + 1; }
 
-  // g = f - z of a chunk, z taken before it was rounded.
+  // g = f - z of a chunk, with z before rounding.
   void residual(const Rows<T>& row, int64_t b, int64_t begin, int64_t n, A* g) const {
     if constexpr (is_half<T>) {
       const A* iterate = row_of(args.iterate, b) + begin;
@@ -163,7 +163,7 @@ struct BroydenStep {
     if (!sound) {
       plan.kind = Kind::first;
       plan.slot = 0;
-      // From a new best a plain step is the one a retry would take.
+      // A retry would take the same plain step from a new best.
       if (plan.verdict.improved) counters[COUNTER_TRIED] = 1;
     }
     if (plan.kind != Kind::next) plan.restarted = plan.kind == Kind::restart;
@@ -194,7 +194,8 @@ struct BroydenStep {
     }
     if (!plan.verdict.proceed) return;
 
-    // The next step may restart, and then needs this residual: whole, since u_0 is in use until the end.
+    // The next step may restart, and then needs this whole residual. It cannot replace u_0, which is in use until the
+    // end.
     A* u0 = args.restart ? row_of(args.restart, b) + begin : nullptr;
     const bool keep = u0 && plan.slot == args.memory;
     A residuals[kChunk];
@@ -216,13 +217,13 @@ struct BroydenStep {
     if (keep) copy(u0, residuals, n);
   }
 
-  // What the new step is multiplied with for entry j of its row of the Gram matrix: s_j, or u_0 after a restart. No
-  // coefficient needs <s_j, s_0>.
+  // The factor of the new step for entry j of its row of the Gram matrix: s_j, or u_0 after a restart. No coefficient
+  // needs <s_j, s_0>.
   int64_t first_column(const Plan& plan) const { return plan.slot > 0 && !plan.restarted ? 1 : 0; }
   A* column(const Plan& plan, int64_t b, int64_t j) const {
     return j == 0 && plan.restarted ? row_of(args.restart, b) : step_row(j, b);
   }
-  // u_j, which coefficient j belongs to.
+  // u_j, the vector of coefficient j.
   A* factor(const Plan& plan, int64_t b, int64_t j) const {
     return j == 0 && plan.restarted ? row_of(args.restart, b) : step_row(j + 1, b);
   }

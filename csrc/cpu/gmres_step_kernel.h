@@ -47,7 +47,7 @@ struct GmresStep {
   struct Plan {
     Verdict verdict;
     Kind kind;
-    bool wide;       // sums of float products left their range: form them in double
+    bool wide;       // sums of float products overflowed or underflowed: compute them in double
     int64_t n;       // basis vectors before this step
     double inverse;  // 1 / ||g||
     double inverse_remainder;
@@ -69,7 +69,7 @@ struct GmresStep {
     return args.coordinates + (b * constants::COORDINATE_SIZE + row) * args.capacity;
   }
 
-  // g = f - z of a chunk, z taken before it was rounded.
+  // g = f - z of a chunk, with z before rounding.
   void residual(const Rows<T>& row, int64_t b, int64_t begin, int64_t n, A* g) const {
     for_blocks(n, [&](int64_t i, auto part) {
       const Lanes<A> f = part.template load<A>(row.f + begin + i);
@@ -140,7 +140,7 @@ struct GmresStep {
       const bool normal = size > 0.0 && finite(double(A(plan.inverse)));
       plan.kind = normal ? Kind::begin : Kind::plain;
       counters[COUNTER_COUNT] = normal;
-      // From a new best a plain step is the one a retry would take.
+      // A retry would take the same plain step from a new best.
       if (plan.verdict.improved) counters[COUNTER_TRIED] = 1;
       if (normal) {
         args.lengths[b] = size;
@@ -150,7 +150,7 @@ struct GmresStep {
     }
   }
 
-  // Takes g into the least-squares problem and chooses the next point. Returns false where numbers were not finite.
+  // Adds g to the least-squares problem and chooses the next point. Returns false if a number is not finite.
   bool continue_cycle(int64_t b, const Rows<T>& row, double size, double* products, Plan& plan,
                       double* coefficients) const {
     using namespace constants;

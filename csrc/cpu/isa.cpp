@@ -25,8 +25,8 @@ Isa active = best_isa();
 
 bool cpu_supports(Isa isa) {
 #if defined(__x86_64__)
-  // __builtin_cpu_supports asks the operating system too, whether it saves the wide registers. Not every compiler knows
-  // "f16c" there, so that one bit is read from the CPU.
+  // __builtin_cpu_supports also checks that the operating system saves the wide registers. Not every compiler knows
+  // "f16c", so this bit is read from the CPU.
   __builtin_cpu_init();
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);

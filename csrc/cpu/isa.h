@@ -1,5 +1,5 @@
-// Which instruction set's kernels run. Every kernel is compiled once per instruction set, into a namespace of that
-// name; the build lists the names in pydeq_isa_list.h, from the plainest to the best.
+// The choice of the instruction set. Every kernel is compiled once per instruction set, into a namespace of that name;
+// the build lists the names in pydeq_isa_list.h, from the most basic to the best.
 #pragma once
 
 #include "pydeq_isa_list.h"
@@ -13,7 +13,7 @@ enum class Isa { PYDEQ_FOR_EACH_ISA(PYDEQ_ISA_ENUMERATOR, ) };
 // The instruction set of every kernel call: the best this CPU has, unless select_isa chose another.
 Isa active_isa();
 
-// Chooses an instruction set that this CPU has. Must not be called while an operation runs.
+// Chooses an instruction set that this CPU has. Do not call it while an operation runs.
 void select_isa(Isa isa);
 
 bool cpu_supports(Isa isa);

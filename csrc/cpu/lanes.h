@@ -2,8 +2,8 @@
 //
 // Element i of a row belongs to lane i % 32. A sum runs over the lanes' accumulators in source order, then halves them:
 // lane l += lane l + 16, + 8, ... Registers are PYDEQ_VECTOR_BYTES wide, so 32 lanes are 2 to 16 registers; their width
-// never enters the result. Half types are read and written by integer arithmetic, which rounds to nearest even alike
-// everywhere.
+// does not change the result. Half types are read and written by integer arithmetic, which rounds to nearest even in
+// the same way on every CPU.
 //
 // Included once per instruction set: everything is local to the translation unit, since the linker would otherwise keep
 // one copy, of any instruction set, of each function.
@@ -19,9 +19,9 @@ namespace PYDEQ_ISA {
 namespace {
 
 constexpr int kLanes = 32;
-// Sums are formed per chunk, in the compute type, and added up in double, in order: whichever thread had a chunk.
+// Each chunk is summed in the compute type. The sums of chunks are added in double, in order, on any number of threads.
 constexpr int64_t kChunk = 4096;
-// Elements to visit before a second thread pays.
+// The fewest elements for which a second thread is faster.
 constexpr int64_t kSerialWork = 1 << 16;
 
 template <class A>
@@ -33,7 +33,7 @@ struct Lanes {
 };
 
 #define PYDEQ_UNROLL _Pragma("GCC unroll 16")
-// Of a function with many loops: the compiler would leave some bodies calls, with their registers in memory.
+// For a function with many loops: otherwise the compiler keeps some bodies as calls, with their registers in memory.
 #define PYDEQ_FLATTEN __attribute__((flatten))
 
 template <class A>

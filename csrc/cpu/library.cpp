@@ -1,6 +1,6 @@
 // The C functions of libpydeq_cpu.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: waiting for a
-// device, choosing the instruction set, advising the operating system about memory, and saying what was compiled. This
-// file needs neither torch nor Python. The operations in csrc/cpu register themselves when the library is loaded.
+// device, choosing the instruction set, advising the operating system about memory, and describing the build. This file
+// needs neither torch nor Python. The operations in csrc/cpu register themselves when the library is loaded.
 #include <chrono>
 #include <cstdint>
 
@@ -17,16 +17,16 @@
 #define PYDEQ_NAME(isa, ...) #isa " "
 #define PYDEQ_SUPPORTED(isa, ...) pydeq::cpu_supports(pydeq::Isa::isa),
 
-// What this library and the Python package must agree on; pydeq/ops/interface.py.
+// The interface that this library and the Python package must agree on; see pydeq/ops/interface.py.
 PYDEQ_EXPORT const char* pydeq_interface() { return PYDEQ_INTERFACE; }
 
-// About the CUDA library that was built with this one: version and architectures, empty where there is none, and the
-// reason why there is none.
+// About the CUDA library that was built with this one: its version and architectures, empty if there is none; and the
+// reason if there is none.
 PYDEQ_EXPORT const char* pydeq_cuda_version() { return PYDEQ_CUDA_VERSION; }
 PYDEQ_EXPORT const char* pydeq_cuda_archs() { return PYDEQ_CUDA_ARCHS; }
 PYDEQ_EXPORT const char* pydeq_cuda_reason() { return PYDEQ_CUDA_REASON; }
 
-// The compiled instruction sets, from the plainest to the best, a space after each.
+// The compiled instruction sets, from the most basic to the best, a space after each.
 PYDEQ_EXPORT const char* pydeq_instruction_sets() { return PYDEQ_FOR_EACH_ISA(PYDEQ_NAME, ); }
 
 // Whether this CPU has the instruction set of that index.
@@ -38,12 +38,12 @@ PYDEQ_EXPORT bool pydeq_supports_instruction_set(int index) {
 // The index of the instruction set whose kernels run.
 PYDEQ_EXPORT int pydeq_instruction_set() { return static_cast<int>(pydeq::active_isa()); }
 
-// Selects another instruction set that this CPU has. Must not be called while an operation runs.
+// Selects another instruction set that this CPU has. Do not call it while an operation runs.
 PYDEQ_EXPORT void pydeq_select_instruction_set(int index) { pydeq::select_isa(static_cast<pydeq::Isa>(index)); }
 
-// Samples that run after `steps` steps, once that is reported; else a number of constants::ANSWER_*. `query` is a
-// pydeq::StreamQuery; `idle` says that the device has nothing to do after these steps. Returns after `patience` at the
-// latest, so that a caller can look for an interrupt.
+// Returns the number of running samples after `steps` steps, once it is reported; otherwise one of constants::ANSWER_*.
+// `query` is a pydeq::StreamQuery; `idle` means that the device has nothing to do after these steps. Returns after
+// `patience` at the latest, so that a caller can check for an interrupt.
 PYDEQ_EXPORT int64_t pydeq_await_report(const int64_t* progress, int64_t steps, void* query, void* stream, int device,
                                         bool idle) {
   using pydeq::Report;
@@ -67,9 +67,9 @@ PYDEQ_EXPORT bool pydeq_has_reported(const int64_t* progress, int64_t steps) {
   return pydeq::has_reported(progress, steps);
 }
 
-// Asks for memory behind [address, address + bytes), of a buffer about to be written. A fresh page of 4 KiB costs a
-// fault when it is first written, 1 to 2 us each on a virtual machine; a huge page replaces 512 of them, and the edges
-// that fill none are asked for at once. Only advice: nothing can fail.
+// Asks for memory for [address, address + bytes), a buffer that will be written soon. A new page of 4 KiB costs a fault
+// when it is first written, 1 to 2 us on a virtual machine. A huge page replaces 512 pages. The edges that fill no huge
+// page are requested at once. This is only advice, and an error does no harm.
 PYDEQ_EXPORT void pydeq_advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, huge = 2 << 20;

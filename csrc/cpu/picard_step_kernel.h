@@ -39,7 +39,7 @@ struct PicardStep {
     double residual, norm;
     norms(row, args.step.state, sums[0], sums[1], &residual, &norm);
     verdict = judge(residual, norm, row.scalars, row.counters, args.step.rules);
-    // Every step is a plain one: from a new best it is the one a retry would take.
+    // Every step is a plain one. A retry would take the same step from a new best.
     if (verdict.proceed && verdict.improved) row.counters[constants::COUNTER_TRIED] = 1;
   }
 

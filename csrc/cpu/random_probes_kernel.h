@@ -1,8 +1,8 @@
 // out[k, b, d] = a random number that the seed and (k, b, d) decide
 //
 // The counter of a block of random words is (block, b, k, distribution): a Gaussian block has 4 numbers, a Rademacher
-// block 128 signs, of which block d / 4 or d / 128 has entry d. So a sample's probes do not depend on the batch around
-// it, nor the first probes on how many there are.
+// block 128 signs, of which block d / 4 or d / 128 has entry d. So a sample's probes do not depend on other samples,
+// and the first probes do not depend on the number of probes.
 //
 // Writes out once, 128 entries at a time; a chunk of a row for each piece of work.
 #pragma once
@@ -76,7 +76,7 @@ template <class T>
 void run_random_probes(const RandomProbesArgs& args) {
   const int64_t chunks = (args.state + kChunk - 1) / kChunk, count = args.probes * args.batch * chunks;
   RandomProbes<T> work{args, chunks};
-  // Drawing a number costs as much as visiting several.
+  // Drawing a number costs as much as reading several.
   if (args.probes * args.batch * args.state < kSerialWork / 4) {
     RandomProbes<T>::run(&work, 0, count);
   } else {

@@ -1,6 +1,6 @@
 // y[b] = 1/K sum_k sum_d x[k, b, d]^2
 //
-// Reads x once. One row x[k, b, :] a thread; a few large rows are spread by chunks.
+// Reads x once. Each thread takes rows x[k, b, :]; if there are few large rows, it takes chunks.
 #pragma once
 
 #include <cstdlib>

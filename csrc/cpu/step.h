@@ -1,8 +1,8 @@
 // The parts of a step that all solvers share: rows, norms, keeping the best iterate, and the order of work.
 //
-// A step is two passes over the state of each active sample. The first reduces: it forms g = f - z and sums of
+// A step is two passes over the state of each active sample. The first reduces: it computes g = f - z and sums of
 // products. From the totals one thread decides and solves. The second applies: it writes the next iterate. Passes go
-// chunk by chunk, and totals are sums over chunks in order, so the result does not depend on threads.
+// chunk by chunk, and totals are sums over chunks in order, so the result does not depend on the number of threads.
 #pragma once
 
 #include <cstdlib>
@@ -15,7 +15,7 @@ namespace pydeq {
 namespace PYDEQ_ISA {
 namespace {
 
-// Squares of float states are summed in float where this range holds; beyond it they over- or underflow.
+// Squares of float states are summed in float within this range; beyond it they overflow or underflow.
 constexpr double kSmallest = 1e-30, kLargest = 1e30;
 // The rows of one sample.
 template <class T>
@@ -106,9 +106,9 @@ inline bool norms(const Rows<T>& row, int64_t state, double rr, double ff, doubl
   return g_fits;
 }
 
-// Saves the best iterate where it would be lost, places stopped samples, starts retries; [begin, begin + n) of a
-// sample. previous_image is null where the solver does not keep it: every improvement then saves its image at once.
-// After a retry z holds the finite iterate that it starts from, as after any other step.
+// Saves the best iterate if it would be lost, places stopped samples, starts retries; [begin, begin + n) of a sample.
+// previous_image is null if the solver does not keep it: then every improvement saves its image at once. After a retry
+// z holds the finite iterate that the retry starts from, as after any other step.
 template <class T>
 inline void settle(const Rows<T>& row, const Verdict& verdict, const T* previous_image, double damping, int64_t begin,
                    int64_t n) {
@@ -172,8 +172,8 @@ struct Runner {
   }
   int64_t width() const { return sums > products ? sums : products; }
 
-  // A whole sample on one thread. The second pass goes backwards: the chunks that the first one read last are in cache.
-  // scratch: [width + max(sums, chunks * products)].
+  // A whole sample on one thread. The second pass goes backwards, since the chunks that the first pass read last are in
+  // cache. scratch: [width + max(sums, chunks * products)].
   void run_sample(int64_t s, double* scratch) const {
     const int64_t b = samples[s];
     double *total = scratch, *parts = scratch + width();

@@ -6,7 +6,7 @@
 // to 8, per sample. Else two launches: a block per tile of 2048 entries. Neighbouring threads read neighbouring 16
 // bytes. A warp solves for a.
 // With m columns: reads z, f, m - 1 residuals and m values (the newest from shared memory in one launch; with damping
-// m residuals too); writes one residual, one value, next. The image of the previous iterate is still in the ring and
+// also m residuals); writes one residual, one value, next. The image of the previous iterate is still in the ring and
 // the iterate in next, so a best iterate is only copied once it is no longer the newest.
 #pragma once
 
@@ -41,7 +41,7 @@ struct AndersonStep {
   // a: [m], the Gram matrix by age: [m, m], and work to solve with it.
   static int64_t coefficients(const Args& args) { return args.memory * (2 * args.memory + 4); }
   static int64_t kept(const Args& args) { return args.memory; }
-  // Vectors that a step reads and writes, about.
+  // About how many vectors a step reads and writes.
   static int64_t vectors(const Args& args, bool fused) {
     const int64_t columns = args.step.step < args.memory ? args.step.step + 1 : args.memory;
     return (args.damping == 1.0 || fused ? 2 : 3) * columns + (fused ? 3 : 4);
@@ -88,7 +88,7 @@ struct AndersonStep {
     widen_share<T>(image, f);
     PYDEQ_UNROLL_LOOP for (int i = 0; i < kShare; ++i) g[i] = f[i] - g[i];
     Sum squares[3] = {dot_share<Sum>(g, g), dot_share<Sum>(f, f), 0};
-    // The Gram matrix is of the residuals as stored, or it would not be positive definite.
+    // The Gram matrix is computed from the stored residuals, or it would not be positive definite.
     narrow_share<T>(g, residual);
     widen_share<T>(residual, g);
     squares[2] = is_half<T> ? dot_share<Sum>(g, g) : squares[0];
@@ -145,7 +145,7 @@ struct AndersonStep {
     plan.columns = columns;
     counters[COUNTER_COUNT] = columns;
     counters[COUNTER_HEAD] = (slot + 1) % slots;
-    // Mixing one column is a plain step, and from a new best it is the one a retry would take.
+    // Mixing one column is a plain step. A retry would take the same step from a new best.
     if (columns == 1 && plan.verdict.improved) counters[COUNTER_TRIED] = 1;
   }
 

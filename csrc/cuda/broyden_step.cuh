@@ -3,7 +3,7 @@
 // next[b,d] = z[b,d] + s_{k+1}[b,d]
 //                                    z, f, next and each s_j: [B, D]   gram = S^T S: [B, K, K]   thetas: [B, K]
 //
-// u_j is s_{j+1}, but for the u_0 that a restart stored.
+// u_j is s_{j+1}, except u_0 after a restart, which is stored.
 //
 // Threads as in cuda/step.cuh. One launch where rows that are read twice fit shared memory: a block, or a cluster of up
 // to 8, per sample. Else two launches: a block per tile of 1024 entries. Neighbouring threads read neighbouring 16
@@ -35,7 +35,7 @@ struct BroydenStep {
     Verdict verdict;
     bool active;
     bool restarted;  // factor 0 is the explicit one
-    bool wide;       // sums of float products left their range: form them in double
+    bool wide;       // sums of float products overflowed or underflowed: compute them in double
     Kind kind;
     int slot;       // of the new step
     double scale;   // next: 1 / (1 - theta a); restart: u_0 = scale (s + y)
@@ -49,7 +49,7 @@ struct BroydenStep {
   static int64_t products(const Args& args) { return args.step.rules.last ? 0 : args.stored; }
   static int64_t coefficients(const Args& args) { return args.stored; }
   static int64_t kept(const Args& args) { return args.stored; }
-  // Vectors that a step reads and writes, about.
+  // About how many vectors a step reads and writes.
   static int64_t vectors(const Args& args, bool fused) {
     const int64_t steps = args.step.step < args.memory ? args.step.step : args.memory;
     return fused ? steps + 5 : 2 * steps + 6;
@@ -87,7 +87,7 @@ struct BroydenStep {
   // Where step j >= 1 is staged.
   static PYDEQ_DEVICE int staged_row(int j, bool fused) { return j - 1 + (fused ? 2 : 0); }
 
-  // The iterate before it was rounded.
+  // The iterate before rounding.
   PYDEQ_DEVICE void load_position(const Tile& tile, A (&position)[kShare]) const {
     if constexpr (is_half<T>) {
       load_share(iterate, tile, position);
@@ -181,7 +181,7 @@ struct BroydenStep {
       if (lane_index() == 0) theta[k] = damping;
     }
     if (lane_index() != 0) return;
-    // From a new best a plain step is the one a retry would take.
+    // A retry would take the same plain step from a new best.
     if (kind == Kind::first && plan.verdict.improved) counters[COUNTER_TRIED] = 1;
     plan.kind = kind;
     plan.slot = slot;

@@ -1,4 +1,4 @@
-// The path that steps take on a GPU, where it is forced: a constants::CUDA_PATH_*. Plain host code.
+// The forced path of steps on a GPU: one of constants::CUDA_PATH_*. Plain host code.
 #pragma once
 
 #include <atomic>

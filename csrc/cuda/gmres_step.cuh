@@ -47,7 +47,7 @@ struct GmresStep {
   // The point, then h and the rest of an extension.
   static int64_t coefficients(const Args& args) { return args.stored + 1 + warp_extension_size(args.stored); }
   static int64_t kept(const Args& args) { return 2 * (args.stored + 1); }
-  // Vectors that a step reads and writes, about.
+  // About how many vectors a step reads and writes.
   static int64_t vectors(const Args& args, bool fused) {
     const int64_t basis = args.step.step < args.restart ? args.step.step : args.restart;
     return fused ? basis + 6 : 2 * basis + 8;
@@ -84,7 +84,7 @@ struct GmresStep {
   // Where vector i is staged.
   static PYDEQ_DEVICE int staged_row(int i, bool fused) { return i + (fused ? 2 : 0); }
 
-  // The iterate before it was rounded.
+  // The iterate before rounding.
   PYDEQ_DEVICE void load_position(const Tile& tile, A (&position)[kShare]) const {
     if constexpr (is_half<T>) {
       load_share(iterate, tile, position);
@@ -154,7 +154,7 @@ struct GmresStep {
     plan.n = 0;
     plan.inverse = inverse;
     counters[COUNTER_COUNT] = normal;
-    // From a new best a plain step is the one a retry would take.
+    // A retry would take the same plain step from a new best.
     if (plan.verdict.improved) counters[COUNTER_TRIED] = 1;
     if (normal) {
       args.lengths[b] = size;
@@ -163,7 +163,7 @@ struct GmresStep {
     }
   }
 
-  // Takes g into the least-squares problem and chooses the next point. Returns false where numbers were not finite.
+  // Adds g to the least-squares problem and chooses the next point. Returns false if a number is not finite.
   PYDEQ_DEVICE bool continue_cycle(double size, const double* t, Plan& plan, double* point) const {
     using namespace constants;
     const int64_t n = count, K = args.capacity;

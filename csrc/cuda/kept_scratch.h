@@ -6,7 +6,7 @@
 
 namespace pydeq {
 
-// Where memory may be used again: on the same stream of the same device.
+// The key of memory that may be reused: the same stream of the same device.
 struct ScratchKey {
   int device;
   unsigned long long stream;
@@ -17,8 +17,8 @@ struct ScratchKey {
 template <class Memory>
 class KeptScratch {
  public:
-  // At least `bytes` bytes; calls `allocate(size)` where the kept memory is smaller. Sizes double because a history
-  // grows: otherwise a solve would allocate every few steps.
+  // Returns at least `bytes` bytes; calls `allocate(size)` if the kept memory is smaller. Sizes double because a
+  // history grows: otherwise a solve would allocate every few steps.
   template <class Allocate>
   Memory& take(const ScratchKey& key, int64_t bytes, const Allocate& allocate) {
     int at = 0;

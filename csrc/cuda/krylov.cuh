@@ -1,4 +1,4 @@
-// The computations of shared/krylov.h, by a warp instead of a thread: lane j % 32 has entry j of every vector.
+// The computations of shared/krylov.h, by a warp instead of one thread: lane j % 32 has entry j of every vector.
 #pragma once
 
 #include "cuda/simt.cuh"
@@ -6,10 +6,10 @@
 
 namespace pydeq {
 
-// In doubles: the rows of an Extension, then two that are its own.
+// The size in doubles: the rows of an Extension, then two rows of work.
 PYDEQ_HOST_DEVICE constexpr int64_t warp_extension_size(int64_t n) { return 7 * (n + 1); }
 
-// sum u[i] v[i], of entries that each lane has itself.
+// sum u[i] v[i]; each lane reads only its own entries.
 PYDEQ_DEVICE double warp_dot(const double* u, const double* v, int64_t n) {
   double total[1] = {0.0};
   PYDEQ_ROLL_LOOP for (int64_t i = lane_index(); i < n; i += kWarp) total[0] += u[i] * v[i];
@@ -28,7 +28,7 @@ PYDEQ_DEVICE void warp_apply_gram(const Cycle& cycle, const double* u, double* o
   warp_sync();  // u may be written again
 }
 
-// ||u|| in G's inner product, u with one more entry along a unit vector where it is given; work: [n].
+// ||u|| in G's inner product, u with one more entry along a unit vector if that is given; work: [n].
 PYDEQ_DEVICE double warp_gram_norm(const Cycle& cycle, const double* u, double along, double* work) {
   warp_apply_gram(cycle, u, work);
   const double squared = warp_dot(u, work, cycle.n) + along * along;
@@ -55,9 +55,9 @@ PYDEQ_DEVICE void warp_combine(const Cycle& cycle, const double* rows, int64_t c
   }
 }
 
-// extend of shared/krylov.h, met by a whole warp; `known_before` takes the ||r|| that the cycle had. The images are
-// orthonormal up to rounding, so that all of them are projected out at once, twice. The CPU does it one by one, which
-// would be a chain of n exchanges here. All memory is the warp's; work: [warp_extension_size(n)].
+// extend of shared/krylov.h, called by a whole warp; `known_before` receives the previous ||r|| of the cycle. The
+// images are orthonormal up to rounding, so all of them are projected out at once, twice. The CPU does it one by one,
+// which would be a chain of n exchanges here. All memory belongs to the warp; work: [warp_extension_size(n)].
 PYDEQ_DEVICE Extension warp_extend(const Cycle& cycle, const double* products, double ratio, double eps, double* work,
                                    double& known_before) {
   const int64_t n = cycle.n, s = cycle.stride, newest = n - 1;

@@ -1,4 +1,4 @@
-// Every launch of CUDA kernels needs this: the tensors' device, its current stream, and errors that say what to do.
+// Common parts of all launches of CUDA kernels: the tensors' device, its current stream, and errors with advice.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,7 +31,7 @@ class Launch {
     if (status != cudaSuccess) fail(status);
   }
 
-  // After each launch: raises if it was refused. An earlier kernel's fault can show here, too.
+  // Call it after each launch: it raises if the launch was refused. An earlier kernel's fault may also appear here.
   void check() const { check(cudaGetLastError()); }
 
  private:

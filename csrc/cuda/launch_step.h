@@ -1,5 +1,5 @@
-// Launching a step: the layout from cuda/step_shape.h, scratch from torch, one or two kernels of cuda/step.cuh; the
-// one in clusters where the GPU has them.
+// Launching a step: the layout from cuda/step_shape.h, scratch from torch, one or two kernels of cuda/step.cuh. A
+// single kernel runs in clusters if the GPU has them.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +56,7 @@ int measure_clusters(const Launch& launch, Kernel* kernel, int64_t shared_bytes)
   return 1;
 }
 
-// An answer that is asked for once on each device, then remembered.
+// A device's answer to a query, asked once and then kept.
 class OncePerDevice {
  public:
   // `ask` must not answer 0.
@@ -93,7 +93,7 @@ inline StepLimits step_limits(const Launch& launch) {
   return limits;
 }
 
-// Lets a kernel have all of a block's shared memory.
+// Allows a kernel to use all of a block's shared memory.
 template <auto kernel>
 void allow_shared_memory(const Launch& launch, int64_t bytes) {
   static OncePerDevice allowed;
@@ -103,16 +103,16 @@ void allow_shared_memory(const Launch& launch, int64_t bytes) {
   });
 }
 
-// Blocks of the largest cluster that a kernel can be launched in; 1 where there are none.
+// Blocks of the largest cluster that a kernel can be launched in; 1 without clusters.
 template <auto kernel>
 int largest_cluster(const Launch& launch, int64_t shared_bytes) {
   static OncePerDevice largest;
   return largest(launch.device(), [&] { return measure_clusters(launch, kernel, shared_bytes); });
 }
 
-// Where kernels report. A device can write to pinned memory while the host goes on. Memory from the pool of reports is
-// pinned and has the same address on every device (CUDA C++ Programming Guide, unified virtual addressing), so the
-// driver need not be asked. For other memory, which no solve passes, the step waits and copies.
+// The memory that kernels report to. A device can write to pinned memory while the host continues. Memory from the pool
+// of reports is pinned and has the same address on every device (CUDA C++ Programming Guide, unified virtual
+// addressing), so the driver need not be asked. For other memory, which no solve passes, the step waits and copies.
 class ReportPlace {
  public:
   ReportPlace(const Launch& launch, const Tensor& like, int64_t* host) : launch_(launch), host_(host), address_(host) {
@@ -181,7 +181,7 @@ class Scratch {
   unsigned char* bytes_ = nullptr;
 };
 
-// The arguments as the kernels of a step take them: with the list of vectors, if there is one.
+// The arguments of a step's kernels: with the list of vectors, if there is one.
 template <class Step, class Args>
 typename Step::Args with_list(const Args& args, [[maybe_unused]] const std::vector<void*>& addresses) {
   if constexpr (std::is_same_v<typename Step::Args, Args>) {

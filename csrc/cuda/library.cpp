@@ -1,6 +1,6 @@
-// The C functions of libpydeq_cuda.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: what the host
-// needs to know about a device while a solve runs, and what was compiled. This file needs neither torch nor Python. The
-// operations in csrc/cuda/*.cu register themselves with torch when the library loads.
+// The C functions of libpydeq_cuda.so, which pydeq/ops/libraries.py calls by ctypes, without the GIL: queries about a
+// device while a solve runs, and a description of the build. This file needs neither torch nor Python. The operations
+// in csrc/cuda/*.cu register themselves with torch when the library loads.
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -48,7 +48,7 @@ class OnDevice {
 
 }  // namespace
 
-// As of the CPU library.
+// As in the CPU library.
 PYDEQ_EXPORT const char* pydeq_interface() { return PYDEQ_INTERFACE; }
 PYDEQ_EXPORT const char* pydeq_cuda_version() { return PYDEQ_CUDA_VERSION; }
 PYDEQ_EXPORT const char* pydeq_cuda_archs() { return PYDEQ_CUDA_ARCHS; }
@@ -61,7 +61,7 @@ PYDEQ_EXPORT int pydeq_query_stream(void* stream, int device) {
   if (status == cudaSuccess) return pydeq::kDone;
   cudaGetLastError();  // an answer, not an error that the next check should find
   if (status == cudaErrorNotReady) return pydeq::kWorking;
-  // Another thread's capture can forbid the query, which then says nothing about this stream.
+  // Another thread's capture can forbid the query; the error then says nothing about this stream.
   if (status == cudaErrorStreamCaptureUnsupported || status == cudaErrorStreamCaptureImplicit) return pydeq::kWorking;
   return status;
 }
@@ -86,5 +86,5 @@ PYDEQ_EXPORT int pydeq_allocate_pinned(size_t bytes, void** memory) {
   return status;
 }
 
-// Takes steps by this path from now on: a constants::CUDA_PATH_*.
+// Uses this path for steps from now on: one of constants::CUDA_PATH_*.
 PYDEQ_EXPORT void pydeq_select_cuda_path(int path) { pydeq::cuda_path().store(path); }

@@ -34,7 +34,7 @@ struct PicardStep {
   static int64_t products(const Args&) { return 0; }
   static int64_t coefficients(const Args&) { return 0; }
   static int64_t kept(const Args&) { return 0; }
-  // Vectors that a step reads and writes, about.
+  // About how many vectors a step reads and writes.
   static int64_t vectors(const Args&, bool fused) { return fused ? 3 : 4; }
   static int64_t stage_rows(const Args& args, bool fused) { return !fused ? 0 : args.damping == 1.0 ? 1 : 2; }  // f, z
   static PYDEQ_HOST_DEVICE int64_t stage_row_bytes(int64_t tiles, int64_t threads) {
@@ -66,7 +66,7 @@ struct PicardStep {
   PYDEQ_DEVICE void decide(const double*, double residual, double norm, bool, Plan& plan, double*) const {
     if (lane_index() != 0) return;
     plan.verdict = judge(residual, norm, row.scalars, row.counters, args.step.rules);
-    // Every step is a plain one: from a new best it is the one a retry would take.
+    // Every step is a plain one. A retry would take the same step from a new best.
     if (plan.verdict.proceed && plan.verdict.improved) row.counters[constants::COUNTER_TRIED] = 1;
   }
 

@@ -15,7 +15,7 @@ Tensor random_probes_cuda(const Tensor& like, const Tensor& seed, int64_t probes
   const int64_t batch = like.size(0), state = like.size(1);
   Tensor out = torch::stable::new_empty(like, {probes, batch, state});
   if (probes == 0 || batch == 0 || state == 0) return out;
-  // The kernel reads the seed where it lies, so the host need not wait for it.
+  // The kernel reads the seed in device memory, so the host does not wait for it.
   const RandomProbesArgs args{probes,         batch,           state, dtype, 0, static_cast<int>(distribution),
                               out.data_ptr(), torch_parallel()};
   const RandomProbesShape shape = random_probes_shape(args, step_limits(launch));

@@ -2,7 +2,7 @@
 // takes them from here. tests/csrc/emulator defines the same names for the CPU, where each access, barrier and exchange
 // is checked and counted.
 //
-// Warps are always whole: every collective is met by all 32 lanes, at one place in the source. Blocks are one-
+// Warps are always whole: all 32 lanes call every collective, at the same place in the source. Blocks are one-
 // dimensional and hold a multiple of 32 threads.
 #pragma once
 
@@ -14,7 +14,7 @@
 namespace pydeq {
 
 // The type in which a thread holds stored entries. Registers have 32 bits, so a word holds two halves, the first one
-// in the low bits. Taking a word apart waits for its load: rows stay in words until they are computed with.
+// in the low bits. Splitting a word waits for its load, so rows stay in words until they are used.
 template <class T>
 struct WordOf {
   using Type = T;
@@ -99,14 +99,14 @@ __device__ inline int64_t block_index() { return blockIdx.x; }
 __device__ inline int64_t grid_blocks() { return gridDim.x; }
 
 // --- Synchronization
-// Each of these waits for all threads of its group, and shows them all that was written before.
+// Each of these waits for all threads of its group, and makes all earlier writes visible to them.
 
 __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline void warp_sync() { __syncwarp(); }
 
 // Clusters: as many neighbouring blocks as the launch says run at once, and see each other's shared memory from the
-// first cluster_sync on, until one of them returns. All threads of all blocks must call cluster_sync, which shows them
-// all that was written before, as block_sync does in a block. GPUs before 9.0 have no clusters: each block is one.
+// first cluster_sync on, until one of them returns. All threads of all blocks must call cluster_sync. It makes all
+// earlier writes visible to them, as block_sync does in a block. GPUs before 9.0 have no clusters: each block is one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ inline int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
 __device__ inline void cluster_sync() {
@@ -146,7 +146,7 @@ __device__ inline void warp_sum(A (&values)[N]) {
   }
 }
 
-// What the lane of this number has; lanes may ask different ones.
+// The value of the lane with this number; lanes may ask different lanes.
 template <class A>
 __device__ inline A warp_broadcast(A value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
@@ -228,7 +228,7 @@ __device__ inline void store_one(T* p, T value) {
   *p = value;
 }
 
-// Writes where the host is watching.
+// Writes to memory that the host polls.
 __device__ inline void store_system(int64_t* p, int64_t value) { *static_cast<volatile int64_t*>(p) = value; }
 
 // --- From storage types to compute types, and back, rounding to nearest even

@@ -6,7 +6,7 @@
 
 namespace pydeq {
 
-// mixing_coefficients of shared/small_solve.h, met by a whole warp. All memory is shared by its lanes.
+// mixing_coefficients of shared/small_solve.h, called by a whole warp. Its lanes share all memory.
 // gram: [count, count], lower triangle, newest column first. work: [count * count + 3 * count]. a: [count].
 PYDEQ_DEVICE int warp_mixing_coefficients(const double* gram, int count, double ridge, double* work, double* a) {
   double* factor = work;                   // [count, count], lower triangle; the diagonal inverted

@@ -1,18 +1,19 @@
 // The parts of a step that all solvers share, on a GPU; cpu/step.h has them for the CPU.
 //
 // A step is two passes over the state of each active sample. The first reduces. From the totals a warp decides and
-// solves. The second pass applies. For a sample that is done, a block only reads its status.
+// solves. The second pass applies. If a sample is done, a block only reads its status.
 //
-// Small states take one launch, of step_fused_kernel: one block or a cluster of blocks has a sample. Its blocks keep in
-// shared memory what the second pass needs again, so that each vector is read once. The first block, the leader, adds
-// up its peers' sums from their shared memory and decides, and the peers read the plan from its shared memory.
+// Small states take one launch, of step_fused_kernel: one block, or a cluster of blocks, for each sample. The blocks
+// keep the rows that the second pass needs again in shared memory, so that each vector is read once. The first block,
+// the leader, adds up its peers' sums from their shared memory and decides, and the peers read the plan from its shared
+// memory.
 // Large states take two launches. step_reduce_kernel has a block for each tile of each sample; the block that finishes
 // a sample's last tile adds up the tiles and decides. step_apply_kernel has the same blocks for the second pass; where
 // that has sums too, the last block of a sample closes them.
 //
 // Totals are sums over a warp in the compute type, then in double over the warps of a tile, then over tiles, in an
-// order that follows only from D: both paths and clusters of any size give the same bits. The block that decides last
-// reports to the host.
+// order that depends only on D. So both paths, and clusters of any size, give the same bits. The block that decides
+// last reports to the host.
 //
 // A Step has these members in addition to those that cuda/step_shape.h needs:
 //   kResident                                              threads that a multiprocessor has registers for
@@ -29,7 +30,7 @@
 
 namespace pydeq {
 
-// The most vectors that a launch can be given.
+// The largest number of vectors in a launch.
 constexpr int kMaxListed = static_cast<int>(constants::CUDA_VECTORS);
 
 // The arguments of a step that has a list of vectors, with the list where a kernel can read it: by value.
@@ -59,9 +60,9 @@ struct DeviceRows {
         counters(a.counters + b * constants::COUNTER_SIZE) {}
 };
 
-// Saves the best iterate where it would be lost, places stopped samples, starts retries. previous_image is null where
-// the solver does not keep it: then the caller, who has loaded f, saves the image of every improvement that is not
-// materialized here (see saves_image). After a retry z holds the iterate that it starts from.
+// Saves the best iterate if it would be lost, places stopped samples, starts retries. previous_image is null if the
+// solver does not keep it: then the caller, which has loaded f, saves the image of every improvement that is not
+// materialized here (see saves_image). After a retry z holds the iterate that the retry starts from.
 template <int W, class T>
 PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const T* previous_image, double damping,
                          const Tile<W>& tile) {
@@ -91,7 +92,7 @@ PYDEQ_DEVICE void settle(const DeviceRows<T>& row, const Verdict& verdict, const
   }
 }
 
-// Of a sample that proceeds.
+// For a sample that proceeds.
 PYDEQ_DEVICE bool saves_image(const Verdict& verdict) { return verdict.improved && !verdict.materialize; }
 
 // Whether a sum of squares of the compute type may be trusted at this size; 0 may not.
@@ -100,7 +101,7 @@ PYDEQ_DEVICE bool in_range(double total) {
   return sizeof(T) == 8 ? total > 1e-280 && total < 1e280 : total > 1e-30 && total < 1e30;
 }
 
-// The larger one, or NaN where there is one.
+// The larger one, or NaN if one of them is NaN.
 PYDEQ_DEVICE double larger(double a, double b) { return !(a >= b) && a == a ? b : a; }
 
 // A block's part of shared memory.
@@ -133,8 +134,8 @@ struct StepBlock {
   }
 };
 
-// Tile t of a sample for the first team of a block, one without entries for another: sums over it are in the order that
-// they have in a block of one team.
+// Tile t of a sample for the first team of a block; an empty tile for the second team. So sums have the same order as
+// in a block with one team.
 template <class Step>
 PYDEQ_DEVICE typename Step::Tile first_teams_tile(const StepArgs& args, const StepShape& shape, int t) {
   const Team team = Team::of(shape.tile_threads);
@@ -181,7 +182,7 @@ PYDEQ_DEVICE void careful_norms(const StepArgs& args, int64_t b, const StepShape
     }
     block.sums.add(0, squares);
   }
-  // Other totals are still to be used.
+  // The other totals are still needed.
   block_sync();
   if (thread_index() < 2) {
     double total = 0.0;
@@ -191,7 +192,7 @@ PYDEQ_DEVICE void careful_norms(const StepArgs& args, int64_t b, const StepShape
   block_sync();
 }
 
-// From the totals of a sample to its plan; met by all threads of a block.
+// Computes a sample's plan from its totals; all threads of a block take part.
 template <class Step>
 PYDEQ_DEVICE void decide(Step& step, const StepArgs& args, int64_t b, const StepShape& shape,
                          const StepBlock<Step>& block, double* coefficients) {
@@ -265,7 +266,7 @@ PYDEQ_DEVICE bool arrives_last(int32_t* counter, int expected, int* flag) {
   return *flag != 0;
 }
 
-// A tile's totals to partial[j, tile], j in [0, count).
+// Writes a tile's totals to partial[j, tile], j in [0, count).
 PYDEQ_DEVICE void store_partial(const double* totals, double* partial, int count, int tiles, int64_t tile) {
   PYDEQ_ROLL_LOOP for (int j = thread_index(); j < count; j += block_threads())
       partial[static_cast<int64_t>(j) * tiles + tile] = totals[j];
@@ -306,7 +307,7 @@ step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
   const bool alone = shape.cluster == 1;
   const int teams = shape.threads / shape.tile_threads, rank = alone ? 0 : cluster_rank();
   const StepBlock<Step> block(shape, shape.tiles > 1 ? shape.slots() : 0, shape.rounds, shape.stage_rows);
-  // Where a team puts the totals of the tile that it has in round r.
+  // The place for the totals of a team's tile in round r.
   const int slots = shape.tiles > 1 ? shape.slots() : 1;
   double* const of_tile = (shape.tiles > 1 ? block.partial : block.totals) + team.index;
   for (int64_t b = block_index() / shape.cluster; b < common.batch; b += grid_blocks() / shape.cluster) {
@@ -357,7 +358,7 @@ step_fused_kernel(PYDEQ_PARAMETER typename Step::Args args, PYDEQ_PARAMETER Step
         if (warp_index() == 0) after.close(*block.plan, block.totals);
       }
     }
-    // The next sample takes the shared memory, and a block that returns takes its own with it.
+    // The next sample reuses the shared memory, and the memory of a block is gone when it returns.
     if (alone) {
       block_sync();
     } else {

@@ -1,5 +1,5 @@
-// The kernels of a step (cuda/step.cuh), named for their instantiation in translation units of their own: compiling
-// them takes long, and nothing else there needs torch's headers.
+// The kernels of a step (cuda/step.cuh), with macros to instantiate them in separate translation units: they take long
+// to compile, and do not need torch's headers.
 #pragma once
 
 #include "cuda/step.cuh"

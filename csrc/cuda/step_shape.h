@@ -1,4 +1,4 @@
-// How a step is laid out on a GPU: launches, blocks, shared memory and scratch; plain host code.
+// The layout of a step on a GPU: launches, blocks, shared memory and scratch; plain host code.
 //
 // A launch, for Step one of PicardStep<T>, AndersonStep<T>, BroydenStep<T>, GmresStep<T> of csrc/cuda/<op>.cuh:
 //
@@ -9,13 +9,13 @@
 //   else:    step_reduce_kernel<Step><<<blocks, threads, shape.reduce_shared_bytes, ...>>>(args, shape, scratch), then
 //            step_apply_kernel<Step><<<blocks, threads, shape.shared_bytes, ...>>>(args, shape, scratch)
 //
-// Without samples there is nothing to launch, and the host writes progress. Compile with --fmad=false: everything but
-// the sums is then the same as on the CPU to the last bit. limits.shared_bytes is what cudaFuncSetAttribute granted
+// Without samples there is nothing to launch, and the host writes progress. Compile with --fmad=false: then everything
+// except the sums is the same as on the CPU to the last bit. limits.shared_bytes is what cudaFuncSetAttribute granted
 // each kernel; progress is pinned memory of the host.
 //
-// The order of sums follows only from D, the dtype and the solver's memory. It does not depend on B, the GPU, the
-// number of launches and blocks, or the caller's limits on these and on shared memory. So a step may take the fastest
-// path: one launch with a block or a cluster for each sample, or two launches with a block for each tile:
+// The order of sums depends only on D, the dtype and the solver's memory. It does not depend on B, the GPU, the number
+// of launches and blocks, or the caller's limits on these and on shared memory. So a step may take the fastest path:
+// one launch with a block or a cluster for each sample, or two launches with a block for each tile:
 //
 //   time  ~  bytes that the busiest multiprocessor moves  +  the extra cost of a launch or a cluster, in bytes
 //
@@ -35,7 +35,7 @@ namespace pydeq {
 
 // Threads of a block, at most; kernels are compiled for it.
 constexpr int kMaxThreads = 256;
-// Threads that a multiprocessor has registers for: enough of them to hide each other's waits.
+// Threads that a multiprocessor has registers for: enough to hide memory latency.
 constexpr int kResidentThreads = 512;
 // Entries of a row that a thread has of each tile.
 constexpr int kShare = 8;
@@ -110,8 +110,8 @@ bool lay_out(const typename Step::Args& args, int64_t available, int64_t slots, 
   int64_t header = SharedLayout<Plan>(threads, width, slots, shape.coefficients).stage;
   shape.coefficients_shared = header <= available;
   if (!shape.coefficients_shared) header = SharedLayout<Plan>(threads, width, slots, 0).stage;
-  // Split, two blocks a multiprocessor hide each other's waits: it has kReservedShared more than a block may have, and
-  // takes as much for itself with each.
+  // With two launches, two blocks per multiprocessor hide each other's waits. A multiprocessor has kReservedShared
+  // bytes more than a block may have, and reserves as many for each block.
   const int64_t room = (shape.fused ? available : (available - kReservedShared) / 2) - header;
   const int64_t row = Step::stage_row_bytes(staged_tiles, threads), wanted = Step::stage_rows(args, shape.fused);
   const int64_t rows = room > 0 ? room / row : 0;
@@ -162,7 +162,7 @@ double step_cost(const typename Step::Args& args, const StepLimits& limits, cons
   return moved + (shape.cluster > 1 ? static_cast<double>(busiest * kClusterBytes) : 0.0);  // each block waits
 }
 
-// Lays a step out on the path that limits.path names, or on the one that costs least.
+// Lays out a step on the path limits.path, or on the cheapest path.
 template <class Step>
 void choose_path(const typename Step::Args& args, const StepLimits& limits, StepShape& shape) {
   const StepShape plain = shape;
@@ -200,7 +200,7 @@ StepShape step_shape(const typename Step::Args& args, const StepLimits& limits) 
   shape.kept = static_cast<int>(Step::kept(args));
   const int64_t width = shape.width();
 
-  // Enough threads for one tile, where a block may have that many; fewer where their sums would not fit.
+  // Enough threads for one tile, if a block may have that many; fewer if their sums would not fit.
   int64_t threads = 2 * kWarp;
   while (threads < Step::kTileThreads && threads * kShare < state) threads *= 2;
   if (threads > limits.tile_threads) threads = limits.tile_threads;

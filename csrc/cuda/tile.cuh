@@ -1,9 +1,9 @@
-// Rows in tiles, tiles in shares: how the entries of a sample's state are spread over the threads of a block.
+// Tiles and shares: the distribution of a sample's entries over the threads of a block.
 //
 // A tile is kShare entries for each thread of a team: the threads of a block, or a half of them. A thread's share is
 // kShare / W packs of W neighbouring entries; pack p of thread t begins at entry (p * threads + t) * W of the tile, so
-// that neighbouring threads read neighbouring packs. Which entries a thread has depends on neither alignment nor type,
-// so sums do not either: a row that is not aligned to packs is read entry by entry, into the same shares.
+// that neighbouring threads read neighbouring packs. A thread's entries depend on neither alignment nor type, and so
+// sums do not either. A row that is not aligned to packs is read entry by entry, into the same shares.
 //
 // Sums: a thread adds up its share, a warp its lanes, both in the compute type; the sums of warps are added up in
 // double, in order.
@@ -140,8 +140,8 @@ PYDEQ_DEVICE Sum dot_share(const A (&x)[kShare], const A (&y)[kShare]) {
   return total;
 }
 
-// Shares of rows that a block keeps in shared memory: rows [0, capacity), each of every tile that a team visits. A
-// thread reads only what it wrote itself, so no barrier is needed.
+// Shares of rows that a block keeps in shared memory: rows [0, capacity) of every tile that a team visits. A thread
+// reads only its own writes, so no barrier is needed.
 template <int W, class T>
 struct Stage {
   static constexpr int kWidth = 16 / static_cast<int>(sizeof(T));  // entries of a place

@@ -1,5 +1,5 @@
-// Waiting for a step's report: the host's side of the progress protocol. Neither torch nor CUDA, so that a test can be
-// the device.
+// Waiting for a step's report: the host's side of the progress protocol. It uses neither torch nor CUDA, so that a test
+// can act as the device.
 //
 // A step's last block writes how many samples run and how many are far from their tolerance, then how many steps are
 // done (constants::PROGRESS_*), to host memory. The host polls that memory. It asks every 100 us whether the device
@@ -55,14 +55,14 @@ inline Report await_report(const int64_t* progress, int64_t steps, StreamQuery q
     const Clock::time_point now = Clock::now();
     if (now - asked >= query_interval) {
       const int answer = query(stream, device);
-      // All that the stream did before it answered is visible now.
+      // All writes of the stream before its answer are visible now.
       if (has_reported(progress, steps)) return report();
       if (answer == kDone) return {Report::lost, 0};
       if (answer != kWorking) return {Report::failed, answer};
       asked = Clock::now();
       if (asked - begin >= patience) return {Report::pending, 0};
     }
-    // A long wait is a wait for fn. While the device has more of it to run, being late by one nap costs nothing.
+    // A long wait is a wait for fn. While the device still has work, waking up late by one sleep costs nothing.
     if (!idle && now - begin >= spinning) std::this_thread::sleep_for(nap);
   }
 }

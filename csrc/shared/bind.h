@@ -63,7 +63,7 @@ inline Dtype state_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// The dtype that states of this dtype are computed in.
+// The dtype of computations with states of this dtype.
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

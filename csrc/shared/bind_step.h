@@ -1,4 +1,4 @@
-// How the steps of all solvers are registered with torch: from a call with the arguments of the schema to a launch.
+// Registration of all solvers' steps with torch: from a call with the arguments of the schema to a launch.
 #pragma once
 
 #include <vector>
@@ -15,7 +15,7 @@ struct SharedArguments {
   std::vector<void*>& addresses;  // of a list of tensors; valid until the step is launched
 };
 
-// The arguments that all steps share; checked. All are on z's device but progress, which is the host's.
+// The arguments that all steps share; checked. All are on z's device except progress, which is on the host.
 inline StepArgs step_args(const Tensor& z, const Tensor& f, const Tensor& next, const Tensor& best,
                           const Tensor& scalars, const Tensor& counters, const Tensor& progress, int64_t step,
                           const Rules& rules) {

@@ -1,4 +1,4 @@
-// The dtypes of states, and how a kernel gets from a run-time dtype to a compile-time type. The only list of them.
+// The dtypes of states, and the dispatch from a run-time dtype to a compile-time type. This is the only list of them.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type that a storage type is computed in.
+// The type of computations with a storage type.
 template <class T>
 struct ComputeOf {
   using Type = float;

@@ -20,12 +20,12 @@ struct Cycle {
   double* point;       // [n] what was evaluated
 };
 
-// What a measured residual g adds to it.
+// The result of adding a measured residual g to the cycle.
 struct Extension {
-  double remainder;   // ||g - V h|| / ||g||; 0 where there is no new direction
+  double remainder;   // ||g - V h|| / ||g||; 0 if there is no new direction
   double known;       // ||r||
   double gain;        // ||d|| / ||M d||
-  bool usable;        // whether M d was a new image; if not, x and r are the old ones
+  bool usable;        // whether M d was a new image; if not, x and r are unchanged
   bool sound;         // whether all numbers are finite
   double* h;          // [n] coordinates of g / ||g||
   double* image;      // [n + 1] e_{n-1}
@@ -36,7 +36,7 @@ struct Extension {
 
 constexpr int64_t extension_size(int64_t n) { return 6 * (n + 1); }
 
-// A cycle is closed where the residual that it knows is this or less.
+// A cycle is closed if its known residual is at most this.
 PYDEQ_HOST_DEVICE inline double closing_residual(const double* scalars, const Rules& rules, double eps) {
   using namespace constants;
   const double norm = scalars[SCALAR_NORM], contracted = CONTRACTION * scalars[SCALAR_FIRST];
@@ -46,7 +46,7 @@ PYDEQ_HOST_DEVICE inline double closing_residual(const double* scalars, const Ru
   return eps * norm > target ? eps * norm : target;
 }
 
-// The coordinate of a direction along the newest basis vector, from the one that r has there and from ||r||.
+// The coordinate of a direction along the newest basis vector, from r's coordinate there and from ||r||.
 PYDEQ_HOST_DEVICE inline double newest_share(double coordinate, double known) {
   const double least = constants::NEWEST_SHARE * known;
   return __builtin_fabs(coordinate) < least ? __builtin_copysign(least, coordinate) : coordinate;
@@ -90,7 +90,7 @@ PYDEQ_HOST_DEVICE inline Extension extend(const Cycle& cycle, const double* prod
   double* product = work + 5 * (n + 1);
 
   for (int64_t i = 0; i < n; ++i) out.h[i] = products[i] / cycle.gram[i * s + i];
-  for (int pass = 0; pass < 2; ++pass) {  // G is nearly diagonal: errors are squared, then cubed
+  for (int pass = 0; pass < 2; ++pass) {  // G is nearly the identity: the error is squared, then cubed
     apply_gram(cycle, n, out.h, product);
     for (int64_t i = 0; i < n; ++i) out.h[i] += (products[i] - product[i]) / cycle.gram[i * s + i];
   }

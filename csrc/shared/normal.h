@@ -42,7 +42,7 @@ PYDEQ_EVERYWHERE float log_of_word(uint32_t w) {
   const uint32_t bits = bits_of_float((static_cast<float>(w) + 0.5f) * kUnit) + (kOne - kRootHalf);
   const int32_t e = static_cast<int32_t>(bits >> 23) - 127;
   const float m = float_of_bits((bits & 0x7fffff) + kRootHalf);
-  // Next to 1, 1 - u is known to more digits than u.
+  // Near u = 1, 1 - u has more correct digits than u.
   const float from_one = (static_cast<float>(~w) + 0.5f) * -kUnit;
   const float f = e == 0 ? from_one : m - 1.0f;
   float p = static_cast<float>(LOG_TERMS_7);

@@ -1,4 +1,4 @@
-// How a kernel spreads its work over threads without knowing torch: a kernel is handed a Parallel and calls its run.
+// Threads for kernels that do not depend on torch: a kernel gets a Parallel and calls its run.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,8 @@
 namespace pydeq {
 namespace {
 
-// Coefficients a with (Gram + ridge diag(Gram)) a = 1, normalized to sum 1, of the newest `count` columns or, where the
-// older ones spoil the system, of fewer. Returns how many. pydeq/ops/anderson_step.py is the reference.
+// Coefficients a with (Gram + ridge diag(Gram)) a = 1, normalized to sum 1, of the newest `count` columns, or of fewer
+// if older columns make the system ill-conditioned. Returns their number. pydeq/ops/anderson_step.py is the reference.
 //
 // Columns are by age, newest first, so a Cholesky factor's leading block is the factor of fewer columns.
 // gram(i, j): <g_i, g_j>. work: [count * count + 3 * count]. a: [count].

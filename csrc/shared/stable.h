@@ -1,5 +1,5 @@
-// The only include of torch, and only of its stable ABI: the libraries run with every torch from TORCH_TARGET_VERSION
-// on.
+// The only include of torch, and only of its stable ABI: the libraries run with TORCH_TARGET_VERSION and every later
+// torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

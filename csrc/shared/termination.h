@@ -1,4 +1,4 @@
-// When a sample is done; pydeq/ops/termination.py is the reference and says why.
+// The rules that decide when a sample is done; pydeq/ops/termination.py is the reference and has the reasons.
 #pragma once
 
 #include <cstdint>
@@ -17,19 +17,19 @@ struct Rules {
   double rtol, atol, eps;
   bool freeze, stall;
   bool last;  // no evaluation follows
-  // 0, or the number of evaluations so far where a step looks back: it judges only samples that were done before the
-  // last evaluation.
+  // 0, or the number of evaluations so far if the step looks back: then it checks only samples that were done before
+  // the last evaluation.
   int64_t look_back = 0;
 };
 
 struct Verdict {
   bool improved;     // this iterate is the best so far
-  bool displaced;    // it is not, and the best iterate is the previous one: save that now
+  bool displaced;    // it is not, but the previous iterate was the best one: save it now
   bool proceed;      // take the solver's step
   bool retry;        // forget the history, and try another iterate: by default the previous one again
   bool from_best;    // retry: a plain step from the best iterate
   bool halfway;      // retry: half the step from the previous iterate to this one
-  bool stopped;      // done now: its rows hold its value from here on
+  bool stopped;      // done now; from now on its rows hold its value
   bool materialize;  // the best iterate is this one and must be saved now
 };
 
@@ -81,7 +81,7 @@ PYDEQ_HOST_DEVICE inline Verdict judge_again(double residual, double norm, doubl
   return verdict;
 }
 
-// Takes ||f(z) - z|| and ||f(z)|| of an active sample, updates its scalars and counters, and decides.
+// Decides about an active sample from ||f(z) - z|| and ||f(z)||, and updates its scalars and counters.
 PYDEQ_HOST_DEVICE inline Verdict judge(double residual, double norm, double* scalars, int32_t* counters,
                                        const Rules& rules) {
   using namespace constants;
@@ -144,13 +144,13 @@ PYDEQ_HOST_DEVICE inline Verdict judge(double residual, double norm, double* sca
   verdict.materialize = verdict.improved && (done || rules.last);
   if (verdict.retry) {
     verdict.from_best = tried == 0;
-    verdict.halfway = tried > 0 && counters[COUNTER_COUNT] <= 1;  // the step here was a plain one
+    verdict.halfway = tried > 0 && counters[COUNTER_COUNT] <= 1;  // the step to this iterate was a plain one
     counters[COUNTER_TRIED] = tried + 1;
   } else if (verdict.improved) {
     counters[COUNTER_TRIED] = 0;
   }
   counters[COUNTER_FRESH] = verdict.improved && !verdict.materialize;
-  // A sample about to stall is not far from its end either.
+  // A sample that is about to stall is not far from its end either.
   const bool stalls = rules.stall && counters[COUNTER_SINCE_BEST] + 1 >= STALL_WINDOW && explained;
   const double reduction = residual < previous ? residual / previous : 1.0, squared = reduction * reduction;
   const bool far = residual * (squared * squared) > FAR * tolerance;
