@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 def facts(profile: Profile, peers: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that a figure depends on, except the code of the suite.
+    """All facts that a figure depends on, except the code of the suite.
 
     Args:
         profile: The size of the run.
@@ -59,7 +59,7 @@ def cores() -> int:
 
 
 def thread_counts(profile: Profile) -> tuple[int, ...]:
-    """The thread counts of the profile for which there are enough cores."""
+    """The thread counts of the profile that this machine has enough cores for."""
     return tuple(count for count in profile.threads if count <= cores())
 
 
@@ -113,7 +113,7 @@ def _memory_gib() -> float | None:
 
 
 def _load() -> float | None:
-    """The load of the last minute: how much else the machine is doing."""
+    """The load average of the last minute, which shows other work on the machine."""
     try:
         return round(os.getloadavg()[0], 2)
     except OSError:

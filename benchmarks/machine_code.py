@@ -1,8 +1,8 @@
-"""How the machine code of a kernel loads memory, from the listing that ``nvdisasm -c`` prints of a cubin.
+"""The memory loads in a kernel's machine code, from the listing of a cubin by ``nvdisasm -c``.
 
-A GPU issues the instructions of a warp in order. A load does not stop it; the first instruction that reads a loaded
-register does, until that load has arrived. So the loads that are issued before such a read are what a thread has under
-way at once, and more of them hide more of the memory's latency.
+A GPU issues the instructions of a warp in order. A load does not stop the warp. The first instruction that reads a
+loaded register stops it until that load has arrived. So the loads before such a read are under way at once, and more of
+them hide more of the memory's latency.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Instruction:
 
 @dataclass
 class Function:
-    """A kernel's instructions in order, and where control may go from each of them."""
+    """A kernel's instructions in order, and the possible successors of each."""
 
     name: str
     code: list[Instruction] = field(default_factory=list)
@@ -116,9 +116,9 @@ def parse(listing: str) -> list[Function]:
 
 
 def loads_under_way(function: Function) -> list[int]:
-    """For each wide load of a kernel, the wide loads from it on until the first use of what one of them loads.
+    """For each wide load of a kernel, the number of wide loads from it until the first use of a loaded register.
 
-    Of all ways that control may go, the one with the most loads is taken; loops are not gone around.
+    Of all paths of control, the path with the most loads counts; loops are not repeated.
     """
     converging: dict[str, str] = {}
     edges = [list(function.successors(at, converging)) for at in range(len(function.code))]

@@ -1,8 +1,8 @@
 """Solves by optimistix, for comparison in ``benchmarks/device/overhead.py``.
 
-A solve in JAX is compiled as a whole with its map, so that a map of torch's cannot be handed over: the same maps stand
-here once more. What optimistix has for fixed points is plain iteration, ``FixedPointIteration``. Compilation is not in
-any time; each ends when the result is on the device.
+JAX compiles a solve together with its map, so a map in torch cannot be used. The same maps are therefore defined here
+again. For fixed points optimistix has plain iteration, ``FixedPointIteration``. Times do not include compilation, and
+end when the result is on the device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-# By default JAX takes three quarters of a GPU's memory when it starts, and torch is there already.
+# By default JAX takes three quarters of a GPU's memory when it starts, but torch already uses memory there.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # pyright: ignore[reportMissingImports]
 import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
 import optimistix  # pyright: ignore[reportMissingImports]
 
-# As torch has it: no rounding of float32 products to fewer bits.
+# As in torch: no rounding of float32 products to fewer bits.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 Work = Callable[[], Any]
@@ -76,9 +76,9 @@ def dense(weight: np.ndarray, x: np.ndarray, rtol: float, scale: float, max_step
         weight: [D, D].
         x: [B, D].
         rtol: Stops when the root mean square of f(z) - z is rtol times ``scale``, over the whole batch.
-        scale: Root mean square of the solution: optimistix weighs each entry by itself, and this makes its test the
-            one of the other libraries.
-        max_steps: Evaluations at most.
+        scale: Root mean square of the solution: optimistix weighs each entry separately, and ``scale`` makes its test
+            equal to the other libraries' test.
+        max_steps: Maximum number of evaluations.
     """
     weight, x = jnp.asarray(weight), jnp.asarray(x)
     solver = optimistix.FixedPointIteration(rtol=0.0, atol=rtol * scale, norm=optimistix.rms_norm)

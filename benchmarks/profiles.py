@@ -1,4 +1,4 @@
-"""How much each profile measures. Profiles share shapes, targets and names of figures."""
+"""The size of each profile's measurements. Profiles share shapes, targets and names of figures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Profile:
     """The size of one run.
 
     Args:
-        threads: Thread counts of the overheads and the kernels. Everything else runs on one thread, which a busy
-            machine disturbs least.
+        threads: Thread counts of the overheads and the kernels. Everything else runs on one thread, since other load
+            disturbs one thread least.
         overhead_shapes: (B, D) of the overhead per iteration.
         overhead_repeats: Timed solves of each side ...
         overhead_seconds: ... or only three, if they take longer than this.

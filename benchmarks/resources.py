@@ -1,9 +1,9 @@
 """Resources of the CUDA kernels, found without a GPU: ``python -m benchmarks.resources``.
 
     kernels   registers, spills, stack and shared memory of each kernel on each architecture, as nvcc reports them; from
-              the machine code, how many instructions it has, how many of them load 16 bytes (loads), how many of those
-              are issued at most before a loaded register is first used (loads_under_way), and for how many it is the
-              load's own, so that nothing hides its latency (loads_alone)
+              the machine code, how many instructions it has, how many of them load 16 bytes (loads), the most that are
+              issued before a loaded register is first used (loads_under_way), and the number of loads that are used
+              before any other load, so that nothing hides their latency (loads_alone)
     traffic   bytes of global memory that the steps of a solve move, counted by the emulator of ``tests/csrc``, next
               to what the design allows; the launches, blocks of a cluster and shared memory that they take
 
@@ -66,7 +66,7 @@ def compile_all(archs: str | None) -> dict[str, Any]:
     """Compile each file of kernels for each architecture.
 
     Raises:
-        SystemExit: If there is no build whose options could be taken, or a file does not compile.
+        SystemExit: If there is no build to take options from, or a file does not compile.
     """
     toolkit = runpy.run_path(str(ROOT / "csrc" / "cuda_toolkit.py"))
     database = ROOT / "build" / "libraries" / "compile_commands.json"

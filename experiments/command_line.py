@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """Make the parser of all commands; ``run`` among the parsed arguments is the function of the command."""
     top = argparse.ArgumentParser(prog="python -m experiments", description="Training and experiments on pydeq.")
     commands = top.add_subparsers(title="commands", dest="command", required=True)
-    command = commands.add_parser("data", help="list the data sets that are here, get others, or check them")
+    command = commands.add_parser("data", help="list the data sets on this machine, get more, or check them")
     add_data_arguments(command)
     command.set_defaults(run=data)
     command = commands.add_parser("train", help="train a model from a configuration")
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", metavar="DIR", help="folder for checkpoints, tables and plots; runs/CONFIG by default"
     )
-    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the folder")
     command.add_argument(
         "--set", action="append", default=[], dest="values", metavar="KEY=VALUE",
         help="another value for a field, like optimizer.lr=0.01; may be repeated",

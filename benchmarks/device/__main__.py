@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", choices=(*STAGES, "usable", "counters", "summary"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/gpu"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=120.0, help="the stage is ended after this")
-    # What a parent tells its workers.
+    # Options that a parent passes to its workers.
     parser.add_argument("--skip", default="", help=argparse.SUPPRESS)
     parser.add_argument("--pipe", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE = torch.device("cuda")
-# What csrc/cuda/step.cuh calls them.
+# Their names in csrc/cuda/step.cuh.
 STEP_KERNEL = re.compile("step_(fused|reduce|apply)_kernel")
 ROUNDS = 7  # of a replay; the first ones are not counted
 UNCOUNTED = 2
@@ -45,7 +45,7 @@ def finished(work: Work) -> Callable[[], float]:
 
 
 def returned(work: Work) -> Callable[[], float]:
-    """A function that measures the seconds until ``work`` returns: the host's part. The device is idle before."""
+    """A function that measures the seconds until ``work`` returns: the host's part. Before that the device is idle."""
 
     def measure() -> float:
         torch.cuda.synchronize()
@@ -68,7 +68,7 @@ class Captured:
     Args:
         graph: Replays it.
         result: What the work returned while it was captured; a replay writes its tensors again.
-        nodes: Kernels and copies in the graph; None where the driver cannot be asked.
+        nodes: Kernels and copies in the graph; None if the driver cannot be asked.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -114,12 +114,12 @@ def _count_nodes(graph: torch.cuda.CUDAGraph) -> int | None:
 
 
 def replay_seconds(work: Work, repeats: int) -> float:
-    """Seconds of ``work`` on the device, from a graph of ``repeats``: the host's part is not in it."""
+    """Seconds of ``work`` on the device, from a graph of ``repeats``, without the host's part."""
     return capture(work, repeats).seconds() / repeats
 
 
 def count(work: Work) -> dict[str, int]:
-    """Kernels, those of pydeq's steps, waits of the host, copies to it and allocations while ``work`` runs."""
+    """Counts while ``work`` runs: kernels, kernels of pydeq's steps, waits of the host, copies to it, allocations."""
     work()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:

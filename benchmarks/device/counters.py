@@ -1,6 +1,6 @@
 """Three steps of Anderson's method for Nsight Compute, between profiler marks: ``ncu --profile-from-start off ...``.
 
-One that a block does per sample, one in half precision that a cluster does, and one in two launches.
+One step with a block per sample, one in half precision with a cluster per sample, and one in two launches.
 """
 
 from __future__ import annotations

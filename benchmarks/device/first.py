@@ -1,4 +1,4 @@
-"""The first minute: are results right, and what do the smallest operations cost?
+"""The first minute: check results, and time the smallest operations.
 
 <solver> <path>   a solve on the GPU against one on the CPU: five steps in float64, and to its end in float32
 half <path>       the same in bfloat16, to its end
@@ -97,7 +97,7 @@ def agreement(name: str, path: str) -> Iterator[Row]:
     """Compare solves on a path with those on the CPU.
 
     Raises:
-        ArithmeticError: If they differ by more than rounding explains, after the row that says by how much.
+        ArithmeticError: If they differ by more than rounding errors, after the row with the difference.
     """
     solver, dim = SOLVERS[name], PATHS[path]
     with forced(path):
@@ -114,7 +114,7 @@ def half(path: str) -> Iterator[Row]:
     """Anderson's method in bfloat16.
 
     Raises:
-        ArithmeticError: If it ends elsewhere than on the CPU, after the row that says where.
+        ArithmeticError: If the end differs from the CPU's, after the row with the difference.
     """
     with forced(path):
         end, row = to_the_end(SOLVERS["anderson"], PATHS[path], torch.bfloat16)
@@ -124,7 +124,7 @@ def half(path: str) -> Iterator[Row]:
 
 
 def to_the_end(solver: Solver, dim: int, dtype: torch.dtype) -> tuple[bool, Row]:
-    """A solve here and on the CPU: whether they agree, and what they found."""
+    """Solve on the GPU and on the CPU; return whether the results agree, and a row about them."""
     problem = softsign_map(RATES, dim, dtype=dtype)
     rtol = min(64 * torch.finfo(dtype).eps, default_rtol(dtype))
     ran = {"solver": solver, "rtol": rtol, "max_steps": 200}
@@ -203,7 +203,7 @@ def reports() -> Pool:
 
 
 def workspace_of(solver: Solver, z0: Tensor, steps: int) -> Workspace:
-    """A solve's workspace whose steps report as a solve's do, and whose samples never stop."""
+    """Make a solve's workspace: its steps report as in a solve, and its samples never stop."""
     rules = Rules(rtol=0.0, atol=0.0, eps=torch.finfo(z0.dtype).eps, freeze=False, stall=False)
     workspace = solver.start(z0, rules, steps)
     workspace.progress = reports().take().places[0]  # never given back
@@ -235,7 +235,7 @@ def report() -> Iterator[Row]:
 
 
 def host() -> Iterator[Row]:
-    """From solves of different lengths; what the map takes of the host is taken off."""
+    """Time per iteration, from solves of different lengths, without the map's own time on the host."""
     fn, z0 = maps.on_device(*SMALL)
     calls = (maps.CALLS, 3 * maps.CALLS)
     f = (median(returned(lambda: maps.repeat(fn, z0, calls[0])), 20)) / calls[0]
@@ -293,9 +293,9 @@ def step_row(name: str, batch: int, dim: int, dtype: torch.dtype) -> Row:
 
 
 def prepared_step(solver: Solver, before: int, batch: int, dim: int, dtype: torch.dtype):
-    """A function that takes a step with the history full, and one that undoes what it decided.
+    """Make a function that takes a step with a full history, and a function that undoes its decisions.
 
-    Every time any residual is the smallest so far.
+    So in every step each residual is the smallest so far.
     """
     torch.manual_seed(0)
     z0 = torch.zeros(batch, dim, device=DEVICE, dtype=dtype)

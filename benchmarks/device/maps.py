@@ -19,7 +19,7 @@ from pydeq.solvers import Solver
 
 STEPS = 30
 CALLS = STEPS + 1  # the last one measures the residual of the last step
-# The state of a batch is 64 KB, 1 MB, 2 MB, 4 MB (few samples and many) and 32 MB.
+# The states of a batch take 64 KB, 1 MB, 2 MB, 4 MB (with few and with many samples) and 32 MB.
 SHAPES = ((32, 512), (32, 8192), (8, 65536), (8, 131072), (128, 8192), (32, 262144))
 # Forward solves, to this tolerance in at most this number of calls; and training steps.
 SOLVED, RTOL, CAP = ((32, 128), (32, 512), (128, 1024)), 1e-4, 60
@@ -99,7 +99,7 @@ def solver_of(method: Method, calls: int) -> Solver:
 def run_all(fn: Map, z0: Tensor, solver: Solver, calls: int) -> pydeq.Solution:
     """pydeq's solve of exactly ``calls`` calls.
 
-    Freezing is on: without it each step is waited for, and no sample is ever done here anyway.
+    Freezing is on: without it the solve waits for each step. No sample is ever done here.
     """
     return pydeq.fixed_point(fn, z0, solver=solver, rtol=0.0, max_steps=calls, stall=False)
 

@@ -74,7 +74,7 @@ def solve(peers: dict[str, Peer], method: Method) -> Iterator[Row]:
 
 
 def compare(measured: dict[str, list[float]]) -> Row:
-    """Milliseconds of each side, and how torchdeq's compare with pydeq's."""
+    """Milliseconds of each side, and the ratio of torchdeq's to pydeq's."""
     row: Row = {f"{name} ms": spread(values).median * 1e3 for name, values in measured.items()}
     if "torchdeq" in measured:
         row["torchdeq / pydeq"] = ratios(measured["torchdeq"], measured["pydeq"]).median
@@ -104,10 +104,10 @@ def training(peers: dict[str, Peer]) -> Iterator[Row]:
 
 
 def model(peers: dict[str, Peer], key: str) -> Iterator[Row]:
-    """A reference model as it is, and with its solves done by the other peers.
+    """A reference model with its own solves, and with solves by the other peers.
 
     Raises:
-        ImportError: Where a package is missing that the suites need.
+        ImportError: If a package is missing that the suites need.
     """
     from benchmarks.suites import models
 
@@ -142,10 +142,10 @@ def launches(peers: dict[str, Peer]) -> Iterator[Row]:
 
 
 def optimistix(peers: dict[str, Peer]) -> Iterator[Row]:
-    """Plain iteration, the one method that both have.
+    """Compare plain iteration, the only method that both libraries have.
 
     Raises:
-        ImportError: Where JAX or optimistix is not installed.
+        ImportError: If JAX or optimistix is not installed.
     """
     from benchmarks import optimistix_sides as sides
 

@@ -1,6 +1,6 @@
 """Runs the cases of a stage in worker processes, and writes their rows as they come.
 
-Without torch: it starts at once, and no fault on the device reaches it.
+It does not import torch: it starts at once, and a fault on the device cannot affect it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Parent:
         self.failed = False
 
     def run(self) -> int:
-        """Run every case, as far as time allows, and return the exit status. No worker is left behind."""
+        """Run every case, as far as time allows, and return the exit status. No worker is still running at the end."""
         before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self._run_worker():
@@ -61,7 +61,7 @@ class Parent:
         return FAILED if self.failed else 0
 
     def _run_worker(self) -> bool:
-        """Run one worker until it ends or a case takes too long; returns whether another one is to go on.
+        """Run one worker until it ends or a case takes too long; returns whether another worker must continue.
 
         Raises:
             StoppedError: If the stage ends before the worker does.
@@ -122,7 +122,7 @@ class _Worker:
         self._seconds, self._until = seconds, time.monotonic() + seconds
 
     def messages(self, end: float) -> Iterator[Row]:
-        """Its messages, until it has ended or its limit is over.
+        """Yield its messages, until it has ended or its limit is over.
 
         Raises:
             StoppedError: At ``end``, by ``time.monotonic()``.
@@ -144,7 +144,7 @@ class _Worker:
             yield from map(json.loads, lines)
 
     def stop(self) -> str:
-        """End it if it has not ended; returns how it did."""
+        """End it if it is still running; return a description of its end."""
         os.close(self._pipe)
         if self._late or self._wait(PATIENCE) is None:
             self._process.terminate()

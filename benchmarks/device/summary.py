@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def line(row: Row) -> str:
-    """One row for a reader; the environment's by its device only."""
+    """Format one row; of the environment's row only the device."""
     if "kernels" in row and "device" in row:
         row = {name: row[name] for name in ("case", "device", "multiprocessors", "torch", "python", "peers")}
     cells = (_cell(name, value) for name, value in row.items() if name not in ("case", "at"))
@@ -23,7 +23,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def show(out: Path) -> int:
-    """Print what failed and what was not run, over all stages in ``out``; returns 0."""
+    """Print the cases that failed or did not run, over all stages in ``out``; return 0."""
     for path in sorted(out.glob("*.jsonl")):
         rows = list(_rows(path))
         print(f"{path.stem}: {len(rows)} rows")

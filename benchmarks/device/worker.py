@@ -57,7 +57,7 @@ def work(cases: Sequence[Case], skip: Collection[str], pipe: int, broken: Callab
                 tell({"row": row})
         except ImportError as error:
             tell({"row": {"not run": str(error)}})
-        except Exception as error:  # the other cases' figures are not to be lost
+        except Exception as error:  # keep the figures of the other cases
             traceback.print_exc()
             failed = True
             first_line = (str(error).splitlines() or [""])[0]
@@ -79,9 +79,9 @@ def main(stage: str, skip: str, pipe: int) -> int:
         print(f"no CUDA kernels run here: {facts.cuda_reason}", file=sys.stderr)
         return 1
     cases = importlib.import_module(f"benchmarks.device.{stage}").cases()
-    # Each capture of a graph collects garbage, which looks at all that was imported.
+    # Each capture of a graph runs the garbage collector, which visits all imported objects.
     gc.collect()
     gc.freeze()
     status = work(cases, skip.split(","), pipe, clock.is_broken)
     sys.stdout.flush()
-    os._exit(status)  # torch's own end would touch a device that may be broken, and can hang then
+    os._exit(status)  # torch's own exit would use a device that may be broken, and could hang

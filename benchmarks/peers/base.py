@@ -37,7 +37,7 @@ METHODS = (Method("picard"), Method("anderson", memory=6), Method("broyden"))
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a solve ended.
+    """The result of a solve.
 
     Args:
         value: The value that the library passes on to the next layer.

@@ -1,7 +1,7 @@
 """torchdeq 0.1 (Geng and Kolter 2023), through its public names and with its own defaults.
 
-Its caps count differently: Anderson's counts calls, but it makes two before it looks; Broyden's counts steps, one less
-than calls. Plain iteration counts calls.
+Its caps count differently: Anderson's counts calls, but it makes two calls before the first check; Broyden's counts
+steps, one less than calls. Plain iteration counts calls.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Torchdeq(Peer):
     def run(self, fn: Map, z0: Tensor, method: Method, calls: int) -> Any:
         name, cap, options = _configure(method, calls)
         with torch.no_grad():
-            # It stops below the tolerance only, so at 0 never.
+            # It stops only below the tolerance, so with 0 it never stops.
             return get_solver(name)(fn, z0, max_iter=cap, tol=0.0, stop_mode="rel", **options)
 
     def layer(self, cell: Callable[[Tensor, Tensor], Tensor], settings: LayerSettings) -> Layer:
@@ -83,7 +83,7 @@ class _Layer:
         if torch.is_grad_enabled() and max_calls is None:
             states, _ = self.deq(fn, z0, solver_kwargs=self.options)
             return states[-1]
-        # Without gradients its layer does no more than this; the cap may ask for another solver, see _configure.
+        # Without gradients its layer only does this; a low cap may need another solver, see _configure.
         return PEER.solve(fn, z0, settings.method, settings.rtol, max_calls or settings.max_calls).value
 
     def penalty(self, z: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A cell that is so cheap that the solver's own work dominates."""
+"""A cheap cell, with which the solver's own work dominates."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def symmetric_linear(seed: int, dim: int = 50, rho: float = 0.95, batch: int = B
 
 
 def elementwise(batch: int, dim: int) -> Problem:
-    """z = tanh(a z + x) entry by entry: as cheap as a map can be, and slow to solve.
+    """z = tanh(a z + x) entry by entry: the cheapest map, and slow to solve.
 
     The slopes a fill [-0.999, 0.999], and x is small, so that tanh hardly flattens them: no solver comes near rounding
     in 30 evaluations.

@@ -1,4 +1,4 @@
-"""Trained cells: those of the classifier of digits, with a batch to measure them on."""
+"""Trained cells from the classifier of digits, with a batch to measure them on."""
 
 from __future__ import annotations
 

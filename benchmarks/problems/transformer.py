@@ -15,7 +15,7 @@ class TransformerCell(nn.Module):
         heads: Of the causal attention.
         inner: Width of the feed-forward layer.
         deviation: Of the initial weights; ten times it for the projection after attention, so that attention outweighs
-            what goes around it. The cell then contracts, as regularized training leaves it; else it hardly does.
+            the residual path. The cell then contracts, as after regularized training; otherwise it hardly contracts.
         fused: Use torch's fused attention, which has no second derivative.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019, section 4.

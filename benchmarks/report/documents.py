@@ -1,4 +1,4 @@
-"""Write the measured numbers in README and docs from results in the repository, so that nobody copies them by hand:
+"""Write the measured numbers in README and docs from results in the repository, so that no number is copied by hand:
 
 python -m benchmarks.report.documents README.md docs/experiments/paper.md
 

@@ -30,7 +30,7 @@ STOPS = (1, 2, 3, 4, 6, 8, 12)
 
 
 class _Summary:
-    """The figures of one summary.json, and which of them were read."""
+    """The figures of one summary.json, and a record of the figures that were read."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.figures: dict[str, dict[str, Any]] = {figure["name"]: figure for figure in facts["figures"]}

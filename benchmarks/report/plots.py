@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmarks.results import Curve, Results, number
 
-# Colors that color-blind readers can tell apart (Okabe and Ito 2008). In bars a library has a color; where color tells
-# solvers apart, it has a line style.
+# Colors that color-blind readers can tell apart (Okabe and Ito 2008). In bars each library has a color; in plots where
+# colors mark solvers, each library has a line style.
 LIBRARY_COLORS = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
 SERIES_COLORS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -45,7 +45,7 @@ RESIDUAL_AXES = ("evaluations of f", "largest relative residual in the batch", T
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
-    """Draw what the run has data for.
+    """Draw the plots that the run has data for.
 
     Returns:
         For each plot drawn its file.
@@ -180,7 +180,8 @@ def _lines(results: Results, plot: str) -> Figure | None:
         x_label, y_label, logarithmic = AXES.get(title, RESIDUAL_AXES)
         for line in lines:
             i, j = series.index(line.series), libraries.index(line.side)
-            # Lines of the other libraries are below the first one's, thicker and paler, so that equal lines both show.
+            # The other libraries' lines are below the first library's, thicker and paler, so that equal lines are both
+            # visible.
             width, alpha = (1.5, 1.0) if j == 0 else (3.0, 0.5)
             panel.plot(
                 line.x, line.y, LINE_STYLES[j], color=SERIES_COLORS[i], marker=None if logarithmic else "o",

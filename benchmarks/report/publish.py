@@ -3,8 +3,8 @@
 python -m benchmarks.report.publish benchmarks/out/summary.json                        # of the benchmark suite
 python -m benchmarks.report.publish runs/reproduce-cpu/reproduce-cpu-table1.json       # of an experiment
 
-``benchmarks/results`` has one file for the suite on each kind of device, with what documents show, and one for each
-experiment, with everything.
+``benchmarks/results`` has one file for the suite on each kind of device, with the figures that documents show, and one
+file for each experiment, with all figures.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from experiments.paper.report import Claim, Entry, ReportTable, Row
 
 
 def section(facts: Mapping[str, Any], link: str) -> str:
-    """The text of a section: tables, claims, and where and how they were measured.
+    """The text of a section: tables, claims, and the machine and command of the measurement.
 
     Args:
         facts: The content of a reproduce-PROFILE-NAME.json.

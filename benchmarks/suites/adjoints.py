@@ -1,4 +1,4 @@
-"""Adjoints on trained cells: products that backward solvers need, and gradients that approximate adjoints miss."""
+"""Adjoints on trained cells: the products of backward solvers, and the errors of approximate gradients."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _cases(context: Context) -> Iterator[Case]:
         found = trained(context.profile.adjoints_epochs, penalized)
         with torch.no_grad():
             x = found.model.inject(found.images)
-        # Where there is no fixed point to be found, there is no gradient to compare with.
+        # Without a fixed point there is no gradient to compare with.
         rows = _solve_exactly(found.cell, x)[1].converged.nonzero()[:BATCH, 0]
 
         def loss(z: Tensor, found=found, labels=found.labels[rows]) -> Tensor:

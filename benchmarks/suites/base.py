@@ -18,7 +18,7 @@ class Context:
     """Settings, libraries and results for a suite.
 
     Args:
-        profile: How much to measure.
+        profile: The size of the measurements.
         peers: The libraries that are installed, by name, pydeq first.
         results: Collects what the suite finds.
         bar: Shows progress.

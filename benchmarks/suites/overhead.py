@@ -1,4 +1,4 @@
-"""Overhead per iteration: what a solver does between two calls of f.
+"""Overhead per iteration: the time of a solver between two calls of f.
 
     overhead = (time of the solve - time spent inside f) / calls of f
 

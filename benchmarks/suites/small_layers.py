@@ -1,4 +1,4 @@
-"""The cost of a small layer next to a loop written by hand: what every solve costs, however cheap f is.
+"""The cost of a small layer compared with a loop written by hand: the fixed cost of every solve.
 
 The loop makes the same evaluations and the same products with the Jacobian as the layer, and nothing else: no Anderson
 mixing, no norms, no checks.

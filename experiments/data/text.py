@@ -74,7 +74,7 @@ class Vocabulary:
 
     @property
     def unk(self) -> int:
-        """The token of everything that is not in the vocabulary."""
+        """The token for pieces of text that are not in the vocabulary."""
         return self._numbers[UNK]
 
     @property
@@ -137,19 +137,19 @@ def load_text(
 ) -> Text:
     """Read a text, cut it into tokens and number them by how often they occur in the training part.
 
-    wikitext103: the files wiki.*.tokens, or the archive as published. shakespeare: plays and poems, of which four plays
-    are held out. Otherwise a folder of three files, such as train.txt, valid.txt and test.txt, or one file, of which
-    valid and test take a twentieth each from the end, at the end of a line.
+    wikitext103: the files wiki.*.tokens, or the archive as published. shakespeare: plays and poems; four plays are held
+    out. Otherwise a folder of three files, such as train.txt, valid.txt and test.txt, or one file. In one file, valid
+    and test are a twentieth each from the end, cut at the end of a line.
 
-    At the level of words a line is cut at white space where the text is cut into tokens already (files *.tokens, or a
-    training part with the token <unk>), and else into words and marks; each end of a line is a token.
+    At the level of words, a line is cut at white space if the text is already cut into tokens (files *.tokens, or a
+    training part with the token <unk>). Otherwise it is cut into words and marks. Each end of a line is a token.
 
     Args:
         name_or_path: "wikitext103", "shakespeare", or the path of a folder or file.
         root: Folder of a data set's files; for a path, the folder that it is relative to.
         level: "word" or "char".
         vocabulary_size: Keep only the most frequent tokens, this many including the special ones; None keeps all. The
-            other tokens become <unk>, which training otherwise never sees unless the text has it.
+            other tokens become <unk>. With all tokens kept, training sees <unk> only if the text has it.
         lowercase: Whether to convert the text to lower case first.
         encoding: Encoding of the files of a path.
         tokenize: Function that cuts a line into words, instead of the rule above.

@@ -1,6 +1,6 @@
 """The experiments of Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021.
 
-``python -m experiments reproduce NAME`` trains what an experiment needs, prints the measured numbers next to the
+``python -m experiments reproduce NAME`` trains the models of an experiment. It prints the measured numbers next to the
 paper's, says which of the paper's claims these trainings show, and writes everything as JSON and as a picture.
 """
 

@@ -33,7 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for trainings and results, which experiments"
                          " of a profile share; runs/reproduce-PROFILE by default")  # fmt: skip
     command.add_argument("--seeds", type=int, metavar="N", help="seeds of the main rows; cpu: 2, else 1, by default")
-    command.add_argument("--resume", action="store_true", help="go on with trainings that were interrupted")
+    command.add_argument("--resume", action="store_true", help="continue trainings that were interrupted")
     command.add_argument("--jobs", type=int, metavar="N", help=(
         "trainings at a time, each a process with one thread; by default as many as cores, at most 2, and on a GPU 1"
     ))  # fmt: skip
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in names:
             _reproduce(name, wanted[name], recipes, grid, device, seeds)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
+        print(f"interrupted; continue with --resume --out {out}", file=sys.stderr)
         return 130
     except (AlteredDataError, MissingDataError, FileExistsError, GridError, OSError, ValueError) as error:
         return _failed(str(error))

@@ -82,7 +82,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 def _load() -> float | None:
-    """Return the load average of the last minute: what else the machine is doing."""
+    """Return the load average of the last minute, which shows other work on the machine."""
     try:
         return round(os.getloadavg()[0], 2)
     except (OSError, AttributeError):

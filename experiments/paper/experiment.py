@@ -87,7 +87,7 @@ def to_reach(group: Sequence[Measurement], stops: Sequence[int], target: float) 
     """Find the fewest evaluations, of the hard stops and the full solve, with a mean accuracy of at least ``target``.
 
     Returns:
-        Infinity if none of them suffices; NaN if something was not measured.
+        Infinity if no number is enough; NaN if something was not measured.
     """
     full, most = metric(group, None).number, evaluations(group, None).number
     if math.isnan(target + full + most):

@@ -44,7 +44,7 @@ class Figure8(Experiment):
         values = {label: metric(group, stop).number for label, group in found.items()}
         residuals = {label: residual(group, stop).number for label, group in found.items()}
         decays = [label for label in found if label.startswith(DECAY) and not math.isnan(values[label])]
-        # All of them diverged: take the first one, which has no numbers.
+        # All trainings diverged: take the first one, which has no numbers.
         best = max(
             decays, key=lambda label: sign * values[label], default=next(k for k in found if k.startswith(DECAY))
         )

@@ -2,9 +2,8 @@
 
 OUT/trainings/<key>/     a folder of experiments.training, with measurement.json once it is measured
 
-The key is a hash of the training. The processes are not those of a ProcessPoolExecutor: when one worker is killed, a
-pool fails all its futures, and gives neither the training nor the exit status; an interruption waits for the running
-trainings.
+The key is a hash of the training. A ProcessPoolExecutor does not fit: when one worker is killed, the pool fails all its
+futures, and reports neither the training nor the exit status. An interruption would wait for the running trainings.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Grid:
         out: The folder; it is made if it does not exist.
         jobs: Trainings at a time, each in its own process; with 1, in this process.
         threads: Torch's threads for each training.
-        resume: Whether interrupted trainings go on; otherwise they are an error.
+        resume: Whether to continue interrupted trainings; otherwise they are an error.
     """
 
     def __init__(self, out: Path, jobs: int = 1, threads: int = 1, resume: bool = False) -> None:

@@ -98,7 +98,7 @@ def load(folder: Path, training: Training) -> Measurement | None:
     """Read the measurement in a training's folder; None if there is none.
 
     Raises:
-        ValueError: If it is damaged, or that of another training.
+        ValueError: If it is damaged, or belongs to another training.
     """
     path = folder / FILE
     try:

@@ -18,7 +18,7 @@ from experiments.paper.recipes import Recipes
 from experiments.paper.report import Panel, Report, ReportTable, Row, claim
 
 SEEDS = 3
-"""The fewest: trainings from the same seed drift apart."""
+"""The smallest number of seeds: trainings from the same seed drift apart."""
 
 NEAR = 1.0
 """Points of accuracy that the cheaper penalty may cost."""
@@ -27,7 +27,7 @@ VJP, DIFFERENCE = "penalized, vjp", "penalized, difference"
 
 
 class Modes(Experiment):
-    """What the cheaper penalty costs in accuracy. The paper has only vector-Jacobian products."""
+    """The loss of accuracy with the cheaper penalty. The paper has only vector-Jacobian products."""
 
     name: ClassVar[str] = "modes"
     title: ClassVar[str] = "the penalty by differences, against vector-Jacobian products"

@@ -1,6 +1,6 @@
 """The paper's numbers: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021.
 
-Perplexities are on WikiText-103, accuracies in percent. "diverged" is what the paper says of trainings that did.
+Perplexities are on WikiText-103, accuracies in percent. "diverged" marks trainings that diverged in the paper.
 """
 
 from __future__ import annotations

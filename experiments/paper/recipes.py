@@ -1,10 +1,11 @@
 """The recipes of the trainings of each profile, for images and for language.
 
-paper: the published configurations, as they are.
+paper: the published configurations, unchanged.
 cpu: CIFAR-10 and Shakespeare at sizes that two cores train. Solvers and tolerances are the published ones, and so are
 the caps of the image models; the small language model has smaller caps. Penalties were recipes on validation data;
-that of images is computed in every step, because the published frequencies are for a hundred times longer trainings.
-smoke: digits and a computed text, to see that everything works.
+the penalty of images is computed in every step, because the published frequencies are for trainings that are a hundred
+times longer.
+smoke: digits and a computed text, to check that everything runs.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class ImageRecipes:
         """Make a training of the grid.
 
         Args:
-            cap: "small" for the cap of the penalized recipe, "generous" for that of the unpenalized one.
-            strength: Strength of the penalty; None for that of the recipe, 0 for no penalty.
-            mode: Mode of the penalty; None for that of the recipe.
-            weight_decay: By default that of the recipe.
+            cap: "small" for the cap of the penalized recipe, "generous" for the cap of the unpenalized one.
+            strength: Strength of the penalty; None for the recipe's strength, 0 for no penalty.
+            mode: Mode of the penalty; None for the recipe's mode.
+            weight_decay: By default the recipe's weight decay.
             seed: Seed of the training.
         """
         if cap == "generous" and strength == 0.0 and weight_decay is None:

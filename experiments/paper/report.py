@@ -20,7 +20,7 @@ class Entry:
 
     Args:
         values: The measured values, one for each seed; None where a training diverged.
-        unit: How it is shown. Percentages are given in percent.
+        unit: The unit, which selects the format. Percentages are given in percent.
         paper: The paper's number or words.
     """
 
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def number(self) -> float:
-        """The mean, or NaN if there is none, for which no comparison is true."""
+        """The mean, or NaN if there is none. No comparison with NaN is true."""
         return math.nan if self.mean is None else self.mean
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Row:
 
     Args:
         label: Label of the training.
-        entries: Entries, one for each column but the first.
+        entries: Entries, one for each column except the first.
     """
 
     label: str

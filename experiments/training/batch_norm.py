@@ -28,7 +28,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 
     @staticmethod
     def of(norm: nn.BatchNorm2d) -> SharedBatchNorm2d:
-        """Make one that shares the parameters and buffers of ``norm``."""
+        """Make a shared batch norm with the parameters and buffers of ``norm``."""
         shared = SharedBatchNorm2d(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )  # fmt: skip

@@ -35,7 +35,7 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint differs from what was written."""
+    """A checkpoint is not as it was written."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             flush_folder(partial)
-            if final.exists():  # a damaged one, or one of a longer training that was shortened
+            if final.exists():  # a damaged checkpoint, or one from a longer training that was shortened
                 os.replace(final, self.folder / f".removing-{step:08d}")
             os.replace(partial, final)
             flush_folder(self.folder)
@@ -126,8 +126,8 @@ class Checkpoints:
             notice: Called with a text about each damaged checkpoint, which is renamed.
 
         Raises:
-            CheckpointError: If all checkpoints are damaged, or one may not be read or has another format. The latter is
-                left where it is.
+            CheckpointError: If all checkpoints are damaged, or one may not be read or has another format. A checkpoint
+                that may not be read or has another format stays in place.
         """
         paths, reasons = self.paths(), []
         for path in paths:
@@ -135,7 +135,7 @@ class Checkpoints:
                 found = read(path)
             except DamagedError as error:
                 reasons.append(str(error))
-                notice(f"{error}; falling back to the one before")
+                notice(f"{error}; using the previous checkpoint")
                 aside = path.with_name(f"damaged-{path.name}")
                 with contextlib.suppress(OSError):
                     if aside.exists():

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         result = train(config, out=out, resume=arguments.resume, observers=[ProgressBar()])
     except KeyboardInterrupt:
-        print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
+        print(f"interrupted; continue with --resume --out {out}", file=sys.stderr)
         return 130
     except (CheckpointError, FolderInUseError, ModuleNotFoundError, OSError, ValueError) as error:
         return _failed(error)

@@ -1,4 +1,4 @@
-"""Reads configurations from YAML and JSON files, and values from the command line."""
+"""Read configurations from YAML and JSON files, and values from the command line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
     Raises:
         ModuleNotFoundError: For YAML without PyYAML.
-        ValueError: If the file is not valid, is no mapping, or has a key twice; naming the file.
+        ValueError: If the file is not valid, is not a mapping, or has a key twice; the message names the file.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -85,7 +85,7 @@ def _mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 @cache
 def _loader() -> Any:
-    """PyYAML's safe loader, but keys that come twice are errors, and 1e-3 is a number as in YAML 1.2."""
+    """PyYAML's safe loader, but a duplicate key is an error, and 1e-3 is a number as in YAML 1.2."""
     try:
         import yaml
     except ModuleNotFoundError as error:

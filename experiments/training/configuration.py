@@ -38,7 +38,7 @@ class DataConfig(Config):
         size: Height and width of images from folders.
         workers: Number of processes that read images from folders.
         train_samples, test_samples: Use only the first n samples; all by default.
-        holdout: How many training samples, drawn by the seed, are used for validation instead.
+        holdout: Number of training samples, drawn by the seed, to use for validation instead.
         length: Tokens of a segment of text.
         test_memory: Tokens remembered in evaluation; by default as many as in training.
         level, vocabulary_size, lowercase: See :func:`experiments.data.load_text`.
@@ -213,7 +213,7 @@ class TrainingConfig(Config):
     """A training.
 
     Args:
-        model: A model's configuration; a name or a mapping, as in files, will do.
+        model: A model's configuration; also a name or a mapping, as in files.
         data: The data.
         epochs, steps: Length of the training; exactly one of them. A step is one update of the parameters.
         batch: Samples, or rows of text, of a step, over all ranks and accumulated parts.
@@ -221,7 +221,7 @@ class TrainingConfig(Config):
         optimizer, schedule: The optimizer and its learning rate.
         pretraining: The first, shallow steps.
         jitter: [lo, hi]: a step's cap on evaluations is the model's max_steps plus a random whole number from lo to hi.
-        penalty: The Jacobian penalty; by default that of the model's configuration. Strength 0 is none.
+        penalty: The Jacobian penalty; by default the penalty in the model's configuration. Strength 0 means none.
         evaluation, checkpoint, logging: Evaluations, checkpoints and logs.
         seed: Seed of all random numbers.
         amp: Mixed precision: none, bf16, or fp16 with a scaled loss.
@@ -278,11 +278,11 @@ class TrainingConfig(Config):
         return self.model.solver.max_steps  # pyright: ignore[reportAttributeAccessIssue]
 
     def jacobian_penalty(self) -> PenaltyConfig | None:
-        """Return the penalty of this training: its own, or that of the model's configuration."""
+        """Return the penalty of this training: its own, or the penalty in the model's configuration."""
         return self.penalty if self.penalty is not None else getattr(self.model, "penalty", None)
 
     def mapping(self) -> dict[str, Any]:
-        """Return the configuration as a file holds it: mappings, lists and scalars."""
+        """Return the configuration in the form of a file: mappings, lists and scalars."""
         return _plain(self) | {"model": _mapping_of(self.model)}
 
     def with_values(self, values: Mapping[str, Any]) -> TrainingConfig:
@@ -291,8 +291,9 @@ class TrainingConfig(Config):
             config.with_values({"model.solver.max_steps": 8, "penalty.strength": 0.5})
 
         Args:
-            values: Values by the dotted path of a field. ``epochs`` replaces ``steps`` and the reverse. If the training
-                has no penalty of its own, fields of ``penalty`` replace those of the model's penalty.
+            values: Values by the dotted path of a field. ``epochs`` replaces ``steps``, and ``steps`` replaces
+                ``epochs``. If the training has no penalty of its own, fields of ``penalty`` replace those of the
+                model's penalty.
 
         Raises:
             TypeError, ValueError: If there is no such field, or a value is not valid.
@@ -326,7 +327,7 @@ def load_training_config(name: str | Path, values: Mapping[str, Any] | None = No
 
     Raises:
         ModuleNotFoundError: If a YAML file is read without PyYAML.
-        TypeError, ValueError: If the configuration is not valid; the message names the file and what is wrong.
+        TypeError, ValueError: If the configuration is not valid; the message names the file and the error.
     """
     path = config_path(name)
     mapping = read_mapping(path)
@@ -376,7 +377,7 @@ def _model_mapping(model: Any, folder: Path | None) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``values`` in place of its own; mappings are merged."""
+    """Return ``base`` with its values replaced by ``values``; mappings are merged."""
     result = dict(base)
     for key, value in values.items():
         old = result.get(key)
@@ -390,7 +391,7 @@ def _with_values(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
     for path, value in values.items():
         *parents, last = path.split(".")
         if parents[:1] == ["penalty"] and result.get("penalty") is None and isinstance(result.get("model"), Mapping):
-            # The model's penalty is in force: keep its other fields.
+            # The training uses the model's penalty: keep its other fields.
             result["penalty"] = result["model"].get("penalty")
         place = result
         for i, name in enumerate(parents):

@@ -1,4 +1,4 @@
-"""The processes that train together: their ranks, what they exchange, and how a model is spread over them."""
+"""The processes that train together: their ranks, their exchanges, and the distribution of a model over them."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Distribution:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        # One unit, gathered once per step. A cell that is its own unit would be gathered by each evaluation of a solve,
-        # and all ranks would have to evaluate it equally often.
+        # The model is one unit, gathered once per step. If the cell were a unit of its own, each evaluation of a solve
+        # would gather it, and all ranks would have to evaluate it equally often.
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}  # nothing to shard
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=empty)
         return model

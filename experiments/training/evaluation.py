@@ -32,8 +32,8 @@ class ModelEvaluator:
         task: The task of the training.
         model: The model.
         wrapped: The model wrapped for all ranks.
-        config: What to measure.
-        amp, distribution, seed: Those of the training.
+        config: The measurements to make.
+        amp, distribution, seed: The values of the training.
     """
 
     def __init__(

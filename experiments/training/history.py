@@ -18,7 +18,7 @@ class StepRow:
         epoch: Epoch of the last step, from 0.
         loss: Loss of the task, without the penalty.
         penalty: The Jacobian penalty that was added to the loss; 0 in steps without one.
-        learning_rate, strength: Those of the last step; the strength is the penalty's gamma.
+        learning_rate, strength: Values of the last step; the strength is the penalty's gamma.
         nfe: Evaluations of f in a solve, or the layers of a shallow step.
         residual: Relative residual ||f(z) - z|| / ||f(z)||, mean over samples.
         backward_nfe, backward_residual: The same for the adjoint's solves; None if there were none.

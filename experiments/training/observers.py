@@ -1,4 +1,4 @@
-"""Observers of a training, among them the tables on the disk."""
+"""Observers of a training; one of them writes the tables on the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Observer:
     """Base class of observers; its methods do nothing. Only the process of rank 0 calls them."""
 
     def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:
-        """The training starts, or goes on, at ``step`` of ``steps``; ``history`` has the rows so far, and grows."""
+        """The training starts, or continues, at ``step`` of ``steps``; ``history`` has the rows so far, and grows."""
 
     def advanced(self, step: int) -> None:
         """``step`` steps are done."""

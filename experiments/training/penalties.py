@@ -13,7 +13,7 @@ from pydeq.models.equilibrium import PenaltyConfig
 
 
 class PenaltySchedule:
-    """Which steps are penalized, and how strongly; the same on all ranks, and for all parts of an accumulated step.
+    """The penalized steps and their strengths; the same on all ranks, and for all parts of an accumulated step.
 
     Shallow steps have their own strength. As in the published recipes, increments count steps from the end of
     pre-training, and the last epoch is counted from the beginning of the training.

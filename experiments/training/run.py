@@ -23,7 +23,7 @@ class FolderInUseError(RuntimeError):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Any]:
-    """Lock a folder against other processes; the system releases the lock when the process ends, in whatever way.
+    """Lock a folder against other processes; the system releases the lock when the process ends for any reason.
 
     Raises:
         FolderInUseError: If another process has the lock.
@@ -57,15 +57,15 @@ def train(
         config: A configuration, or the name or path of one.
         out: Folder for checkpoints, tables, plots and the trained parameters, the same for all processes. Without one
             nothing is written.
-        resume: Go on from the newest complete checkpoint in ``out``, or start if there is none. Except for the seconds,
-            the result is that of an uninterrupted training to the last bit.
+        resume: Continue from the newest complete checkpoint in ``out``, or start if there is none. Except for the
+            seconds, the result is the same as without an interruption, to the last bit.
         observers: More observers; they are called in the process of rank 0.
 
     Returns:
         The model, its history and its evaluation on test data. Torch's generators are restored.
 
     Raises:
-        TypeError, ValueError: If the configuration is not valid, or not that of the training to be resumed.
+        TypeError, ValueError: If the configuration is not valid, or differs from the resumed training's.
         FileExistsError: If ``out`` has a training and ``resume`` is false.
         FolderInUseError: If another process is training in ``out``.
         CheckpointError: If a checkpoint cannot be written, or none can be read.

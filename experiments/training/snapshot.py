@@ -1,4 +1,4 @@
-"""The tensors of a model and its optimizer by flat names, and which configurations a checkpoint goes on with."""
+"""The tensors of a model and its optimizer by flat names, and a check that a checkpoint fits a configuration."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from experiments.training.checkpoint import CheckpointError
 from experiments.training.distribution import copy_into, whole
 
-# Fields that may change when a training goes on: they do not change what is learned, or say how long.
+# Fields that may change when a training is resumed: they do not change what is learned, or they set its length.
 FREE = ("epochs", "steps", "logging", "checkpoint", "evaluation", "device", "strategy", "data.root", "data.workers")
 
 
 def entries(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters and buffers, each once, however many names it has."""
+    """The model's parameters and buffers, each once, even if it has several names."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
@@ -35,10 +35,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Set a model's entries to those whose names begin with ``prefix``.
+    """Set a model's entries to the tensors whose names begin with ``prefix``.
 
     Raises:
-        CheckpointError: If one is missing, or of another shape.
+        CheckpointError: If a tensor is missing, or has another shape.
     """
     for name, tensor in entries(model):
         copy_into(tensor, found(tensors, f"{prefix}{name}", tensor))
@@ -89,7 +89,7 @@ def found(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 
 def check_configuration(saved: dict[str, Any], now: dict[str, Any], notice: Callable[[str], None]) -> None:
-    """Refuse a checkpoint of another training; tell of differences that are allowed.
+    """Raise for a checkpoint of another training; give a notice about allowed differences.
 
     Raises:
         ValueError: If the configurations differ in a field that is not :data:`FREE`.

@@ -80,7 +80,7 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self._began
 
     def resume(self) -> bool:
-        """Go on from the newest complete checkpoint; return False if there is none."""
+        """Continue from the newest complete checkpoint; return False if there is none."""
         assert self.checkpoints is not None
         found, error = None, None
         if self.distribution.main:
@@ -99,10 +99,11 @@ class Trainer:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the training carries from one step to the next, by flat names.
+        """The state that the training keeps from one step to the next, by flat names.
 
-        Tensors, and values that JSON can hold. Whatever follows from the number of the step is left out: the order of
-        samples, learning rates, caps, which steps are penalized. All ranks must call; rank 0's answer counts.
+        Tensors, and values that JSON can hold. Values that follow from the number of the step are left out: the order
+        of samples, learning rates, caps, the choice of penalized steps. All ranks must call; only rank 0's result
+        counts.
         """
         gather = self.distribution.gather
         state: dict[str, Any] = {f"model.{key}": each for key, each in snapshot.model_tensors(self.model).items()}
@@ -119,11 +120,12 @@ class Trainer:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put a new training where :meth:`state_dict` saw one; observers hear what will differ in the last bits.
+        """Restore the state of :meth:`state_dict` in a new training; observers get a notice about differences in the
+        last bits.
 
         Raises:
-            CheckpointError: If something is missing, or of another shape.
-            ValueError: If it is of another configuration, or of other data.
+            CheckpointError: If something is missing, or has another shape.
+            ValueError: If the state belongs to another configuration or other data.
         """
         snapshot.check_configuration(state["config"], self.config.mapping(), self._notice)
         if state["data"] != self.fingerprint:
@@ -232,7 +234,7 @@ class Trainer:
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
             if config.amp != "fp16" or bool(norm.isfinite()):  # in this order: isfinite waits for the device
                 self._observe(gradient_norm=norm)
-        self.scaler.step(self.optimizer)  # leaves out steps whose gradients overflowed
+        self.scaler.step(self.optimizer)  # skips steps with gradients that overflowed
         self.scaler.update()
         self.optimizer.zero_grad()
 
@@ -259,10 +261,10 @@ class Trainer:
         return None
 
     def _not_finite(self) -> str | None:
-        """Return what is infinite or NaN on any rank: a loss since the last row, or parameters."""
+        """Describe a value that is infinite or NaN on any rank: a loss since the last row, or parameters."""
         if not self.means.finite(self.distribution):
             return "the loss is"
-        # A gradient that is not finite spoils the parameters although the loss of its step was finite.
+        # A gradient that is not finite spoils the parameters, even if the loss of its step was finite.
         bad = torch.stack([~local(parameter.detach()).isfinite().all() for parameter in self.parameters]).sum()
         return "parameters are" if int(self.distribution.sum(bad)) else None
 

@@ -78,7 +78,7 @@ class Task(ABC):
         """Compute a digest of the data; a resumed training must have the same."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what this rank carries from step to step: tensors of the same shapes on all ranks."""
+        """Return the state that this rank keeps from step to step: tensors of the same shapes on all ranks."""
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -132,7 +132,7 @@ class MemoryImages(ImageSource):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for samples in self.known:  # all: a resumed training may evaluate on fewer
+        for samples in self.known:  # all samples: a resumed training may evaluate on fewer
             digest.update(str(tuple(samples.images.shape)).encode())
             digest.update(samples.images.contiguous().numpy().data)
             digest.update(samples.labels.contiguous().numpy().data)

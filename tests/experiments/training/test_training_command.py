@@ -104,7 +104,7 @@ def test_an_interruption_says_how_to_go_on(config, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(command, "train", interrupt)
     assert main(["train", config, "--out", str(tmp_path / "out")]) == 130
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
 
 
 def test_the_package_is_imported_without_what_training_needs():

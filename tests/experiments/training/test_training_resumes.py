@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, file, 
     training.train(config, out=out, resume=True, observers=[notices])
     (text,) = notices.texts
     assert "00000004 is damaged" in text
-    assert "falling back to the one before" in text
+    assert "using the previous checkpoint" in text
     assert (out / "checkpoints" / "damaged-00000004").is_dir()
     assert_same(tmp_path / "whole", out)
 
