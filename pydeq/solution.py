@@ -96,6 +96,7 @@ class Solution:
         """Whether each sample met the tolerance, bool [B]."""
         return self._counters[:, Counter.STATUS] == Status.CONVERGED
 
+    @cached_property
     def all_known_to_converge(self) -> bool:
         """Whether all samples are known to have converged, without waiting for a device."""
         counters = self._counters

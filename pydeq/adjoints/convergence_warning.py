@@ -25,7 +25,7 @@ def warn_if_unconverged(settings: Any, solution: Solution) -> None:
     NONFINITE samples give no warning: their gradients are NaN, which a gradient scaler expects.
     """
     _look_at_pending()
-    if solution.all_known_to_converge() or settings in _warned or not len(solution.converged):
+    if solution.all_known_to_converge or settings in _warned or not len(solution.converged):
         return
     device = solution.converged.device
     if capturing(device) or any(known == settings for known, _ in _pending):

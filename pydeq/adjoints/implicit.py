@@ -190,7 +190,7 @@ class _AdjointSystem:
         warn_if_unconverged(settings, solution)
         if settings.warm_start and self.memory is not None:
             self.memory["cotangent"] = as_tuple(solution.image)
-        if solution.all_known_to_converge():
+        if solution.all_known_to_converge:
             return as_tuple(solution.image)
         lost = solution.status == Status.NONFINITE
         return tuple(
