@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -130,7 +130,7 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
             devices, or a dtype that is not one of ``DTYPES``.
     """
     if type(z0) is Tensor and not z0.is_meta and z0.dtype in DTYPES and z0.dim():
-        return Layout((z0.shape[1:],), z0.shape[0], z0.dtype, z0.device, False)
+        return _tensor_layout(z0.shape, z0.dtype, z0.device)
     if isinstance(z0, Tensor):
         parts: Sequence[Any] = (z0,)
     elif isinstance(z0, tuple):
@@ -171,6 +171,12 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
         parts[0].device,
         isinstance(z0, tuple),
     )
+
+
+@lru_cache(maxsize=64)
+def _tensor_layout(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Layout:
+    """The layout of a state of one tensor; kept with all that it has computed, as many solves have the same."""
+    return Layout((shape[1:],), shape[0], dtype, device, False)
 
 
 def as_tuple(state: State) -> tuple[Tensor, ...]:

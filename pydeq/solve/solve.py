@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -108,11 +110,18 @@ def stopping_rules(
     coarsest = layout.dtype
     if torch.is_autocast_enabled(layout.device.type):
         coarsest = Autocast.current(layout.device).coarsest(coarsest)
+    rtol = None if rtol is None else check_tolerance("rtol", rtol)
+    rules = _rules(coarsest, rtol, check_tolerance("atol", atol), freeze, stall)
+    return rules if reduction is WHOLE else replace(rules, reduction=reduction)
+
+
+@lru_cache(maxsize=64)
+def _rules(dtype: torch.dtype, rtol: float | None, atol: float, freeze: bool, stall: bool) -> Rules:
+    """The stopping rules of solves that compute in this dtype; kept, as many solves have the same."""
     return Rules(
-        rtol=default_rtol(coarsest) if rtol is None else check_tolerance("rtol", rtol),
-        atol=check_tolerance("atol", atol),
-        eps=torch.finfo(coarsest).eps,
+        rtol=default_rtol(dtype) if rtol is None else rtol,
+        atol=atol,
+        eps=torch.finfo(dtype).eps,
         freeze=freeze,
         stall=stall,
-        reduction=reduction,
     )
