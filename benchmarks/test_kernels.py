@@ -69,7 +69,7 @@ class Step:
         # The arguments as the solver puts them, without a second list of them here.
         with mock.patch(f"pydeq.solvers.{operation.removesuffix('_step')}.{operation}") as recorder:
             self.workspace.step(self.f, self.before)
-        self.arguments: tuple[Any, ...] = recorder.overload.call_args.args
+        self.arguments: tuple[Any, ...] = recorder.run.call_args.args
 
     def prepare(self, k: int) -> None:
         """New images in ``f``, written just before, as fn's would be; and any residual is to be the smallest so far."""

@@ -45,6 +45,11 @@ class Layout:
         return sum(self.sizes)
 
     @cached_property
+    def is_flat(self) -> bool:
+        """Whether a state is one tensor [B, D]."""
+        return not self.is_tuple and len(self.shapes[0]) == 1
+
+    @cached_property
     def _shape(self) -> torch.Size:
         """The shape of a state of one part, with the batch."""
         return torch.Size((self.batch, *self.shapes[0]))

@@ -70,7 +70,7 @@ class StepOperation:
         self.name = name
         self.reference = from_flat
         """The reference, with the arguments of the schema."""
-        self.overload = define(step_schema(name, own), from_flat, returns_nothing)
+        self.run = define(step_schema(name, own), from_flat, returns_nothing)._op  # without a call in Python
 
     def __call__(self, z: Tensor, f: Tensor, *others: Any) -> None:
         """Take the step, with the arguments of the schema.
@@ -80,7 +80,7 @@ class StepOperation:
                 layout.
         """
         refuse_gradients(self.name, z, f)
-        self.overload(z, f, *others)
+        self.run(z, f, *others)
 
     def completed_by(self, reduction: Reduction) -> Callable[..., None]:
         """The step for sharded states: the reference, with its sums completed by ``reduction``."""

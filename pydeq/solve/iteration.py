@@ -77,7 +77,9 @@ def iterate(
     if trace:
         traced = torch.stack(rows) if rows else workspace.scalars.new_empty(0, layout.batch)
         traced = traced.to(torch.promote_types(layout.dtype, torch.float32))
-    value, image = layout.view(workspace.best[0]), layout.view(workspace.best[1])
+    value, image = workspace.best[0], workspace.best[1]
+    if not layout.is_flat:
+        value, image = layout.view(value), layout.view(image)
     if states_at:
         # The solve may have ended already: its last evaluation may show that an image has moved.
         states[sum(count < evaluations for count in states_at) :] = []

@@ -17,7 +17,7 @@ from pydeq.ops.reduction import WHOLE
 from pydeq.ops.registry import refuse_gradients
 from pydeq.ops.step import StepOperation
 from pydeq.ops.termination import Rules
-from pydeq.solvers.buffers import Scratch, empty, zeros
+from pydeq.solvers.buffers import Scratch, empty, pair, zeros
 
 
 class Workspace(ABC):
@@ -39,7 +39,7 @@ class Workspace(ABC):
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
         shape = flat.shape
-        self.z = (empty(flat, *shape).copy_(flat), empty(flat, *shape))
+        self.z = pair(flat)
         self.best = empty(flat, 2, *shape)
         self.scalars, self.counters, *self.zeroed = zeros(
             flat,
@@ -78,7 +78,7 @@ class Workspace(ABC):
         z = self.z[parity]
         if torch.is_grad_enabled():
             refuse_gradients(operation.name, z, f)
-        run = operation.overload if rules.reduction is WHOLE else operation.completed_by(rules.reduction)
+        run = operation.run if rules.reduction is WHOLE else operation.completed_by(rules.reduction)
         run(
             z, f, self.z[1 - parity], self.best, self.scalars, self.counters, self.progress,
             k, rules.rtol, rules.atol, rules.eps, rules.freeze, rules.stall, last, *own,

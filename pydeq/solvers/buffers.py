@@ -36,6 +36,13 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return buffer
 
 
+def pair(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Two buffers like a contiguous tensor: a copy of it, and an uninitialized one."""
+    if like.nbytes < _LARGE:
+        return like.clone(), torch.empty_like(like)
+    return empty(like, *like.shape).copy_(like), empty(like, *like.shape)
+
+
 def zeros(like: Tensor, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
     """Zeroed buffers of these dtypes, of 4 or 8 bytes, and shapes, on the device of ``like``.
 
