@@ -1,7 +1,7 @@
 """Compiles the kernels by CMake; everything else is in pyproject.toml.
 
-Two libraries hold the kernels and serve every Python version; they are compiled again only where a source or an option
-has changed. The module pydeq._C, of one Python version, takes seconds.
+Two libraries hold the kernels and serve every Python version; they are compiled again only if a source or an option has
+changed. The module pydeq._C, for one Python version, takes seconds.
 
 Switches, from the environment:
 
@@ -33,7 +33,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-# A build without isolation is not checked against pyproject.toml, whose license field older ones cannot read.
+# A build without isolation does not check pyproject.toml's requirements, and older setuptools cannot read its license
+# field.
 NEEDED = re.search(r"setuptools>=(\d+)", (ROOT / "pyproject.toml").read_text())
 if NEEDED and int(setuptools.__version__.split(".")[0]) < int(NEEDED[1]):
     raise SystemExit(f"pydeq needs {NEEDED[0]} to build, found {setuptools.__version__}: pip install -U setuptools")
@@ -87,7 +88,7 @@ LIBRARIES = ROOT / "build" / "libraries"
 
 
 class BuildPython(build_py):
-    """Writes into the package why it has no kernels, for the warning at import: pip hides this output."""
+    """Write the reason for missing kernels into the package, for the warning at import: pip hides this output."""
 
     def run(self):
         if REASON and os.environ.get("PYDEQ_REQUIRE_KERNELS") == "1":
@@ -127,7 +128,7 @@ class BuildKernels(build_ext):
 
     def get_output_mapping(self):
         mapping = super().get_output_mapping()
-        if mapping:  # of a build in place
+        if mapping:  # for a build in place
             mapping.update({path: f"pydeq/{name}" for name, path in self.libraries_from().items()})
         return mapping
 
@@ -186,7 +187,7 @@ def build_state(options: dict) -> str:
     for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").rglob("*"))]:
         if path.is_file() and path.suffix != ".pyc":
             digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
-    local = ("CMAKE_MAKE_PROGRAM", "PYDEQ_PYTHON", "PYDEQ_TORCH_ROOT")  # where tools are: of an environment
+    local = ("CMAKE_MAKE_PROGRAM", "PYDEQ_PYTHON", "PYDEQ_TORCH_ROOT")  # places of tools in an environment
     chosen = {name: value for name, value in options.items() if name not in local}
     for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS"):
         chosen[name] = os.environ.get(name, "")
@@ -194,7 +195,7 @@ def build_state(options: dict) -> str:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Copy to a new file, not new bytes into the old one, which a running process may have mapped."""
+    """Copy to a new file. Do not overwrite the old file's bytes: a running process may have mapped it."""
     target.unlink(missing_ok=True)
     shutil.copy2(source, target)
 

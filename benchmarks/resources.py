@@ -3,7 +3,7 @@
     kernels   registers, spills, stack and shared memory of each kernel on each architecture, as nvcc reports them; from
               the machine code, how many instructions it has, how many of them load 16 bytes (loads), the most that are
               issued before a loaded register is first used (loads_under_way), and the number of loads that are used
-              before any other load, so that nothing hides their latency (loads_alone)
+              before another one is issued, so that nothing hides their latency (loads_alone)
     traffic   bytes of global memory that the steps of a solve move, counted by the emulator of ``tests/csrc``, next
               to what the design allows; the launches, blocks of a cluster and shared memory that they take
 

@@ -1,11 +1,11 @@
-"""Finds the CUDA compiler and chooses the GPU architectures to compile for; setup.py asks, before it calls CMake.
+"""Find the CUDA compiler and choose the GPU architectures to compile for; setup.py calls this before CMake.
 
 Switches, from the environment:
 
-    PYDEQ_WITH_CUDA=0|1       never compile CUDA kernels, or fail where they cannot be compiled; by default they are
-                              compiled where a toolkit is found, whether or not there is a GPU
+    PYDEQ_WITH_CUDA=0|1       never compile CUDA kernels, or fail if they cannot be compiled; by default they are
+                              compiled if a toolkit is found, with or without a GPU
     TORCH_CUDA_ARCH_LIST      architectures, as for torch's own extensions: "8.0;9.0+PTX", "Hopper"
-    CUDACXX, CUDA_HOME        where nvcc is, if not on PATH
+    CUDACXX, CUDA_HOME        the place of nvcc, if not on PATH
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FAMILIES = {
 
 
 class CudaError(Exception):
-    """Why CUDA kernels cannot be compiled."""
+    """CUDA kernels cannot be compiled; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Toolkit:
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str:
-    """The path of nvcc: CUDACXX, then CUDA_HOME, then PATH, then the usual place; empty where there is none."""
+    """The path of nvcc: CUDACXX, then CUDA_HOME, then PATH, then the usual place; empty if there is none."""
     if named := environment.get("CUDACXX"):
         return shutil.which(named) or ""
     homes = [environment[name] for name in ("CUDA_HOME", "CUDA_PATH") if environment.get(name)]
@@ -90,7 +90,7 @@ def dotted(version: Sequence[int]) -> str:
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    """(13, 0) from what ``nvcc --version`` prints."""
+    """Parse the output of ``nvcc --version``; for example (13, 0)."""
     match = re.search(r"release (\d+)\.(\d+)", text)
     if not match:
         raise ValueError(f"no release in {text!r}")
@@ -98,7 +98,7 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
-    """("8.0", "10.0") from what ``nvcc --list-gpu-arch`` prints, compute_80 and compute_100."""
+    """Parse the output of ``nvcc --list-gpu-arch``: ("8.0", "10.0") for compute_80 and compute_100."""
     return tuple(f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)\b", text))
 
 
@@ -107,7 +107,7 @@ def translate(text: str, known: Sequence[str]) -> str:
 
     Args:
         text: Architectures between semicolons, commas or spaces.
-        known: Those that nvcc knows.
+        known: The architectures that nvcc knows.
 
     Raises:
         ValueError: If one is malformed or unknown to nvcc.
@@ -137,7 +137,7 @@ def default_archs(known: Sequence[str]) -> str:
 
 
 def local_archs(known: Sequence[str]) -> str:
-    """What this machine's GPUs need, for a developer's own build; 9.0 where there are none."""
+    """The architectures of this machine's GPUs, for a developer's own build; 9.0 without GPUs."""
     try:
         found = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
     except (OSError, subprocess.CalledProcessError):
@@ -155,7 +155,7 @@ def choose(environment: Mapping[str, str], local: bool) -> tuple[Toolkit, str]:
 
     Raises:
         CudaError: If CUDA kernels are not to be compiled, or cannot be.
-        ValueError: If a switch says something that cannot be meant.
+        ValueError: If a switch has an invalid value.
     """
     switch = environment.get("PYDEQ_WITH_CUDA", "")
     if switch not in ("", "0", "1"):

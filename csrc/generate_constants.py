@@ -1,8 +1,8 @@
-"""Writes ``pydeq_constants.h`` from ``pydeq/ops/constants.py``, so that no number is written in both languages.
+"""Write ``pydeq_constants.h`` from ``pydeq/ops/constants.py``, so that no number is written in both languages.
 
 ``class CounterColumn(IntEnum)`` with a member ``STATUS = 0`` becomes ``COUNTER_COLUMN_STATUS``, and
-``COUNTER_COLUMN_SIZE`` says how many members there are. A number in capitals keeps its name, as an int64_t or a double.
-A tuple of numbers becomes ``NAME_0``, ``NAME_1``, ...: device code can read constants, but no array of them.
+``COUNTER_COLUMN_SIZE`` is the number of members. A number in capitals keeps its name, as an int64_t or a double. A
+tuple of numbers becomes ``NAME_0``, ``NAME_1``, ...: device code can read constants, but no array of them.
 """
 
 import re
@@ -60,6 +60,6 @@ if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
     target.parent.mkdir(parents=True, exist_ok=True)
     text = header(declarations(runpy.run_path(str(source))))
-    # A file that stays as it is leads to no compilation.
+    # An unchanged file causes no compilation.
     if not target.exists() or target.read_text() != text:
         target.write_text(text)

@@ -316,5 +316,5 @@ def _errors(context: Context) -> None:
         ("cell", "estimate", *(str(probes) for probes in PRODUCTS)),
         rows,
         f"Root mean square over {SAMPLES} samples and {draws} draws, against the exact value. Hutch++ takes its"
-        " products out of the same number, and one more. A penalty averages over the batch besides.",
+        " products out of the same number, and one more. A penalty also averages over the batch.",
     )

@@ -84,7 +84,7 @@ struct BroydenStep {
 
   PYDEQ_DEVICE A* step_row(int j) const { return static_cast<A*>(args.rows[j]) + offset; }
   PYDEQ_DEVICE bool full() const { return count == args.memory + 1; }
-  // Where step j >= 1 is staged.
+  // The place of the staged step j >= 1.
   static PYDEQ_DEVICE int staged_row(int j, bool fused) { return j - 1 + (fused ? 2 : 0); }
 
   // The iterate before rounding.

@@ -81,7 +81,7 @@ struct GmresStep {
   PYDEQ_DEVICE double* coordinates(int64_t which) const {
     return args.coordinates + (b * constants::COORDINATE_SIZE + which) * args.capacity;
   }
-  // Where vector i is staged.
+  // The place of the staged vector i.
   static PYDEQ_DEVICE int staged_row(int i, bool fused) { return i + (fused ? 2 : 0); }
 
   // The iterate before rounding.

@@ -19,7 +19,7 @@ namespace pydeq {
 // Blocks that a cluster can have on every GPU that has clusters.
 constexpr int kPortableCluster = 8;
 
-// How a kernel is launched in clusters of `cluster` blocks; the configuration points to `attribute`.
+// The configuration of a launch in clusters of `cluster` blocks; it points to `attribute`.
 inline cudaLaunchConfig_t in_clusters(int cluster, dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
                                       cudaLaunchAttribute& attribute) {
   attribute.id = cudaLaunchAttributeClusterDimension;

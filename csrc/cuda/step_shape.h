@@ -81,7 +81,7 @@ struct StepShape {
   PYDEQ_HOST_DEVICE int slots() const { return rounds * (threads / tile_threads); }
 };
 
-// Where in a block's dynamic shared memory things are, in bytes.
+// Offsets in a block's dynamic shared memory, in bytes.
 template <class Plan>
 struct SharedLayout {
   int64_t totals, partial, sums, norms, coefficients, plan, flag, stage;

@@ -15,7 +15,7 @@ STOPS = (1, 2, 3, 4, 5, 6)
 
 
 class Table3(Experiment):
-    """How strong a penalty should be."""
+    """The best strength of the penalty at a hard stop."""
 
     name: ClassVar[str] = "table3"
     title: ClassVar[str] = "the penalty's strength against the hard stop"

@@ -243,7 +243,7 @@ class Trainer:
         self.means_of_evaluation.add(**values)
 
     def _report(self) -> str | None:
-        """Write the rows, evaluations and checkpoints that are due; return what is no longer finite, or None."""
+        """Write the rows, evaluations and checkpoints that are due; describe a value that is not finite, or None."""
         last = self.step == self.steps
         evaluating = last or self.step % self.evaluation_steps == 0
         saving = self.checkpoints is not None and (last or self.step % self.checkpoint_steps == 0)

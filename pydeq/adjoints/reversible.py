@@ -288,7 +288,7 @@ class _Ends:
 
 @dataclass(frozen=True)
 class _Run:
-    """What backward needs in addition to tensors.
+    """The data that backward needs in addition to tensors.
 
     Args:
         explicit: fn as a function of the tensors that it is known to depend on.

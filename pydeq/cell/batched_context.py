@@ -1,4 +1,4 @@
-"""Which arguments of a cell carry the batch, for solves that evaluate only some of the samples."""
+"""Check which arguments of a cell carry the batch, for solves that evaluate only some of the samples."""
 
 from __future__ import annotations
 

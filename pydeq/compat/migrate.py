@@ -14,7 +14,7 @@ from pydeq.compat.copies import Surroundings
 def migrate(paths: Sequence[str], write: bool) -> int:
     """Report, and with ``write`` rewrite, the imports in some files and in the ``*.py`` and ``*.ipynb`` of folders.
 
-    Solvers that a code base has changed in its copy are left alone and reported, see :mod:`pydeq.compat.copies`.
+    Solvers that a code base has changed in its copy are reported but not changed, see :mod:`pydeq.compat.copies`.
 
     Args:
         paths: Files and folders. Notebooks are reported, not rewritten.

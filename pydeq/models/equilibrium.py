@@ -21,7 +21,7 @@ from pydeq.state import State
 @suggests_keywords
 @dataclass(frozen=True)
 class SolverConfig(Config):
-    """How a model's fixed point and its adjoint are solved.
+    """Solvers and tolerances of a model's fixed point and its adjoint.
 
     Args:
         forward, backward: Solvers.

@@ -97,7 +97,7 @@ def _look_back(workspace: Workspace, reports: Reports, agreement: Agreement, f: 
     without freezing.
 
     Returns:
-        How many samples run again, here or on another rank.
+        The number of samples that run again, here or on another rank.
     """
     here = frozen and len(f) > 0 and (agreement is not ALONE or reports.staggered())
     woken = 0

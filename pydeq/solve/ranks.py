@@ -137,7 +137,7 @@ class RankAgreement(Agreement):
     def running(self, count: int) -> int:
         if not self.ranks.sharded:
             count = self._agree(count)
-        # Where states are sharded, all ranks have counted the same samples.
+        # With sharded states, all ranks have counted the same samples.
         self.open = count > 0
         return count
 

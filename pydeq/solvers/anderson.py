@@ -50,7 +50,7 @@ class Anderson(Solver):
 
 
 class _AndersonWorkspace(Workspace):
-    """2 * memory + 4 state vectors besides f: two rings, two iterates, the best and its image."""
+    """The workspace: 2 * memory + 4 state vectors, without f: two rings, two iterates, the best and its image."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
         batch, size = flat.shape

@@ -51,7 +51,7 @@ class Broyden(Solver):
 
 
 class BroydenWorkspace(Workspace):
-    """At most k + 6 state vectors besides f after k steps; float32 steps for half states."""
+    """The workspace: after k steps at most k + 6 state vectors, without f; float32 steps for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Broyden) -> None:
         # The last evaluation takes no step, so at most max_steps - 1 are ever stored.

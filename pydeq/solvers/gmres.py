@@ -54,7 +54,7 @@ class GMRES(Solver):
 
 
 class _GMRESWorkspace(Workspace):
-    """At most min(k, restart) + 6 state vectors besides f after k steps; a float32 basis for half states."""
+    """The workspace: after k steps min(k, restart) + 6 state vectors at most, without f; float32 for half states."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: GMRES) -> None:
         super().__init__(flat, rules, max_steps)

@@ -39,7 +39,7 @@ class Picard(Solver):
 
 
 class _PicardWorkspace(Workspace):
-    """4 state vectors besides f: two iterates, the best and its image."""
+    """The workspace: 4 state vectors, without f: two iterates, the best and its image."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Picard) -> None:
         super().__init__(flat, rules, max_steps)
