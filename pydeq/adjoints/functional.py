@@ -158,8 +158,10 @@ class FixedPoint(torch.autograd.Function):
         def of(z: Parts, *moving: Tensor) -> Parts:
             return _at(equation.map, z, inputs, smooth)(*moving)
 
-        # Include z: the cell may differentiate with respect to it, so autograd.grad must find it in the graph.
-        return torch.func.vjp(of, z, *(inputs[i] for i in smooth))[1](u)[1:]
+        # Include z: the cell may differentiate with respect to it, so autograd.grad must find it in the graph. A copy,
+        # since z may belong to a transform that has ended, such as a vjp whose product is formed now.
+        alive = tuple(part.clone() for part in z)
+        return torch.func.vjp(of, alive, *(inputs[i] for i in smooth))[1](u)[1:]
 
     @staticmethod
     @interpreted

@@ -889,3 +889,22 @@ def test_functions_are_right_or_raise(problem, function, name):
         return
     expected = USES[name](square(lambda weight: unrolled(weight, x)), weight)
     torch.testing.assert_close(USES[name](solved, weight), expected, rtol=1e-7, atol=1e-8)
+
+
+def test_a_product_that_is_formed_after_its_transform_has_ended_is_differentiated(problem):
+    _, x, _ = problem
+    deq = layer(lambda z, x: 0.3 * torch.sin(z) + x)
+
+    def solved(x):
+        return deq(torch.zeros_like(x), x)
+
+    def iterated(x):
+        z = torch.zeros_like(x)
+        for _ in range(60):
+            z = 0.3 * torch.sin(z) + x
+        return z
+
+    def pulled(f):
+        return grad(lambda x: torch.func.vjp(f, x)[1](torch.cos(x))[0].square().sum())(x)
+
+    torch.testing.assert_close(pulled(solved), pulled(iterated), rtol=1e-8, atol=1e-9)
