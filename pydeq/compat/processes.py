@@ -14,7 +14,6 @@ import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -438,18 +437,18 @@ def anderson_process(
     solver = Anderson(memory=m, damping=tau, ridge=_RIDGE_PER_LAM * lam)
     process = Stepped(func, x0, solver, evaluations, tau)
     if tau != 1.0:
-        _begin_undamped(process, solver)
+        _begin_undamped(process, tau)
     return process
 
 
-def _begin_undamped(process: Stepped, solver: Anderson) -> None:
+def _begin_undamped(process: Stepped, tau: float) -> None:
     """Make f(x0) the first step, as in the originals: tau damps only mixed steps."""
-    workspace: Any = process.workspace
-    workspace.solver = replace(solver, damping=1.0)
+    workspace = process.workspace
+    workspace.damping = 1.0
 
     def first(f: Tensor, k: int) -> None:
         workspace.step(f, k)
-        workspace.solver, process.step = solver, workspace.step
+        workspace.damping, process.step = tau, workspace.step
 
     process.step = first
 
