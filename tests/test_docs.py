@@ -39,6 +39,7 @@ def run(folder, *arguments, **environment):
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -50,14 +51,16 @@ def test_blocks(name, tmp_path):
     run(tmp_path, "-W", "error", "blocks.py")
 
 
-def test_blocks_for_many_processes(tmp_path):
+@pytest.mark.parametrize(("number", "lines"), [(0, 10), (1, 1)])
+def test_blocks_for_many_processes(number, lines, tmp_path):
     """Programs for torchrun, whose ranks print the same."""
-    (tmp_path / "train.py").write_text("\n".join(blocks(MANY_PROCESSES)), encoding="utf-8")
+    assert len(blocks(MANY_PROCESSES)) == 2
+    (tmp_path / "program.py").write_text(blocks(MANY_PROCESSES)[number], encoding="utf-8")
     options = ("--standalone", "--nproc-per-node", "2", "--redirects", "1", "--log-dir", "logs")
-    run(tmp_path, "-m", "torch.distributed.run", *options, "train.py")
+    run(tmp_path, "-m", "torch.distributed.run", *options, "program.py")
     logs = sorted(tmp_path.glob("logs/**/stdout.log"))
     first, second = ([line.split(" ", 1) for line in log.read_text().splitlines()] for log in logs)
-    assert len(first) == 11
+    assert len(first) == lines
     assert second == [["1", line] for _, line in first]
 
 
