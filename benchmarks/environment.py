@@ -28,25 +28,25 @@ def facts(profile: Profile, peers: Mapping[str, str]) -> dict[str, Any]:
         profile: The size of the run.
         peers: Names and versions of the libraries compared.
     """
-    commit, changed = _commit()
+    commit, changed = commit_and_changes()
     return {
         "profile": profile.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": changed,
         "device": "cpu",
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": cores(),
         "caches": _caches(),
         "memory_gib": _memory_gib(),
         "threads": list(thread_counts(profile)),
         "peers": list(peers),
-        "load_at_start": _load(),
+        "load_at_start": load(),
         "platform": platform.platform(),
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            **{name: _version(name) for name in ("numpy", "scikit-learn", "pytest-benchmark")},
+            **{name: installed_version(name) for name in ("numpy", "scikit-learn", "pytest-benchmark")},
             **peers,
         },
         "kernels": dataclasses.asdict(pydeq.kernels()),
@@ -63,15 +63,20 @@ def thread_counts(profile: Profile) -> tuple[int, ...]:
     return tuple(count for count in profile.threads if count <= cores())
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
         return None
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """The commit of this checkout, and whether files differ from it; None if this is not a checkout."""
+def commit_and_changes(*paths: str) -> tuple[str | None, bool | None]:
+    """The commit of this checkout, and whether files differ from it; None if this is not a checkout.
+
+    Args:
+        paths: Look for changes only here; everywhere by default.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -79,12 +84,15 @@ def _commit() -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        if not (_ROOT / ".git").exists():  # a copy inside another repository
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *paths))
     except (OSError, subprocess.SubprocessError):
         return None, None
 
 
-def _cpu_model() -> str:
+def cpu_name() -> str:
+    """The system's name of the processor."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -112,7 +120,7 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _load() -> float | None:
+def load() -> float | None:
     """The load average of the last minute, which shows other work on the machine."""
     try:
         return round(os.getloadavg()[0], 2)

@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status: 0; 1 if something could not be trained; 2 for invalid arguments; 130 after an interruption.
         Claims that are not shown are results, not errors.
     """
+    from benchmarks.environment import cores
     from experiments.data import AlteredDataError, MissingDataError
     from experiments.paper import EXPERIMENTS, Grid, GridError, recipes_of
-    from experiments.paper.environment import cores
 
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
