@@ -181,7 +181,7 @@ class DEQ(nn.Module):
             trace, freeze, stall, compact, batched_context: For the forward solve, see :func:`pydeq.fixed_point`.
                 ``Unrolled`` and ``Reversible`` take none of them.
             penalty: Penalizes the Jacobian at the fixed point: ``solution.penalty`` is a term for the loss. It uses the
-                evaluation that makes the graph. It makes one evaluation of its own if gradients are off, or if the
+                evaluation that makes the graph. It evaluates the cell once more if gradients are off, or if the
                 adjoint evaluates the cell at other points (``Phantom(form="unroll")``). Penalties by differences make
                 more evaluations; a compiled cell stays compiled in them. Penalties by products evaluate a compiled cell
                 without the compiler.

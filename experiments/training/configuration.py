@@ -292,7 +292,7 @@ class TrainingConfig(Config):
 
         Args:
             values: Values by the dotted path of a field. ``epochs`` replaces ``steps``, and ``steps`` replaces
-                ``epochs``. If the training has no penalty of its own, fields of ``penalty`` replace those of the
+                ``epochs``. If the training itself has no penalty, fields of ``penalty`` replace those of the
                 model's penalty.
 
         Raises:

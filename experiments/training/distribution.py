@@ -75,7 +75,7 @@ class Distribution:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        # The model is one unit, gathered once per step. If the cell were a unit of its own, each evaluation of a solve
+        # The model is one unit, gathered once per step. If the cell were a separate unit, each evaluation of a solve
         # would gather it, and all ranks would have to evaluate it equally often.
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}  # nothing to shard
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=empty)

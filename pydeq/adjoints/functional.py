@@ -280,7 +280,7 @@ class CellTransforms(Exception):  # noqa: N818  # not an error
 class RefuseCaptured(TorchFunctionMode):
     """Raise if the cell uses a tensor from outside that a transform or autograd tracks.
 
-    The cell is evaluated at plain tensors. A cell that computes gradients itself has tracked tensors of its own. They
+    The cell is evaluated at plain tensors. A cell that computes gradients itself makes tracked tensors. They
     are not captured: leaves that it made, tensors that it computed from these, and tensors of transforms that it began.
 
     Args:

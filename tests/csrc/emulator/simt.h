@@ -1,4 +1,4 @@
-// The vocabulary of csrc/cuda/simt.cuh on the CPU. Included by that file alone, in its place.
+// The names of csrc/cuda/simt.cuh, for the CPU. Only that file includes this one, which replaces its content.
 //
 // Every thread of a block is a fiber. What is inline here is compiled with the sanitizers, so that they see each access
 // that a kernel makes; what waits, switches or exchanges is in emulator.cpp.
