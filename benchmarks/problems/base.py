@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.timing import Map
 
 BATCH = 32
 
+# formula(xp, z, **constants): an equation for any array library xp with numpy's names, such as torch or jax.numpy.
+Formula = Callable[..., Any]
+
 
 @dataclass(frozen=True)
 class Problem:
     """Find z = fn(z) for a batch.
+
+    A sample is solved if ||fn(z) - z|| <= max(rtol ||fn(z)||, atol), measured in float64.
 
     Args:
         key: For names of figures.
@@ -22,6 +29,18 @@ class Problem:
         fn: The map.
         z0: Where to start, batch first.
         facts: Properties that explain the results, measured when the problem was made.
+        family: The set of problems that it belongs to.
+        source: Who stated it: a citation.
+        rtol, atol: When a sample is solved.
+        max_calls: Evaluations after which a solve is given up.
+        formula: The same map for any array library, ``fn(z) == formula(torch, z, **constants)``; libraries that cannot
+            call torch need it.
+        root: The equation r(z) = 0, if the problem was stated so: ``root(xp, z, **constants)``. Then
+            fn(z) = z - B r(z), and ``title`` or ``facts`` state B. Root finders are given r itself.
+        constants: Arrays of the formulas, by name.
+        exact: The map in float64. By default it is made from ``formula``.
+        solvable: Whether there is a fixed point.
+        coupled: Whether the samples depend on each other.
     """
 
     key: str
@@ -29,3 +48,42 @@ class Problem:
     fn: Map
     z0: Tensor
     facts: Mapping[str, float] = field(default_factory=dict)
+    family: str = ""
+    source: str = ""
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_calls: int = 1000
+    formula: Formula | None = None
+    root: Formula | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: Map | None = None
+    solvable: bool = True
+    coupled: bool = False
+
+    def excess(self, value: Tensor) -> Tensor:
+        """||fn(z) - z|| / max(rtol ||fn(z)||, atol) at ``value``, [B] in float64. At most 1 where a sample is solved.
+
+        Raises:
+            ValueError: If the problem has neither ``exact`` nor ``formula``.
+        """
+        z = value.detach().double().reshape(self.z0.shape)
+        if self.exact is not None:
+            image = self.exact(z)
+        elif self.formula is not None:
+            image = self.formula(torch, z, **{name: array.double() for name, array in self.constants.items()})
+        else:
+            raise ValueError(f"{self.key} has no map in float64")
+        z, image = z.flatten(1), image.detach().flatten(1)
+        allowed = (self.rtol * image.norm(dim=1)).clamp(min=self.atol)
+        distance = (image - z).norm(dim=1)
+        return torch.where(distance == 0, 0.0, distance / allowed)
+
+
+def from_formula(key: str, title: str, formula: Formula, z0: Tensor, **fields: Any) -> Problem:
+    """A problem whose map is ``formula(xp, z, **constants)``; ``fields`` are the other fields of Problem."""
+    constants = fields.get("constants", {})
+
+    def fn(z: Tensor) -> Tensor:
+        return formula(torch, z, **constants)
+
+    return Problem(key, title, fn, z0, formula=formula, **fields)

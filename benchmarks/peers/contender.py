@@ -1,0 +1,81 @@
+"""The interface of a solver to the comparison of all libraries: one solver with its settings, of any library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from benchmarks.problems.base import Problem
+
+
+@dataclass
+class Counts:
+    """Counts of one solve, on the side of the suite, over the whole batch at once.
+
+    Args:
+        evaluations: Calls of the map, or of r.
+        products: Products of its Jacobian with a vector, from either side.
+    """
+
+    evaluations: int = 0
+    products: int = 0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a solver hands on.
+
+    Args:
+        value: Its solution, of the shape of z0.
+        converged: Whether it says that a sample converged, bool [B]; None if it says nothing.
+    """
+
+    value: Tensor
+    converged: Tensor | None
+
+
+@dataclass(frozen=True)
+class Contender(ABC):
+    """A solver of a library, with its settings.
+
+    A module of ``benchmarks.peers`` lists its contenders in ``CONTENDERS``.
+
+    Args:
+        key: Unique and dotted: the library, its solver and, if there are several, the name of the settings. Settings
+            that the library has itself are named ``default``, the best ones of a search ``best``.
+        library: Its name.
+        title: For readers.
+        language: Of the maps that it can call.
+        settings: Options other than the library's own defaults.
+        batched: Whether it treats each sample by itself. Otherwise the batch is one system.
+    """
+
+    key: str
+    library: str
+    title: str
+    language: Literal["torch", "numpy", "jax"] = "torch"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    batched: bool = False
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why it cannot be given this problem; None if it can."""
+        if self.language == "jax" and problem.formula is None:
+            return "the map is a torch module"
+        return None
+
+    @abstractmethod
+    def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+        """Make a function that solves the problem once per call.
+
+        All that is done once is done here: conversion of arrays, and what the library keeps between solves. The first
+        call may compile.
+
+        Args:
+            tighten: At most 1. The library's own tolerance is the one that means the same as the problem's, times this.
+                The suite tries 1, 0.1, 0.01 and so on, until what the solver hands on solves the problem.
+            counts: If given, each solve adds to it. Without it, nothing is counted, for timings.
+        """
