@@ -105,6 +105,7 @@ class Curve:
         side: The library; it determines the style of the line.
         series: What the line shows; it determines the color.
         x, y: Its points.
+        low, high: If each point has a spread: its quartiles.
     """
 
     plot: str
@@ -113,6 +114,51 @@ class Curve:
     series: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+
+Status = Literal["solved", "unsolved", "lied", "crashed", "refused", "said so", "silent", "fooled"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one contender did with one problem.
+
+    Args:
+        problem, family: Keys of the problem and of the set that it belongs to.
+        contender, library: Key of the contender, and its library.
+        status: "solved": the returned value solves the problem, measured from outside in float64. "unsolved": it does
+            not. "lied": it does not, but the library says that it converged. "crashed": an exception. "refused": the
+            contender cannot be given this problem. For a problem without a fixed point, "said so": the library says
+            that it did not converge. "silent": it says nothing. "fooled": the tolerance is met where no fixed point is.
+        evaluations, products: Calls of the map, and products with its Jacobian, of one solve. None if nothing was
+            counted.
+        seconds, seconds_low, seconds_high: Median and quartiles of the timed solves. None if nothing was timed.
+        tighten: The factor on the library's own tolerance with which this was reached, at most 1.
+        first_seconds: The first call, which may compile.
+        false_claim: Whether, with its own tolerance unchanged, it says that a sample converged that is far from it.
+        title: The contender, for readers.
+        problem_title: The problem, for readers.
+        note: The error or the reason for a refusal.
+    """
+
+    problem: str
+    family: str
+    contender: str
+    library: str
+    status: Status
+    evaluations: float | None = None
+    products: float | None = None
+    seconds: float | None = None
+    seconds_low: float | None = None
+    seconds_high: float | None = None
+    tighten: float = 1.0
+    first_seconds: float | None = None
+    false_claim: bool = False
+    title: str = ""
+    problem_title: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -128,6 +174,7 @@ class Results:
     targets: list[Target] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -177,6 +224,7 @@ class Results:
             "targets": [{**asdict(target), "met": target.met} for target in self.targets],
             "figures": [asdict(figure) for figure in self.figures],
             "curves": [asdict(curve) for curve in self.curves],
+            "entries": [asdict(entry) for entry in self.entries],
         }
         return _finite(content)
 
