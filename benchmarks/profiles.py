@@ -27,6 +27,10 @@ class Profile:
         jacobian_draws: Estimates for each relative error.
         adjoints_epochs: Length of the trainings before adjoints are compared.
         adjoints_repeats: Timed steps with each adjoint.
+        contest_problems: Problems of each family; None for all.
+        contest_repeats: Timed solves of each solver on each problem ...
+        contest_seconds: ... or only three, if a problem takes longer than this; also the time after which a solve is
+            given up.
     """
 
     name: str
@@ -48,6 +52,9 @@ class Profile:
     jacobian_draws: int
     adjoints_epochs: int
     adjoints_repeats: int
+    contest_problems: int | None
+    contest_repeats: int
+    contest_seconds: float
 
 
 SHAPES = ((32, 512), (32, 8192), (8, 65536))
@@ -76,6 +83,9 @@ PROFILES = {
             jacobian_draws=4,
             adjoints_epochs=1,
             adjoints_repeats=1,
+            contest_problems=1,
+            contest_repeats=1,
+            contest_seconds=2.0,
         ),
         Profile(
             "quick",
@@ -97,6 +107,9 @@ PROFILES = {
             jacobian_draws=40,
             adjoints_epochs=6,
             adjoints_repeats=5,
+            contest_problems=2,
+            contest_repeats=5,
+            contest_seconds=5.0,
         ),
         Profile(
             "full",
@@ -118,6 +131,9 @@ PROFILES = {
             jacobian_draws=200,
             adjoints_epochs=12,
             adjoints_repeats=15,
+            contest_problems=None,
+            contest_repeats=15,
+            contest_seconds=20.0,
         ),
     )
 }

@@ -1,0 +1,167 @@
+"""Judge one solver on one problem: by its value, evaluated in float64, and by calls that the suite counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.contender import Claim, Contender, Counts
+from benchmarks.problems.base import Problem
+from benchmarks.results import Status
+from benchmarks.timing import Spread, alternate, spread
+
+# Factors on a solver's own tolerance. Libraries use other norms and other denominators than the problem, or hand on
+# another iterate than they tested, so each may try again with a smaller tolerance.
+TIGHTENINGS = (1.0, 0.1, 0.01, 1e-3)
+# A claim is false if the value misses the tolerance by more than a factor that other norms can explain.
+FALSE_CLAIM = 10.0
+# A library whose cap counts something else than calls may make more of them than the problem allows.
+EXTRA_CALLS = 1.5
+
+
+class GivenUpError(Exception):
+    """The map was called too often, or for too long."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a solver did on a problem.
+
+    Args:
+        status: See :class:`benchmarks.results.Entry`.
+        tighten: The factor on its own tolerance that was needed.
+        counts: Of the solve with this factor.
+        excess: Its largest residual over the allowed one, measured in float64.
+        seconds: Of the counted solve: not a measurement, but a hint how long a measurement takes.
+        reason: Why it crashed or refused, in a line.
+        false_claim: Whether at its own tolerance, tighten 1, it says that a sample converged that is far from it.
+    """
+
+    status: Status
+    tighten: float = 1.0
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    excess: float = math.inf
+    seconds: float = 0.0
+    reason: str = ""
+    false_claim: bool = False
+
+
+def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verdict:
+    """Let a solver try a problem, with ever smaller tolerances of its own as long as it claims success in error.
+
+    Args:
+        seconds: Wall-clock after which a try is given up; only maps in torch can be stopped.
+    """
+    refusal = contender.refusal(problem)
+    if refusal is not None:
+        return Verdict("refused", reason=refusal)
+    false_claim = False
+    verdict = Verdict("unsolved")
+    for tighten in TIGHTENINGS:
+        counts, begin = Counts(), time.perf_counter()
+        try:
+            claim = contender.prepare(_guarded(problem, contender, seconds), tighten, counts)()
+            excess, claimed, wrong = _compare(problem, claim)
+        except GivenUpError as error:
+            return Verdict("unsolved", tighten, counts, math.inf, time.perf_counter() - begin, str(error), false_claim)
+        except Exception as error:  # whatever a library raises is its result
+            reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+            return Verdict("crashed", tighten, counts, math.inf, time.perf_counter() - begin, reason, false_claim)
+        took = time.perf_counter() - begin
+        if tighten == 1.0:
+            false_claim = wrong
+        status: Status
+        if not problem.solvable:
+            status = "lied" if wrong else "silent" if claimed is None else "fooled" if claimed else "said so"
+            return Verdict(status, tighten, counts, excess, took, "", false_claim)
+        status = "solved" if excess <= 1.0 else "lied" if wrong else "unsolved"
+        verdict = Verdict(status, tighten, counts, excess, took, "", false_claim)
+        if status == "solved" or claimed is False:
+            break
+    return verdict
+
+
+def clock(
+    sides: Sequence[tuple[Contender, Problem, float]], repeats: int, seconds: float
+) -> list[tuple[Spread, float] | None]:
+    """Time solves alternately, on one problem or several.
+
+    Args:
+        sides: Solver, problem and the factor on its tolerance.
+        repeats: Measurements of each side.
+        seconds: After this time, three measurements of each side are enough.
+
+    Returns:
+        For each side, seconds of a solve and of the first call, which may compile; None if a solve raised.
+    """
+    solves: dict[str, Callable[[], float]] = {}
+    first: dict[str, float] = {}
+    for index, (contender, problem, tighten) in enumerate(sides):
+        try:
+            solve = contender.prepare(problem, tighten)
+            first[str(index)] = _seconds(solve)
+        except Exception:  # it did not raise when it was judged
+            continue
+        solves[str(index)] = lambda solve=solve: _seconds(solve)
+    measured = alternate(solves, repeats, warmup=0, seconds=seconds) if solves else {}
+    return [
+        (spread(measured[str(index)]), first[str(index)]) if str(index) in measured else None
+        for index in range(len(sides))
+    ]
+
+
+def _seconds(solve: Callable[[], Claim]) -> float:
+    start = time.perf_counter()
+    solve()
+    return time.perf_counter() - start
+
+
+def _compare(problem: Problem, claim: Claim) -> tuple[float, bool | None, bool]:
+    """The largest excess; whether all samples are said to have converged; whether one of these claims is false."""
+    if claim.value.shape != problem.z0.shape:
+        raise ValueError(f"a value of shape {tuple(claim.value.shape)} for z0 of {tuple(problem.z0.shape)}")
+    with torch.no_grad():
+        excess = problem.excess(claim.value).nan_to_num(math.inf, math.inf)
+    if problem.coupled:
+        excess = excess.max().expand_as(excess)
+    worst = excess.max().item() if excess.numel() else 0.0
+    if claim.converged is None:
+        return worst, None, False
+    converged = claim.converged.reshape(-1).expand(len(excess))
+    return worst, bool(converged.all()), bool((converged & (excess > FALSE_CLAIM)).any())
+
+
+def _guarded(problem: Problem, contender: Contender, seconds: float) -> Problem:
+    """The problem with maps that raise after too many calls or too long a time."""
+    if contender.language == "jax":
+        return problem  # its maps are traced, not called
+    calls, deadline = 0, time.perf_counter() + seconds
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        # A numerical Jacobian of n columns takes n calls.
+        allowed = EXTRA_CALLS * problem.max_calls + 10
+        if calls > allowed:
+            raise GivenUpError(f"more than {allowed:.0f} calls")
+        if time.perf_counter() > deadline:
+            raise GivenUpError(f"more than {seconds:g} s")
+
+    def fn(z: Tensor) -> Tensor:
+        check()
+        return problem.fn(z)
+
+    def root(xp: Any, z: Any, **constants: Any) -> Any:
+        check()
+        assert problem.root is not None
+        return problem.root(xp, z, **constants)
+
+    return dataclasses.replace(problem, fn=fn, root=root if problem.root is not None else None)

@@ -1,0 +1,246 @@
+"""The contest judges solvers by their values and counts, not by their words; solvers here are made up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.contest import standings
+from benchmarks.contest.judge import TIGHTENINGS, clock, judge
+from benchmarks.peers.contender import Claim, Contender, Counts
+from benchmarks.problems.base import Problem, from_formula
+from benchmarks.results import Entry
+
+
+def halving(**fields: object) -> Problem:
+    """z = z / 2 + 1 from 0, with the solution 2, for three samples of two entries."""
+    return from_formula(
+        "halving", "z / 2 + 1", lambda xp, z: 0.5 * z + 1.0, torch.zeros(3, 2, dtype=torch.float64), rtol=1e-5, **fields
+    )
+
+
+@dataclass(frozen=True)
+class MadeUp(Contender):
+    """Returns what ``answer(problem, tighten)`` gives, after ``calls`` calls of the map."""
+
+    answer: Callable[[Problem, float], Claim] = lambda problem, tighten: Claim(problem.z0, None)
+    calls: int = 3
+
+    def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+        def solve() -> Claim:
+            for _ in range(self.calls):
+                problem.fn(problem.z0)
+            if counts is not None:
+                counts.evaluations += self.calls
+            return self.answer(problem, tighten)
+
+        return solve
+
+
+def made_up(answer: Callable[[Problem, float], Claim], **fields: object) -> MadeUp:
+    return MadeUp("made.up", "made", "Made up", answer=answer, **fields)  # type: ignore[arg-type]
+
+
+def says(value: float, converged: bool | None) -> Callable[[Problem, float], Claim]:
+    def answer(problem: Problem, tighten: float) -> Claim:
+        claimed = None if converged is None else torch.full((len(problem.z0),), converged)
+        return Claim(torch.full_like(problem.z0, value), claimed)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("value", "converged", "status", "tries", "false_claim"),
+    [
+        (2.0, True, "solved", 1, False),
+        (2.0, False, "solved", 1, False),  # too modest, but right
+        (2.0, None, "solved", 1, False),
+        (1.0, True, "lied", len(TIGHTENINGS), True),
+        (1.0, False, "unsolved", 1, False),  # it says so itself: a smaller tolerance would not help
+        (1.0, None, "unsolved", len(TIGHTENINGS), False),
+        (2.0 - 8e-5, True, "unsolved", len(TIGHTENINGS), False),  # twice the tolerance: another norm explains it
+        (math.nan, True, "lied", len(TIGHTENINGS), True),
+    ],
+)
+def test_a_verdict_follows_from_the_value_and_the_claim(
+    value: float, converged: bool | None, status: str, tries: int, false_claim: bool
+) -> None:
+    asked: list[float] = []
+
+    def answer(problem: Problem, tighten: float) -> Claim:
+        asked.append(tighten)
+        return says(value, converged)(problem, tighten)
+
+    verdict = judge(made_up(answer), halving())
+    assert verdict.status == status
+    assert asked == list(TIGHTENINGS[:tries])
+    assert verdict.false_claim is false_claim
+    assert verdict.counts.evaluations == 3  # of the last try alone
+
+
+def test_the_excess_is_the_largest_of_the_samples() -> None:
+    def answer(problem: Problem, tighten: float) -> Claim:
+        value = torch.full_like(problem.z0, 2.0)
+        value[1] = 4.0  # f(4) = 3: a residual of 1/3
+        return Claim(value, torch.tensor([True, False, True]))
+
+    verdict = judge(made_up(answer), halving())
+    assert verdict.status == "unsolved"
+    assert verdict.excess == pytest.approx(1 / 3 / 1e-5)
+
+
+def test_one_sample_claimed_in_error_is_a_false_claim() -> None:
+    def answer(problem: Problem, tighten: float) -> Claim:
+        value = torch.full_like(problem.z0, 2.0)
+        value[2] = 4.0
+        return Claim(value, torch.tensor([False, False, True]))
+
+    verdict = judge(made_up(answer), halving())
+    assert (verdict.status, verdict.false_claim) == ("lied", True)
+
+
+def test_a_smaller_tolerance_is_tried_until_the_value_is_right() -> None:
+    def answer(problem: Problem, tighten: float) -> Claim:
+        return says(2.0 - 2e-3 * tighten, True)(problem, tighten)  # residual 1e-3 * tighten over 2
+
+    verdict = judge(made_up(answer), halving())
+    assert (verdict.status, verdict.tighten, verdict.false_claim) == ("solved", 0.01, True)
+
+
+def test_an_exception_is_a_crash_with_its_reason() -> None:
+    def answer(problem: Problem, tighten: float) -> Claim:
+        raise ZeroDivisionError("no pivot")
+
+    verdict = judge(made_up(answer), halving())
+    assert (verdict.status, verdict.reason) == ("crashed", "ZeroDivisionError: no pivot")
+
+
+def test_a_value_of_another_shape_is_a_crash() -> None:
+    verdict = judge(made_up(lambda problem, tighten: Claim(torch.zeros(3), None)), halving())
+    assert verdict.status == "crashed"
+    assert "shape (3,) for z0 of (3, 2)" in verdict.reason
+
+
+def test_a_solver_that_never_stops_is_given_up() -> None:
+    verdict = judge(made_up(says(2.0, True), calls=10**9), halving(max_calls=10))
+    assert (verdict.status, verdict.reason) == ("unsolved", "more than 25 calls")
+    slow = from_formula("slow", "slow", lambda xp, z: z + 0.0, torch.zeros(1, 1), max_calls=10**12)
+    verdict = judge(made_up(says(2.0, True), calls=10**12), slow, seconds=0.05)
+    assert (verdict.status, verdict.reason) == ("unsolved", "more than 0.05 s")
+
+
+def test_calls_of_the_equation_are_limited_too() -> None:
+    problem = halving(max_calls=4, root=lambda xp, z: 0.5 * z - 1.0)
+
+    def answer(problem: Problem, tighten: float) -> Claim:
+        assert problem.root is not None
+        for _ in range(100):
+            value = problem.root(torch, problem.z0)
+        return Claim(value, None)
+
+    assert judge(made_up(answer, calls=0), problem).reason == "more than 16 calls"
+
+
+@pytest.mark.parametrize(
+    ("converged", "value", "status"),
+    [(False, 5.0, "said so"), (None, 5.0, "silent"), (True, 5.0, "lied"), (True, 1e9, "fooled")],
+)
+def test_without_a_fixed_point_the_claim_is_judged(converged: bool | None, value: float, status: str) -> None:
+    runaway = from_formula("runaway", "z + 1", lambda xp, z: z + 1.0, torch.zeros(2, 2), solvable=False)
+    assert judge(made_up(says(value, converged)), runaway).status == status
+
+
+def test_a_coupled_problem_is_one_sample() -> None:
+    def answer(problem: Problem, tighten: float) -> Claim:
+        value = torch.full_like(problem.z0, 2.0)
+        value[1] = 4.0
+        return Claim(value, torch.tensor([True, False, False]))
+
+    assert judge(made_up(answer), halving()).false_claim is False
+    assert judge(made_up(answer), halving(coupled=True)).false_claim is True
+
+
+def test_a_jax_solver_is_refused_maps_of_torch() -> None:
+    problem = Problem("torch", "torch", torch.tanh, torch.zeros(1, 1), exact=torch.tanh)
+    verdict = judge(made_up(says(0.0, True), language="jax"), problem)
+    assert (verdict.status, verdict.reason) == ("refused", "the map is a torch module")
+
+
+def test_clock_times_every_side_and_leaves_out_what_raises() -> None:
+    def fails(problem: Problem, tighten: float) -> Claim:
+        raise RuntimeError("now it fails")
+
+    problem, made = halving(), made_up(says(2.0, True))
+    measured, failed, again = clock(
+        [(made, problem, 1.0), (made_up(fails), problem, 1.0), (made, problem, 0.1)], 4, 9.0
+    )
+    assert failed is None
+    for found in (measured, again):
+        assert found is not None
+        spread, first = found
+        assert spread.samples == 4
+        assert 0 < spread.low <= spread.median <= spread.high
+        assert first > 0
+
+
+def entry(problem: str, library: str, seconds: float | None, evaluations: float = 10, status: str = "solved") -> Entry:
+    return Entry(problem, "family", f"{library}.{seconds}", library, status, evaluations, 0, seconds)  # type: ignore[arg-type]
+
+
+ENTRIES = [
+    entry("a", "own", 1.0),
+    entry("a", "own", 3.0, evaluations=4),
+    entry("a", "other", 2.0),
+    entry("b", "own", 2.08),
+    entry("b", "other", 2.0),  # a tie
+    entry("c", "own", 4.0),
+    entry("c", "other", 2.0),
+    entry("d", "own", None, status="unsolved"),
+    entry("d", "other", 2.0),
+    entry("e", "own", None, status="unsolved"),
+    entry("e", "other", None, status="lied"),
+    entry("f", "own", 2.0),
+    entry("f", "other", None, status="crashed"),
+]
+
+
+def test_a_library_takes_part_with_its_best_solver() -> None:
+    assert standings.first_or_tied(ENTRIES, "own", ("other",)) == (3, 5)
+    assert standings.best(standings.by_problem(ENTRIES)["a"], ("own",), standings.work_of) == 4
+
+
+def test_where_another_is_faster_is_listed_with_the_worst_first() -> None:
+    found = [
+        (rows[0].problem, winner.library, factor)
+        for rows, winner, factor in standings.beaten(ENTRIES, "own", ("other",))
+    ]
+    assert found == [("d", "other", math.inf), ("c", "other", 2.0)]
+
+
+def test_failures_are_problems_that_only_another_solved() -> None:
+    assert standings.failures(ENTRIES, "own") == ["d"]
+
+
+def test_value_of_excess() -> None:
+    problem = halving()
+    value = torch.tensor([[2.0, 2.0], [4.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([0.0, 1 / 3 / 1e-5, 1e5], dtype=torch.float64)
+    torch.testing.assert_close(problem.excess(value), expected)
+    loose = halving(atol=10.0)
+    assert bool((loose.excess(value) <= 1).all())
+
+
+def test_without_a_map_in_float64_the_excess_is_refused() -> None:
+    problem = Problem("torch", "torch", torch.tanh, torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="torch has no map in float64"):
+        problem.excess(torch.zeros(1, 1))
+
+
+def test_the_tensor_type_of_a_value_does_not_matter() -> None:
+    value: Tensor = torch.full((3, 2), 2.0, dtype=torch.float32)
+    assert judge(made_up(lambda problem, tighten: Claim(value, None)), halving()).status == "solved"
