@@ -21,12 +21,13 @@ from benchmarks.profiles import Profile
 _ROOT = Path(__file__).parent.parent
 
 
-def facts(profile: Profile, peers: Mapping[str, str]) -> dict[str, Any]:
+def facts(profile: Profile, peers: Mapping[str, str], device: str = "cpu") -> dict[str, Any]:
     """All facts that a figure depends on, except the code of the suite.
 
     Args:
         profile: The size of the run.
         peers: Names and versions of the libraries compared.
+        device: Where it runs, "cpu" or "cuda".
     """
     commit, changed = commit_and_changes()
     return {
@@ -34,7 +35,8 @@ def facts(profile: Profile, peers: Mapping[str, str]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": changed,
-        "device": "cpu",
+        "device": device,
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "cpu": cpu_name(),
         "cores": cores(),
         "caches": _caches(),

@@ -161,6 +161,10 @@ class Entry:
     note: str = ""
 
 
+# The lists of Results, in the order of the file.
+_ROWS = ("targets", "figures", "curves", "entries", "tables")
+
+
 @dataclass
 class Results:
     """Collects the results of the suites.
@@ -177,6 +181,46 @@ class Results:
     entries: list[Entry] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Results:
+        """Results from what :meth:`to_json` or :meth:`contents` gave, or from a file in ``benchmarks/results``.
+
+        Raises:
+            KeyError, TypeError: If ``content`` is something else.
+        """
+
+        def rows(name: str) -> list[dict[str, Any]]:
+            return [dict(row) for row in content.get(name, ())]
+
+        lists = {*_ROWS, "seconds", "notices", "schema"}
+        results = cls({name: value for name, value in content.items() if name not in lists})
+        results.seconds, results.notices = dict(content["seconds"]), list(content["notices"])
+        results.figures = [Figure(**row) for row in rows("figures")]
+        results.entries = [Entry(**row) for row in rows("entries")]
+        for row in rows("targets"):
+            row.pop("met", None)
+            results.targets.append(Target(**row))
+        for row in rows("curves"):
+            points: dict[str, Any] = {name: tuple(row.get(name, ())) for name in ("x", "y", "low", "high")}
+            results.curves.append(Curve(**row | points))
+        for row in rows("tables"):
+            cells: dict[str, Any] = {"columns": tuple(row["columns"]), "rows": tuple(map(tuple, row["rows"]))}
+            results.tables.append(Table(**row | cells))
+        return results
+
+    def add(self, part: Results) -> None:
+        """Add the results of a suite.
+
+        Raises:
+            ValueError: If a figure's name is taken.
+        """
+        taken = {figure.name for figure in self.figures} & {figure.name for figure in part.figures}
+        if taken:
+            raise ValueError(f"names of figures must be new, got {min(taken)!r} a second time")
+        for name in (*_ROWS, "notices"):
+            getattr(self, name).extend(getattr(part, name))
+        self.seconds.update(part.seconds)
 
     def figure(self, name: str, value: float | Spread | None, unit: str) -> None:
         """Add one figure.
@@ -214,19 +258,17 @@ class Results:
     ) -> None:
         self.tables.append(Table(suite, title, columns, tuple(rows), note))
 
+    def contents(self) -> dict[str, Any]:
+        """Everything, in dictionaries and lists."""
+        content = {"schema": SCHEMA, **self.facts, "seconds": self.seconds, "notices": self.notices}
+        content |= {name: [asdict(row) for row in getattr(self, name)] for name in _ROWS}
+        for row, target in zip(content["targets"], self.targets, strict=True):
+            row["met"] = target.met
+        return content
+
     def to_json(self) -> dict[str, Any]:
         """Everything, in the types of JSON. Values that are not finite become null."""
-        content = {
-            "schema": SCHEMA,
-            **self.facts,
-            "seconds": self.seconds,
-            "notices": self.notices,
-            "targets": [{**asdict(target), "met": target.met} for target in self.targets],
-            "figures": [asdict(figure) for figure in self.figures],
-            "curves": [asdict(curve) for curve in self.curves],
-            "entries": [asdict(entry) for entry in self.entries],
-        }
-        return _finite(content)
+        return _finite(self.contents())
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")

@@ -35,4 +35,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
     "models": models.run,
 }
 
-__all__ = ["SUITES", "Context"]
+# The suites that follow Context.device. The other suites run on the CPU.
+ON_DEVICE = frozenset({"contest"})
+
+__all__ = ["ON_DEVICE", "SUITES", "Context"]
