@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import pydeq
-from benchmarks import peers
+from benchmarks import compare, peers
 from benchmarks.environment import facts, thread_counts
 from benchmarks.partial import Partial
 from benchmarks.profiles import PROFILES
@@ -33,6 +33,8 @@ STOPPED = 130  # as shells report Ctrl-C
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
     arguments = _parse(argv)
+    if arguments.compare:
+        return compare.main(arguments.compare)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a log has no width of its own
