@@ -33,8 +33,8 @@ class Problem:
         source: Who stated it: a citation.
         rtol, atol: When a sample is solved.
         max_calls: Evaluations after which a solve is given up.
-        formula: The same map for any array library, ``fn(z) == formula(torch, z, **constants)``; libraries that cannot
-            call torch need it.
+        formula: The same map for any array library: ``formula(torch, z, **constants)`` equals ``fn(z)`` up to rounding.
+            Libraries that cannot call torch need it.
         root: The equation r(z) = 0, if the problem was stated so: ``root(xp, z, **constants)``. Then
             fn(z) = z - B r(z), and ``title`` or ``facts`` state B. Root finders are given r itself.
         constants: Arrays of the formulas, by name.
