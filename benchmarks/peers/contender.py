@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 from benchmarks.problems.base import Problem
+
+# By the key of a contender without the name of its settings: the settings that a search tries, its defaults first.
+Grids = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclass
@@ -42,7 +45,8 @@ class Claim:
 class Contender(ABC):
     """A solver of a library, with its settings.
 
-    A module of ``benchmarks.peers`` lists its contenders in ``CONTENDERS``.
+    A module of ``benchmarks.peers`` lists its contenders in ``CONTENDERS``, and in ``GRIDS`` the settings from which
+    ``python -m benchmarks.peers.search`` chooses the best.
 
     Args:
         key: Unique and dotted: the library, its solver and, if there are several, the name of the settings. Settings

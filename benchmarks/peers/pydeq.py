@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 import pydeq
 from benchmarks.peers.base import Layer, LayerSettings, Method, Outcome, Peer
+from benchmarks.peers.calling import Calls
+from benchmarks.peers.contender import Claim, Contender, Counts, Grids
+from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
 from pydeq.solvers import buffers
 
@@ -70,3 +74,44 @@ class _Layer:
 
 
 PEER = _Pydeq()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contender(Contender):
+    """A solver of pydeq, by its class's name. It hands on the iterate that it tested.
+
+    Tolerance: rtol and atol are the problem's; pydeq allows their sum where the problem allows the larger one.
+    """
+
+    solver: str
+    library: str = "pydeq"
+    batched: bool = True
+
+    def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+        solver = getattr(pydeq, self.solver)(**self.settings)
+        rtol, atol = tighten * problem.rtol, tighten * problem.atol
+
+        def solve() -> Claim:
+            fn = problem.fn if counts is None else Calls(problem.fn, None, counts)
+            solution = pydeq.fixed_point(
+                fn, problem.z0, solver=solver, rtol=rtol, atol=atol, max_steps=problem.max_calls
+            )
+            if counts is not None:
+                counts.products += getattr(solution, "products", 0)
+            assert isinstance(solution.value, Tensor)
+            return Claim(solution.value, solution.converged)
+
+        return solve
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    _Contender(key="pydeq.picard", title="Picard", solver="Picard"),
+    _Contender(key="pydeq.anderson.default", title="Anderson", solver="Anderson"),
+    _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
+)
+if hasattr(pydeq, "NewtonKrylov"):
+    CONTENDERS += (_Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov"),)
+
+GRIDS: Grids = {
+    "pydeq.anderson": [{"memory": memory, "damping": damping} for memory in (5, 3, 10, 20) for damping in (1.0, 0.5)],
+}

@@ -7,6 +7,7 @@ steps, one less than calls. Plain iteration counts calls.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torchdeq.loss import jac_reg
 from torchdeq.solver import get_solver
 
 from benchmarks.peers.base import Layer, LayerSettings, Method, Outcome, Peer
+from benchmarks.peers.calling import Calls, allowed, refusal_of_history
+from benchmarks.peers.contender import Claim, Contender, Counts, Grids
+from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
 
 NAMES = {"picard": "fixed_point_iter", "anderson": "anderson", "broyden": "broyden"}
@@ -96,3 +100,50 @@ class _Layer:
 
 
 PEER = _Torchdeq()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contender(Contender):
+    """A solver of torchdeq, by its own name.
+
+    Tolerance: ``rel`` with rtol. If the problem has an absolute tolerance, ``abs`` with the smallest residual that
+    solves a sample, since torchdeq has one tolerance for all samples.
+    """
+
+    solver: str
+    library: str = "torchdeq"
+    batched: bool = True
+
+    def refusal(self, problem: Problem) -> str | None:
+        if self.solver == "broyden" and "LBFGS_thres" not in self.settings:
+            return super().refusal(problem) or refusal_of_history(problem)
+        return super().refusal(problem)
+
+    def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+        run = get_solver(self.solver)
+        mode, tolerance = ("abs", allowed(problem).min().item()) if problem.atol > 0.0 else ("rel", problem.rtol)
+        tolerance *= tighten
+        # Broyden's cap counts steps, one less than calls.
+        cap = problem.max_calls - 1 if self.solver == "broyden" else problem.max_calls
+
+        @torch.no_grad()
+        def solve() -> Claim:
+            fn = problem.fn if counts is None else Calls(problem.fn, None, counts)
+            value, _, info = run(fn, problem.z0, max_iter=cap, tol=tolerance, stop_mode=mode, **self.settings)
+            return Claim(value, info[f"{mode}_lowest"] < tolerance)
+
+        return solve
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    _Contender(key="torchdeq.fixed_point_iter", title="fixed-point iteration", solver="fixed_point_iter"),
+    _Contender(key="torchdeq.anderson.default", title="Anderson", solver="anderson"),
+    _Contender(key="torchdeq.broyden.default", title="Broyden", solver="broyden"),
+)
+
+GRIDS: Grids = {
+    "torchdeq.anderson": [
+        {"m": m, "lam": lam, "tau": tau} for m in (6, 3, 10) for lam in (1e-4, 1e-8) for tau in (1.0, 0.5)
+    ],
+    "torchdeq.broyden": [{}, {"ls": True}, {"LBFGS_thres": 10}, {"LBFGS_thres": 30}],
+}

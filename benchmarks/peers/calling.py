@@ -1,0 +1,100 @@
+"""What contenders need to call a problem's map: counted calls, an equation for root finders, and tolerances."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import pydeq
+from benchmarks.peers.contender import Claim, Counts
+from benchmarks.problems.base import Problem
+from benchmarks.timing import Map
+
+# Bytes that a solver may fill before its first step.
+_HISTORY = 2**32
+
+
+class ExhaustedError(Exception):
+    """Raised instead of an evaluation beyond ``max_calls``."""
+
+
+class Calls:
+    """A map that counts its calls and refuses those beyond a limit. Each solve makes one.
+
+    Args:
+        fn: The map.
+        limit: Calls that are allowed, for libraries that only limit iterations of several calls; None for no limit.
+        counts: If given, each call adds to its evaluations.
+    """
+
+    def __init__(self, fn: Map, limit: int | None, counts: Counts | None) -> None:
+        self.fn, self.limit, self.counts = fn, limit, counts
+        self.calls, self.last = 0, torch.empty(0)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.calls == self.limit:
+            raise ExhaustedError
+        self.calls += 1
+        if self.counts is not None:
+            self.counts.evaluations += 1
+        self.last = z
+        return self.fn(z)
+
+
+def equation(problem: Problem) -> Map:
+    """The equation for a root finder: r(z) if the problem was stated so, otherwise z - fn(z)."""
+    root, fn, constants = problem.root, problem.fn, problem.constants
+    if root is None:
+        return lambda z: z - fn(z)
+    return lambda z: root(torch, z, **constants)
+
+
+def allowed(problem: Problem) -> Tensor:
+    """The residual ||fn(z) - z|| that solves each sample, in float64 [B]: for libraries with absolute tolerances.
+
+    The relative tolerance is multiplied by the norm of a solution, from a rough solve by pydeq's Broyden. Where that
+    fails, it is multiplied by the norm of the first image.
+    """
+    norm = _norms(problem.fn(problem.z0))
+    if problem.rtol > 0.0:
+        solution = pydeq.fixed_point(
+            problem.fn, problem.z0, solver=pydeq.Broyden(), rtol=1e-3, max_steps=problem.max_calls
+        )
+        assert isinstance(solution.image, Tensor)
+        norm = torch.where(solution.converged, _norms(solution.image), norm)
+    return (problem.rtol * norm).clamp(min=problem.atol)
+
+
+def allowed_of_equation(problem: Problem) -> Tensor:
+    """The norm of ``equation`` that solves each sample, in float64 [B].
+
+    As fn(z) = z - B r(z), a residual of r is in other units. The ratio of both at z0 converts them; it is exact if B is
+    a number.
+    """
+    tolerance = allowed(problem)
+    if problem.root is not None:
+        residual, root = _norms(problem.fn(problem.z0) - problem.z0), _norms(equation(problem)(problem.z0))
+        ratio = root / residual
+        tolerance = tolerance * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+    return tolerance
+
+
+def passes(residual: Tensor, image: Tensor, problem: Problem, tighten: float) -> Tensor:
+    """Whether each sample meets the problem's own test, bool [B]."""
+    norm = image.flatten(1).norm(dim=1)
+    return residual.flatten(1).norm(dim=1) <= tighten * (problem.rtol * norm).clamp(min=problem.atol)
+
+
+def uniform(value: Tensor, converged: bool, problem: Problem) -> Claim:
+    """What a solver hands on that says the same of all samples."""
+    return Claim(value.detach().reshape(problem.z0.shape), torch.full((len(problem.z0),), converged))
+
+
+def refusal_of_history(problem: Problem) -> str | None:
+    """Why Broyden's method cannot fill two vectors for each evaluation before the first one; None if it can."""
+    size = 2 * problem.max_calls * problem.z0.numel() * problem.z0.element_size()
+    return f"it fills {size / 2**30:.1f} GiB before the first step" if size > _HISTORY else None
+
+
+def _norms(state: Tensor) -> Tensor:
+    return state.detach().flatten(1).double().norm(dim=1)
