@@ -1,0 +1,121 @@
+"""The same for JAX: a problem's map from its formula, counted also under jit, vmap and differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax.experimental import io_callback
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from torch import Tensor
+
+from benchmarks.peers.contender import Counts
+from benchmarks.problems.base import Problem
+
+
+def precision(problem: Problem) -> AbstractContextManager[Any]:
+    """Context in which JAX computes in the problem's dtype: to trace, to compile and to run in."""
+    return jax.enable_x64(problem.z0.dtype == torch.float64)
+
+
+def array(tensor: Tensor) -> jax.Array:
+    return jnp.asarray(tensor.numpy())
+
+
+def tensor(array: jax.Array) -> Tensor:
+    """A copy on torch's side, once the array has been computed."""
+    return torch.from_numpy(np.array(array))
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The functions of a problem, for JAX.
+
+    Args:
+        fn: The map, of z and the constants.
+        equation: The equation for a root finder, of z and the constants: r(z), otherwise z - fn(z).
+        z0, constants: JAX's arrays.
+    """
+
+    fn: Callable[[Any, Any], Any]
+    equation: Callable[[Any, Any], Any]
+    z0: jax.Array
+    constants: dict[str, jax.Array]
+
+
+def maps(problem: Problem, counts: Counts | None) -> Maps:
+    """The functions of a problem that has a formula; with ``counts``, each execution adds to it."""
+    formula, root = problem.formula, problem.root
+    assert formula is not None
+    count = (lambda z: z) if counts is None else _counted(counts)
+
+    def fn(z: Any, constants: Any) -> Any:
+        return formula(jnp, count(z), **constants)
+
+    def equation(z: Any, constants: Any) -> Any:
+        return z - fn(z, constants) if root is None else root(jnp, count(z), **constants)
+
+    return Maps(fn, equation, array(problem.z0), {name: array(value) for name, value in problem.constants.items()})
+
+
+# An identity that counts its executions: as evaluations, and where it is the derivative of one, as products.
+# Under vmap, it counts one for each element: a Jacobian by n columns is n products.
+_count_p = Primitive("count")
+
+
+def _counted(counts: Counts) -> Callable[[Any], Any]:
+    return lambda z: _count_p.bind(z, counts=_Identity(counts), product=False, weight=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Identity:
+    """Counts as a parameter of a primitive, which must be hashable."""
+
+    counts: Counts
+
+    def add(self, product: bool, weight: int) -> None:
+        if product:
+            self.counts.products += weight
+        else:
+            self.counts.evaluations += weight
+
+
+def _execute(x: Any, *, counts: _Identity, product: bool, weight: int) -> Any:
+    def add() -> np.ndarray:
+        counts.add(product, weight)
+        return np.zeros((), np.int32)
+
+    io_callback(add, jax.ShapeDtypeStruct((), np.int32))
+    return x
+
+
+def _jvp(primals: Any, tangents: Any, *, counts: _Identity, product: bool, weight: int) -> Any:
+    (x,), (t,) = primals, tangents
+    y = _count_p.bind(x, counts=counts, product=product, weight=weight)
+    if type(t) is not ad.Zero:
+        t = _count_p.bind(t, counts=counts, product=True, weight=weight)
+    return y, t
+
+
+def _transpose(cotangent: Any, x: Any, **parameters: Any) -> Any:
+    return [cotangent if type(cotangent) is ad.Zero else _count_p.bind(cotangent, **parameters)]
+
+
+def _batch(arguments: Any, axes: Any, *, counts: _Identity, product: bool, weight: int) -> Any:
+    (x,), (axis,) = arguments, axes
+    return _count_p.bind(x, counts=counts, product=product, weight=weight * x.shape[axis]), axis
+
+
+_count_p.def_impl(_execute)
+_count_p.def_abstract_eval(lambda x, **_: x)
+ad.primitive_jvps[_count_p] = _jvp
+ad.primitive_transposes[_count_p] = _transpose
+batching.primitive_batchers[_count_p] = _batch
+mlir.register_lowering(_count_p, mlir.lower_fun(_execute, multiple_results=False))

@@ -1,0 +1,73 @@
+"""jaxopt 0.8 (Blondel et al. 2022), jitted, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jaxopt
+
+from benchmarks.peers.calling import allowed, allowed_of_equation, refusal_of_history, uniform
+from benchmarks.peers.calling_jax import maps, precision, tensor
+from benchmarks.peers.contender import Claim, Contender, Counts, Grids
+from benchmarks.problems.base import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contender(Contender):
+    """A solver, by its class's name; the state is the whole batch.
+
+    Tolerance: its solvers test the norm of the whole batch's residual; it is to be below the smallest residual that
+    solves a sample. The cap limits iterations; those of Broyden with a line search call the map several times.
+    """
+
+    solver: str
+    library: str = "jaxopt"
+    language: Literal["torch", "numpy", "jax"] = "jax"
+
+    def refusal(self, problem: Problem) -> str | None:
+        if self.solver == "Broyden" and "history_size" not in self.settings:
+            return super().refusal(problem) or refusal_of_history(problem)
+        return super().refusal(problem)
+
+    def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+        with precision(problem):
+            functions = maps(problem, counts)
+            fixed = self.solver != "Broyden"
+            tolerance = tighten * (allowed(problem) if fixed else allowed_of_equation(problem)).min().item()
+            solver = getattr(jaxopt, self.solver)(
+                functions.fn if fixed else functions.equation, tol=tolerance, maxiter=problem.max_calls, **self.settings
+            )
+
+            @jax.jit
+            def run(z: Any, constants: Any) -> Any:
+                value, state = solver.run(z, constants)
+                return value, state.error <= tolerance
+
+        def solve() -> Claim:
+            with precision(problem):
+                value, converged = run(functions.z0, functions.constants)
+                return uniform(tensor(value), bool(converged), problem)
+
+        return solve
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    _Contender(key="jaxopt.fixed_point_iteration", title="fixed-point iteration", solver="FixedPointIteration"),
+    _Contender(key="jaxopt.anderson.default", title="Anderson", solver="AndersonAcceleration"),
+    _Contender(key="jaxopt.broyden.default", title="Broyden", solver="Broyden"),
+)
+
+GRIDS: Grids = {
+    "jaxopt.anderson": [
+        {"history_size": memory, "ridge": ridge, "beta": beta}
+        for memory in (5, 3, 10)
+        for ridge in (1e-5, 1e-8)
+        for beta in (1.0, 0.5)
+    ],
+    "jaxopt.broyden": [
+        {"stepsize": stepsize, "history_size": memory} for stepsize in (0.0, 1.0) for memory in (100, 10, 30)
+    ],
+}
