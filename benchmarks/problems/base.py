@@ -37,6 +37,8 @@ class Problem:
             Libraries that cannot call torch need it.
         root: The equation r(z) = 0, if the problem was stated so: ``root(xp, z, **constants)``. Then
             fn(z) = z - B r(z), and ``title`` or ``facts`` state B. Root finders are given r itself.
+        step: B = step I, if B is of this form. Then the excess is taken from r(z): far from the origin, the difference
+            fn(z) - z is lost to rounding.
         constants: Arrays of the formulas, by name.
         exact: The map in float64. By default it is made from ``formula``.
         solvable: Whether there is a fixed point.
@@ -55,6 +57,7 @@ class Problem:
     max_calls: int = 1000
     formula: Formula | None = None
     root: Formula | None = None
+    step: float | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     exact: Map | None = None
     solvable: bool = True
@@ -70,13 +73,18 @@ class Problem:
         if self.exact is not None:
             image = self.exact(z)
         elif self.formula is not None:
-            image = self.formula(torch, z, **{name: array.double() for name, array in self.constants.items()})
+            image = self.formula(torch, z, **self._double())
         else:
             raise ValueError(f"{self.key} has no map in float64")
-        z, image = z.flatten(1), image.detach().flatten(1)
-        allowed = (self.rtol * image.norm(dim=1)).clamp(min=self.atol)
-        distance = (image - z).norm(dim=1)
+        difference = image.detach() - z
+        if self.root is not None and self.step is not None:
+            difference = self.step * self.root(torch, z, **self._double()).detach()
+        allowed = (self.rtol * image.detach().flatten(1).norm(dim=1)).clamp(min=self.atol)
+        distance = difference.flatten(1).norm(dim=1)
         return torch.where(distance == 0, 0.0, distance / allowed)
+
+    def _double(self) -> dict[str, Tensor]:
+        return {name: array.double() for name, array in self.constants.items()}
 
 
 def from_formula(key: str, title: str, formula: Formula, z0: Tensor, **fields: Any) -> Problem:
