@@ -1,0 +1,47 @@
+"""All sets of problems, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from benchmarks.problems import more, roberts, scipy_tests
+from benchmarks.problems.base import Problem
+
+FAMILIES: dict[str, Callable[[], Iterator[Problem]]] = {
+    "roberts": roberts.family,
+    "roberts.given": partial(roberts.family, given=True),
+    "more": more.family,
+    "more.given": partial(more.family, given=True),
+    "scipy": scipy_tests.family,
+    "scipy.given": partial(scipy_tests.family, given=True),
+}
+
+
+def problems(names: Sequence[str] | None = None) -> list[Problem]:
+    """The problems of the named families, each once, in the order of ``FAMILIES``.
+
+    Args:
+        names: A family, or the beginning of keys, such as ``more.chebyquad``. None means all.
+
+    Raises:
+        ValueError: If a name fits nothing.
+    """
+    if names is None:
+        return [problem for family in FAMILIES.values() for problem in family()]
+    found: list[Problem] = []
+    unused = set(names)
+    for family, make in FAMILIES.items():
+        # Keys begin with their family, so other families need not be made.
+        prefixes = [name for name in names if name not in FAMILIES and name.startswith(family.split(".")[0])]
+        if family not in names and not prefixes:
+            continue
+        for problem in make():
+            fitting = {name for name in prefixes if problem.key.startswith(name)}
+            unused -= fitting
+            if family in names or fitting:
+                found.append(problem)
+    unused -= FAMILIES.keys()
+    if unused:
+        raise ValueError(f"expected families or beginnings of keys, got {sorted(unused)}; families: {list(FAMILIES)}")
+    return found
