@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiments.data.command import add_arguments as add_data_arguments
 from experiments.paper.command import add_arguments as add_reproduce_arguments
@@ -26,6 +27,13 @@ def train(arguments: argparse.Namespace) -> int:
 def reproduce(arguments: argparse.Namespace) -> int:
     """Reproduce tables and figures of the paper."""
     from experiments.paper.command import run
+
+    return run(arguments)
+
+
+def export_cells(arguments: argparse.Namespace) -> int:
+    """Train small models and export their cells as benchmark problems."""
+    from experiments.export_cells import run
 
     return run(arguments)
 
@@ -57,6 +65,17 @@ def parser() -> argparse.ArgumentParser:
     )
     add_reproduce_arguments(command)
     command.set_defaults(run=reproduce)
+    command = commands.add_parser(
+        "export-cells", help="train small models, and export their cells as benchmark problems"
+    )
+    command.add_argument("names", nargs="*", metavar="NAME", help="of a file; by default all")
+    command.add_argument("--runs", type=Path, default=Path("runs", "cells"), metavar="DIR", help=(
+        "folder of the trainings; finished ones are not repeated"
+    ))  # fmt: skip
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the files; by default that of the benchmarks"
+    )
+    command.set_defaults(run=export_cells)
     return top
 
 
