@@ -16,7 +16,7 @@ from pydeq.layer import DEQ
 from pydeq.ops.constants import Status
 from pydeq.ops.kernels import kernels, package_version
 from pydeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution
-from pydeq.solvers import GMRES, Anderson, Broyden, CustomSolver, Picard
+from pydeq.solvers import GMRES, Anderson, Broyden, CustomSolver, NewtonKrylov, Picard
 from pydeq.supervision import fixed_point_correction
 
 __version__ = package_version()
@@ -33,6 +33,7 @@ __all__ = [
     "Implicit",
     "JacobianFree",
     "JacobianPenalty",
+    "NewtonKrylov",
     "Phantom",
     "Picard",
     "Reversible",

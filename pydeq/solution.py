@@ -42,6 +42,8 @@ class Solution:
             CONVERGED samples meet it at the same evaluation, even if samples depend on each other.
         image: fn(value), kept from the solve; like z0.
         nfe: The number of calls of fn; on a GPU at most one more than the slowest sample needed.
+        products: The number of products with the Jacobian of fn, each for the whole batch; only
+            :class:`pydeq.NewtonKrylov` takes any. Products by differences call fn, which ``nfe`` does not count.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
         states: The states asked for by ``states_at``, each like z0; those of a :class:`pydeq.DEQ` have gradients, and
             its output is the last one.
@@ -55,6 +57,7 @@ class Solution:
         self.value: Any = value
         self.image: Any = image
         self.nfe = nfe
+        self.products = 0
         self.trace = trace
         self.states: list[State] = []
         # Shared with copies: the graph that sets it must not keep the states of a copy.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,7 @@ class Linearization:
 
         Uses neither forward mode nor an evaluation of fn: J v is the derivative of u^T J v by u. Costs K + 1 products.
         """
-        u = torch.zeros(self.layout.batch, self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
-        u.requires_grad_()
-        with torch.enable_grad():
-            g = self.vjp(self.layout.view(u), create_graph=True)
-        used = {i: part for i, part in enumerate(g) if part is not None and part.requires_grad}
+        u, used = self._transposed()
         if not used:
             return torch.zeros_like(v)
 
@@ -104,6 +100,31 @@ class Linearization:
             self._at_once(v),
         )
 
+    def right_products(self) -> Callable[[Tensor], Tensor]:
+        """The map v -> J v for v [B, D], without a graph: :meth:`flat_jvps` one by one, with its first product once."""
+        u, used = self._transposed()
+
+        def product(v: Tensor) -> Tensor:
+            if not used:
+                return torch.zeros_like(v)
+            parts = as_tuple(self.layout.view(v))
+            seeds = [parts[i] for i in used]
+            return torch.autograd.grad(list(used.values()), u, seeds, retain_graph=True)[0]
+
+        return product
+
+    def _transposed(self) -> tuple[Tensor, dict[int, Tensor]]:
+        """u [B, D], and the parts of u^T J that depend on it, by their numbers, with a graph."""
+        u = torch.zeros(self.layout.batch, self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
+        u.requires_grad_()
+        with torch.enable_grad():
+            g = self.vjp(self.layout.view(u), create_graph=True)
+        return u, {i: part for i, part in enumerate(g) if part is not None and part.requires_grad}
+
+    def has_functions(self) -> bool:
+        """Whether the graph of y has a node of a ``torch.autograd.Function``, such as that of compiled code."""
+        return any(hasattr(node, "_forward_cls") for node in self._nodes())
+
     def _at_once(self, v: Tensor) -> int:
         """The number of the K vectors to take in one product.
 
@@ -121,17 +142,22 @@ class Linearization:
     def _leaf_bytes(self) -> int:
         """The size of the leaves of the graph of y, without z."""
         leaves: dict[int, int] = {}
-        nodes = [part.grad_fn for part in self.y if part.grad_fn is not None]
-        seen = set(nodes)
-        while nodes:
-            node = nodes.pop()
+        for node in self._nodes():
             leaf = getattr(node, "variable", None)
             if leaf is not None and all(leaf is not part for part in self.z):
                 leaves[id(leaf)] = leaf.numel() * leaf.element_size()
+        return sum(leaves.values())
+
+    def _nodes(self) -> Iterator[Any]:
+        """The nodes of the graph of y, each once."""
+        nodes: list[Any] = [part.grad_fn for part in self.y if part.grad_fn is not None]
+        seen = set(nodes)
+        while nodes:
+            node = nodes.pop()
+            yield node
             new = {n for n, _ in node.next_functions if n is not None} - seen
             seen |= new
             nodes.extend(new)
-        return sum(leaves.values())
 
     def _parts(self, v: Tensor) -> tuple[Tensor, ...]:
         """[K, B, D] -> its parts, [K, B, *shape] each."""

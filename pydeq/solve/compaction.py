@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pydeq.ops.constants import RUNNING, Counter
+from pydeq.solve.products import Products
 from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State
 
@@ -32,6 +33,7 @@ class Evaluator:
         self.fn, self.context, self.layout, self.cast = fn, context, layout, cast
         self.calls = 0
         self.views: list[State] = []  # views of the workspace's two buffers
+        self.products: Products | None = None  # for solvers that take products with the Jacobian
         # Tensors made in inference mode do not count their versions.
         self.watch = not torch.is_inference_mode_enabled()
 
@@ -45,10 +47,19 @@ class Evaluator:
         """Evaluate ``fn`` at the flat ``z``; ``view`` is z as a state."""
         version = z._version if self.watch else 0
         self.calls += 1
-        result = self.fn(view, *context)
+        products = self.products
+        result = self.fn(view, *context) if products is None else products.evaluate(self.fn, z, view, layout, context)
         if self.watch and z._version != version:
             raise ValueError("fn must not modify z in place: work on a copy, z.clone()")
-        return layout.flatten(layout.check(result, self.cast, self.detaches))
+        f = layout.flatten(layout.check(result, self.cast, self.detaches))
+        if products is not None:
+            products.evaluated(f)
+        return f
+
+    def product(self, v: Tensor) -> Tensor:
+        """J v for v [B, D], J the Jacobian of fn at the newest evaluation."""
+        assert self.products is not None
+        return self.products.product(v)
 
 
 class CompactingEvaluator(Evaluator):
@@ -89,6 +100,12 @@ class CompactingEvaluator(Evaluator):
         gathered = z.index_select(0, self.rows)
         part = self.call(gathered, self.part.view(gathered), self.part, self.part_context)
         return self.images.index_copy_(0, self.rows, part)
+
+    def product(self, v: Tensor) -> Tensor:
+        if self.rows is None:
+            return super().product(v)
+        part = super().product(v.index_select(0, self.rows))
+        return torch.zeros_like(v).index_copy_(0, self.rows, part)
 
 
 def gather(entry: Any, rows: Tensor) -> Any:

@@ -118,6 +118,9 @@ class _Scaled(Evaluator):
             self.worst.append(relative(*self.tolerances.measure(z, f)).amax(1))
         return self.down(f)
 
+    def product(self, v: Tensor) -> Tensor:
+        return self.down(self.inner.product(self.up(v)))
+
     def down(self, flat: Tensor) -> Tensor:
         """Divide states by the scale, [B, D]."""
         parts = flat.split(self.layout.sizes, dim=1)

@@ -5,6 +5,7 @@ from pydeq.solvers.base import Solver
 from pydeq.solvers.broyden import Broyden
 from pydeq.solvers.custom import CustomSolver
 from pydeq.solvers.gmres import GMRES
+from pydeq.solvers.newton_krylov import NewtonKrylov
 from pydeq.solvers.picard import Picard
 
-__all__ = ["GMRES", "Anderson", "Broyden", "CustomSolver", "Picard", "Solver"]
+__all__ = ["GMRES", "Anderson", "Broyden", "CustomSolver", "NewtonKrylov", "Picard", "Solver"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,9 @@ class Workspace(ABC):
 
     reports_late: ClassVar[bool] = True
     """Whether a step on a GPU may return before it has reported."""
+
+    product: Callable[[Tensor], Tensor]
+    """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation; set by the loop, for NewtonKrylov only."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
