@@ -137,6 +137,8 @@ class Entry:
         seconds, seconds_low, seconds_high: Median and quartiles of the timed solves. None if nothing was timed.
         tighten: The factor on the library's own tolerance with which this was reached, at most 1.
         first_seconds: The first call, which may compile.
+        overhead_seconds: Time of a solve per call of the map, minus that of a call in a loop without a solver; None for
+            solvers that use products, and for maps that are not in torch.
         false_claim: Whether, with its own tolerance unchanged, it says that a sample converged that is far from it.
         title: The contender, for readers.
         problem_title: The problem, for readers.
@@ -155,6 +157,7 @@ class Entry:
     seconds_high: float | None = None
     tighten: float = 1.0
     first_seconds: float | None = None
+    overhead_seconds: float | None = None
     false_claim: bool = False
     title: str = ""
     problem_title: str = ""

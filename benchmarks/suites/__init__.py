@@ -7,6 +7,7 @@ from collections.abc import Callable
 from benchmarks.suites import (
     adjoints,
     compat,
+    contest,
     differences,
     digits,
     importing,
@@ -24,6 +25,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
     "overhead": overhead.run,
     "kernels": kernels.run,
     "nfe": nfe.run,
+    "contest": contest.run,
     "memory": memory.run,
     "import": importing.run,
     "digits": digits.run,

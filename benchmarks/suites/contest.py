@@ -1,0 +1,289 @@
+"""The contest: every solver of every library on every problem. Failures first, then evaluations and time.
+
+A problem's row holds what each solver did: see benchmarks/contest/judge.py for how it is judged, and docs/benchmarks.md
+for what makes the comparison fair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from benchmarks.contest import standings
+from benchmarks.contest.judge import Verdict, clock, judge
+from benchmarks.peers import REQUIREMENTS, contenders, loop
+from benchmarks.peers.contender import Contender
+from benchmarks.problems.base import Problem
+from benchmarks.problems.collection import FAMILIES, problems
+from benchmarks.results import Entry, number, times
+from benchmarks.suites.base import BASELINE, Context
+from benchmarks.timing import Spread, threads
+
+JAX = ("jaxopt", "optimistix")
+FLOOR_CALLS = 20  # of a loop without a solver, whose time per call is the floor
+
+
+def run(context: Context) -> None:
+    """Run the contest."""
+    solvers, notices = contenders([name for name in REQUIREMENTS if context.asks_library(name)])
+    context.results.notices.extend(notices)
+    chosen = _choose(context)
+    context.bar.start(len(chosen))
+    for problem in chosen:
+        context.bar.show(problem.key)
+        rows = context.kept(f"contest.{problem.key}", lambda p=problem: list(map(asdict, compete(context, p, solvers))))
+        context.results.entries.extend(Entry(**row) for row in rows)
+        context.bar.advance()
+    _figures(context)
+    _tables(context)
+    _targets(context)
+
+
+def _choose(context: Context) -> list[Problem]:
+    """The problems asked for; by default the profile's number of each family, spread evenly over it."""
+    if context.problems_asked is not None:
+        return problems(context.problems_asked)
+    chosen: list[Problem] = []
+    for make in FAMILIES.values():
+        family = list(make())
+        count = min(len(family), context.profile.contest_problems or len(family))
+        chosen += [family[(2 * place + 1) * len(family) // (2 * count)] for place in range(count)]
+    return chosen
+
+
+def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) -> list[Entry]:
+    """Judge every solver on a problem, then time those that solved it, and a loop without a solver, alternately."""
+    profile = context.profile
+    with threads(1):
+        verdicts = {solver.key: judge(solver, problem, profile.contest_seconds) for solver in solvers}
+        timed = [solver for solver in solvers if verdicts[solver.key].status == "solved"]
+        sides = [(solver, problem, verdicts[solver.key].tighten) for solver in timed]
+        if timed:
+            sides.append((loop.floor(FLOOR_CALLS), problem, 1.0))
+        clocked = clock(sides, profile.contest_repeats, profile.contest_seconds)
+    measured = {side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None}
+    floor = measured.get(sides[-1][0].key) if sides else None
+    call = floor[0].median / FLOOR_CALLS if floor else None
+    return [_entry(solver, problem, verdicts[solver.key], measured.get(solver.key), call) for solver in solvers]
+
+
+def _entry(
+    solver: Contender, problem: Problem, verdict: Verdict, measured: tuple[Spread, float] | None, call: float | None
+) -> Entry:
+    """What a solver did; ``call`` is the time of a call of the map in torch, in a loop without a solver."""
+    counts = verdict.counts
+    counted = counts.evaluations + counts.products > 0
+    seconds, first = measured or (None, None)
+    overhead = None
+    if (
+        seconds is not None
+        and call is not None
+        and solver.language != "jax"
+        and counts.evaluations
+        and not counts.products
+    ):
+        overhead = seconds.median / counts.evaluations - call
+    return Entry(
+        problem=problem.key,
+        family=problem.family,
+        contender=solver.key,
+        library=solver.library,
+        status=verdict.status,
+        evaluations=counts.evaluations if counted else None,
+        products=counts.products if counted else None,
+        seconds=seconds and seconds.median,
+        seconds_low=seconds and seconds.low,
+        seconds_high=seconds and seconds.high,
+        tighten=verdict.tighten,
+        first_seconds=first,
+        overhead_seconds=overhead,
+        false_claim=verdict.false_claim,
+        title=solver.title,
+        problem_title=problem.title,
+        note=verdict.reason,
+    )
+
+
+def _figures(context: Context) -> None:
+    """The figures of solved problems, for comparisons of two runs."""
+    for entry in context.results.entries:
+        if entry.status != "solved":
+            continue
+        name = f"contest.{entry.problem}.{entry.contender}"
+        context.results.figure(f"{name}.evaluations", entry.evaluations, "calls")
+        if entry.seconds is not None and entry.seconds_low is not None and entry.seconds_high is not None:
+            spread = Spread(entry.seconds, entry.seconds_low, entry.seconds_high, context.profile.contest_repeats)
+            context.results.figure(f"{name}.time", spread.scaled(1e3), "ms")
+
+
+def _tables(context: Context) -> None:
+    entries = context.results.entries
+    grouped = standings.by_problem(entries)
+    with_solution = [rows for rows in grouped.values() if standings.solvable(rows)]
+    _robustness(context, [entry for rows in with_solution for entry in rows])
+    _without_solution(context, [entry for rows in grouped.values() if not standings.solvable(rows) for entry in rows])
+    flat = [entry for rows in with_solution for entry in rows]
+    for libraries, name in ((_torch_and_scipy(entries), "a PyTorch or SciPy peer"), (JAX, "a JAX peer, jitted,")):
+        _beaten(context, flat, libraries, name)
+
+
+def _robustness(context: Context, entries: Sequence[Entry]) -> None:
+    """A row for each solver: what became of its solves, and its evaluations and time on what it solved."""
+    grouped = standings.by_problem(entries)
+    rows = []
+    for key in dict.fromkeys(entry.contender for entry in entries):
+        own = [entry for entry in entries if entry.contender == key]
+        count = Counter(entry.status for entry in own)
+        tried = len(own) - count["refused"]
+        work, clocks, overheads = [], [], []
+        for entry in own:
+            if entry.status == "solved":
+                rivals = grouped[entry.problem]
+                work.append(standings.work_of(entry) / min(map(standings.work_of, rivals)))
+                clocks.append(standings.time_of(entry) / min(map(standings.time_of, rivals)))
+                if entry.overhead_seconds is not None:
+                    overheads.append(1e6 * entry.overhead_seconds)
+        rows.append(
+            (
+                own[0].library,
+                own[0].title,
+                f"{count['solved']} of {tried}",
+                str(count["unsolved"]),
+                str(sum(entry.false_claim for entry in own)),
+                str(count["crashed"]),
+                str(count["refused"]),
+                times(_middle(work)),
+                times(_middle(clocks)),
+                number(_middle(overheads)),
+            )
+        )
+    context.results.table(
+        "contest",
+        f"Every solver on {len(grouped)} problems with a solution",
+        (
+            "library",
+            "solver",
+            "solved",
+            "not solved",
+            "claimed in error",
+            "crashed",
+            "not given",
+            "work over the least",
+            "time over the least",
+            "overhead per call, µs",
+        ),
+        rows,
+        "Solved: the value that the solver hands on meets the problem's tolerance in float64. Claimed in error: with"
+        " its own tolerance, it says that a sample converged that is more than ten times the tolerance away. Work:"
+        " evaluations and products with the Jacobian, time: of a solve without compilation; medians over the problems"
+        " that it solved, in multiples of the best solver's there. Overhead: the time of a solve per call of the map,"
+        " minus that of a call in a loop without a solver; for solvers that use no products, on maps in torch.",
+    )
+
+
+def _without_solution(context: Context, entries: Sequence[Entry]) -> None:
+    """A row for each solver on the maps without a fixed point."""
+    if not entries:
+        return
+    rows = []
+    for key in dict.fromkeys(entry.contender for entry in entries):
+        own = [entry for entry in entries if entry.contender == key and entry.status != "refused"]
+        if own:
+            count = Counter(entry.status for entry in own)
+            states = ("said so", "silent", "fooled", "lied", "crashed", "unsolved")
+            rows.append((own[0].library, own[0].title, *(str(count[state]) for state in states)))
+    context.results.table(
+        "contest",
+        f"{len(standings.by_problem(entries))} maps without a fixed point: who says so",
+        ("library", "solver", "says so", "says nothing", "test met anyway", "claims one", "crashed", "given up"),
+        rows,
+        "Test met anyway: the relative residual meets the tolerance far out, where no fixed point is. Given up: it"
+        " called the map far more often than allowed.",
+    )
+
+
+def _beaten(context: Context, entries: Sequence[Entry], libraries: Sequence[str], name: str) -> None:
+    """A row for each problem where one of these libraries is faster."""
+    rows = []
+    for problem, winner, factor in standings.beaten(entries, BASELINE, libraries):
+        mine = min((row for row in problem if row.library == BASELINE), key=standings.time_of)
+        solved = not math.isinf(standings.time_of(mine))
+        rows.append(
+            (
+                problem[0].family,
+                problem[0].problem_title or problem[0].problem,
+                mine.title if solved else "-",
+                number(mine.seconds * 1e3) if solved and mine.seconds else "-",
+                number(mine.evaluations) if solved else "-",
+                winner.title,
+                number((winner.seconds or math.nan) * 1e3),
+                number(winner.evaluations),
+                times(factor) if solved else "not solved",
+            )
+        )
+    if rows:
+        context.results.table(
+            "contest",
+            f"Where {name} is faster than {BASELINE}",
+            ("family", "problem", BASELINE, "ms", "calls", "fastest", "ms", "calls", "factor"),
+            rows,
+            f"Each library with the fastest of its solvers on the problem; closer than {standings.TIE} is a tie.",
+        )
+
+
+def _targets(context: Context) -> None:
+    entries = [
+        entry
+        for rows in standings.by_problem(context.results.entries).values()
+        if standings.solvable(rows)
+        for entry in rows
+    ]
+    others = _others(entries)
+    jax = tuple(name for name in others if name in JAX)
+    for name, side, libraries, share in (
+        ("contest.first.torch", "every PyTorch and SciPy peer", _torch_and_scipy(entries), 0.9),
+        ("contest.first.jax", "every JAX peer, jitted", jax, 0.7),
+    ):
+        comparable = _comparable(entries, libraries)
+        first, total = standings.first_or_tied(comparable, BASELINE, libraries)
+        context.results.target(
+            name,
+            f"Share of the problems on which {BASELINE} is first or tied in time against {side}",
+            ">=",
+            share,
+            first / total if total and libraries else None,
+            "1",
+        )
+    context.results.target(
+        "contest.failures",
+        f"Problems that another library solves and {BASELINE} does not",
+        "<=",
+        0,
+        len(standings.failures(entries, BASELINE)) if others else None,
+        "problems",
+    )
+
+
+def _comparable(entries: Sequence[Entry], libraries: Sequence[str]) -> list[Entry]:
+    """The entries of problems that at least one of the libraries can be given."""
+    return [
+        entry
+        for rows in standings.by_problem(entries).values()
+        if any(row.library in libraries and row.status != "refused" for row in rows)
+        for entry in rows
+    ]
+
+
+def _others(entries: Sequence[Entry]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry.library for entry in entries if entry.library != BASELINE))
+
+
+def _torch_and_scipy(entries: Sequence[Entry]) -> tuple[str, ...]:
+    return tuple(name for name in _others(entries) if name not in JAX)
+
+
+def _middle(values: Sequence[float]) -> float | None:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else None
