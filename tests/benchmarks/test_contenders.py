@@ -1,0 +1,231 @@
+"""Each contender solves small problems, is counted rightly, and does not claim what is false.
+
+Those of JAX are checked in a process of their own: once JAX has started, Python warns of every fork in the process.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import benchmarks.peers
+from benchmarks.peers import REQUIREMENTS, Counts, contenders
+from benchmarks.peers.loop import floor
+from benchmarks.problems.base import Problem, from_formula
+from benchmarks.problems.maps import diagonal, elementwise, symmetric_linear, tanh_map
+from benchmarks.timing import Counted
+
+JAX = ("jaxopt", "optimistix")
+CHILD = "PYDEQ_TEST_CONTENDERS"
+FOUND, NOTICES = contenders([os.environ[CHILD]] if CHILD in os.environ else [n for n in REQUIREMENTS if n not in JAX])
+
+# Their first guess of the Jacobian has the wrong sign, so that they seldom get anywhere. What they hand on is the iterate
+# before the one that passed.
+UNABLE = {"xitorch.broyden1.default", "xitorch.broyden2.default"}
+
+
+@pytest.fixture(params=FOUND, ids=lambda contender: contender.key)
+def contender(request):
+    return request.param
+
+
+@pytest.mark.parametrize("library", JAX)
+def test_jax_in_a_process_of_its_own(library):
+    if CHILD in os.environ:
+        pytest.skip("this is that process")
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed: {REQUIREMENTS[library]}")
+    environment = os.environ | {CHILD: library, "JAX_PLATFORMS": "cpu"}
+    arguments = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5_000:] + result.stderr[-5_000:]
+
+
+@pytest.mark.parametrize("notice", NOTICES)
+def test_absent(notice):
+    pytest.skip(notice)
+
+
+def solve(contender, problem):
+    """The claim at the first tolerance at which the problem is solved, its counts, and the excess."""
+    for tighten in (1.0, 0.1, 0.01):
+        counts = Counts()
+        claim = contender.prepare(problem, tighten, counts)()
+        assert claim.value.shape == problem.z0.shape
+        assert claim.value.dtype == problem.z0.dtype
+        excess = problem.excess(claim.value).max().item()
+        if excess <= 1.0:
+            break
+    return claim, counts, excess
+
+
+PROBLEMS = {
+    "linear": symmetric_linear(seed=7, dim=6, rho=0.5, batch=3),
+    "tanh": tanh_map(dim=8, rho=0.6, seed=7, batch=3),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_solves(contender, name):
+    problem = dataclasses.replace(PROBLEMS[name], max_calls=300)
+    assert contender.refusal(problem) is None
+    claim, _, excess = solve(contender, problem)
+    if contender.key in UNABLE:
+        return
+    assert excess <= 1.0
+    assert claim.converged is None or claim.converged.all()
+
+
+def cubic(dtype=torch.float64):
+    """r(z) = A z + z^3 / 10 - b, with fn(z) = z - r(z) / 4."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(4, 4, generator=generator, dtype=dtype)
+    matrix = matrix @ matrix.T / 8 + torch.eye(4, dtype=dtype)
+    b = torch.randn(2, 4, generator=generator, dtype=dtype)
+
+    def root(xp, z, matrix, b):
+        return z @ matrix + z**3 / 10 - b
+
+    def formula(xp, z, matrix, b):
+        return z - root(xp, z, matrix, b) / 4
+
+    z0 = torch.zeros(2, 4, dtype=dtype)
+    constants = {"matrix": matrix, "b": b}
+    return from_formula("cubic", "cubic", formula, z0, root=root, constants=constants, rtol=1e-6, max_calls=400)
+
+
+def test_finds_roots_in_float64(contender):
+    problem = cubic()
+    if contender.refusal(problem):
+        return
+    _, _, excess = solve(contender, problem)
+    assert torch.get_default_dtype() == torch.float32
+    assert excess <= 1.0 or contender.key in UNABLE
+
+
+def test_absolute_tolerance(contender):
+    """The solution is 0, where no relative tolerance can be met."""
+    slopes = torch.tensor([0.5, -0.3, 0.1])
+
+    def formula(xp, z, slopes):
+        return slopes * z
+
+    problem = from_formula(
+        "zero", "zero", formula, torch.ones(2, 3), constants={"slopes": slopes}, atol=1e-3, rtol=0.0, max_calls=300
+    )
+    _, _, excess = solve(contender, problem)
+    # hybr has only a relative tolerance, which is 0 here.
+    assert excess <= 1.0 or contender.key in UNABLE | {"scipy.hybr"}
+
+
+def test_counts_equal_those_of_the_map(contender):
+    problem = dataclasses.replace(PROBLEMS["tanh"], max_calls=300)
+    counts = Counts()
+    if contender.language == "jax":
+        import jax
+
+        executed = []
+        formula = problem.formula
+
+        def watched(xp, z, **constants):
+            jax.debug.callback(lambda: executed.append(1))
+            return formula(xp, z, **constants)
+
+        run = contender.prepare(dataclasses.replace(problem, formula=watched), counts=counts)
+        run()
+        jax.effects_barrier()
+        # Its first evaluation is for auxiliary data that nobody uses, so the compiler removes it.
+        removed = contender.key.startswith("jaxopt.anderson")
+        assert counts.evaluations == len(executed) - removed
+    else:
+        counted = Counted(problem.fn)
+        problem = dataclasses.replace(problem, fn=counted)
+        run = contender.prepare(problem, counts=counts)
+        counted.calls = 0
+        run()
+        assert counts.evaluations == counted.calls
+        if "compiled" not in contender.key:  # which calls the map only to compile it
+            silent = contender.prepare(problem)
+            counted.calls = 0
+            silent()
+            assert counts.evaluations == counted.calls
+    assert 0 < counts.evaluations <= problem.max_calls
+    first = dataclasses.replace(counts)
+    run()
+    assert dataclasses.replace(counts) == Counts(2 * first.evaluations, 2 * first.products)
+
+
+def test_counts_a_jacobian_as_a_product_for_each_column(contender):
+    if contender.key not in ("optimistix.newton", "optimistix.chord"):
+        return
+    problem = PROBLEMS["tanh"]
+    counts = Counts()
+    contender.prepare(problem, counts=counts)()
+    jacobians = counts.evaluations if contender.key == "optimistix.newton" else 1
+    assert counts.products == jacobians * problem.z0.numel()
+
+
+def test_claims_nothing_without_a_fixed_point(contender):
+    def formula(xp, z):
+        return z + 0.5 * xp.sqrt(1.0 + z * z)
+
+    problem = from_formula("none", "no fixed point", formula, torch.zeros(2, 3), solvable=False, max_calls=40)
+    with contextlib.suppress(ValueError):  # of newton_krylov, once nothing is finite
+        claim = contender.prepare(problem)()
+        assert not (problem.excess(claim.value) <= 1.0).any()
+        assert claim.converged is None or not claim.converged.any()
+
+
+def test_leaves_the_precision_of_jax_alone(contender):
+    if contender.language != "jax":
+        return
+    import jax
+
+    contender.prepare(cubic())
+    assert not jax.config.jax_enable_x64
+
+
+def test_floor_evaluates_as_often_as_it_is_told():
+    problem, counts = PROBLEMS["tanh"], Counts()
+    claim = floor(7).prepare(problem, counts=counts)()
+    z = problem.z0
+    for _ in range(7):
+        z = problem.fn(z)
+    assert counts == Counts(evaluations=7)
+    assert torch.equal(claim.value, z)
+    assert claim.converged is None
+
+
+def test_keys_are_unique_and_named_after_their_library():
+    keys = [contender.key for contender in FOUND]
+    assert len(set(keys)) == len(keys)
+    assert all(contender.key.split(".")[0] == contender.library for contender in FOUND)
+
+
+def test_a_library_that_is_absent_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.peers.scipy", raising=False)
+    monkeypatch.delattr(benchmarks.peers, "scipy", raising=False)
+    found, notices = contenders(["scipy", "loop"])
+    assert {contender.library for contender in found} == {"loop"}
+    (notice,) = notices
+    assert notice.startswith("scipy is left out")
+    assert "pip install scipy" in notice
+    with pytest.raises(ValueError, match=r"names must be among .*, got nothing"):
+        contenders(["nothing"])
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [PROBLEMS["linear"], PROBLEMS["tanh"], elementwise(4, 32), diagonal(4, 32)],
+    ids=lambda problem: problem.key,
+)
+def test_a_formula_is_the_map(problem: Problem):
+    z = torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(0))
+    assert problem.formula is not None
+    torch.testing.assert_close(problem.fn(z), problem.formula(torch, z, **problem.constants))
