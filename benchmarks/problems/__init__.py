@@ -1,1 +1,1 @@
-"""Fixed-point problems: maps with known properties, a convolutional cell, and digits to train on."""
+"""Fixed-point problems: maps with known properties, equations of other suites, a convolutional cell, and digits."""

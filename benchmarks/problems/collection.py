@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from benchmarks.problems import more, roberts, scipy_tests
+from benchmarks.problems import more, no_fixed_point, roberts, scipy_tests, sizes, spectra
 from benchmarks.problems.base import Problem
 
 FAMILIES: dict[str, Callable[[], Iterator[Problem]]] = {
@@ -15,6 +15,11 @@ FAMILIES: dict[str, Callable[[], Iterator[Problem]]] = {
     "more.given": partial(more.family, given=True),
     "scipy": scipy_tests.family,
     "scipy.given": partial(scipy_tests.family, given=True),
+    "spectra": spectra.family,
+    "runaway": no_fixed_point.runaway,
+    "false_friends": no_fixed_point.false_friends,
+    "cycles": no_fixed_point.cycles,
+    "sizes": sizes.family,
 }
 
 
@@ -33,7 +38,7 @@ def problems(names: Sequence[str] | None = None) -> list[Problem]:
     unused = set(names)
     for family, make in FAMILIES.items():
         # Keys begin with their family, so other families need not be made.
-        prefixes = [name for name in names if name not in FAMILIES and name.startswith(family.split(".")[0])]
+        prefixes = [name for name in names if name not in FAMILIES and name[: len(family)] == family[: len(name)]]
         if family not in names and not prefixes:
             continue
         for problem in make():

@@ -7,14 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from benchmarks.problems import more, roberts, scipy_tests
+from benchmarks.problems import more, roberts, scipy_tests, sizes
 from benchmarks.problems.base import Problem
 from benchmarks.problems.collection import FAMILIES, problems
 from benchmarks.problems.systems import RESIDUAL, System
 
 ROOT_FAMILIES = ("roberts", "more", "scipy")
-ALL = problems()
+ALL = [problem for name in FAMILIES if name != "sizes" for problem in problems([name])]
+ALL += [problem for problem in problems(["sizes"]) if problem.z0.numel() <= 1e5]
 # One problem of each formula: other sizes, starts and steps change nothing of it.
 STATED = list({problem.root or problem.formula: problem for problem in reversed(ALL)}.values())
 ROOTS = [problem for problem in ALL if problem.root is not None]
@@ -179,9 +182,7 @@ def test_scipys_fixed_points():
         "kinetics": [1.3],
     }
     for name, value in values.items():
-        (problem,) = (
-            problems([f"scipy.fixed_point.{name}"]) if name != "square" else problems(["scipy.fixed_point.square"])[:1]
-        )
+        (problem,) = (problem for problem in ALL if problem.key == f"scipy.fixed_point.{name}")
         assert problem.excess(torch.tensor(value, dtype=torch.float64)[:, None]).max() <= 1
         assert problem.excess(problem.z0).min() > 1
 
@@ -296,3 +297,183 @@ def test_fn_and_excess_agree_with_the_formula(problem: Problem):
     assert image.shape == problem.z0.shape
     assert image.dtype == problem.z0.dtype
     assert not math.isnan(image.double().sum().item())
+
+
+SPECTRA = problems(["spectra"])
+
+
+@by_key(SPECTRA)
+def test_the_spectrum_is_as_prescribed(problem: Problem):
+    matrix = problem.constants["transposed"].double()
+    eigenvalues = torch.linalg.eigvals(matrix)
+    # Rounding moves a multiple eigenvalue by up to eps^(1/size), and simple ones by their condition number.
+    tolerance = {"jordan.0.9.size2": 1e-6, "jordan.0.9.size4": 1e-2, "jordan.0.5.size8": 0.1, "nonnormal.norm10": 0.05}
+    allowed = tolerance.get(problem.key.removeprefix("spectra."), 1e-6)
+    assert eigenvalues.abs().max().item() == pytest.approx(problem.facts["spectral_radius"], rel=allowed)
+    norm = torch.linalg.matrix_norm(matrix, 2).max().item()
+    assert norm == pytest.approx(problem.facts["spectral_norm"], rel=1e-6)
+
+
+@by_key(SPECTRA)
+def test_linear_maps_have_their_fixed_points(problem: Problem):
+    matrix, x = problem.constants["transposed"].double(), problem.constants["x"].double()
+    identity = torch.eye(x.shape[1], dtype=torch.float64)
+    if matrix.ndim == 3:
+        value = torch.linalg.solve((identity - matrix).mT, x[:, :, None])[:, :, 0]
+    else:
+        value = torch.linalg.solve((identity - matrix).T, x.T).T
+    assert problem.excess(value).max() <= 1
+    # Also when it is rounded to the problem's own precision.
+    assert problem.excess(value.to(problem.z0.dtype)).max() <= 1
+    assert problem.excess(problem.z0).min() > 1
+
+
+def spectrum(key: str) -> torch.Tensor:
+    (problem,) = (problem for problem in SPECTRA if problem.key == key)
+    return torch.linalg.eigvals(problem.constants["transposed"].double())
+
+
+def test_spectra_lie_where_their_names_say():
+    real = spectrum("spectra.symmetric.-0.99_0.99").real.sort().values
+    torch.testing.assert_close(real, torch.linspace(-0.99, 0.99, 64, dtype=torch.float64), rtol=0, atol=1e-6)
+    turns = spectrum("spectra.rotations.0.99")
+    torch.testing.assert_close(turns.abs(), torch.full((64,), 0.99).double(), rtol=0, atol=1e-6)
+    assert turns.imag.abs().min() > 0.04
+    rates = 1 - spectrum("spectra.stiff").real
+    assert (rates.max() / rates.min()).item() == pytest.approx(1e6, rel=1e-6)
+    assert (spectrum("spectra.expanding.5").real < 1e-6).all()
+    indefinite = spectrum("spectra.indefinite.5").real
+    assert (indefinite > 1.09).sum() == (indefinite < 1e-6).sum() == 32
+    radii = spectrum("spectra.mixed.60_4.0.99").abs().amax(dim=1)
+    assert (radii > 0.98).nonzero().flatten().tolist() == [15, 31, 47, 63]
+    assert (radii < 0.51).sum() == 60
+    assert problems(["spectra.nonnormal"])[0].facts["spectral_norm"] == pytest.approx(10)
+    x = problems(["spectra.badly_scaled"])[0].constants["x"].abs().median(dim=0).values
+    assert x.max() / x.min() > 1e11
+
+
+RUNAWAY = problems(["runaway"])
+
+
+@by_key(RUNAWAY)
+def test_runaways_keep_their_distance_on_a_grid(problem: Problem):
+    n = problem.z0.shape[1]
+    far = torch.logspace(1, 6, 1000, dtype=torch.float64)
+    line = torch.cat([torch.linspace(-20, 20, 200_001, dtype=torch.float64), far, -far])
+    entries = torch.stack([line.roll(7919 * i) for i in range(n)], dim=1)
+    distance = residual(problem, torch.cat([entries, line[:, None].expand(-1, n)])).norm(dim=1)
+    assert (distance >= problem.facts["gap"] * (1 - 1e-12)).all()
+    assert problem.facts["gap"] > 1e3 * problem.atol
+    assert not problem.solvable
+
+
+@given(data=st.data())
+def test_runaways_keep_their_distance_anywhere(data: st.DataObject):
+    problem = data.draw(st.sampled_from(RUNAWAY))
+    entry = st.floats(-1e12, 1e12) | st.floats(-10, 10)
+    n = problem.z0.shape[1]
+    z = torch.tensor([data.draw(st.lists(entry, min_size=n, max_size=n))], dtype=torch.float64)
+    assert residual(problem, z).norm() >= problem.facts["gap"] * (1 - 1e-12)
+    assert not (problem.excess(z.expand_as(problem.z0)) <= 1).any()
+
+
+@by_key(problems(["false_friends"]))
+def test_false_friends_have_no_fixed_point_but_meet_the_tolerance_far_out(problem: Problem):
+    line = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    assert (residual(problem, line[:, None].expand(-1, problem.z0.shape[1])) < 0).all()
+    assert not problem.solvable
+    assert problem.excess(problem.z0 + 1e6).max() <= 1
+
+
+def test_judging_runaways_ignores_rounding():
+    """z + 1 == z in float64."""
+    (problem,) = problems(["runaway.shift"])
+    far = torch.full_like(problem.z0, 1e17)
+    assert torch.equal(problem.fn(far), far)
+    assert problem.excess(far).min() > 1
+
+
+def test_maps_without_a_fixed_point_are_what_their_titles_say():
+    z = torch.linspace(-3, 3, 24, dtype=torch.float64).view(3, 8)
+    maps = {
+        "runaway.shift": lambda z: z + 1,
+        "runaway.exponential": torch.exp,
+        "runaway.waves": lambda z: z + 2 + z.sin(),
+        "runaway.near_miss": lambda z: z + z**2 + 0.01,
+        "runaway.jump": lambda z: torch.where(z > 0, -1.0, 1.0).double(),
+        "false_friends.slowing": lambda z: z + 1 / (1 + z**2),
+        "false_friends.hyperbola": lambda z: (z**2 + 1).sqrt(),
+        "false_friends.softplus": torch.nn.functional.softplus,
+    }
+    for key, fn in maps.items():
+        (problem,) = problems([key])
+        torch.testing.assert_close(problem.fn(z), fn(z), rtol=1e-8, atol=1e-8)
+    (flip,), (screw,) = problems(["runaway.flip"]), problems(["runaway.screw"])
+    torch.testing.assert_close(flip.fn(z[:, :2]), torch.stack([-z[:, 0], z[:, 1] + 1], dim=1))
+    one = torch.ones(3, dtype=torch.float64)
+    turned = torch.polar(one, one) * torch.complex(z[:, 0], z[:, 1])
+    torch.testing.assert_close(screw.fn(z[:, :3]), torch.stack([turned.real, turned.imag, z[:, 2] + 1], dim=1))
+
+
+@by_key(problems(["cycles"]))
+def test_cycles_hide_a_fixed_point(problem: Problem):
+    """Newton's method finds it from nearby; plain iteration never meets the tolerance."""
+    z = problem.z0
+    for _ in range(1000):
+        z = problem.fn(z)
+        assert problem.excess(z).min() > 1
+    value = problem.z0
+    if problem.key == "cycles.steep":
+        value = 0.1 * value
+    elif problem.key == "cycles.logistic":
+        value = 0.1 + 0.9 * (1 - 1 / problem.constants["rate"]).expand_as(value)
+    identity = torch.eye(value.shape[1], dtype=torch.float64)
+    for _ in range(50):
+        slopes = torch.autograd.functional.jacobian(lambda z: problem.fn(z).sum(dim=0), value)
+        assert isinstance(slopes, torch.Tensor)  # [n, B, n]
+        correction = torch.linalg.solve(identity - slopes.transpose(0, 1), (problem.fn(value) - value)[:, :, None])
+        value = value + correction[:, :, 0]
+    assert problem.excess(value).max() <= 1
+
+
+def test_cycles_return():
+    for key, period in (("cycles.negation", 2), ("cycles.quarter_turns", 4), ("cycles.negated_ring", 14)):
+        (problem,) = problems([key])
+        z = problem.z0
+        for _ in range(period):
+            z = problem.fn(z)
+        torch.testing.assert_close(z, problem.z0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", list(sizes.NAMES), ids=str)
+def test_maps_of_any_size_contract(dtype: torch.dtype):
+    for problem in (
+        sizes.tanh_diagonal(3, 10, dtype),
+        sizes.diagonal(3, 10, dtype),
+        sizes.causal_convolution(3, 16, 4, dtype=dtype),
+        sizes.causal_attention(3, 16, 4, dtype=dtype),
+    ):
+        assert problem.z0.dtype == dtype
+        first = torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        second = problem.fn(first)
+        assert second.dtype == dtype
+        moved = (problem.fn(second) - second).double().abs().amax(dim=1)
+        limit = (second - first).double().abs().amax(dim=1)
+        assert (moved <= 0.9 * limit + 4 * torch.finfo(dtype).eps).all()
+
+
+def test_sequences_are_causal():
+    for make in (sizes.causal_convolution, sizes.causal_attention):
+        problem = make(2, 16, 4, dtype=torch.float64)
+        z = torch.linspace(-1, 1, problem.z0.numel(), dtype=torch.float64).view_as(problem.z0)
+        changed = z.clone().view(2, 16, 4)
+        changed[:, 9] += 1
+        difference = (problem.fn(changed.view_as(z)) - problem.fn(z)).view(2, 16, 4).abs().amax(dim=(0, 2))
+        assert (difference[:9] == 0).all()
+        assert difference[9] > 0
+
+
+def test_sizes_reach_ten_million_and_a_batch_of_4096():
+    shapes = [tuple(problem.z0.shape) for problem in problems(["sizes"])]
+    assert (1, 10_000_000) in shapes
+    assert (4096, 1_000) in shapes
