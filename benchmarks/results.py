@@ -253,8 +253,18 @@ class Results:
     ) -> None:
         self.targets.append(Target(name, statement, relation, limit, measured, unit))
 
-    def curve(self, plot: str, panel: str, side: str, series: str, x: tuple[float, ...], y: tuple[float, ...]) -> None:
-        self.curves.append(Curve(plot, panel, side, series, x, y))
+    def curve(
+        self,
+        plot: str,
+        panel: str,
+        side: str,
+        series: str,
+        x: tuple[float, ...],
+        y: tuple[float, ...],
+        low: tuple[float, ...] = (),
+        high: tuple[float, ...] = (),
+    ) -> None:
+        self.curves.append(Curve(plot, panel, side, series, x, y, low, high))
 
     def table(
         self, suite: str, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], note: str = ""

@@ -1,15 +1,22 @@
-"""One page with everything: it holds its images and its style, and needs no network."""
+"""One page with everything: it holds its images and its style, and needs no network.
+
+python -m benchmarks.report.page benchmarks/out/summary.json     # writes report.html next to it, and the plots
+"""
 
 from __future__ import annotations
 
 import base64
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contest.standings import beaten, by_problem, time_of
+from benchmarks.report import contest, plots
 from benchmarks.report.rendering import render
-from benchmarks.results import Results
+from benchmarks.results import Results, Target
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,24 @@ class Section:
     plots: Mapping[str, str] = field(default_factory=dict)
 
 
+# The picture at the top of the page is the first one of these that the run has drawn.
+MAIN = {
+    "profile": "Performance profiles: for each library with the best of its solvers on each problem, the share of"
+    " problems solved at no more than a multiple of the best library's cost",
+    "overhead": "Overhead per iteration of each solver, state size, library and thread count",
+}
+
 SECTIONS = {
+    "contest": Section(
+        "All solvers on all problems",
+        "Every solver gets the same map, start and tolerance. A problem counts as solved if the returned value meets"
+        " the tolerance, evaluated by the suite in float64. A library whose own test is looser may tighten it. Times"
+        " are medians of alternating solves; compilation is not in them.",
+        {
+            "solvers": "Performance profiles of every solver",
+            "precision": "Relative residual against work for each solver",
+        },
+    ),
     "overhead": Section(
         "Overhead per iteration",
         "The cost of a solver without f: the time of a solve minus the time spent inside f, over the calls of f. Every"
@@ -88,20 +112,57 @@ SECTIONS = {
 }
 
 
-def write(results: Results, plots: Mapping[str, Path], path: Path) -> None:
-    """Write the page to ``path``."""
+def write(results: Results, drawn: Mapping[str, Path], path: Path) -> None:
+    """Write the page to ``path``.
+
+    Args:
+        drawn: For each plot its PNG, next to which lies the SVG.
+    """
     suites = dict.fromkeys(table.suite for table in results.tables)
+    if results.entries:
+        suites = {"contest": None, **suites}
+    images = {name: base64.b64encode(plot.with_suffix(".svg").read_bytes()).decode() for name, plot in drawn.items()}
     page = render(
         "page.html",
         facts=results.facts,
         notices=results.notices,
-        targets=results.targets,
-        sections=SECTIONS,
+        summary=contest.sentence(results),
+        targets=sorted(results.targets, key=_missed_first),
+        sections={suite: SECTIONS.get(suite, Section(suite.capitalize(), "")) for suite in suites},
         tables={suite: [table for table in results.tables if table.suite == suite] for suite in suites},
-        images={name: base64.b64encode(plot.read_bytes()).decode() for name, plot in plots.items()},
+        images=images,
+        main=next((name for name in MAIN if name in images), None),
+        descriptions=MAIN,
+        contest=_contest(results) if results.entries else None,
         machine=_machine(results),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _missed_first(target: Target) -> int:
+    return (False, None, True).index(target.met)
+
+
+def _contest(results: Results) -> dict[str, Any]:
+    """What the page shows of the contest."""
+    entries = results.entries
+    others = {entry.library for entry in entries} - {contest.OWN}
+    contenders = {entry.contender: entry for entry in entries}
+    return {
+        "standings": sorted(contest.standings(entries), key=lambda each: -each.solved),
+        "families": list(dict.fromkeys(entry.family for entry in entries)),
+        "by_family": contest.by_family(entries),
+        "contenders": contenders,
+        "problems": {problem: {row.contender: row for row in rows} for problem, rows in by_problem(entries).items()},
+        "marks": contest.MARKS,
+        "ranks": {status: rank for rank, status in enumerate(contest.MARKS)},
+        "beaten": [
+            (rows[0], winner, factor, min((row for row in rows if row.library == contest.OWN), key=time_of))
+            for rows, winner, factor in beaten(entries, contest.OWN, others)
+            if any(row.library == contest.OWN for row in rows)
+        ],
+        "common": len(contest.common_problems(entries)),
+    }
 
 
 def _machine(results: Results) -> dict[str, Any]:
@@ -109,6 +170,7 @@ def _machine(results: Results) -> dict[str, Any]:
     facts = results.facts
     kernels = facts["kernels"]
     return {
+        "GPU": facts.get("gpu"),
         "CPU": f"{facts['cpu']}, {facts['cores']} cores",
         "caches": ", ".join(f"{level} {size}" for level, size in facts["caches"].items()) or None,
         "memory": f"{facts['memory_gib']} GiB" if facts["memory_gib"] else None,
@@ -120,3 +182,18 @@ def _machine(results: Results) -> dict[str, Any]:
         "commit": (facts["commit"] or "unknown") + (", with changes" if facts["uncommitted_changes"] else ""),
         "seconds": ", ".join(f"{suite} {seconds:.0f}" for suite, seconds in results.seconds.items()),
     }
+
+
+def main(arguments: list[str]) -> int:
+    """Draw the plots and write the page of a summary again; returns the exit status."""
+    if len(arguments) != 1:
+        print("usage: python -m benchmarks.report.page SUMMARY.json", file=sys.stderr)
+        return 2
+    path = Path(arguments[0])
+    results = Results.from_json(json.loads(path.read_text(encoding="utf-8")))
+    write(results, plots.draw(results, path.parent), path.with_name("report.html"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

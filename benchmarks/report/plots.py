@@ -1,9 +1,10 @@
-"""The plots: overhead, kernel bandwidth, residual against NFE, accuracy against NFE."""
+"""The plots: performance profiles, work and precision, overhead, kernel bandwidth, accuracy against NFE."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,40 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from benchmarks.results import Curve, Results, number
+from benchmarks.contest.standings import time_of, work_of
+from benchmarks.report.contest import OWN, Step, common_problems, costs, profile_curves
+from benchmarks.results import Curve, Entry, Results, number
 
 # Colors that color-blind readers can tell apart (Okabe and Ito 2008). In bars each library has a color; in plots where
 # colors mark solvers, each library has a line style.
 LIBRARY_COLORS = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
 SERIES_COLORS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", "--", ":", "-.")
+# Many solvers: pydeq's lines are strong and solid; each other library has a muted color, each of its solvers a dash.
+OWN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#5B3FA0")
+MUTED_COLORS = (
+    "#6F7B83",
+    "#B8862B",
+    "#5C8FCB",
+    "#B0688A",
+    "#5E9E74",
+    "#8F72BD",
+    "#B5764E",
+    "#3F9A9A",
+    "#8C8C33",
+    "#3F464C",
+)
+DASHES: tuple[Any, ...] = (
+    (0, (6, 2)),
+    (0, (2, 1.5)),
+    (0, (6, 2, 1.5, 2)),
+    (0, (1, 1)),
+    (0, (9, 3, 2, 3, 2, 3)),
+    (0, (4, 4)),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 130,
     "font.size": 10,
@@ -33,7 +59,9 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
+    "svg.hashsalt": "benchmarks",  # the same figure gives the same file
 }
+SPREAD: dict[str, Any] = {"fmt": "none", "ecolor": "#333333", "elinewidth": 0.9, "capsize": 1.5}
 SOLVERS = ("picard", "anderson", "broyden")
 
 # panel -> labels of its axes, and whether the second one is logarithmic; the default is for panels named by a problem
@@ -41,16 +69,21 @@ AXES = {
     "Test accuracy at a hard stop": ("evaluations of the cell allowed", "test accuracy, %", False),
     "Spectral radius of the cell": ("epoch", "mean spectral radius at the equilibrium", False),
 }
+# Panels of the plot "precision" whose titles end like this have seconds on their axis, the other panels evaluations.
+IN_TIME = ", time"
 RESIDUAL_AXES = ("evaluations of f", "largest relative residual in the batch", True)
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
-    """Draw the plots that the run has data for.
+    """Draw the plots that the run has data for, each as PNG and as SVG.
 
     Returns:
-        For each plot drawn its file.
+        For each plot drawn its PNG; the SVG lies next to it.
     """
     plots: dict[str, Callable[[Results], Figure | None]] = {
+        "profile": lambda results: _profiles(results, lambda entry: entry.library),
+        "solvers": lambda results: _profiles(results, lambda entry: entry.contender),
+        "precision": _precision,
         "overhead": _overhead,
         "kernels": _kernels,
         "residual": lambda results: _lines(results, "residual"),
@@ -63,6 +96,8 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
             if figure is not None:
                 drawn[name] = folder / f"{name}.png"
                 figure.savefig(drawn[name], bbox_inches="tight")
+                svg = drawn[name].with_suffix(".svg")
+                figure.savefig(svg, bbox_inches="tight", transparent=True, metadata={"Date": None})
                 plt.close(figure)
     return drawn
 
@@ -89,6 +124,16 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
+def _measured(results: Results, name: str) -> tuple[float, tuple[tuple[float], tuple[float]]] | None:
+    """The value of a figure, and how far its quartiles are below and above; None if it was not measured."""
+    figure = next((figure for figure in results.figures if figure.name == name), None)
+    if figure is None or figure.value is None:
+        return None
+    value = figure.value
+    low, high = (value if bound is None else bound for bound in (figure.low, figure.high))
+    return value, ((max(value - low, 0.0),), (max(high - value, 0.0),))
+
+
 def _legend(figure: Figure, panel: Axes) -> None:
     """One legend for all panels, below them."""
     handles, labels = panel.get_legend_handles_labels()
@@ -109,17 +154,19 @@ def _overhead(results: Results) -> Figure | None:
             for i, count in enumerate(counts):
                 for j, library in enumerate(libraries):
                     case = f"overhead.{solver}.{shape}.t{count}.{library}"
-                    value = results.value(case)
-                    if value is None:
+                    measured = _measured(results, case)
+                    if measured is None:
                         continue
                     place = at - 0.42 + width * (len(libraries) * i + j + 0.5)
                     label = f"{library}, {_threads(count)}" if at == 0 else None
                     alpha = 0.55 if count < counts[-1] else 1.0
+                    value, spread = measured
                     panel.bar(place, value, 0.9 * width, color=LIBRARY_COLORS[j], alpha=alpha, label=label)
+                    panel.errorbar(place, value, spread, **SPREAD)
                     ratio = results.value(f"{case}_over_{libraries[0]}")
                     if ratio is not None:
                         text = f"{number(ratio, 2)}x"
-                        panel.text(place, 1.1 * value, text, ha="center", va="bottom", fontsize=8)
+                        panel.text(place, 1.1 * (value + spread[1][0]), text, ha="center", va="bottom", fontsize=8)
         panel.set_title(solver.capitalize())
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -149,12 +196,14 @@ def _kernels(results: Results) -> Figure | None:
     for panel, count in zip(panels, counts, strict=True):
         for at, shape in enumerate(shapes):
             for i, (operation, implementation) in enumerate(operations):
-                value = results.value(f"kernels.{operation}.{shape}.t{count}.{implementation}.bandwidth")
-                if value is None:
+                measured = _measured(results, f"kernels.{operation}.{shape}.t{count}.{implementation}.bandwidth")
+                if measured is None:
                     continue
                 place = at - 0.42 + width * (i + 0.5)
+                value, spread = measured
                 panel.bar(place, value, 0.9 * width, color=colors[i], label=operation if at == 0 else None)
-                panel.text(place, value, number(value, 2), ha="center", va="bottom", fontsize=7)
+                panel.errorbar(place, value, spread, **SPREAD)
+                panel.text(place, value + spread[1][0], number(value, 2), ha="center", va="bottom", fontsize=7)
         panel.set_title(_threads(count))
         panel.tick_params(axis="x", labelsize=8)
         _shape_ticks(panel, shapes)
@@ -187,6 +236,8 @@ def _lines(results: Results, plot: str) -> Figure | None:
                 line.x, line.y, LINE_STYLES[j], color=SERIES_COLORS[i], marker=None if logarithmic else "o",
                 markersize=4, linewidth=width, alpha=alpha, zorder=3 if j == 0 else 2,
             )  # fmt: skip
+            if line.low and line.high:
+                panel.fill_between(line.x, line.low, line.high, color=SERIES_COLORS[i], alpha=0.12, linewidth=0)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel(x_label)
         panel.set_ylabel(y_label)
@@ -201,4 +252,132 @@ def _lines(results: Results, plot: str) -> Figure | None:
         )
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=len(handles))
     figure.tight_layout(rect=(0, 0.02, 1, 1))
+    return figure
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The line of a solver or a library among many."""
+
+    color: str
+    dash: Any
+    marker: str
+    own: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "color": self.color,
+            "linestyle": self.dash,
+            "linewidth": 2.2 if self.own else 1.3,
+            "zorder": 3 if self.own else 2,
+        }
+
+
+def _looks(sides: Sequence[tuple[str, str]]) -> dict[str, _Look]:
+    """A line for each (name, library): the color shows the library, dash and marker its solvers; pydeq's are solid."""
+    looks: dict[str, _Look] = {}
+    libraries = list(dict.fromkeys(library for _, library in sides if library != OWN))
+    counts: dict[str, int] = {}
+    for name, library in sides:
+        i = counts[library] = counts.get(library, -1) + 1
+        marker = MARKERS[i % len(MARKERS)]
+        if library == OWN:
+            looks[name] = _Look(OWN_COLORS[i % len(OWN_COLORS)], "-", marker, True)
+        else:
+            j = libraries.index(library)
+            dash = DASHES[(i + j) % len(DASHES)]
+            looks[name] = _Look(MUTED_COLORS[j % len(MUTED_COLORS)], dash, marker, False)
+    return looks
+
+
+def _legend_at_right(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """A legend next to the panels, outside of them."""
+    figure.legend(handles=list(handles), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, handlelength=3.2)
+
+
+def _profiles(results: Results, key: Callable[[Entry], str]) -> Figure | None:
+    """Performance profiles by time, and by evaluations and products; ``key`` groups the entries into lines."""
+    problems = common_problems(results.entries)
+    entries = [entry for rows in problems for entry in rows]
+    looks = _looks(list(dict.fromkeys((key(entry), entry.library) for entry in entries)))
+    kinds = [
+        (title, {name: each for name, each in costs(problems, key, cost).items() if any(map(math.isfinite, each))})
+        for title, cost in (("Time", time_of), ("Evaluations and products", work_of))
+    ]
+    kinds = [(title, measured) for title, measured in kinds if measured]
+    if len(looks) < 2 or not kinds:
+        return None
+    figure, panels = _panels(len(kinds), 4.2, share_y=True)
+    for panel, (title, measured) in zip(panels, kinds, strict=True):
+        curves = profile_curves(measured)
+        most = max((ratio for step in curves.values() for ratio in step.ratio if math.isfinite(ratio)), default=1.0)
+        end = 2.0 ** max(1, math.ceil(math.log2(most) + 0.01))
+        for name in looks:
+            _draw_step(panel, curves.get(name, Step((1.0,), (0.0,))), end, looks[name].options)
+        panel.set_title(title)
+        panel.set_xscale("log", base=2)
+        panel.set_xlim(1, end)
+        powers = range(round(math.log2(end)) + 1)
+        panel.xaxis.set_major_locator(FixedLocator([2.0**n for n in powers if n % math.ceil(len(powers) / 8) == 0]))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        panel.set_xlabel("at most this many times the best one's")
+        panel.set_ylim(-0.02, 1.02)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panels[0].set_ylabel(f"share of {len(problems)} problems solved")
+    titles = {key(entry): entry.title or entry.contender for entry in entries}
+    by_library = all(key(entry) == entry.library for entry in entries)
+    order = sorted(looks, key=lambda name: not looks[name].own)  # pydeq first
+    _legend_at_right(
+        figure, [Line2D([], [], label=name if by_library else titles[name], **looks[name].options) for name in order]
+    )
+    figure.tight_layout()
+    return figure
+
+
+def _draw_step(panel: Axes, step: Step, end: float, options: dict[str, Any]) -> None:
+    """A step function up to the right edge of the panel."""
+    points = [(ratio, share) for ratio, share in zip(step.ratio, step.share, strict=True) if ratio <= end]
+    points.append((end, points[-1][1]))
+    panel.step([x for x, _ in points], [y for _, y in points], where="post", **options)
+
+
+def _precision(results: Results) -> Figure | None:
+    """Residual against work, a row of panels for each problem, in rows of three."""
+    curves = [curve for curve in results.curves if curve.plot == "precision"]
+    if not curves:
+        return None
+    titles = list(dict.fromkeys(curve.panel for curve in curves))
+    looks = _looks(list(dict.fromkeys((curve.series, curve.side) for curve in curves)))
+    across = min(3, len(titles))
+    rows = math.ceil(len(titles) / across)
+    figure, axes = plt.subplots(rows, across, figsize=(4.4 * across, 3.7 * rows), squeeze=False)
+    for panel, title in zip(axes.flat, titles, strict=False):
+        for curve in curves:
+            if curve.panel != title:
+                continue
+            look = looks[curve.series]
+            every = math.ceil(len(curve.x) / 8)
+            panel.plot(curve.x, curve.y, marker=look.marker, markersize=4, markevery=every, **look.options)
+            if curve.low and curve.high:
+                panel.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, linewidth=0)
+        panel.set_title(title, fontsize=10)
+        panel.set_yscale("log")
+        in_time = title.endswith(IN_TIME)
+        panel.set_xlabel("seconds" if in_time else "evaluations and products of f")
+        if in_time:
+            panel.set_xscale("log")
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    for panel in axes.flat[len(titles) :]:
+        panel.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("relative residual")
+    order = sorted(looks, key=lambda name: not looks[name].own)
+    _legend_at_right(
+        figure,
+        [Line2D([], [], label=name, marker=looks[name].marker, markersize=4, **looks[name].options) for name in order],
+    )
+    figure.tight_layout()
     return figure

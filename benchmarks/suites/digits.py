@@ -155,8 +155,11 @@ def _report(context: Context, done: dict[tuple[str, str], list[Training]]) -> No
         label = "with penalty" if kind == "penalty" else "without penalty"
         stops = tuple(float(stop) for stop in STOPS)
         epochs = tuple(float(epoch + 1) for epoch in range(len(radius)))
-        percent = tuple(100.0 * value for value in accuracy)
-        results.curve("accuracy", "Test accuracy at a hard stop", name, label, stops, percent)
+        percent, least, most = (
+            tuple(100.0 * value for value in values)
+            for values in (accuracy, tuple(map(min, by_stop)), tuple(map(max, by_stop)))
+        )
+        results.curve("accuracy", "Test accuracy at a hard stop", name, label, stops, percent, least, most)
         results.curve("accuracy", "Spectral radius of the cell", name, label, epochs, tuple(radius))
         rows.append((label, name, *(f"{100 * value:.1f}" for value in accuracy), f"{radius[-1]:.2f}"))
         speed.append((label, name, number(spread(seconds).median * 1e3), f"{statistics.fmean(calls):.1f}"))

@@ -335,7 +335,7 @@ def test_one_suite_from_the_command_line_to_the_page(tmp_path, capsys):
     content = json.loads((tmp_path / "summary.json").read_text())
     assert "memory.anderson.memory6.pydeq" in {figure["name"] for figure in content["figures"]}
     page = (tmp_path / "report.html").read_text()
-    assert "<h2>Targets</h2>" in page
+    assert '<h2 id="targets">Targets</h2>' in page
     assert "http" not in page.replace("http-equiv", "")
     assert "Peak memory" in capsys.readouterr().out
 
