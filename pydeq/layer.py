@@ -190,8 +190,9 @@ class DEQ(nn.Module):
             The fixed point, like z0; with ``return_solution`` the pair (fixed point, solution).
         """
         with Compiler() as compiler:
-            keywords = keywords_for("DEQ.forward", self.cell, keywords, _CALL, _ELSEWHERE)
-            cell = PreparedCell(self.cell, z0, keywords, self.has_aux, compiler=compiler, freeze_rng=self.freeze_rng)
+            fn = self.cell  # read once: a module finds its attributes that are modules slowly
+            keywords = keywords_for("DEQ.forward", fn, keywords, _CALL, _ELSEWHERE)
+            cell = PreparedCell(fn, z0, keywords, self.has_aux, compiler=compiler, freeze_rng=self.freeze_rng)
             if penalty is not None:
                 if not isinstance(penalty, JacobianPenalty):
                     raise TypeError(f"penalty must be a penalty like pydeq.JacobianPenalty(0.5), got {shown(penalty)}")
@@ -217,7 +218,7 @@ class DEQ(nn.Module):
             try:
                 result = self._solve(problem, penalty)
             except TypeError:
-                check_context(self.cell, context, keywords)
+                check_context(fn, context, keywords)
                 raise
             output = cell.adapter.outside(result.output)
             if not return_solution:

@@ -103,10 +103,10 @@ class Solution:
     def all_known_to_converge(self) -> bool:
         """Whether all samples are known to have converged, without waiting for a device."""
         counters = self._counters
-        if type(counters) is not Tensor or counters.device.type != "cpu":
+        if type(counters) is not Tensor or not counters.is_cpu:
             return False
         # Compared as bytes: a comparison of tensors, like one of arrays, takes as long as a small evaluation.
-        return counters.numpy()[:, _STATUS].tobytes() == _CONVERGED * len(counters)
+        return counters.numpy()[:, _STATUS].tobytes() == _CONVERGED * counters.shape[0]
 
     @cached_property
     def residual(self) -> Tensor:

@@ -10,6 +10,9 @@ from torch.nn.utils import parametrize
 
 from pydeq.cell.scope import Scoped
 
+# Attributes that every module has; none of them is a tensor.
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
 
 class Stateless:
     """A function that uses modules, as a function of their tensors.
@@ -40,7 +43,7 @@ class Stateless:
             lasts = not isinstance(part, Scoped)
             for holder in (part._parameters, part._buffers, attributes):
                 for name, x in holder.items():
-                    if isinstance(x, Tensor):
+                    if name not in _OF_EVERY_MODULE and isinstance(x, Tensor):  # isinstance takes longer
                         number = numbers.setdefault(id(x), len(self.tensors))
                         if number == len(self.tensors):
                             self.tensors.append(x)

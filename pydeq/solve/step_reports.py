@@ -34,6 +34,10 @@ from pydeq.ops.constants import RUNNING, Counter, Progress
 # Reports under way at once, and the bytes of one solve's places: a cache line, so that solves do not share one.
 _TURNS, _BYTES = 2, 64
 _BLOCK = 64  # solves for which places are allocated at once: a page of memory
+# A place's memory, read as a ctypes array: its entries are Python ints, and NumPy's arrays take longer.
+_SIZE = len(Progress)
+_Entries = ctypes.c_int64 * _SIZE
+_STEP, _RUNNING = int(Progress.STEP), int(Progress.RUNNING)
 
 
 class Reports(ABC):
@@ -84,8 +88,9 @@ class HostReports(Reports):
     """
 
     def __init__(self, batch: int, place: Tensor) -> None:
-        self._batch, self._place, self._values = batch, place, place.numpy()
-        self._values.fill(0)
+        self._batch, self._place = batch, place
+        self._values = _Entries.from_address(place.data_ptr())  # valid as long as ``place``
+        self._values[_STEP] = 0
 
     def place(self, k: int) -> Tensor:
         return self._place
@@ -102,12 +107,12 @@ class HostReports(Reports):
 
     def _after(self, steps: int) -> int:
         """The number of running samples after ``steps`` steps."""
-        if self._values[Progress.STEP] != steps:
+        if self._values[_STEP] != steps:
             raise RuntimeError(
                 f"step {steps - 1} of the solver did not report: write a solver of your own as a pydeq.CustomSolver,"
                 " whose steps do"
             )
-        return int(self._values[Progress.RUNNING])
+        return self._values[_RUNNING]
 
 
 class CapturedReports(Reports):
@@ -204,12 +209,11 @@ class Slot:
     """The places of one solve, in memory at ``address``."""
 
     def __init__(self, address: int) -> None:
-        size = len(Progress)
-        step = 8 * size
+        step = 8 * _SIZE
         self.addresses = [address + turn * step for turn in range(_TURNS)]
-        memory = (ctypes.c_int64 * (_TURNS * size)).from_address(address)
+        memory = (ctypes.c_int64 * (_TURNS * _SIZE)).from_address(address)
         with torch.inference_mode(False):  # steps of every mode write there
-            entries = torch.frombuffer(memory, dtype=torch.int64).view(_TURNS, size)
+            entries = torch.frombuffer(memory, dtype=torch.int64).view(_TURNS, _SIZE)
             self.places = tuple(entries.unbind())
         self.values = entries.numpy()
 

@@ -20,6 +20,8 @@ from pydeq.ops.step import StepOperation
 from pydeq.ops.termination import Rules
 from pydeq.solvers.buffers import Scratch, empty, pair, zeros
 
+_SCALARS, _COUNTERS, _PROGRESS = len(Scalar), len(Counter), len(Progress)  # an enum takes long to count its members
+
 
 class Workspace(ABC):
     """The buffers of one solve, allocated once. Users' solvers do not define one: see :class:`pydeq.CustomSolver`.
@@ -47,11 +49,11 @@ class Workspace(ABC):
         self.best = empty(flat, 2, *shape)
         self.scalars, self.counters, *self.zeroed = zeros(
             flat,
-            (torch.float64, (batch, len(Scalar))),
-            (torch.int32, (batch, len(Counter))),  # RUNNING is 0
+            (torch.float64, (batch, _SCALARS)),
+            (torch.int32, (batch, _COUNTERS)),  # RUNNING is 0
             *((torch.float64, shape) for shape in own),
         )
-        self.progress = torch.empty(len(Progress), dtype=torch.int64, device="cpu")  # read after a step wrote it
+        self.progress = torch.empty(_PROGRESS, dtype=torch.int64, device="cpu")  # read after a step wrote it
         self.scratch = Scratch(flat)  # the history; a solve that ends without an exception releases it
         # For half states, the iterates before they were rounded, if the solver keeps them.
         self.iterate = flat.new_empty(0)
