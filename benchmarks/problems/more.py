@@ -57,9 +57,7 @@ def _powell_singular(xp: Any, z: Any) -> Any:
 
 def powell_singular() -> System:
     """The Jacobian at the root has rank 2."""
-    return System(
-        "powell_singular", "Powell singular", _powell_singular, vector(3, -1, 0, 1), [vector(0, 0, 0, 0)]
-    )  # fmt: skip
+    return System("powell_singular", "Powell singular", _powell_singular, vector(3, -1, 0, 1), [vector(0, 0, 0, 0)])
 
 
 def _powell_badly_scaled(xp: Any, z: Any) -> Any:
@@ -72,7 +70,7 @@ def powell_badly_scaled() -> System:
     root = vector(1.0981593296997149e-05, 9.106146739867318)
     return System(
         "powell_badly_scaled", "Powell badly scaled", _powell_badly_scaled, vector(0, 1), [root, root.flip(0)]
-    )  # fmt: skip
+    )
 
 
 def _wood(xp: Any, z: Any) -> Any:
@@ -123,9 +121,7 @@ def watson(n: int) -> System:
     powers = t**exponents  # [n, 29]
     slopes = exponents * t ** (exponents - 1)
     start = torch.zeros(n, dtype=torch.float64)
-    return System(
-        f"watson.n{n}", f"Watson, n {n}", _watson, start, constants={"powers": powers, "slopes": slopes}
-    )  # fmt: skip
+    return System(f"watson.n{n}", f"Watson, n {n}", _watson, start, constants={"powers": powers, "slopes": slopes})
 
 
 def _chebyquad(xp: Any, z: Any, integrals: Any) -> Any:
@@ -264,9 +260,7 @@ def _broyden_tridiagonal(xp: Any, z: Any) -> Any:
 
 def broyden_tridiagonal(n: int = 10) -> System:
     start = -torch.ones(n, dtype=torch.float64)
-    return System(
-        f"broyden_tridiagonal.n{n}", f"Broyden tridiagonal, n {n}", _broyden_tridiagonal, start
-    )  # fmt: skip
+    return System(f"broyden_tridiagonal.n{n}", f"Broyden tridiagonal, n {n}", _broyden_tridiagonal, start)
 
 
 def _broyden_banded(xp: Any, z: Any, band: Any) -> Any:
@@ -279,9 +273,7 @@ def broyden_banded(n: int = 10) -> System:
     offset = i[:, None] - i  # of the neighbour (row) from the equation (column)
     band = ((offset >= -5) & (offset <= 1) & (offset != 0)).double()
     start = -torch.ones(n, dtype=torch.float64)
-    return System(
-        f"broyden_banded.n{n}", f"Broyden banded, n {n}", _broyden_banded, start, constants={"band": band}
-    )  # fmt: skip
+    return System(f"broyden_banded.n{n}", f"Broyden banded, n {n}", _broyden_banded, start, constants={"band": band})
 
 
 def systems() -> Iterator[tuple[System, tuple[float, ...]]]:

@@ -1,8 +1,8 @@
 """The 23 systems of NonlinearSolve.jl's study of robustness.
 
-They are those of Burkardt's test_nonlin, of which the first 14 are Moré, Garbow and Hillstrom's. Sizes, starts and
-known roots are those of the study. In four places, the study's library (NonlinearProblemLibrary.jl) differs from its
-sources, which are followed here:
+They are those of Burkardt's test_nonlin, of which the first 14 are Moré, Garbow and Hillstrom's. Sizes and starts are
+those of the study. In four places, its library (NonlinearProblemLibrary.jl) differs from its sources, which are
+followed here:
 
 - 6, Watson: the sums over polynomial coefficients are shifted by one index, and z_2 - z_2^2 - 1 (test_nonlin has that,
   too, but not its Jacobian) is in the place of z_2 - z_1^2 - 1.
@@ -136,7 +136,7 @@ def systems() -> Iterator[System]:
     yield matrix_square_root(3)
     yield System(
         "dennis_schnabel", "Dennis and Schnabel 2 by 2", _dennis_schnabel, vector(1, 5), [vector(0, 3), vector(3, 0)]
-    )  # fmt: skip
+    )
     # 18 and 19: singular Jacobians at the roots; those of 18 fill both axes.
     yield System("sample_18", "Sample problem 18", _sample_18, vector(2, 2), [vector(0, 0)])
     yield System("sample_19", "Sample problem 19", _sample_19, vector(3, 3), [vector(0, 0)])

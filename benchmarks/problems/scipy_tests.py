@@ -59,9 +59,7 @@ def nonlin_systems() -> Iterator[System]:
     yield System("nonlin.identity", "SciPy F2", _identity, counting(6), [torch.zeros(6, dtype=torch.float64)])
     matrix = torch.tensor([[-2, 1, 0], [1, -2, 1], [0, 1, -2]], dtype=torch.float64)
     x = counting(3)
-    yield System(
-        "nonlin.linear", "SciPy F3", _linear, x, [vector(-2.5, -4, -3.5)], {"matrix": matrix, "x": x}
-    )  # fmt: skip
+    yield System("nonlin.linear", "SciPy F3", _linear, x, [vector(-2.5, -4, -3.5)], {"matrix": matrix, "x": x})
     powell = powell_badly_scaled()
     yield replace(powell, name="nonlin.powell", title="SciPy F4, Powell badly scaled", start=vector(-1, -2))
     # Four parallel pipes.
@@ -193,7 +191,7 @@ def spectral_systems() -> Iterator[System]:
     gasparo = vector(-5.921189464667502e-15, 2.6776506988040603, 0)
     yield System(
         "spectral.gasparo.n99", "Gasparo, n 99", _gasparo, vector(-1, 0.5, -1).repeat(33), [gasparo.repeat(33)]
-    )  # fmt: skip
+    )
     chandra = chandrasekhar(100)
     yield replace(chandra, name="spectral.chandrasekhar.n100")
     powell_start = vector(1e-3, 18, 1).repeat(33)
@@ -215,7 +213,7 @@ def spectral_systems() -> Iterator[System]:
     )
     yield System(
         "spectral.singular.n100", "Singular, n 100", _singular, full(100, 1), [full(100, 0)], {"i": counting(100)}
-    )  # fmt: skip
+    )
     yield System("spectral.logarithmic.n100", "Logarithmic, n 100", _logarithmic, full(100, 1), [full(100, 0)])
     yield System(
         "spectral.extended_rosenbrock.n100",

@@ -54,17 +54,25 @@ def _elementwise(batch: int, dim: int) -> dict[str, Tensor]:
 def tanh_diagonal(batch: int, dim: int, dtype: torch.dtype = torch.float32) -> Problem:
     """z = tanh(a z + x), entry by entry."""
     return _problem(
-        f"tanh.{batch}x{dim}", f"tanh(a z + x), ({batch}, {dim})", _tanh_diagonal, (batch, dim), dtype,
+        f"tanh.{batch}x{dim}",
+        f"tanh(a z + x), ({batch}, {dim})",
+        _tanh_diagonal,
+        (batch, dim),
+        dtype,
         **_elementwise(batch, dim),
-    )  # fmt: skip
+    )
 
 
 def diagonal(batch: int, dim: int, dtype: torch.dtype = torch.float32) -> Problem:
     """z = a z + x, entry by entry."""
     return _problem(
-        f"diagonal.{batch}x{dim}", f"a z + x, ({batch}, {dim})", _diagonal, (batch, dim), dtype,
+        f"diagonal.{batch}x{dim}",
+        f"a z + x, ({batch}, {dim})",
+        _diagonal,
+        (batch, dim),
+        dtype,
         **_elementwise(batch, dim),
-    )  # fmt: skip
+    )
 
 
 def _causal_convolution(xp: Any, z: Any, taps: Any, rows: Any, injection: Any) -> Any:

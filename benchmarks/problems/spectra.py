@@ -91,7 +91,7 @@ def rotations(modulus: float, n: int = 64) -> Problem:
     blocks = [torch.tensor([[c, -s], [s, c]], dtype=torch.float64) for c, s in zip(cosine, sine, strict=True)]
     return affine(
         f"rotations.{modulus:g}", f"complex pairs, |λ| {modulus:g}", _rotated(torch.block_diag(*blocks)), modulus
-    )  # fmt: skip
+    )
 
 
 def jordan(eigenvalue: float, size: int, n: int = 64) -> Problem:
@@ -129,9 +129,7 @@ def nonnormal(radius: float = 0.9, norm: float = 10.0, n: int = 64) -> Problem:
 def expanding(radius: float, n: int = 64) -> Problem:
     """Symmetric, eigenvalues evenly spaced from -radius to 0: plain iteration diverges from the fixed point."""
     eigenvalues = torch.linspace(-radius, 0, n, dtype=torch.float64)
-    return affine(
-        f"expanding.{radius:g}", f"symmetric, λ {-radius:g} to 0", _rotated(torch.diag(eigenvalues)), radius
-    )  # fmt: skip
+    return affine(f"expanding.{radius:g}", f"symmetric, λ {-radius:g} to 0", _rotated(torch.diag(eigenvalues)), radius)
 
 
 def expanding_both_ways(radius: float, n: int = 64) -> Problem:
@@ -139,9 +137,7 @@ def expanding_both_ways(radius: float, n: int = 64) -> Problem:
     half = n // 2
     eigenvalues = torch.cat([torch.linspace(-radius, 0, half), torch.linspace(1.1, radius, n - half)]).double()
     matrix = _rotated(torch.diag(eigenvalues))
-    return affine(
-        f"indefinite.{radius:g}", f"symmetric, λ {-radius:g} to 0 and 1.1 to {radius:g}", matrix, radius
-    )  # fmt: skip
+    return affine(f"indefinite.{radius:g}", f"symmetric, λ {-radius:g} to 0 and 1.1 to {radius:g}", matrix, radius)
 
 
 def stiff(n: int = 64) -> Problem:

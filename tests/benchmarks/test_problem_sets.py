@@ -222,11 +222,14 @@ def test_the_step_has_norm_one_and_the_sign_of_the_trace():
 
 
 def test_known_roots_solve_their_problems():
-    for family, some in (("roberts", roberts.systems()), ("more", (s for s, _ in more.systems()))):
-        found = {problem.key: problem for problem in problems([family])}
+    of_scipy = [*scipy_tests.nonlin_systems(), *scipy_tests.spectral_systems()]
+    sets = {"roberts": roberts.systems(), "more": [system for system, _ in more.systems()], "scipy": of_scipy}
+    found = {problem.key: problem for problem in ROOTS}
+    for family, some in sets.items():
         for system in some:
             for solution in system.solutions:
-                assert found[f"{family}.{system.name}"].excess(solution[None]).item() <= 1
+                for key in (f"{family}.{system.name}", f"{family}.given.{system.name}"):
+                    assert found[key].excess(solution[None]).item() <= 1, key
 
 
 def test_rounding_far_from_the_origin_is_not_a_root():
@@ -291,7 +294,7 @@ def test_formulas_keep_single_precision(problem: Problem, jax64):
 
 
 @by_key(ALL)
-def test_fn_and_excess_agree_with_the_formula(problem: Problem):
+def test_fn_and_excess_keep_their_shapes(problem: Problem):
     assert problem.excess(problem.z0).shape == problem.z0.shape[:1]
     image = problem.fn(problem.z0)
     assert image.shape == problem.z0.shape
