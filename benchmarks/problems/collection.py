@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from benchmarks.problems import more, no_fixed_point, roberts, scipy_tests, sizes, spectra
+from benchmarks.problems import burkardt, more, no_fixed_point, scipy_tests, sizes, spectra
 from benchmarks.problems.base import Problem
 
 FAMILIES: dict[str, Callable[[], Iterator[Problem]]] = {
-    "roberts": roberts.family,
-    "roberts.given": partial(roberts.family, given=True),
+    "burkardt": burkardt.family,
+    "burkardt.given": partial(burkardt.family, given=True),
     "more": more.family,
     "more.given": partial(more.family, given=True),
     "scipy": scipy_tests.family,

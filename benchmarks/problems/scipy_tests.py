@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.problems.base import Formula, Problem, from_formula
+from benchmarks.problems.burkardt import chandrasekhar
 from benchmarks.problems.more import powell_badly_scaled
-from benchmarks.problems.roberts import chandrasekhar
 from benchmarks.problems.systems import System, counting, recast_all, vector
 
 SOURCE = "SciPy 1.17, scipy/optimize/tests"

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.problems import more, roberts, scipy_tests, sizes
+from benchmarks.problems import burkardt, more, scipy_tests, sizes
 from benchmarks.problems.base import Problem
 from benchmarks.problems.collection import FAMILIES, problems
 from benchmarks.problems.systems import RESIDUAL, System
 
-ROOT_FAMILIES = ("roberts", "more", "scipy")
+ROOT_FAMILIES = ("burkardt", "more", "scipy")
 ALL = [problem for name in FAMILIES if name != "sizes" for problem in problems([name])]
 ALL += [problem for problem in problems(["sizes"]) if problem.z0.numel() <= 1e5]
 # One problem of each formula: other sizes, starts and steps change nothing of it.
@@ -42,8 +42,8 @@ def test_keys_are_unique_and_begin_with_their_family():
 
 
 def test_a_family_or_the_beginning_of_a_key_selects():
-    assert [p.key for p in problems(["roberts"])] == [p.key for p in ALL if p.family == "roberts"]
-    assert len(problems(["roberts"])) == len(problems(["roberts.given"])) == 23
+    assert [p.key for p in problems(["burkardt"])] == [p.key for p in ALL if p.family == "burkardt"]
+    assert len(problems(["burkardt"])) == len(problems(["burkardt.given"])) == 23
     chebyquad = problems(["more.chebyquad.n9", "more.wood"])
     assert {p.key for p in chebyquad} == {"more.wood", "more.wood.start10", "more.wood.start100", "more.chebyquad.n9"}
     with pytest.raises(ValueError, match=r"got \['mere'\]"):
@@ -91,7 +91,7 @@ def test_the_starts_of_more_have_minpacks_residuals():
 
 def systems() -> list[System]:
     of_more = [system for system, _ in more.systems()]
-    return [*roberts.systems(), *of_more, *scipy_tests.nonlin_systems(), *scipy_tests.spectral_systems()]
+    return [*burkardt.systems(), *of_more, *scipy_tests.nonlin_systems(), *scipy_tests.spectral_systems()]
 
 
 def test_known_roots_are_roots():
@@ -214,8 +214,8 @@ def test_a_root_is_judged_by_its_residual(family: str):
 
 
 def test_the_step_has_norm_one_and_the_sign_of_the_trace():
-    for problem in problems(["roberts"]):
-        system = next(s for s in roberts.systems() if problem.key == f"roberts.{s.name}")
+    for problem in problems(["burkardt"]):
+        system = next(s for s in burkardt.systems() if problem.key == f"burkardt.{s.name}")
         jacobian = problem.facts["step"] * system.jacobian(system.start)
         assert torch.linalg.matrix_norm(jacobian, 2).item() == pytest.approx(1)
         assert jacobian.trace() >= 0
@@ -223,7 +223,7 @@ def test_the_step_has_norm_one_and_the_sign_of_the_trace():
 
 def test_known_roots_solve_their_problems():
     of_scipy = [*scipy_tests.nonlin_systems(), *scipy_tests.spectral_systems()]
-    sets = {"roberts": roberts.systems(), "more": [system for system, _ in more.systems()], "scipy": of_scipy}
+    sets = {"burkardt": burkardt.systems(), "more": [system for system, _ in more.systems()], "scipy": of_scipy}
     found = {problem.key: problem for problem in ROOTS}
     for family, some in sets.items():
         for system in some:
@@ -234,7 +234,7 @@ def test_known_roots_solve_their_problems():
 
 def test_rounding_far_from_the_origin_is_not_a_root():
     """r is near (-1e-4, 0) there, and z - b r(z) == z."""
-    (problem,) = (p for p in problems(["roberts.powell_badly"]))
+    (problem,) = (p for p in problems(["burkardt.powell_badly"]))
     far = torch.tensor([[1e-24, 1e20]], dtype=torch.float64)
     assert torch.equal(problem.fn(far), far)
     assert problem.excess(far).item() > 50

@@ -149,4 +149,4 @@ def systems() -> Iterator[System]:
 
 def family(given: bool = False) -> Iterator[Problem]:
     """All 23 from their standard starts; ``given``: z = z - r(z)."""
-    return recast_all(systems(), "roberts.given" if given else "roberts", SOURCE, given)
+    return recast_all(systems(), "burkardt.given" if given else "burkardt", SOURCE, given)
