@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pkgutil
 import sys
 import tempfile
 import time
@@ -201,9 +200,10 @@ def _in(asked: Sequence[str] | None, name: str) -> bool:
 
 
 def _libraries() -> tuple[str, ...]:
-    """The names of the files of ``benchmarks/peers``, pydeq first."""
-    files = {module.name for module in pkgutil.iter_modules(peers.__path__)} - {"base", "contender", *peers.NAMES}
-    return (*peers.NAMES, *sorted(files))
+    """The names of the files of ``benchmarks/peers`` that list solvers, pydeq first."""
+    folder = Path(peers.__file__).parent
+    files = [path.stem for path in sorted(folder.glob("*.py")) if "\nCONTENDERS" in path.read_text(encoding="utf-8")]
+    return (*peers.NAMES, *(name for name in files if name not in peers.NAMES))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,10 @@ class Standing:
 
 
 def standings(entries: Sequence[Entry]) -> list[Standing]:
-    """Each solver: what became of the problems that have a fixed point, and on how many it is the best or tied."""
+    """Each solver: what became of the problems that have a fixed point, and on how many it is the best or tied.
+
+    The solver that solves most comes first.
+    """
     problems = [rows for rows in by_problem(entries).values() if solvable(rows)]
     found: dict[str, dict[str, int]] = {}
     names: dict[str, Entry] = {}
@@ -144,7 +147,17 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
     kinds = ("solved", "unsolved", "lied", "crashed", "refused", "fastest", "fewest")
     return [
         Standing(name, row.library, row.title or name, *(found[name].get(kind, 0) for kind in kinds))
-        for name, row in names.items()
+        for name, row in sorted(names.items(), key=lambda item: -found[item[0]].get("solved", 0))
+    ]
+
+
+def beaten_by(entries: Sequence[Entry]) -> list[tuple[list[Entry], Entry, float, Entry]]:
+    """Where another library is faster: the problem's entries, the fastest one, its lead, and pydeq's fastest entry."""
+    others = {entry.library for entry in entries} - {OWN}
+    return [
+        (rows, winner, factor, min(own, key=time_of))
+        for rows, winner, factor in beaten(entries, OWN, others)
+        if (own := [row for row in rows if row.library == OWN])
     ]
 
 

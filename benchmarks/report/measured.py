@@ -1,15 +1,19 @@
-"""A summary of the benchmark suite as a section of a document; ``measured.md`` is its template."""
+"""A summary of the benchmark suite as sections of documents.
+
+Their templates are ``measured.md``, ``contest.md`` and ``targets.md``.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from benchmarks.profiles import BEYOND_CACHE
+from benchmarks.report import contest
 from benchmarks.report.rendering import render
-from benchmarks.results import Target, number
+from benchmarks.results import Entry, Results, Target, number
 from benchmarks.suites.models import CASES as MODELS
 
 SOLVERS = {"picard": "Picard", "anderson": "Anderson, memory 6", "broyden": "Broyden, 30 steps"}
@@ -26,6 +30,7 @@ CELLS = {
     "dense": "tanh(Wz + x), (32, 256)",
 }
 DIFFERENCES = re.compile(r"differences\.(.+\.float32|.+\.exact|digits)\.")
+BEATEN = 15
 STOPS = (1, 2, 3, 4, 6, 8, 12)
 
 
@@ -73,23 +78,54 @@ def section(facts: Mapping[str, Any], link: str) -> str:
     return _render(_Summary(facts), facts, link)
 
 
+def contest_section(facts: Mapping[str, Any]) -> str:
+    """What solved what, and how fast; ``facts`` are the content of a summary.json."""
+    results = Results.from_json(facts)
+    return render(
+        "contest.md",
+        facts=facts,
+        summary=contest.sentence(results),
+        standings=contest.standings(results.entries),
+        beaten=contest.beaten_by(results.entries),
+        most=BEATEN,
+    )
+
+
+def targets_section(facts: Mapping[str, Any]) -> str:
+    """The targets that were missed; ``facts`` are the content of a summary.json."""
+    return render("targets.md", facts=facts, targets=_targets(facts))
+
+
 def shown(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a summary.json that documents show; docs/penalty.md has the figures of differences."""
     found = _Summary(facts)
     _render(found, facts, link="")
     figures = [each for each in facts["figures"] if each["name"] in found.read or DIFFERENCES.match(each["name"])]
-    return {name: value for name, value in facts.items() if name != "curves"} | {"figures": figures}
+    kept = {name: value for name, value in facts.items() if name not in ("curves", "tables", "entries")}
+    entries = [_short(Entry(**row)) for row in facts.get("entries", ())]
+    return kept | {"figures": figures} | ({"entries": entries} if entries else {})
+
+
+def _short(entry: Entry) -> dict[str, Any]:
+    """An entry without the fields that have their default, and times with four digits."""
+    defaults = {each.name: each.default for each in fields(Entry)}
+    row = {name: value for name, value in asdict(entry).items() if value != defaults[name]}
+    return {name: float(f"{value:.4g}") if "seconds" in name else value for name, value in row.items()}
+
+
+def _targets(facts: Mapping[str, Any]) -> list[Target]:
+    names = [field.name for field in fields(Target)]
+    return [Target(**{name: entry[name] for name in names}) for entry in facts["targets"]]
 
 
 def _render(found: _Summary, facts: Mapping[str, Any], link: str) -> str:
-    names = [field.name for field in fields(Target)]
     return render(
         "measured.md",
         facts=facts,
         link=link,
         found=found,
         peer=next(name for name in facts["peers"] if name != "pydeq"),
-        targets=[Target(**{name: entry[name] for name in names}) for entry in facts["targets"]],
+        targets=_targets(facts),
         solvers=SOLVERS,
         problems=PROBLEMS,
         cells=CELLS,

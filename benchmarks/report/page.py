@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest.standings import beaten, by_problem, time_of
+from benchmarks.contest.standings import by_problem
 from benchmarks.report import contest, plots
 from benchmarks.report.rendering import render
 from benchmarks.results import Results, Target
@@ -146,21 +146,16 @@ def _missed_first(target: Target) -> int:
 def _contest(results: Results) -> dict[str, Any]:
     """What the page shows of the contest."""
     entries = results.entries
-    others = {entry.library for entry in entries} - {contest.OWN}
     contenders = {entry.contender: entry for entry in entries}
     return {
-        "standings": sorted(contest.standings(entries), key=lambda each: -each.solved),
+        "standings": contest.standings(entries),
         "families": list(dict.fromkeys(entry.family for entry in entries)),
         "by_family": contest.by_family(entries),
         "contenders": contenders,
         "problems": {problem: {row.contender: row for row in rows} for problem, rows in by_problem(entries).items()},
         "marks": contest.MARKS,
         "ranks": {status: rank for rank, status in enumerate(contest.MARKS)},
-        "beaten": [
-            (rows[0], winner, factor, min((row for row in rows if row.library == contest.OWN), key=time_of))
-            for rows, winner, factor in beaten(entries, contest.OWN, others)
-            if any(row.library == contest.OWN for row in rows)
-        ],
+        "beaten": contest.beaten_by(entries),
         "common": len(contest.common_problems(entries)),
     }
 

@@ -19,7 +19,8 @@ from benchmarks.report.documents import rewrite
 from benchmarks.results import row_by_row
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/experiments/paper.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments/paper.md")
+PLOTS = ("overhead.png", "profile.png")
 
 
 def publish(path: Path, root: Path = ROOT) -> Path:
@@ -33,9 +34,9 @@ def publish(path: Path, root: Path = ROOT) -> Path:
         name = path.name
     else:
         name, facts = f"{facts['device']}.json", measured.shown(facts)
-        plot = path.with_name("overhead.png")
-        if plot.exists():
-            shutil.copyfile(plot, root / "docs" / "overhead.png")
+        for plot in map(path.with_name, PLOTS):
+            if plot.exists():
+                shutil.copyfile(plot, root / "docs" / plot.name)
     copy = root / "benchmarks" / "results" / name
     copy.write_text(row_by_row(facts), encoding="utf-8")
     return copy

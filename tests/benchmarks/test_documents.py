@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report.documents import main, rewrite
-from benchmarks.report.publish import publish
+from benchmarks.report.publish import DOCUMENTS, publish
+from benchmarks.results import Entry as ContestEntry
+from benchmarks.results import Results
 from experiments.paper.report import Entry, Report, ReportTable, Row, claim, report_mapping
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/experiments/paper.md"])
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_say_what_was_measured(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert rewrite(ROOT / name) == text, f"run python -m benchmarks.report.documents {name}"
@@ -58,6 +60,72 @@ def test_publishing_keeps_what_documents_show(tmp_path):
     published = json.loads(publish(summary, tmp_path).read_text(encoding="utf-8"))
     assert published == facts | {"figures": [*facts["figures"], more[1]]}
     assert (tmp_path / "docs" / "overhead.png").read_bytes() == b"a plot"
+
+
+def with_entries():
+    """The published results with a small contest: (problem, library, status, evaluations, seconds)."""
+    rows = (
+        ("a|b", "pydeq", "solved", 10.0, 0.02),
+        ("a|b", "torchdeq", "solved", 12.0, 0.01234567),
+        ("c", "pydeq", "solved", 10.0, 0.5),
+        ("c", "torchdeq", "lied", None, None),
+    )
+    entries = [
+        ContestEntry(
+            problem,
+            "f",
+            f"{library}.anderson",
+            library,
+            status,
+            evaluations,
+            None,
+            seconds,
+            title=f"{library} Anderson",
+        )
+        for problem, library, status, evaluations, seconds in rows
+    ]
+    facts = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
+    return facts | {"tables": [{"a": 1}], "entries": [vars(entry) for entry in entries]}
+
+
+def test_publishing_keeps_the_contest(tmp_path):
+    for folder in ("out", "docs", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    facts = with_entries()
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(facts), encoding="utf-8")
+    (tmp_path / "out" / "profile.png").write_bytes(b"profiles")
+    published = json.loads(publish(tmp_path / "out" / "summary.json", tmp_path).read_text(encoding="utf-8"))
+    assert "tables" not in published
+    assert published["entries"][3] == {
+        "problem": "c", "family": "f", "contender": "torchdeq.anderson", "library": "torchdeq", "status": "lied",
+        "title": "torchdeq Anderson",
+    }  # fmt: skip
+    entries = Results.from_json(published).entries
+    assert [entry.seconds for entry in entries] == [0.02, 0.01235, 0.5, None]
+    assert (tmp_path / "docs" / "profile.png").read_bytes() == b"profiles"
+
+
+def test_parts_of_a_summary(tmp_path):
+    facts = with_entries()
+    (tmp_path / "summary.json").write_text(json.dumps({**facts, "tables": []}), encoding="utf-8")
+    document = tmp_path / "document.md"
+    document.write_text(
+        "".join(f"<!-- measured: summary.json {part} -->\n<!-- end -->\n" for part in ("contest", "targets")),
+        encoding="utf-8",
+    )
+    assert main([str(document)]) == 0
+    contest, targets = document.read_text(encoding="utf-8").split("<!-- end -->\n")[:2]
+    assert "pydeq is first or tied in time on 1 of 2 problems" in contest.replace("\n", " ")
+    assert "| pydeq Anderson | pydeq | 2 of 2 | 0 | 0 | 1 | 2 |\n" in contest
+    assert "| torchdeq Anderson | torchdeq | 1 of 2 | 1 | 0 | 1 | 0 |\n" in contest
+    assert "| a\\|b | torchdeq Anderson | 12.3 | pydeq Anderson | 20 | 1.62 |\n" in contest
+    missed = [target for target in facts["targets"] if not target["met"]]
+    assert targets.count("\n| ") == len(missed) + 1
+    assert all(f"| {target['statement']} | " in targets for target in missed)
+    assert rewrite(document) == document.read_text(encoding="utf-8")
+    document.write_text("<!-- measured: summary.json kernels -->\n<!-- end -->\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="part must be one of contest, targets, got 'kernels'"):
+        rewrite(document)
 
 
 def test_results_of_an_experiment_as_a_section(tmp_path):
