@@ -95,9 +95,16 @@ class _Contender(Contender):
         return solve
 
 
+# Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="deepinv.fixed_point", title="fixed point", anderson=False),
     _Contender(key="deepinv.anderson.default", title="fixed point with Anderson acceleration", anderson=True),
+    _Contender(
+        key="deepinv.anderson.best",
+        title="fixed point with Anderson acceleration",
+        anderson=True,
+        settings={"beta": 1.0, "eps": 1e-8},
+    ),
 )
 
 GRIDS: Grids = {

@@ -146,8 +146,10 @@ class _Contender(Contender):
         return solve
 
 
+# Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="deq.anderson.default", title="Anderson", solver="anderson"),
+    _Contender(key="deq.anderson.best", title="Anderson", solver="anderson", settings={"lam": 1e-8}),
     _Contender(key="deq.broyden", title="Broyden", solver="broyden"),
 )
 

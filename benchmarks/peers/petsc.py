@@ -74,10 +74,14 @@ class _Contender(Contender):
         return solve
 
 
+# Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="petsc.anderson.default", title="Anderson", type="anderson"),
     _Contender(key="petsc.ngmres.default", title="NGMRES", type="ngmres"),
     _Contender(key="petsc.qn.default", title="quasi-Newton", type="qn"),
+    _Contender(
+        key="petsc.qn.best", title="quasi-Newton", type="qn", settings={"snes_qn_type": "broyden", "snes_qn_m": 30}
+    ),
     _Contender(key="petsc.newtonls", title="Newton-Krylov", type="newtonls"),
 )
 

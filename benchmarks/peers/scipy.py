@@ -84,11 +84,26 @@ def _largest(f: np.ndarray, scale: np.ndarray) -> float:
     return float((np.linalg.norm(f.reshape(len(scale), -1), axis=1) * scale).max())
 
 
+# Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="scipy.anderson.default", title="anderson", method="anderson"),
+    _Contender(key="scipy.anderson.best", title="anderson", method="anderson", settings={"alpha": 1.0, "M": 10}),
     _Contender(key="scipy.broyden1.default", title="broyden1", method="broyden1"),
+    _Contender(
+        key="scipy.broyden1.best",
+        title="broyden1",
+        method="broyden1",
+        settings={"alpha": 1.0, "line_search": None},
+    ),
     _Contender(key="scipy.diagbroyden.default", title="diagbroyden", method="diagbroyden"),
+    _Contender(key="scipy.diagbroyden.best", title="diagbroyden", method="diagbroyden", settings={"alpha": 1.0}),
     _Contender(key="scipy.krylov.default", title="newton_krylov", method="krylov"),
+    _Contender(
+        key="scipy.krylov.best",
+        title="newton_krylov",
+        method="krylov",
+        settings={"method": "gmres", "inner_maxiter": 5},
+    ),
     _Contender(key="scipy.df_sane", title="df-sane", method="df-sane"),
     _Contender(key="scipy.hybr", title="hybr", method="hybr"),
 )

@@ -135,9 +135,11 @@ class _Contender(Contender):
         return solve
 
 
+# Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="torchdeq.fixed_point_iter", title="fixed-point iteration", solver="fixed_point_iter"),
     _Contender(key="torchdeq.anderson.default", title="Anderson", solver="anderson"),
+    _Contender(key="torchdeq.anderson.best", title="Anderson", solver="anderson", settings={"m": 10, "lam": 1e-8}),
     _Contender(key="torchdeq.broyden.default", title="Broyden", solver="broyden"),
 )
 

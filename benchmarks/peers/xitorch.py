@@ -87,11 +87,26 @@ class _Contender(Contender):
         return solve
 
 
+# Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="xitorch.broyden1.default", title="broyden1", method="broyden1"),
+    _Contender(
+        key="xitorch.broyden1.best",
+        title="broyden1",
+        method="broyden1",
+        settings={"alpha": -1.0, "line_search": False},
+    ),
     _Contender(key="xitorch.broyden2.default", title="broyden2", method="broyden2"),
+    _Contender(key="xitorch.broyden2.best", title="broyden2", method="broyden2", settings={"alpha": -1.0}),
     _Contender(key="xitorch.linearmixing.default", title="linearmixing", method="linearmixing"),
     _Contender(key="xitorch.anderson_acc.default", title="anderson_acc", method="anderson_acc", batched=True),
+    _Contender(
+        key="xitorch.anderson_acc.best",
+        title="anderson_acc",
+        method="anderson_acc",
+        batched=True,
+        settings={"msize": 10, "lmbda": 1e-8},
+    ),
 )
 
 _BROYDEN = [

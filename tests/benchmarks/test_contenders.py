@@ -24,7 +24,7 @@ JAX = ("jaxopt", "optimistix")
 CHILD = "PYDEQ_TEST_CONTENDERS"
 FOUND, NOTICES = contenders([os.environ[CHILD]] if CHILD in os.environ else [n for n in REQUIREMENTS if n not in JAX])
 
-# Their first guess of the Jacobian has the wrong sign, so that they seldom get anywhere. What they hand on is the iterate
+# Their first guess of the Jacobian has the wrong sign, so that they seldom get anywhere. They hand on the iterate
 # before the one that passed.
 UNABLE = {"xitorch.broyden1.default", "xitorch.broyden2.default"}
 
