@@ -31,7 +31,7 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     A large buffer on the CPU is in huge pages, where they fit.
     """
     buffer = like.new_empty(*shape, dtype=dtype)  # a shape passed as one argument takes twice as long, here and below
-    if buffer.nbytes >= _LARGE and like.is_cpu:
+    if buffer.nbytes >= _LARGE and like.device.type == "cpu":
         advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
     return buffer
 
@@ -49,7 +49,7 @@ def zeros(like: Tensor, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[Ten
     On a GPU each fill is a launch, which costs as much as a step. So there the buffers are parts of one buffer, and
     each part begins with a new cache line. On the CPU a view costs as much as a small fill, so each buffer is separate.
     """
-    if like.is_cpu:
+    if like.device.type == "cpu":
         return [like.new_zeros(*shape, dtype=dtype) for dtype, shape in parts]
     counts = [math.prod(shape) * dtype.itemsize for dtype, shape in parts]  # bytes
     words = [-(-count // _LINE) * (_LINE // 8) for count in counts]
