@@ -119,10 +119,15 @@ class _NewtonKrylovWorkspace(SearchWorkspace):
         counters, scalars = inner.counters, inner.scalars
         status = counters[:, Counter.STATUS]
         solution, known = torch.zeros_like(right), torch.zeros(len(right), dtype=torch.bool, device=right.device)
+        first = torch.zeros_like(self.size)
         for j in range(self.products + 1):
             v, next = inner.z[j % 2], inner.z[1 - j % 2]
             inner.step(self.product(v) + right if j else right.clone(), j)
-            if j:
+            if j == 0:
+                # The points v are unit vectors, not iterates: a large J v is no divergence.
+                first = scalars[:, Scalar.FIRST].clone()
+                scalars[:, Scalar.FIRST] = torch.inf
+            else:
                 ends = (status == RUNNING) & (counters[:, Counter.COUNT] == 0) & scalars[:, Scalar.RESIDUAL].isfinite()
                 solution = torch.where(ends[:, None], next, solution)
                 known |= ends
@@ -132,7 +137,7 @@ class _NewtonKrylovWorkspace(SearchWorkspace):
             if not bool((status == RUNNING).any()):
                 break
         # Points that met the tolerance when they were measured, and the best points where rounding was the limit.
-        measured = ~known & (status != RUNNING) & (scalars[:, Scalar.BEST] < scalars[:, Scalar.FIRST])
+        measured = ~known & (status != RUNNING) & (scalars[:, Scalar.BEST] < first)
         solution = torch.where(measured[:, None], inner.best[0], solution)
         inner.scratch.release()
         return solution, (known | measured) & solution.isfinite().all(1)
