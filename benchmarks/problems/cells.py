@@ -38,7 +38,7 @@ SOURCES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredCell:
     """A trained cell with its context for a batch: a map of one tensor, batch first.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from benchmarks.problems import burkardt, more, no_fixed_point, scipy_tests, sizes, spectra
+from benchmarks.problems import burkardt, cells, more, no_fixed_point, scipy_tests, sizes, spectra
 from benchmarks.problems.base import Problem
 
-FAMILIES: dict[str, Callable[[], Iterator[Problem]]] = {
+FAMILIES: dict[str, Callable[[], Iterable[Problem]]] = {
     "burkardt": burkardt.family,
     "burkardt.given": partial(burkardt.family, given=True),
     "more": more.family,
@@ -20,6 +20,8 @@ FAMILIES: dict[str, Callable[[], Iterator[Problem]]] = {
     "false_friends": no_fixed_point.false_friends,
     "cycles": no_fixed_point.cycles,
     "sizes": sizes.family,
+    "cells": cells.cells,
+    "adjoints": cells.adjoints,
 }
 
 

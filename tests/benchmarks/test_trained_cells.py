@@ -48,6 +48,7 @@ def test_a_file_says_how_it_was_made_and_the_model_had_learned(name):
     assert about["command"].startswith("python -m experiments train ")
     facts = about["facts"]
     assert facts["spectral_radius"] >= facts["spectral_radius_mean"] > 0
+    assert facts["residual"] <= 1e-8  # of the whole batch in float64
     if "accuracy" in facts:
         assert facts["accuracy"] > 2 * facts["chance"]
     else:
