@@ -90,6 +90,14 @@ def common_problems(entries: Iterable[Entry]) -> list[list[Entry]]:
     return [rows for rows in problems if {row.library for row in rows if row.status != "refused"} == libraries]
 
 
+def all_problems(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """The entries of each problem that has a fixed point, of the libraries that can be given all of these problems."""
+    problems = [rows for rows in by_problem(entries).values() if solvable(rows)]
+    given = [{row.library for row in rows if row.status != "refused"} for rows in problems]
+    able = set.intersection(*given) if given else set()
+    return [[row for row in rows if row.library in able] for rows in problems]
+
+
 def costs(
     problems: Sequence[Sequence[Entry]], key: Callable[[Entry], str], cost: Callable[[Entry], float]
 ) -> dict[str, list[float]]:

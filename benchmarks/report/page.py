@@ -148,15 +148,12 @@ def _contest(results: Results) -> dict[str, Any]:
     entries = results.entries
     contenders = {entry.contender: entry for entry in entries}
     return {
-        "standings": contest.standings(entries),
         "families": list(dict.fromkeys(entry.family for entry in entries)),
         "by_family": contest.by_family(entries),
         "contenders": contenders,
         "problems": {problem: {row.contender: row for row in rows} for problem, rows in by_problem(entries).items()},
         "marks": contest.MARKS,
         "ranks": {status: rank for rank, status in enumerate(contest.MARKS)},
-        "beaten": contest.beaten_by(entries),
-        "common": len(contest.common_problems(entries)),
     }
 
 

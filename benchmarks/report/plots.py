@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from benchmarks.contest.standings import time_of, work_of
-from benchmarks.report.contest import OWN, Step, common_problems, costs, profile_curves
+from benchmarks.report.contest import OWN, Step, all_problems, common_problems, costs, profile_curves
 from benchmarks.results import Curve, Entry, Results, number
 
 # Colors that color-blind readers can tell apart (Okabe and Ito 2008). In bars each library has a color; in plots where
@@ -297,24 +297,31 @@ def _legend_at_right(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def _profiles(results: Results, key: Callable[[Entry], str]) -> Figure | None:
-    """Performance profiles by time, and by evaluations and products; ``key`` groups the entries into lines."""
-    problems = common_problems(results.entries)
-    entries = [entry for rows in problems for entry in rows]
+    """Performance profiles by time, and by evaluations and products; ``key`` groups the entries into lines.
+
+    The first two panels compare all libraries on the problems that each of them can be given, the last one those
+    libraries that can be given every problem.
+    """
+    common, every = common_problems(results.entries), all_problems(results.entries)
+    entries = [entry for rows in (*common, *every) for entry in rows]
     looks = _looks(list(dict.fromkeys((key(entry), entry.library) for entry in entries)))
-    kinds = [
-        (title, {name: each for name, each in costs(problems, key, cost).items() if any(map(math.isfinite, each))})
-        for title, cost in (("Time", time_of), ("Evaluations and products", work_of))
-    ]
-    kinds = [(title, measured) for title, measured in kinds if measured]
-    if len(looks) < 2 or not kinds:
+    kinds = [("Time", common, time_of), ("Evaluations and products", common, work_of)]
+    if len(every) > len(common):
+        kinds.append(("Time", every, time_of))
+    drawn = []
+    for title, problems, cost in kinds:
+        measured = costs(problems, key, cost)
+        if len(measured) > 1 and any(math.isfinite(value) for each in measured.values() for value in each):
+            drawn.append((f"{title}, {len(problems)} problems", measured))
+    if not drawn:
         return None
-    figure, panels = _panels(len(kinds), 4.2, share_y=True)
-    for panel, (title, measured) in zip(panels, kinds, strict=True):
+    figure, panels = _panels(len(drawn), 4.2, share_y=True)
+    for panel, (title, measured) in zip(panels, drawn, strict=True):
         curves = profile_curves(measured)
         most = max((ratio for step in curves.values() for ratio in step.ratio if math.isfinite(ratio)), default=1.0)
         end = 2.0 ** max(1, math.ceil(math.log2(most) + 0.01))
-        for name in looks:
-            _draw_step(panel, curves.get(name, Step((1.0,), (0.0,))), end, looks[name].options)
+        for name, step in curves.items():
+            _draw_step(panel, step, end, looks[name].options)
         panel.set_title(title)
         panel.set_xscale("log", base=2)
         panel.set_xlim(1, end)
@@ -325,7 +332,7 @@ def _profiles(results: Results, key: Callable[[Entry], str]) -> Figure | None:
         panel.set_xlabel("at most this many times the best one's")
         panel.set_ylim(-0.02, 1.02)
         panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    panels[0].set_ylabel(f"share of {len(problems)} problems solved")
+    panels[0].set_ylabel("share of problems solved")
     titles = {key(entry): entry.title or entry.contender for entry in entries}
     by_library = all(key(entry) == entry.library for entry in entries)
     order = sorted(looks, key=lambda name: not looks[name].own)  # pydeq first
