@@ -146,7 +146,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def add_list(option: str, metavar: str, help_: str) -> None:
         parser.add_argument(option, action="append", type=_names, metavar=metavar, help=help_)
 
-    libraries = _libraries()
+    libraries = tuple(peers.REQUIREMENTS)
     add_list("--only", "SUITE", f"run only this suite: {', '.join(SUITES)}")
     add_list("--peers", "LIBRARY", f"compare only with this library: {', '.join(libraries[1:])}")
     add_list("--problems", "PREFIX", "contest: only the problems of this family, or whose names begin like this")
@@ -197,13 +197,6 @@ def _flat(groups: Sequence[tuple[str, ...]] | None) -> tuple[str, ...] | None:
 
 def _in(asked: Sequence[str] | None, name: str) -> bool:
     return asked is None or name in asked
-
-
-def _libraries() -> tuple[str, ...]:
-    """The names of the files of ``benchmarks/peers`` that list solvers, pydeq first."""
-    folder = Path(peers.__file__).parent
-    files = [path.stem for path in sorted(folder.glob("*.py")) if "\nCONTENDERS" in path.read_text(encoding="utf-8")]
-    return (*peers.NAMES, *(name for name in files if name not in peers.NAMES))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ def show(console: Console, found: Comparison) -> None:
     """Print what changed, the largest changes first, and how many figures were compared."""
     for warning in found.warnings:
         console.print(Text(warning, style="yellow"))
-    for verdict, style in (("worse", "red"), ("better", "green")):
+    styles: dict[Verdict, str] = {"worse": "red", "better": "green"}
+    for verdict, style in styles.items():
         changes = found.those(verdict)
         if not changes:
             continue

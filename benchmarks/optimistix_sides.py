@@ -43,7 +43,7 @@ def timed(work: Work) -> Callable[[], float]:
     return measure
 
 
-def elementwise(slopes: np.ndarray, x: np.ndarray, calls: int) -> tuple[Work, Work]:
+def elementwise(slopes: Any, x: Any, calls: int) -> tuple[Work, Work]:
     """``calls`` plain iterations of z -> tanh(slopes z + x) from 0, and as many calls of the map without a solver.
 
     The solve never stops before: its tolerance is the smallest float32, and the map's steepest entries are far from

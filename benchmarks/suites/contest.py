@@ -6,10 +6,13 @@ for what makes the comparison fair.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from typing import Any
 
 from benchmarks.contest import standings
 from benchmarks.contest.judge import Verdict, clock, judge
@@ -19,9 +22,10 @@ from benchmarks.problems.base import Problem
 from benchmarks.problems.collection import FAMILIES, problems
 from benchmarks.results import Entry, number, times
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.timing import Spread, threads
+from benchmarks.timing import Recorded, Spread, threads
 
 JAX = ("jaxopt", "optimistix")
+SHOWN, SHOWN_CALLS = ("cells", "adjoints"), 60  # families with a plot of the residual, and calls in it
 FLOOR_CALLS = 20  # of a loop without a solver, whose time per call is the floor
 
 
@@ -33,10 +37,10 @@ def run(context: Context) -> None:
     context.bar.start(len(chosen))
     for problem in chosen:
         context.bar.show(problem.key)
-        rows = context.kept(f"contest.{problem.key}", lambda p=problem: list(map(asdict, compete(context, p, solvers))))
+        rows = context.kept(f"contest.{problem.key}", lambda p=problem: _rows(context, p, solvers))
         context.results.entries.extend(Entry(**row) for row in rows)
         context.bar.advance()
-    _figures(context)
+    _precision(context, chosen, solvers)
     _tables(context)
     _targets(context)
 
@@ -51,6 +55,10 @@ def _choose(context: Context) -> list[Problem]:
         count = min(len(family), context.profile.contest_problems or len(family))
         chosen += [family[(2 * place + 1) * len(family) // (2 * count)] for place in range(count)]
     return chosen
+
+
+def _rows(context: Context, problem: Problem, solvers: Sequence[Contender]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(entry) for entry in compete(context, problem, solvers)]
 
 
 def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) -> list[Entry]:
@@ -106,16 +114,21 @@ def _entry(
     )
 
 
-def _figures(context: Context) -> None:
-    """The figures of solved problems, for comparisons of two runs."""
-    for entry in context.results.entries:
-        if entry.status != "solved":
-            continue
-        name = f"contest.{entry.problem}.{entry.contender}"
-        context.results.figure(f"{name}.evaluations", entry.evaluations, "calls")
-        if entry.seconds is not None and entry.seconds_low is not None and entry.seconds_high is not None:
-            spread = Spread(entry.seconds, entry.seconds_low, entry.seconds_high, context.profile.contest_repeats)
-            context.results.figure(f"{name}.time", spread.scaled(1e3), "ms")
+def _precision(context: Context, chosen: Sequence[Problem], solvers: Sequence[Contender]) -> None:
+    """The smallest residual so far against calls of the map, for the plot; recorded by the map, so for torch's maps."""
+    shown = [problem for problem in chosen if problem.family in SHOWN][: len(SHOWN)]
+    for problem in shown:
+        for solver in solvers:
+            if solver.language == "jax" or solver.refusal(problem) is not None:
+                continue
+            fn = Recorded(problem.fn)
+            with threads(1), contextlib.suppress(Exception):  # how it ends is in the tables
+                solver.prepare(dataclasses.replace(problem, fn=fn, root=None, max_calls=SHOWN_CALLS))()
+            worst = [residual.max().item() for residual in fn.residuals if len(residual) == len(problem.z0)]
+            calls = tuple(float(call) for call in range(1, len(worst) + 1))
+            context.results.curve(
+                "precision", problem.title, solver.library, solver.title, calls, tuple(itertools.accumulate(worst, min))
+            )
 
 
 def _tables(context: Context) -> None:
