@@ -92,12 +92,13 @@ class _Contender(Contender):
         rtol, atol = tighten * problem.rtol, tighten * problem.atol
 
         def solve() -> Claim:
-            fn = problem.fn if counts is None else Calls(problem.fn, None, counts)
+            calls = None if counts is None else Calls(problem.fn, None, counts)
             solution = pydeq.fixed_point(
-                fn, problem.z0, solver=solver, rtol=rtol, atol=atol, max_steps=problem.max_calls
+                calls or problem.fn, problem.z0, solver=solver, rtol=rtol, atol=atol, max_steps=problem.max_calls
             )
-            if counts is not None:
-                counts.products += getattr(solution, "products", 0)
+            if calls is not None and counts is not None:
+                # Products by differences are calls already, but no evaluations to pydeq.
+                counts.products += getattr(solution, "products", 0) - (calls.calls - solution.nfe)
             assert isinstance(solution.value, Tensor)
             return Claim(solution.value, solution.converged)
 
