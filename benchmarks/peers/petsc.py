@@ -14,10 +14,10 @@ from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
 try:
-    import petsc4py
+    import petsc4py  # pyright: ignore[reportMissingImports]
 
     petsc4py.init(["petsc", "-no_signal_handler"])
-    from petsc4py import PETSc
+    from petsc4py import PETSc  # pyright: ignore[reportMissingImports]
 except ValueError as error:  # of sizes that changed
     raise ImportError(f"petsc4py was built for another version of numpy than {np.__version__}") from error
 
