@@ -65,6 +65,12 @@ CONTENDERS: tuple[Contender, ...] = (
         settings={"history_size": 10, "ridge": 1e-8},
     ),
     _Contender(key="jaxopt.broyden.default", title="Broyden", solver="Broyden"),
+    _Contender(
+        key="jaxopt.broyden.best",
+        title="Broyden",
+        solver="Broyden",
+        settings={"stepsize": 1.0, "history_size": 100},
+    ),
 )
 
 GRIDS: Grids = {
