@@ -1,4 +1,4 @@
-"""The size of each profile's measurements. Profiles share shapes, targets and names of figures."""
+"""The size of each profile's measurements. Profiles share targets and names of figures; smoke takes smaller batches."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ class Profile:
         nfe_repeats: Timed solves of each side, on the first of these maps.
         import_repeats: Fresh processes of each side.
         digits_epochs, digits_seeds: Length and number of the trainings.
+        compat_repeats: Timed solves and steps of each side of the replacement of torchdeq.
         training_repeats: Timed training steps of each side.
+        training_share: The share of a batch that training steps and penalties take; titles name the whole batch.
+        left_out_models: Reference models that are not measured, by their keys.
         jacobian_repeats: Timed penalties of each side.
         jacobian_draws: Estimates for each relative error.
+        differences_seeds: Trainings with each penalty.
         adjoints_epochs: Length of the trainings before adjoints are compared.
+        adjoints_batch: Samples that adjoints are compared on.
         adjoints_repeats: Timed steps with each adjoint.
         contest_problems: Problems of each family; None for all.
         contest_repeats: Timed solves of each solver on each problem ...
@@ -47,10 +52,15 @@ class Profile:
     import_repeats: int
     digits_epochs: int
     digits_seeds: int
+    compat_repeats: int
     training_repeats: int
+    training_share: float
+    left_out_models: tuple[str, ...]
     jacobian_repeats: int
     jacobian_draws: int
+    differences_seeds: int
     adjoints_epochs: int
+    adjoints_batch: int
     adjoints_repeats: int
     contest_problems: int | None
     contest_repeats: int
@@ -78,10 +88,15 @@ PROFILES = {
             import_repeats=1,
             digits_epochs=1,
             digits_seeds=1,
-            training_repeats=2,
-            jacobian_repeats=2,
-            jacobian_draws=4,
+            compat_repeats=2,
+            training_repeats=1,
+            training_share=0.25,
+            left_out_models=("mdeq_large",),  # its code is that of mdeq_tiny
+            jacobian_repeats=1,
+            jacobian_draws=2,
+            differences_seeds=1,
             adjoints_epochs=1,
+            adjoints_batch=8,
             adjoints_repeats=1,
             contest_problems=1,
             contest_repeats=1,
@@ -102,10 +117,15 @@ PROFILES = {
             import_repeats=5,
             digits_epochs=8,
             digits_seeds=2,
+            compat_repeats=40,
             training_repeats=7,
+            training_share=1.0,
+            left_out_models=(),
             jacobian_repeats=7,
             jacobian_draws=40,
+            differences_seeds=3,
             adjoints_epochs=6,
+            adjoints_batch=32,
             adjoints_repeats=5,
             contest_problems=2,
             contest_repeats=5,
@@ -126,10 +146,15 @@ PROFILES = {
             import_repeats=15,
             digits_epochs=20,
             digits_seeds=3,
+            compat_repeats=120,
             training_repeats=25,
+            training_share=1.0,
+            left_out_models=(),
             jacobian_repeats=25,
             jacobian_draws=200,
+            differences_seeds=3,
             adjoints_epochs=12,
+            adjoints_batch=32,
             adjoints_repeats=15,
             contest_problems=None,
             contest_repeats=15,

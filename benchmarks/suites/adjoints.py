@@ -20,7 +20,6 @@ from benchmarks.suites.base import Context
 from benchmarks.timing import Spread, WatchedCell, alternate, spread, threads
 from pydeq.adjoints import Adjoint
 
-BATCH = 32
 RTOL, MAX_PRODUCTS = 1e-6, 200
 FORWARD_RTOL, FORWARD_STEPS = 1e-4, 60
 
@@ -74,12 +73,13 @@ def run(context: Context) -> None:
 
 
 def _cases(context: Context) -> Iterator[Case]:
+    batch = context.profile.adjoints_batch
     for penalized in (False, True):
         found = trained(context.profile.adjoints_epochs, penalized)
         with torch.no_grad():
-            x = found.model.inject(found.images)
+            x = found.model.inject(found.images[: 2 * batch])
         # Without a fixed point there is no gradient to compare with.
-        rows = _solve_exactly(found.cell, x)[1].converged.nonzero()[:BATCH, 0]
+        rows = _solve_exactly(found.cell, x)[1].converged.nonzero()[:batch, 0]
 
         def loss(z: Tensor, found=found, labels=found.labels[rows]) -> Tensor:
             head = copy.deepcopy(found.model.head).to(z.dtype).requires_grad_(False)
@@ -88,8 +88,10 @@ def _cases(context: Context) -> Iterator[Case]:
         yield Case(f"digits_{found.key}", found.title, found.cell, x[rows], loss)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        cell, x, target = DenseCell(256, radius=1.2), torch.randn(BATCH, 256), torch.randn(BATCH, 256)
-    yield Case("dense", "tanh(Wz + x), (32, 256), untrained", cell, x, lambda z: (z - target.to(z)).square().mean())
+        cell, x, target = DenseCell(256, radius=1.2), torch.randn(batch, 256), torch.randn(batch, 256)
+    yield Case(
+        "dense", f"tanh(Wz + x), ({batch}, 256), untrained", cell, x, lambda z: (z - target.to(z)).square().mean()
+    )
 
 
 def _layer(cell: Callable[[Tensor, Tensor], Tensor], adjoint: Adjoint, rtol: float) -> pydeq.DEQ:
@@ -99,7 +101,7 @@ def _layer(cell: Callable[[Tensor, Tensor], Tensor], adjoint: Adjoint, rtol: flo
 
 def _solvers(context: Context, cases: list[Case]) -> None:
     """Products that each solver needs until the slowest sample's adjoint is done."""
-    results, rows = context.results, []
+    results, batch, rows = context.results, context.profile.adjoints_batch, []
     for case in cases:
         needed: dict[str, float] = {}
         for key, (title, solver) in SOLVERS.items():
@@ -147,7 +149,7 @@ def _solvers(context: Context, cases: list[Case]) -> None:
         )
     results.table(
         "adjoints",
-        f"The adjoint to rtol {RTOL:g}, at most {BATCH} samples, float32, one thread",
+        f"The adjoint to rtol {RTOL:g}, at most {batch} samples, float32, one thread",
         ("cell", "solver", "products", "per sample", "converged", "residual", "backward, ms"),
         rows,
         f"Products with the Jacobian until the slowest sample is done, at most {MAX_PRODUCTS}, and their mean over"
@@ -158,7 +160,7 @@ def _solvers(context: Context, cases: list[Case]) -> None:
 
 def _gradients(context: Context, cases: list[Case]) -> None:
     """Cosine and relative error of the gradients of all parameters, compared with those of a float64 solve."""
-    results, rows = context.results, []
+    results, batch, rows = context.results, context.profile.adjoints_batch, []
     for case in cases:
         reference = _reference(case)
         errors: dict[str, float] = {}
@@ -198,7 +200,7 @@ def _gradients(context: Context, cases: list[Case]) -> None:
         )
     results.table(
         "adjoints",
-        f"Gradients of all parameters compared with exact ones, at most {BATCH} samples, float32, one thread",
+        f"Gradients of all parameters compared with exact ones, at most {batch} samples, float32, one thread",
         ("cell", "adjoint", "cosine", "relative error", "evaluations", "products", "step, ms"),
         rows,
         f"All solve forward by Broyden to rtol {FORWARD_RTOL:g}. Exact: float64, both solves to 1e-10. Time,"

@@ -23,8 +23,6 @@ SOLVERS = ("fixed_point_iter", "anderson", "broyden")
 TOL, MAX_ITER = 1e-4, 60
 # Residuals are compared after this number of calls of f.
 CALLS = 12
-# A solve takes milliseconds: multiply the rounds of a profile by this, within a second.
-ROUNDS = 8
 
 
 def run(context: Context) -> None:
@@ -148,7 +146,7 @@ def _row(
     clock: Mapping[str, Callable[[], float]],
     others: tuple[Mapping[str, float], ...],
 ) -> tuple[tuple[str, ...], float | None]:
-    measured = alternate(clock, ROUNDS * context.profile.nfe_repeats, warmup=2, seconds=1.0)
+    measured = alternate(clock, context.profile.compat_repeats, warmup=2, seconds=1.0)
     for name, values in measured.items():
         context.results.figure(f"{key}.{name}.time", spread(values).scaled(1e3), "ms")
     ratio = None

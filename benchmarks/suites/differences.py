@@ -22,7 +22,7 @@ from benchmarks.timing import Spread, threads
 
 STEPS = (0.01, 0.03, 0.1, 0.3)
 DTYPES = ("float64", "float32", "bfloat16")
-SAMPLES, SEEDS = 8, 3
+SAMPLES = 8
 STOPS = (1, 2, 3, 4, 6, 8, 12)
 KINDS: dict[str, dict[str, Any] | None] = {
     "plain": None,
@@ -64,7 +64,7 @@ class _Attentive(nn.Module):
 
 
 def run(context: Context) -> None:
-    context.bar.start(5 * len(DTYPES) + SEEDS * len(KINDS))
+    context.bar.start(5 * len(DTYPES) + context.profile.differences_seeds * len(KINDS))
     with threads(1):
         _bias(context)
         _trainings(context)
@@ -163,23 +163,23 @@ def _rms(values: list[Tensor]) -> float:
 
 def _trainings(context: Context) -> None:
     """The classifier of digits, from the same weights on the same batches."""
-    results, rows, means = context.results, [], {}
+    results, seeds, rows, means = context.results, context.profile.differences_seeds, [], {}
     for kind, options in KINDS.items():
         accuracy = []
-        for seed in range(SEEDS):
+        for seed in range(seeds):
             context.bar.show(f"training {seed + 1}, {kind}")
             accuracy.append(_train(context.profile.digits_epochs, seed, options))
             context.bar.advance()
         by_stop = list(zip(*accuracy, strict=True))
         for stop, values in zip(STOPS, by_stop, strict=True):
-            found = Spread(statistics.fmean(values), min(values), max(values), SEEDS)
+            found = Spread(statistics.fmean(values), min(values), max(values), seeds)
             results.figure(f"differences.digits.{kind}.accuracy.nfe{stop}", found, "1")
         means[kind] = 100.0 * statistics.fmean(value for values in by_stop for value in values)
         rows.append((kind, *(f"{100 * statistics.fmean(v):.1f}" for v in by_stop), f"{means[kind]:.1f}"))
     results.target(
         "differences.digits",
         f"Digits at hard stops, penalized by differences: points of accuracy above those of a penalty by vjp,"
-        f" mean over {len(STOPS)} stops and {SEEDS} trainings",
+        f" mean over {len(STOPS)} stops and {seeds} trainings",
         ">=",
         -WITHIN,
         means["difference"] - means["vjp"],
@@ -187,7 +187,7 @@ def _trainings(context: Context) -> None:
     )
     results.table(
         "differences",
-        f"Test accuracy in percent when stopped; {context.profile.digits_epochs} epochs, mean of {SEEDS} trainings",
+        f"Test accuracy in percent when stopped; {context.profile.digits_epochs} epochs, mean of {seeds} trainings",
         ("penalty", *(str(stop) for stop in STOPS), "mean"),
         rows,
         "One residual block of 16 channels. Trainings that start alike drift apart, most at early stops.",

@@ -68,7 +68,7 @@ def _time(context: Context) -> None:
         context.bar.show(f"{PROBES} probes, {case.key}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            cell, z, x = case.make()
+            cell, z, x = case.problem(context.profile.training_share)
             z = torch.randn_like(z)
         sides = dict(_sides(context, cell, z, x))
         with warnings.catch_warnings(record=True) as caught:
@@ -90,7 +90,7 @@ def _time(context: Context) -> None:
                     over = times(ratio.median)
                     if side == f"{BASELINE}_difference" and other == "torchdeq" and case.key != "dense":
                         shares.append(ratio.median)
-            work, inside = _work(sides[side])
+            work, inside = _work(sides[side], min(5, context.profile.jacobian_repeats))
             results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}.operations", work, "1e9")
             results.figure(f"jacobian.{case.key}.probes{PROBES}.{side}.products_time", inside * 1e3, "ms")
             label = side.replace("_", ", ")
@@ -133,7 +133,7 @@ def _in_a_layer(context: Context) -> None:
         context.bar.show(f"one probe in a layer, {case.key}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            cell, z, x = case.make()
+            cell, z, x = case.problem(context.profile.training_share)
             z = torch.randn_like(z)
 
         def timed(fn: nn.Module, options: dict[str, Any] | None, z: Tensor = z, x: Tensor = x) -> Callable[[], float]:
@@ -229,12 +229,12 @@ _PRODUCTS = {
 }
 
 
-def _work(side: Callable[[], float]) -> tuple[float, float]:
-    """Operations of matrix products and convolutions, in 1e9, and the seconds inside of them, under a profiler."""
+def _work(side: Callable[[], float], repeats: int) -> tuple[float, float]:
+    """Operations of matrix products and convolutions, in 1e9, and the least seconds in them, under a profiler."""
     with _Operations() as counted:
         side()
     spent = []
-    for _ in range(5):
+    for _ in range(repeats):
         with quiet(), profile(activities=[ProfilerActivity.CPU]) as profiled:
             side()
         spent.append(sum(event.self_cpu_time_total for event in profiled.key_averages() if event.key in _PRODUCTS))

@@ -6,6 +6,7 @@ initial values, so every step of a case is the same work. Caps and tolerances ar
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,6 +46,12 @@ class Case:
     make: Callable[[], tuple[nn.Module, Tensor, Tensor]]
     limit: float
 
+    def problem(self, share: float) -> tuple[nn.Module, Tensor, Tensor]:
+        """Cell, z0 and x for this share of the batch."""
+        cell, z0, x = self.make()
+        batch = math.ceil(share * len(z0))
+        return cell, z0[:batch], x[:batch]
+
 
 def _convolutional() -> tuple[nn.Module, Tensor, Tensor]:
     return ConvCell(32), torch.zeros(16, 32, 16, 16), torch.randn(16, 32, 16, 16)
@@ -75,7 +82,7 @@ def run(context: Context) -> None:
         for case in CASES:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                cell, z0, x = case.make()
+                cell, z0, x = case.problem(context.profile.training_share)
             x.requires_grad_()
             worst: list[float] = []
             for kind in KINDS:
