@@ -69,7 +69,7 @@ def elementwise(slopes: Any, x: Any, calls: int) -> tuple[Work, Work]:
     return (lambda: solve(z0, (a, x))), (lambda: alone(z0, (a, x)))
 
 
-def dense(weight: np.ndarray, x: np.ndarray, rtol: float, scale: float, max_steps: int) -> Work:
+def dense(weight: Any, x: Any, rtol: float, scale: float, max_steps: int) -> Work:
     """Solve z = tanh(z weight + x) from 0; returns the value, [B, D].
 
     Args:
