@@ -16,10 +16,11 @@ from pydeq.ops.reduction import WHOLE, norms
 from pydeq.state import State, as_tuple
 
 ADVICE = {
-    Status.MAX_STEPS: "increase max_steps, loosen rtol, or make fn more contractive (pydeq.jacobian_penalty)",
-    Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
-    Status.DIVERGED: "take a smaller damping (pydeq.Anderson(damping=0.5)), start closer, or make fn more contractive"
+    Status.MAX_STEPS: "increase max_steps, loosen rtol, take pydeq.NewtonKrylov, or make fn more contractive"
     " (pydeq.jacobian_penalty)",
+    Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
+    Status.DIVERGED: "take a smaller damping (pydeq.Anderson(damping=0.5)) or pydeq.NewtonKrylov, start closer, or make"
+    " fn more contractive (pydeq.jacobian_penalty)",
     Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: check its inputs and parameters, start closer,"
     " or iterate with pydeq.Picard(damping=0.5)",
 }

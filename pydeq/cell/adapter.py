@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pydeq.cell.pytree import structure_of
 from pydeq.solution import Solution
@@ -58,7 +59,8 @@ class Adapter:
         """
         if self.newest is None or not _equal(self.newest[0], solution.image):
             fn(solution.value, *context)
-        return self.take_aux()
+        aux = self.take_aux()  # evaluations for NewtonKrylov have a graph
+        return tree_map_only(Tensor, Tensor.detach, aux) if any(map(_has_graph, tree_leaves(aux))) else aux
 
     def take_aux(self) -> Any:
         """The aux of the newest evaluation."""
@@ -99,6 +101,10 @@ def canonical(fn: Callable[..., Any], z: Any) -> tuple[Callable[..., Any], State
 
 def _describe(result: Any) -> str:
     return f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else type(result).__name__
+
+
+def _has_graph(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 def _equal(one: Any, other: State) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydeq.cell.autocast import Autocast
-from pydeq.cell.linearization import linearize
+from pydeq.cell.linearization import linearize, recordable
 from pydeq.ops.reduction import norms
 from pydeq.state import Layout, State
 
@@ -46,8 +46,11 @@ class Products:
             return fn(view, *context)
         try:
             at = linearize(fn, view, context)
-        except Exception as error:
-            self._give_up(error)
+        except (RuntimeError, NotImplementedError) as error:
+            if self.mode == "jvp" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.mode = "difference"
+            self.count += 1
             return fn(view, *context)  # an error of fn itself is raised here
         if self.mode == "auto" and at.has_functions():
             self.mode = "difference"
@@ -66,22 +69,20 @@ class Products:
         self.count += 1
         if self._at is not None:
             try:
-                if self._exact is None:
-                    with Autocast.current(self._z.device).off():
+                with torch.inference_mode(False), Autocast.current(v.device).off():
+                    if self._exact is None:
                         self._exact = self._at.right_products()
-                with Autocast.current(self._z.device).off():
-                    return self._exact(v.to(self._z.dtype)).to(v.dtype)
-            except Exception as error:
-                self._give_up(error)
-                self._at, self._f = None, self._f.clone()
+                    return self._exact(recordable(v).to(self._z.dtype)).to(v.dtype)
+            except (RuntimeError, NotImplementedError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                if self.mode == "jvp":
+                    raise RuntimeError(
+                        "NewtonKrylov's mode 'jvp' needs second derivatives of fn, which has none: use mode='auto' or"
+                        f" 'difference' ({error})"
+                    ) from error
+                self.mode, self._at, self._f = "difference", None, self._f.clone()
         return self._difference(v)
-
-    def _give_up(self, error: Exception) -> None:
-        """Turn to differences after an error, or raise it."""
-        if self.mode == "jvp" or isinstance(error, torch.OutOfMemoryError):
-            raise error
-        self.mode = "difference"
-        self.count += 1
 
     def _difference(self, v: Tensor) -> Tensor:
         layout, z, f = self._layout, self._z.to(v.dtype), self._f.to(v.dtype)

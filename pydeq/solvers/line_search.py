@@ -11,8 +11,9 @@ finite give 0.1 lambda. The slope is -2 (1 - eta^2) ||g(x)||^2, since the residu
 
 A lambda below 0.1 is a sign of a singular Jacobian, or of a local minimum of ||g|| nearby. After such a step the first
 trial of the next search is accepted at any finite residual, as in the watchdog technique. Without this, most searches
-on tanh(W z + x) with W of spectral radius 3 end at a local minimum, also with exact Newton steps. If all trials fail,
-the sample takes a plain step from x, which is accepted at any residual, too. The best iterate is kept in all cases.
+on tanh(W z + x) with W of spectral radius 3 end at a local minimum, also with exact Newton steps. If that trial is not
+finite and lambda ends below 0.1 again, or if all trials of a search fail, the sample takes a plain step, which is
+accepted at any residual, too. The best iterate is kept in all cases.
 
 Each trial is one evaluation of fn, for all samples at once: one sample may be at its third trial while another one
 takes its next step.
@@ -74,6 +75,7 @@ class SearchWorkspace(Workspace):
         self.rejected = flat.new_zeros(batch, dtype=torch.int32)
         self.searching = flat.new_zeros(batch, dtype=torch.bool)  # the point being evaluated is a trial
         self.leaping = flat.new_zeros(batch, dtype=torch.bool)  # it is accepted if it is finite
+        self.leapt = flat.new_zeros(batch, dtype=torch.bool)  # the search began with such a trial, in vain
 
     @abstractmethod
     def search_from(self, rows: Tensor, fresh: Tensor) -> Tensor:
@@ -107,6 +109,7 @@ class SearchWorkspace(Workspace):
         rejected = running & self.searching & ~accepted
         lost = running & ~accepted & ~rejected
         self.rejected += rejected.int()
+        self.leapt |= rejected & self.leaping
         self.leaping &= ~rejected
 
         # A shorter step.
@@ -131,8 +134,11 @@ class SearchWorkspace(Workspace):
             at = z.to(self.wide)
             self.base = torch.where(rows, at, self.base)
             self.residual = torch.where(rows, f.to(self.wide) - at, self.residual)
-            has_one = self.search_from(accepted, accepted & ~self.searching) & accepted
-            self.leaping = accepted & self.searching & (self.length < _SMALL)
+            small = self.searching & (self.length < _SMALL)
+            starts = accepted & ~(small & self.leapt)
+            self.leaping = starts & small
+            self.leapt &= ~accepted
+            has_one = self.search_from(starts, starts & ~self.searching)
             self.size = torch.where(accepted, found, self.size)
             self.length.masked_fill_(accepted, 1.0)
             self.rejected.masked_fill_(accepted, 0)
