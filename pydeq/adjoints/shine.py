@@ -74,6 +74,8 @@ class Shine(Adjoint):
     def check(self, solver: Solver) -> None:
         if not isinstance(solver, Broyden):
             raise TypeError(f"Shine needs pydeq.Broyden as the solver, got {solver!r}")
+        if solver.line_search:
+            raise TypeError("Shine needs pydeq.Broyden without a line search, got line_search=True")
 
     def solve(self, problem: Problem) -> AdjointResult:
         self.check(problem.options["solver"])

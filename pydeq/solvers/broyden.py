@@ -12,8 +12,10 @@ from pydeq.arguments import check_integer, set_fields, suggests_keywords
 from pydeq.ops import broyden_step
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import Counter
+from pydeq.ops.reduction import WHOLE
 from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Solver, Workspace, check_vectors
+from pydeq.solvers.broyden_search import BroydenSearchWorkspace
 from pydeq.solvers.buffers import empty, zeros
 from pydeq.solvers.inverse_jacobian import InverseJacobian
 
@@ -31,9 +33,13 @@ class Broyden(Solver):
     Args:
         memory: Pairs (step, change of residual) kept, at least 1. A full memory restarts from the newest pair. Vectors
             are allocated as they are used: k steps take k of them. CUDA kernels keep at most 511 pairs.
+        line_search: Shorten a step of a sample up to twice if its residual does not fall, see
+            :mod:`pydeq.solvers.line_search`. For maps on which full steps diverge; a step may then take three
+            evaluations. The method runs in plain torch, not in kernels, keeps two vectors for each step, and cannot be
+            captured into a CUDA graph.
 
     Raises:
-        ValueError: If memory < 1.
+        TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Kelley, Solving Nonlinear Equations with Newton's Method, SIAM 2003, section 4; More and Trangenstein, Math.
     Comp. 30 (1976), for vanishing denominators.
@@ -42,11 +48,18 @@ class Broyden(Solver):
     reduces: ClassVar[bool] = True
 
     memory: int = 100
+    line_search: bool = False
 
     def __post_init__(self) -> None:
         set_fields(self, memory=check_integer("memory", self.memory, 1))
+        if not isinstance(self.line_search, bool):
+            raise TypeError(f"line_search must be a bool, got {type(self.line_search).__name__}")
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        if self.line_search:
+            if rules.reduction is not WHOLE:
+                raise ValueError("Broyden's line_search does not take sharded states: use Broyden()")
+            return BroydenSearchWorkspace(flat, rules, max_steps, self.memory, repr(self))
         return BroydenWorkspace(flat, rules, max_steps, self)
 
 

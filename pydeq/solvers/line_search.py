@@ -13,7 +13,7 @@ A lambda below 0.1 is a sign of a singular Jacobian, or of a local minimum of ||
 trial of the next search is accepted at any finite residual, as in the watchdog technique. Without this, most searches
 on tanh(W z + x) with W of spectral radius 3 end at a local minimum, also with exact Newton steps. If that trial is not
 finite and lambda ends below 0.1 again, or if all trials of a search fail, the sample takes a plain step, which is
-accepted at any residual, too. The best iterate is kept in all cases.
+accepted at any residual, too. A solver may accept the last trial instead. The best iterate is kept in all cases.
 
 Each trial is one evaluation of fn, for all samples at once: one sample may be at its third trial while another one
 takes its next step.
@@ -42,8 +42,6 @@ _ALPHA = 1e-4
 _SHORTEST, _LONGEST = 0.1, 0.5
 # After a step with a smaller lambda, the next first trial is accepted.
 _SMALL = 0.1
-# Rejected trials before the plain step.
-_TRIALS = 12
 # The damping of the plain step that checks samples: with a damping below 1, the image of every new best is saved at
 # once.
 _DAMPING = 0.5
@@ -57,6 +55,10 @@ class SearchWorkspace(Workspace):
     """
 
     reports_late: ClassVar[bool] = False
+    trials: ClassVar[int] = 12
+    """Rejected trials before the search gives up."""
+    accepts_last: ClassVar[bool] = False
+    """Whether one more trial is then accepted if it is finite, instead of a plain step."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, name: str) -> None:
         if capturing(flat.device):
@@ -105,7 +107,10 @@ class SearchWorkspace(Workspace):
         found = scalars[:, Scalar.RESIDUAL]
         bound = (1.0 - _ALPHA * self.length * (1.0 - self.eta)) * self.size
         finite = found.isfinite()
-        accepted = running & finite & (~self.searching | (found <= bound) | (self.leaping & ~back))
+        anyhow = self.leaping
+        if self.accepts_last:
+            anyhow = anyhow | (self.rejected == self.trials)
+        accepted = running & finite & (~self.searching | (found <= bound) | (anyhow & ~back))
         rejected = running & self.searching & ~accepted
         lost = running & ~accepted & ~rejected
         self.rejected += rejected.int()
@@ -119,7 +124,7 @@ class SearchWorkspace(Workspace):
         factor = torch.where(finite & (factor > 0), factor, 0.0).clamp(_SHORTEST, _LONGEST)
         self.length = torch.where(rejected, factor * self.length, self.length)
         trial = self._trial()
-        searching = rejected & (self.rejected <= _TRIALS) & (trial != self.base.to(z.dtype)).any(1)
+        searching = rejected & (self.rejected <= self.trials) & (trial != self.base.to(z.dtype)).any(1)
         next.copy_(torch.where(searching[:, None], trial, next))
         failed = rejected & ~searching
         if bool(failed.any()):  # a plain step

@@ -25,6 +25,8 @@ ALL = (
     Broyden(memory=1),
     Broyden(memory=2),
     Broyden(memory=5),
+    Broyden(line_search=True),
+    Broyden(memory=5, line_search=True),
     GMRES(),
     GMRES(restart=5),
     NewtonKrylov(),
