@@ -49,9 +49,9 @@ class NewtonKrylov(Solver):
         products: Products for each step at most, at least 1; by default 40, and up to 128 for a state of more entries
             than 40. GMRES does not restart: it keeps as many vectors. CUDA kernels keep at most 512.
         mode: "jvp": exact products, from two derivatives of f. Every evaluation keeps its graph, and a product costs
-            one to three evaluations. "difference": J v = (f(z + s v) - f(z)) / s, with s relative to the norm of z.
-            Every product costs one evaluation of f, and no graph is kept. "auto" takes exact products, and differences
-            if f has no second derivatives, contains an ``autograd.Function`` or is compiled.
+            one to seven evaluations on a CPU. "difference": J v = (f(z + s v) - f(z)) / s, with s relative to the norm
+            of z. Every product costs one evaluation of f, and no graph is kept. "auto" takes exact products, and
+            differences if f has no second derivatives, contains an ``autograd.Function`` or is compiled.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
