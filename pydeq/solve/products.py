@@ -39,13 +39,14 @@ class Products:
 
     def evaluate(self, fn: Callable[..., Any], z: Tensor, view: State, layout: Layout, context: Sequence[Any]) -> Any:
         """Evaluate ``fn`` at the flat ``z``; ``view`` is z as a state."""
-        self._fn, self._z, self._layout, self._context = fn, z, layout, context
+        # A step writes to rows of z before it asks for products.
+        self._fn, self._z, self._layout, self._context = fn, z.clone(), layout, context
         self._exact: Callable[[Tensor], Tensor] | None = None
         self._at = None
         if self.mode == "difference":
             return fn(view, *context)
         try:
-            at = linearize(fn, view, context)
+            at = linearize(fn, layout.view(self._z), context)
         except (RuntimeError, NotImplementedError) as error:
             if self.mode == "jvp" or isinstance(error, torch.OutOfMemoryError):
                 raise
