@@ -32,10 +32,11 @@ class Profile:
         adjoints_epochs: Length of the trainings before adjoints are compared.
         adjoints_batch: Samples that adjoints are compared on.
         adjoints_repeats: Timed steps with each adjoint.
-        contest_problems: Problems of each family; None for all.
+        contest_families: Sets of problems; None for all.
+        contest_problems: Problems of each; None for all.
         contest_repeats: Timed solves of each solver on each problem ...
-        contest_seconds: ... or only three, if a problem takes longer than this; also the time after which a solve is
-            given up.
+        contest_seconds: ... or as many as fit in a tenth of this time, at least one. After this time a solve is given
+            up.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Profile:
     adjoints_epochs: int
     adjoints_batch: int
     adjoints_repeats: int
+    contest_families: tuple[str, ...] | None
     contest_problems: int | None
     contest_repeats: int
     contest_seconds: float
@@ -98,9 +100,10 @@ PROFILES = {
             adjoints_epochs=1,
             adjoints_batch=8,
             adjoints_repeats=1,
+            contest_families=("scipy", "runaway", "adjoints"),
             contest_problems=1,
             contest_repeats=1,
-            contest_seconds=2.0,
+            contest_seconds=1.0,
         ),
         Profile(
             "quick",
@@ -127,9 +130,10 @@ PROFILES = {
             adjoints_epochs=6,
             adjoints_batch=32,
             adjoints_repeats=5,
-            contest_problems=2,
+            contest_families=("burkardt", "scipy", "spectra", "runaway", "cycles", "cells", "adjoints"),
+            contest_problems=1,
             contest_repeats=5,
-            contest_seconds=5.0,
+            contest_seconds=4.0,
         ),
         Profile(
             "full",
@@ -156,6 +160,7 @@ PROFILES = {
             adjoints_epochs=12,
             adjoints_batch=32,
             adjoints_repeats=15,
+            contest_families=None,
             contest_problems=None,
             contest_repeats=15,
             contest_seconds=20.0,

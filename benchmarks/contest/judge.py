@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 import traceback
@@ -16,7 +17,7 @@ from torch import Tensor
 from benchmarks.peers.contender import Claim, Contender, Counts
 from benchmarks.problems.base import Problem
 from benchmarks.results import Status
-from benchmarks.timing import Spread, alternate, spread
+from benchmarks.timing import Spread, spread
 
 # Factors on a solver's own tolerance. Libraries use other norms and other denominators than the problem, or hand on
 # another iterate than they tested, so each may try again with a smaller tolerance.
@@ -92,30 +93,33 @@ def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verd
 def clock(
     sides: Sequence[tuple[Contender, Problem, float]], repeats: int, seconds: float
 ) -> list[tuple[Spread, float] | None]:
-    """Time solves alternately, on one problem or several.
+    """Time solves in turns, on one problem or several.
 
     Args:
         sides: Solver, problem and the factor on its tolerance.
-        repeats: Measurements of each side.
-        seconds: After this time, three measurements of each side are enough.
+        repeats: Measurements of each side ...
+        seconds: ... or as many as it can do in this time, at least one.
 
     Returns:
         For each side, seconds of a solve and of the first call, which may compile; None if a solve raised.
     """
-    solves: dict[str, Callable[[], float]] = {}
-    first: dict[str, float] = {}
+    turns: list[tuple[int, Callable[[], Claim], int]] = []
+    first: dict[int, float] = {}
     for index, (contender, problem, tighten) in enumerate(sides):
         try:
             solve = contender.prepare(problem, tighten)
-            first[str(index)] = _seconds(solve)
+            first[index] = _seconds(solve)
+            again = _seconds(solve)
         except Exception:  # it did not raise when it was judged
             continue
-        solves[str(index)] = lambda solve=solve: _seconds(solve)
-    measured = alternate(solves, repeats, warmup=0, seconds=seconds) if solves else {}
-    return [
-        (spread(measured[str(index)]), first[str(index)]) if str(index) in measured else None
-        for index in range(len(sides))
-    ]
+        turns.append((index, solve, min(repeats, max(1, int(seconds / max(again, 1e-9))))))
+    measured: dict[int, list[float]] = {index: [] for index, _, _ in turns}
+    gc.collect()
+    for turn in range(repeats):
+        for index, solve, count in turns if turn % 2 == 0 else reversed(turns):
+            if turn < count:
+                measured[index].append(_seconds(solve))
+    return [(spread(measured[index]), first[index]) if measured.get(index) else None for index in range(len(sides))]
 
 
 def _seconds(solve: Callable[[], Claim]) -> float:

@@ -50,8 +50,8 @@ def _choose(context: Context) -> list[Problem]:
     if context.problems_asked is not None:
         return problems(context.problems_asked)
     chosen: list[Problem] = []
-    for make in FAMILIES.values():
-        family = list(make())
+    for name in context.profile.contest_families or FAMILIES:
+        family = list(FAMILIES[name]())
         count = min(len(family), context.profile.contest_problems or len(family))
         chosen += [family[(2 * place + 1) * len(family) // (2 * count)] for place in range(count)]
     return chosen
@@ -70,7 +70,7 @@ def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) ->
         sides = [(solver, problem, verdicts[solver.key].tighten) for solver in timed]
         if timed:
             sides.append((loop.floor(FLOOR_CALLS), problem, 1.0))
-        clocked = clock(sides, profile.contest_repeats, profile.contest_seconds)
+        clocked = clock(sides, profile.contest_repeats, profile.contest_seconds / 10)
     measured = {side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None}
     floor = measured.get(sides[-1][0].key) if sides else None
     call = floor[0].median / FLOOR_CALLS if floor else None
