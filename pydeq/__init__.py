@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  # The compiled library needs torch's libra
 
 from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
+from pydeq.diagnosis import audit
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import (
     JacobianPenalty,
@@ -41,6 +42,7 @@ __all__ = [
     "Solution",
     "Status",
     "Unrolled",
+    "audit",
     "fixed_point",
     "fixed_point_correction",
     "frobenius_norm_squared",

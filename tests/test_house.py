@@ -20,13 +20,13 @@ import pydeq
 PACKAGE = Path(pydeq.__file__).parent
 PUBLIC_NAMES = Path(__file__).with_name("public_names.txt")
 PUBLIC = (
-    "pydeq", "pydeq.adjoints", "pydeq.compat", "pydeq.compat.torchdeq", "pydeq.jacobian", "pydeq.models", "pydeq.nn",
-    "pydeq.ops", "pydeq.solvers",
+    "pydeq", "pydeq.adjoints", "pydeq.compat", "pydeq.compat.torchdeq", "pydeq.diagnosis", "pydeq.jacobian",
+    "pydeq.models", "pydeq.nn", "pydeq.ops", "pydeq.solvers",
 )  # fmt: skip
 
 PROGRAMS = {"experiments", "benchmarks"}
 LOWER = {"solvers", "ops", "cell", "solve"}
-UPPER = {"layer", "fixed_point", "adjoints", "jacobian", "models", "compat", "nn"}
+UPPER = {"layer", "fixed_point", "adjoints", "jacobian", "models", "compat", "nn", "diagnosis"}
 # Imports inside of functions: from a module, of a module, and why they are not at the top.
 INSIDE = {
     ("pydeq.compat.migrate", "pydeq.compat.rewriting"): "it needs libcst, which only one command has a use for",
