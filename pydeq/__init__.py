@@ -4,7 +4,7 @@ import torch as _torch  # noqa: F401  # The compiled library needs torch's libra
 
 from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
-from pydeq.diagnosis import audit
+from pydeq.diagnosis import audit, diagnose
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import (
     JacobianPenalty,
@@ -43,6 +43,7 @@ __all__ = [
     "Status",
     "Unrolled",
     "audit",
+    "diagnose",
     "fixed_point",
     "fixed_point_correction",
     "frobenius_norm_squared",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +14,16 @@ from torch.utils._pytree import tree_flatten
 from pydeq.cell.adapter import Adapter
 from pydeq.cell.prepared import module_of
 from pydeq.cell.scope import solve_scope
-from pydeq.diagnosis.subject import Residual, Subject, exact_cotangent, flat, gradients, graph_leaves, same_bits
+from pydeq.diagnosis.subject import (
+    Residual,
+    Subject,
+    buffers_restored,
+    exact_cotangent,
+    flat,
+    gradients,
+    graph_leaves,
+    same_bits,
+)
 from pydeq.solution import Solution
 from pydeq.solve.solve import solve as solve_flat
 from pydeq.solvers import Anderson, Broyden
@@ -135,19 +143,6 @@ def audit(
     subject = Subject(adapter.inside(fn), adapter.z0)
     with torch.enable_grad(), solve_scope(), buffers_restored(module_of(fn)):
         return _Auditor(solve, fn, z0, adapter, subject, claims).audit()
-
-
-@contextmanager
-def buffers_restored(module: nn.Module | None) -> Iterator[None]:
-    """Context manager that restores the buffers of a module at its end."""
-    before = [] if module is None else [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 class _Result:
@@ -450,7 +445,7 @@ class _Auditor:
     def _check_gradients(self, state: State, z: Tensor, coupled: bool) -> None:
         found, subject = self.found, self.subject
         at = subject.linearize(z)
-        leaves = graph_leaves(at)
+        leaves = graph_leaves(at.y, at.z)
         if not leaves:
             found.notes.append("fn uses no tensor that requires grad, so gradients were not checked")
             return

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pydeq.cell.linearization import Linearization, linearize
 from pydeq.ops.reduction import norms
@@ -141,21 +142,20 @@ def same_bits(a: Tensor, b: Tensor) -> Tensor:
     return ((a == b) | ((a != a) & (b != b))).all(1)
 
 
-def graph_leaves(at: Linearization) -> list[Tensor]:
-    """The tensors that require grad and that the image depends on, without z; each once, in the graph's order."""
-    nodes = [part.grad_fn for part in at.y if part.grad_fn is not None]
-    seen, leaves = set(nodes), {}
-    state = {id(part) for part in at.z}
+def graph_leaves(outputs: Sequence[Tensor], without: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The leaves of the graph of ``outputs`` that require grad, each once, but those in ``without``."""
+    nodes = [part.grad_fn for part in outputs if part.grad_fn is not None]
+    seen, known = set(nodes), {id(x) for x in without}
+    leaves = {id(y): y for y in outputs if y.is_leaf and y.requires_grad}
     while nodes:
         node = nodes.pop()
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in state:
+        if leaf is not None:
             leaves.setdefault(id(leaf), leaf)
         new = [n for n, _ in node.next_functions if n is not None and n not in seen]
         seen.update(new)
         nodes.extend(new)
-    leaves.update({id(y): y for y in at.y if y.is_leaf and y.requires_grad and id(y) not in state})
-    return list(leaves.values())
+    return [leaf for key, leaf in leaves.items() if key not in known]
 
 
 def gradients(outputs: State, leaves: list[Tensor], v: State) -> list[Tensor]:
@@ -165,3 +165,16 @@ def gradients(outputs: State, leaves: list[Tensor], v: State) -> list[Tensor]:
         return [torch.zeros_like(x) for x in leaves]
     ys, seeds = zip(*pairs, strict=True)
     return list(torch.autograd.grad(ys, leaves, seeds, retain_graph=True, allow_unused=True, materialize_grads=True))
+
+
+@contextmanager
+def buffers_restored(module: nn.Module | None) -> Iterator[None]:
+    """Context manager that restores the buffers of a module at its end."""
+    before = [] if module is None else [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

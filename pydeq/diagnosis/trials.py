@@ -1,0 +1,172 @@
+"""Try solvers on a batch: forward solves, backward solves, and whole layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydeq import solvers
+from pydeq.adjoints import Implicit
+from pydeq.cell.linearization import Linearization
+from pydeq.diagnosis.subject import Subject, exact_cotangent
+from pydeq.ops.constants import Status
+from pydeq.solution import Solution
+from pydeq.solve.solve import solve
+from pydeq.solvers import GMRES, Anderson, Broyden, Picard, Solver
+from pydeq.state import as_tuple
+
+# Solvers that every diagnosis tries, forward.
+USUAL: tuple[Solver, ...] = (
+    Picard(),
+    Picard(damping=0.5),
+    Anderson(),
+    Anderson(damping=0.5),
+    Anderson(memory=20),
+    Broyden(),
+)
+# Further ones, in this order, while none converges.
+FURTHER: tuple[Solver, ...] = (
+    GMRES(restart=50),
+    Picard(damping=0.2),
+    Anderson(memory=10, damping=0.2),
+    Anderson(memory=40),
+    Anderson(memory=20, damping=0.5, ridge=1e-4),
+)
+BACKWARD: tuple[Solver, ...] = (Picard(), Anderson(), Broyden(), GMRES())
+
+
+def known_solvers(usual: Sequence[Solver]) -> list[Solver]:
+    """These solvers, and Newton-Krylov if there is one."""
+    newton: Any = getattr(solvers, "NewtonKrylov", None)
+    return [*usual, *([] if newton is None else [newton()])]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One solver tried on the batch, forward or backward.
+
+    Args:
+        solver: The solver.
+        max_steps: The number of evaluations, or of products with the Jacobian, that it was given.
+        rtol: The relative tolerance.
+        solution: What it found; ``solution.trace`` has all residuals.
+        error: Backward: the relative distance to the exact solution, over the whole batch. NaN forward.
+    """
+
+    solver: Solver
+    max_steps: int
+    rtol: float
+    solution: Solution
+    error: float = float("nan")
+
+    @property
+    def all_converged(self) -> bool:
+        return bool(self.solution.converged.all())
+
+    @property
+    def share(self) -> str:
+        """How many samples converged, as in "3 of 4"."""
+        return f"{int(self.solution.converged.sum())} of {len(self.solution.converged)}"
+
+    @property
+    def residual(self) -> float:
+        """The largest relative residual."""
+        found = self.solution.relative_residual
+        return float(found.max()) if len(found) else 0.0
+
+    @property
+    def rate(self) -> float:
+        """By what factor an evaluation changes the residual of the slowest sample, on average; NaN if unknown."""
+        trace = self.solution.trace
+        if trace is None or len(trace) < 2 or not trace.shape[1]:
+            return float("nan")
+        slowest = int(self.solution.sample_nfe.argmax())
+        column = trace[:, slowest].double()
+        column = column[column.isfinite()]
+        if len(column) < 2 or not float(column[0]) or not float(column[-1]):
+            return float("nan")
+        return float((column[-1] / column[0]) ** (1.0 / (len(column) - 1)))
+
+    @property
+    def ends(self) -> str:
+        """How the samples ended that did not converge, as in "2 MAX_STEPS"."""
+        codes, counts = self.solution.status.unique(return_counts=True)
+        pairs = zip(codes.tolist(), counts.tolist(), strict=True)
+        return ", ".join(f"{count} {Status(code).name}" for code, count in pairs if code != Status.CONVERGED)
+
+
+def try_forward(subject: Subject, solver: Solver, rtol: float, max_steps: int, **options: Any) -> Trial:
+    """Solve the fixed-point problem with one solver."""
+    solution = solve(subject.fn, subject.z0, solver=solver, rtol=rtol, max_steps=max_steps, trace=True, **options)
+    return Trial(solver, max_steps, rtol, solution)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The adjoint system u = J^T u + v at a fixed point, with a random v.
+
+    Args:
+        at: fn at the fixed point.
+        v: The right-hand side, [B, D].
+        exact: The solution u by GMRES, [B, D].
+        left: The largest relative residual of ``exact``.
+        together: Whether samples depend on each other.
+    """
+
+    at: Linearization
+    v: Tensor
+    exact: Tensor
+    left: float
+    together: bool
+
+    @staticmethod
+    def of(subject: Subject, z: Tensor, together: bool) -> Backward:
+        at = subject.linearize(z)
+        generator = torch.Generator(z.device).manual_seed(1)
+        v = torch.randn(z.shape, generator=generator, device=z.device, dtype=torch.float64).to(z.dtype)
+        return Backward(at, v, *exact_cotangent(at, v, together), together)
+
+    def attempt(self, adjoint: Implicit) -> Trial:
+        """Solve the system as this adjoint does."""
+        options = adjoint.options(self.v.dtype)
+
+        def fn(u: Tensor) -> Tensor:
+            return self.v + self.at.flat_vjp(u)
+
+        solution = solve(fn, self.v, solver=adjoint.solver, rtol=options["rtol"], max_steps=adjoint.max_steps)
+        (found,) = as_tuple(solution.image)
+        size = float(self.exact.double().norm()) or 1.0
+        error = float((found.double() - self.exact.double()).norm()) / size
+        return Trial(adjoint.solver, adjoint.max_steps, options["rtol"], solution, error)
+
+
+def code_of(settings: Any) -> str:
+    """A solver or an adjoint as code, with the fields that differ from their defaults."""
+    given = []
+    for one in dataclasses.fields(settings):
+        value = getattr(settings, one.name)
+        default = one.default
+        if default is dataclasses.MISSING and one.default_factory is not dataclasses.MISSING:
+            default = one.default_factory()
+        if value != default:
+            given.append(f"{one.name}={code_of(value) if dataclasses.is_dataclass(value) else repr(value)}")
+    return f"pydeq.{type(settings).__name__}({', '.join(given)})"
+
+
+def name_of(settings: Any) -> str:
+    """A solver for a line of a table."""
+    if not dataclasses.is_dataclass(settings):
+        return repr(settings)
+    return code_of(settings).removeprefix("pydeq.")
+
+
+def cheapest(
+    trials: Sequence[Trial], wanted: Callable[[Trial], bool] = lambda trial: trial.all_converged
+) -> Trial | None:
+    """The trial with the fewest evaluations among those that are wanted; the first of several."""
+    return min((trial for trial in trials if wanted(trial)), key=lambda trial: trial.solution.nfe, default=None)
