@@ -27,10 +27,11 @@ from pydeq.arguments import (
 from pydeq.cell.batched_context import check_compact
 from pydeq.cell.prepared import PreparedCell, module_of
 from pydeq.cell.replay_rng import random_modules
+from pydeq.cell.running_statistics import batch_norms
 from pydeq.cell.torch_compile import Compiler, skipped
 from pydeq.jacobian.penalty import JacobianPenalty
 from pydeq.ops.reduction import WHOLE, Reduction
-from pydeq.solution import Solution
+from pydeq.solution import CouplingWarning, Solution
 from pydeq.solve.ranks import check_ranks
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import as_tuple
@@ -134,6 +135,14 @@ class DEQ(nn.Module):
                 " evaluations of a call",
                 stacklevel=2,
             )
+        if names := batch_norms(module_of(cell)):
+            warnings.warn(
+                f"the samples of a batch depend on each other through BatchNorm in training mode ({', '.join(names)}),"
+                " while a solve treats them as separate problems: use GroupNorm or LayerNorm, or BatchNorm in"
+                " evaluation mode",
+                CouplingWarning,
+                stacklevel=2,
+            )
         self.ranks = check_ranks(process_group, sharded)
         if self.ranks is not None and not self.adjoint.distributes:
             raise ValueError(f"adjoint must be one that takes a process_group, got {self.adjoint!r}")
@@ -221,9 +230,9 @@ class DEQ(nn.Module):
                 check_context(fn, context, keywords)
                 raise
             output = cell.adapter.outside(result.output)
-            if not return_solution:
-                return output
-            return output, cell.adapter.solution(self._solution(problem, result, penalty))
+            solution = self._solution(problem, result, penalty) if return_solution else None
+            cell.settle()
+            return output if solution is None else (output, cell.adapter.solution(solution))
 
     def _solve(self, problem: Problem, penalty: JacobianPenalty | None) -> AdjointResult:
         """Solve for the fixed point, with gradients if they are on."""

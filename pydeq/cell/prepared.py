@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from pydeq.cell.adapter import Adapter
 from pydeq.cell.parameters import fill_parametrization_cache
 from pydeq.cell.replay_rng import Replayed, random_modules
+from pydeq.cell.running_statistics import MovedOnce, learned_statistics
 from pydeq.cell.scope import InScope, scope_of, share_weights
 from pydeq.cell.torch_compile import Compiler, uncompiled
 from pydeq.state import State, layout_of
@@ -23,6 +25,7 @@ class PreparedCell:
 
     - turns the compiler's hook on around the cell (:mod:`pydeq.cell.torch_compile`);
     - converts states, keywords and auxiliary results (:mod:`pydeq.cell.adapter`);
+    - moves running statistics once (:mod:`pydeq.cell.running_statistics`);
     - draws the same random numbers at every call (:mod:`pydeq.cell.replay_rng`);
     - enters the scope that keeps dropout masks and normalized weights (:mod:`pydeq.cell.scope`).
 
@@ -59,8 +62,13 @@ class PreparedCell:
         self.adapter = adapter = Adapter(z0, keywords, has_aux)
         self.module = module_of(cell)
         self.is_compiled = compiler.compiles(cell)
-        self._scope = scope_of(cell, self.modules) if scoped else None
+        modules = self.modules
+        self._scope = scope_of(cell, modules) if scoped else None
         fn = adapter.inside(compiler.compiled(cell))
+        # Under torch.func, buffers are inputs of the map: see pydeq.adjoints.functional.
+        learned = learned_statistics(modules) if scoped and not torch._C._are_functorch_transforms_active() else []
+        self._moved = MovedOnce(fn, learned) if learned else None
+        fn = self._moved or fn
         self._replayed = Replayed(fn, layout_of(adapter.z0).device) if freeze_rng else None
         self.call = self._in_scope(self._replayed or fn)
 
@@ -73,6 +81,11 @@ class PreparedCell:
     def z0(self) -> State:
         """The initial state in the package's type, a tensor or a tuple of tensors."""
         return self.adapter.z0
+
+    def settle(self) -> None:
+        """Say that the layer's call is over: later evaluations do not move running statistics."""
+        if self._moved is not None:
+            self._moved.settle()
 
     def sharing_weights(self) -> Callable[..., Any]:
         """``call`` for evaluations with gradients that end in one graph: normalized weights are computed once."""
@@ -90,6 +103,8 @@ class PreparedCell:
         if not (differentiates_twice and self.is_compiled):
             return self.call
         fn = self.adapter.inside(uncompiled(self.cell))
+        if self._moved is not None:
+            fn = self._moved.of(fn)
         if self._replayed is None:
             return self._in_scope(fn)
         if random_modules(self.module):

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrizations
 
 from pydeq.cell.replay_rng import random_modules
+from pydeq.cell.running_statistics import batch_norms
 from pydeq.diagnosis.subject import Subject, same_bits
 
 
@@ -76,17 +75,6 @@ def habits_of(raw: Subject, replayed: Subject, module: nn.Module | None) -> Habi
     if len(start) > 1 and start.shape[1]:
         _look_for_coupling(found, replayed, start)
     return found
-
-
-def batch_norms(module: nn.Module | None) -> list[str]:
-    """Names of the submodules that take their statistics from the batch."""
-    return [
-        name or type(part).__name__
-        for name, part in (() if module is None else module.named_modules())
-        if isinstance(part, _BatchNorm)
-        and not isinstance(part, _InstanceNorm)
-        and (part.training or part.running_mean is None)
-    ]
 
 
 def changing_norms(module: nn.Module | None) -> list[str]:

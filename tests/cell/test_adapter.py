@@ -325,6 +325,7 @@ def test_options_that_do_not_go_together_are_refused(layer, call, error, message
         pydeq.DEQ(Attention(), **layer)(z0, x, **call)
 
 
+@pytest.mark.filterwarnings("ignore:the samples of a batch depend on each other through BatchNorm")
 def test_compaction_refuses_what_it_cannot_gather():
     z0, x, mask = problem()
     with pytest.raises(ValueError, match="compact=True cannot tell whether attention_mask carries the batch"):
