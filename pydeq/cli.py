@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from pydeq.compat.migrate import migrate as migrate_files
+from pydeq.diagnosis import diagnose as diagnose_layer
 from pydeq.ops.kernels import kernels
 
 
@@ -30,6 +34,47 @@ def migrate(arguments: argparse.Namespace) -> int:
     return migrate_files(arguments.paths, arguments.write)
 
 
+def diagnose(arguments: argparse.Namespace) -> int:
+    """Diagnose a layer on a batch; the status is 0 if it converges, 1 if not, 2 if it cannot be had."""
+    try:
+        deq, z0, *context = problem_of(arguments.target)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        print(f"pydeq diagnose: {error}", file=sys.stderr)
+        return 2
+    report = diagnose_layer(deq, z0, *context, max_steps=arguments.max_steps)
+    print(report)
+    if arguments.plot is not None:
+        report.plot(arguments.plot)
+    return 0 if report.converges else 1
+
+
+def problem_of(target: str) -> tuple[Any, ...]:
+    """The tuple (deq or cell, z0, *context) that MODULE:ATTRIBUTE is, or returns.
+
+    Modules of the current folder are found, too. An attribute may have dots.
+
+    Raises:
+        ImportError, AttributeError: If there is no such module or attribute.
+        TypeError, ValueError: If it is no such tuple.
+    """
+    module, colon, attribute = target.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"expected MODULE:ATTRIBUTE, got {target!r}")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    found: Any = importlib.import_module(module)
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    made = found if isinstance(found, tuple) else found() if callable(found) else found
+    if not isinstance(made, tuple) or len(made) < 2 or not callable(made[0]):
+        raise TypeError(
+            f"{target} must be a tuple (deq or cell, z0, *context), or a function without arguments that returns one,"
+            f" got {type(made).__name__}"
+        )
+    return made
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
     top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
@@ -42,6 +87,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("paths", nargs="+", metavar="FILE", help="a file, or a folder with *.py files")
     command.add_argument("--write", action="store_true", help="rewrite the files instead of listing what would change")
     command.set_defaults(run=migrate)
+    command = commands.add_parser(
+        "diagnose",
+        help="find out why a layer does not converge on a batch, and what to change",
+        description="Diagnose a layer on a batch: print a report. The exit status is 0 if the layer converges.",
+    )
+    command.add_argument(
+        "target",
+        metavar="MODULE:ATTRIBUTE",
+        help="a function without arguments that returns a tuple (deq or cell, z0, *context), or such a tuple",
+    )
+    command.add_argument("--plot", metavar="FILE", help="draw residuals and eigenvalues into a file, as report.png")
+    command.add_argument("--max-steps", type=int, default=200, metavar="N", help="evaluations for each try (200)")
+    command.set_defaults(run=diagnose)
     return top
 
 

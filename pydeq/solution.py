@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -11,21 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeq import plots
 from pydeq.ops.constants import Counter, Scalar, Status
 from pydeq.ops.reduction import WHOLE, norms
 from pydeq.state import State, as_tuple
 
+_CONTRACT = "make fn more contractive (pydeq.nn.spectral_norm, pydeq.JacobianPenalty)"
 ADVICE = {
-    Status.MAX_STEPS: "increase max_steps, loosen rtol, take pydeq.NewtonKrylov, or make fn more contractive"
-    " (pydeq.jacobian_penalty)",
+    Status.MAX_STEPS: "increase max_steps, try pydeq.Broyden(), pydeq.NewtonKrylov() or a larger memory"
+    f" (pydeq.Anderson(memory=20)), loosen rtol, or {_CONTRACT}",
     Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
-    Status.DIVERGED: "take a smaller damping (pydeq.Anderson(damping=0.5)) or pydeq.NewtonKrylov, start closer, or make"
-    " fn more contractive (pydeq.jacobian_penalty)",
+    Status.DIVERGED: "take a smaller damping (1.0 is undamped: try pydeq.Anderson(damping=0.5)), try pydeq.Broyden() or"
+    f" pydeq.NewtonKrylov(), start closer, or {_CONTRACT}",
     Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: check its inputs and parameters, start closer,"
     " or iterate with pydeq.Picard(damping=0.5)",
 }
+_WANDERING = (
+    "the residual of {} has not fallen for half of the evaluations, so that more of them may not help: try"
+    " pydeq.Broyden(), a larger memory (pydeq.Anderson(memory=20)) or a smaller damping (1.0 is undamped: try 0.5), or "
+    + _CONTRACT
+)
 _STATUS = int(Counter.STATUS)
 _CONVERGED = int(Status.CONVERGED).to_bytes(4, sys.byteorder)
+# Fewer evaluations do not show whether a residual still falls.
+_LONG = 20
 # If the norm of the image is below this fraction of the norm of fn(z0), the solution is taken for 0.
 _VANISHED = 1e-6
 
@@ -148,6 +158,9 @@ class Solution:
         advice = [f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts]
         if not advice:
             return ""
+        stuck = (self.status == Status.MAX_STEPS) & (2 * self._counters[:, Counter.SINCE_BEST] > self.sample_nfe)
+        if wandering := int((stuck & (self.sample_nfe >= _LONG)).sum()):
+            advice.append(_WANDERING.format(wandering))
         short = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
         scalars = self._scalars
         if vanished := int((short & (scalars[:, Scalar.BEST_NORM] < _VANISHED * scalars[:, Scalar.FIRST_NORM])).sum()):
@@ -157,7 +170,30 @@ class Solution:
                 f"{moved} had met the tolerance before other samples moved them: one coupled system, like the nodes of"
                 " a graph, is one sample, z[None]"
             )
-        return "; ".join(advice)
+        return "; ".join([*advice, "pydeq.diagnose tries all of this on the batch"])
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw the relative residual of each sample against evaluations; needs a solve with ``trace=True``.
+
+            z, solution = deq(z0, x, return_solution=True, trace=True)
+            solution.plot("residuals.png")
+
+        Args:
+            path: A file to write; its suffix decides the format.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ValueError: If there is no trace.
+            ImportError: If matplotlib is not installed.
+        """
+        if self.trace is None:
+            raise ValueError("a plot needs the residuals of all evaluations: solve with trace=True")
+        made = plots.figure()
+        plots.draw_residuals(made.subplots(), {f"{len(self.status)} samples, nfe={self.nfe}": self.trace})
+        plots.save(made, path)
+        return made
 
     def __repr__(self) -> str:
         batch = len(self.status)

@@ -26,3 +26,30 @@ def test_bad_command_is_refused_with_the_choices(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "info" in capsys.readouterr().err
+
+
+def test_diagnose(tmp_path, monkeypatch, capsys):
+    (tmp_path / "layers_to_diagnose.py").write_text(
+        "import torch\n"
+        "import pydeq\n"
+        "def slow():\n"
+        "    return pydeq.DEQ(lambda z, x: 0.9 * z.roll(1, 1) + x, max_steps=2), torch.zeros(2, 5), torch.ones(2, 5)\n"
+        "fine = (torch.cos, torch.zeros(3, 2))\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["diagnose", "layers_to_diagnose:slow", "--max-steps", "50"]) == 1
+    out = capsys.readouterr().out
+    assert "0 of 2 samples converge with the layer's settings" in out
+    assert "What to change, in order:" in out
+    assert main(["diagnose", "layers_to_diagnose:fine"]) == 0
+    assert "Nothing has to change." in capsys.readouterr().out
+    for target, message in (
+        ("layers_to_diagnose", "expected MODULE:ATTRIBUTE"),
+        ("layers_to_diagnose:none", "no attribute 'none'"),
+        ("no_such_module:x", "No module named"),
+        ("layers_to_diagnose:number", "must be a tuple (deq or cell, z0, *context)"),
+    ):
+        assert main(["diagnose", target]) == 2
+        assert message in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 import pydeq
 from pydeq import Status
 from pydeq.solution import relative
-from pydeq.testing import assert_close, linear_map, softsign_map
+from pydeq.testing import assert_close, linear_map, softsign_map, tanh_map
 
 
 def mixed(dtype=torch.float32):
@@ -244,3 +244,31 @@ def test_a_solution_of_an_empty_batch_is_printed():
     solution = pydeq.fixed_point(torch.cos, torch.zeros(0, 3))
     assert solution.advice() == ""
     assert repr(solution) == f"Solution(0 of 0 samples converged, nfe={solution.nfe})"
+
+
+def test_advice_names_solver_damping_memory_and_norm():
+    wanders = pydeq.fixed_point(lambda z: 1.0 - z, torch.zeros(2, 3), solver=pydeq.Picard(), max_steps=40)
+    text = wanders.advice()
+    assert text.startswith("2 MAX_STEPS: increase max_steps, try pydeq.Broyden() or a larger memory")
+    assert "the residual of 2 has not fallen for half of the evaluations" in text
+    for name in ("pydeq.Anderson(memory=20)", "1.0 is undamped: try 0.5", "pydeq.nn.spectral_norm", "pydeq.diagnose"):
+        assert name in text
+    falls = pydeq.fixed_point(lambda z: 0.99 * z + 1.0, torch.zeros(2, 3), solver=pydeq.Picard(), max_steps=40)
+    assert "has not fallen" not in falls.advice()
+    grows = pydeq.fixed_point(lambda z: 2.0 * z + 1.0, torch.zeros(2, 3), solver=pydeq.Picard())
+    assert "1.0 is undamped: try pydeq.Anderson(damping=0.5)" in grows.advice()
+
+
+def test_a_plot_of_the_residuals(tmp_path):
+    pytest.importorskip("matplotlib")
+    problem = tanh_map(0.9, 20)
+    solution = problem.solve(trace=True)
+    figure = solution.plot(tmp_path / "residuals.png")
+    assert (tmp_path / "residuals.png").read_bytes().startswith(b"\x89PNG")
+    lines = figure.axes[0].lines
+    assert len(lines) == 4
+    drawn = torch.tensor(lines[1].get_ydata())
+    expected = solution.trace[:, 1].double()
+    torch.testing.assert_close(drawn, expected[expected.isfinite()])
+    with pytest.raises(ValueError, match="solve with trace=True"):
+        problem.solve().plot()
