@@ -12,6 +12,7 @@ from torch import nn
 
 from pydeq.adjoints import Adjoint, Implicit
 from pydeq.adjoints.base import AdjointResult, Problem
+from pydeq.adjoints.convergence_warning import warn_if_layer_unconverged
 from pydeq.adjoints.functional import transforms_active
 from pydeq.adjoints.learned_start_warning import warn_about_learned_start
 from pydeq.arguments import (
@@ -229,6 +230,8 @@ class DEQ(nn.Module):
             except TypeError:
                 check_context(fn, context, keywords)
                 raise
+            if max_steps is None and (self.training or self.eval_max_steps is None):
+                self._warn_if_unconverged(result.solution, options)
             output = cell.adapter.outside(result.output)
             solution = self._solution(problem, result, penalty) if return_solution else None
             cell.settle()
@@ -246,6 +249,12 @@ class DEQ(nn.Module):
             problem.cell.fill_parametrization_cache()
         warn_about_learned_start(problem.z0, self.adjoint)
         return self.adjoint.solve(problem)
+
+    def _warn_if_unconverged(self, solution: Solution, options: dict[str, Any]) -> None:
+        """Warn once if a solve has used all its evaluations, unless it is meant to."""
+        fixed = options["rtol"] == 0.0 and not options["atol"]  # as many evaluations as max_steps
+        if not (fixed or self.adjoint.iterates or transforms_active()):
+            warn_if_layer_unconverged(self, solution)
 
     def _solution(self, problem: Problem, result: AdjointResult, penalty: JacobianPenalty | None) -> Solution:
         """Make the solution, with everything that the call asked for."""

@@ -209,7 +209,7 @@ class Solution:
 
 
 class ConvergenceWarning(UserWarning):
-    """A backward solve did not converge."""
+    """A forward or a backward solve of a layer did not converge."""
 
 
 class CouplingWarning(UserWarning):

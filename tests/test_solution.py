@@ -209,6 +209,7 @@ def test_the_residual_of_the_image_is_known_where_fn_was_evaluated_there(adjoint
     assert f"of the image max {(exact / next.double().norm(dim=1)).max():.2g}" in repr(solution)
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_the_residual_of_the_image_shows_what_an_expansive_map_makes_of_a_small_one(solver):
     """The value meets the tolerance; its image, which a call without gradients returns, is far off."""
     z0 = torch.zeros(1, 2, dtype=torch.float64)

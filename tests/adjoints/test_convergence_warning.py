@@ -1,4 +1,6 @@
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from pydeq.adjoints.convergence_warning import warn_if_unconverged
 
 def slow(adjoint):
     """A layer whose backward is as slow as its forward: J = 0.99 I."""
-    return pydeq.DEQ(lambda z, x: 0.99 * z.roll(1, 1) + x, solver=pydeq.Broyden(), adjoint=adjoint, rtol=1e-6)
+    return pydeq.DEQ(
+        lambda z, x: 0.99 * z.roll(1, 1) + x, solver=pydeq.Broyden(), adjoint=adjoint, rtol=1e-6, max_steps=300
+    )
 
 
 def backward(deq, scale=1.0):
@@ -85,3 +89,46 @@ def test_nothing_is_launched_while_a_graph_is_captured(monkeypatch):
     solution = pydeq.fixed_point(lambda z: 2.0 * z + 1.0, torch.zeros(2, 3), solver=pydeq.Picard(), max_steps=3)
     assert not solution.converged.any()
     warn_if_unconverged("captured", solution)  # a warning is an error here
+
+
+def unfinished(**options):
+    return pydeq.DEQ(lambda z, x: 0.9 * z.roll(1, 1) + x, **{"max_steps": 3} | options)
+
+
+def call(deq, **options):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    return deq(torch.zeros_like(x), x, **options)
+
+
+FORWARD = "the forward solve of a pydeq.DEQ left samples unconverged: pydeq.diagnose.*said once for each layer"
+
+
+def test_a_forward_solve_that_does_not_converge_warns_once_for_each_layer():
+    deq = unfinished()
+    with pytest.warns(pydeq.ConvergenceWarning, match=FORWARD):
+        call(deq)
+    call(deq)  # again: warnings are errors
+    with pytest.warns(pydeq.ConvergenceWarning, match=FORWARD), torch.no_grad():
+        call(unfinished().eval(), return_solution=True)
+
+
+def test_a_cap_on_purpose_is_not_warned_about():
+    call(unfinished(), max_steps=3)
+    call(unfinished(eval_max_steps=2).eval())
+    call(unfinished(rtol=0.0))
+    call(unfinished(adjoint=pydeq.Unrolled()))
+    call(unfinished(max_steps=200))  # converges
+    with pytest.warns(pydeq.ConvergenceWarning, match=FORWARD):
+        call(unfinished(eval_max_steps=2))  # in training mode
+
+
+def test_a_layer_that_is_warned_about_is_not_kept():
+    deq = unfinished()
+    with pytest.warns(pydeq.ConvergenceWarning, match=FORWARD):
+        call(deq)
+    gone = weakref.ref(deq)
+    del deq
+    gc.collect()
+    assert gone() is None
+    with pytest.warns(pydeq.ConvergenceWarning, match=FORWARD):
+        call(unfinished())  # maybe at the same address

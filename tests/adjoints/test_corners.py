@@ -544,6 +544,7 @@ class Switching(Cell):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:the samples of a batch depend on each other through BatchNorm")
 def test_a_mode_that_changes_before_f_is_evaluated_again_raises(x, adjoint, second, again):
     deq = layer(Switching(), adjoint).eval()
     weight = deq.cell.linear.weight

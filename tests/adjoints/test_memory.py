@@ -115,6 +115,7 @@ def test_backward_frees_what_forward_kept(solver, adjoint):
 @pytest.mark.parametrize(
     ("solver", "adjoint"), [*CONSTANT, (Broyden(), Shine()), (Picard(), Unrolled(checkpoint=True))], ids=repr
 )
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_forwards_without_backward_leave_no_byte(solver, adjoint, penalty):
     torch.manual_seed(0)
     cell = nn.Linear(DIM, DIM)

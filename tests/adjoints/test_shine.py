@@ -79,6 +79,7 @@ def test_without_a_correction_it_is_jacobian_free():
     assert torch.equal(gradient(Shine(limit=0.0), problem, v)[0], gradient(JacobianFree(), problem, v)[0])
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_after_one_evaluation_it_is_jacobian_free():
     problem = tanh_map(0.7, 10, dtype=torch.float64)
     v = cotangent(problem)

@@ -295,6 +295,7 @@ def test_all_evaluations_draw_the_same_random_numbers(order):
 
 @pytest.mark.filterwarnings("ignore:the cell draws random numbers")
 @pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_a_layer_with_dropout(freeze):
     class Noisy(nn.Module):
         def __init__(self):
@@ -317,6 +318,7 @@ def test_a_layer_with_dropout(freeze):
 
 @pytest.mark.filterwarnings("ignore:the samples of a batch depend on each other")  # by batch norm
 @pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_running_statistics_change_as_by_one_evaluation(order):
     torch.manual_seed(0)
     cell = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh())

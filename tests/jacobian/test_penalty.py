@@ -194,6 +194,7 @@ def test_inactive_calls_give_a_zero_and_cost_nothing(dtype):
     assert solution.penalty > 0
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_frequency_decides_for_each_training_call():
     deq, (z0, x) = layer(max_steps=1), problem()
     torch.manual_seed(0)

@@ -106,6 +106,7 @@ def test_channel_dropout_is_drawn_once_per_call():
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_segmentation_scores_every_pixel_of_the_finest_resolution():
     model = mdeq((8, 8), segmentation={"classes": 4, "kernel": 3}, downsamplings=1).eval()
     assert model(images(9, 12)).shape == (3, 4, 5, 6)

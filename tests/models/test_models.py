@@ -105,6 +105,7 @@ def first_part(state):
     return state[0] if isinstance(state, tuple) else state
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_copies_and_state_dicts_give_the_same_numbers(case, generator):
     model, inputs = case.make(seed=1), case.inputs(generator)
     twin, other = copy.deepcopy(model), case.make(seed=2)

@@ -121,6 +121,7 @@ def test_gradients_with_a_memory_are_those_of_the_unrolled_iteration(pre_norm):
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-8, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_dropout_is_drawn_once_per_call():
     model, text = transformer(dropout=0.2, attention_dropout=0.2).train(), words(3, 7)
     solution = model(text, return_solution=True, rtol=1e-8)[1]

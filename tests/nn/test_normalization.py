@@ -231,6 +231,7 @@ def test_two_forwards_before_two_backwards(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_nothing_is_stale(norm):
     cell = Cell(norm).eval()
     deq, (z0, x) = pydeq.DEQ(cell, rtol=1e-10), inputs()
