@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from pydeq.cell.replay_rng import random_modules
 from pydeq.cell.running_statistics import batch_norms
-from pydeq.diagnosis.subject import Subject, same_bits
+from pydeq.diagnosis.subject import Subject, dense_buffers, same_bits
 
 
 @dataclass
@@ -66,7 +66,7 @@ def habits_of(raw: Subject, replayed: Subject, module: nn.Module | None) -> Habi
     """
     found = Habits(random=random_modules(module), batch_norms=batch_norms(module))
     start = raw.start
-    names = {} if module is None else dict(module.named_buffers())
+    names = dense_buffers(module)
     before = {name: buffer.detach().clone() for name, buffer in names.items()}
     first = raw.image(start)
     found.buffers = [name for name, buffer in names.items() if not torch.equal(buffer, before[name])]

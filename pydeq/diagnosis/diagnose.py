@@ -298,8 +298,11 @@ class _Diagnosis:
             saved[storage.data_ptr()] = storage.nbytes()
             return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            self.subject.linearize(self.subject.start)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                self.subject.linearize(self.subject.start)
+        except RuntimeError:  # the cell uses torch.func, which takes no such hooks
+            saved = {}
         found = {}
         for trial in [self.given, *self.trials]:
             if isinstance(trial.solver, Anderson):
@@ -311,7 +314,7 @@ class _Diagnosis:
             else:
                 continue
             found[name_of(trial.solver)] = vectors * vector
-        return found | {"graph of one evaluation": sum(saved.values()) / 2**20}
+        return found | ({"graph of one evaluation": sum(saved.values()) / 2**20} if saved else {})
 
     # What is recommended
 

@@ -116,8 +116,9 @@ class Report:
                 for name, (norm, residual) in self.parts.items()
             ]
         if self.memory:
-            own, *others, graph = self.memory.items()
-            shown = [own, *([max(others, key=lambda item: item[1])] if others else []), graph]
+            own, *others = self.memory.items()
+            graph = [others.pop()] if others and others[-1][0].startswith("graph") else []
+            shown = [own, *([max(others, key=lambda item: item[1])] if others else []), *graph]
             rows["memory"] = [", ".join(f"{name} {size:.3g} MiB" for name, size in shown)]
         if self.notes:
             rows["notes"] = self.notes

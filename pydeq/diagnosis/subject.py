@@ -170,7 +170,7 @@ def gradients(outputs: State, leaves: list[Tensor], v: State) -> list[Tensor]:
 @contextmanager
 def buffers_restored(module: nn.Module | None) -> Iterator[None]:
     """Context manager that restores the buffers of a module at its end."""
-    before = [] if module is None else [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    before = [(buffer, buffer.detach().clone()) for buffer in dense_buffers(module).values()]
     try:
         yield
     finally:
@@ -178,3 +178,8 @@ def buffers_restored(module: nn.Module | None) -> Iterator[None]:
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def dense_buffers(module: nn.Module | None) -> dict[str, Tensor]:
+    """The buffers of a module by name, without sparse ones, which are constants."""
+    return {} if module is None else {name: x for name, x in module.named_buffers() if x.layout == torch.strided}

@@ -257,3 +257,15 @@ def test_other_adjoints(adjoint):
     assert report.recommended.adjoint == adjoint
     _, solution = report.recommended(z0, *context, return_solution=True)
     assert solution.converged.all()
+
+
+@pytest.mark.parametrize("case", CELLS, ids=str)
+def test_every_cell_can_be_diagnosed(case):
+    """These cells converge: nothing has to change, the gradient is right, and coupling is found where there is some."""
+    cell, z0, context = case.build()
+    report = pydeq.diagnose(pydeq.DEQ(cell, has_aux=case.has_aux, max_steps=100), z0, *context)
+    assert report.converges
+    assert report.habits.coupled == case.couples
+    assert not report.habits.draws
+    assert report.gradient_error is None or report.gradient_error < 0.05
+    assert "samples converge with the layer's settings" in repr(report)

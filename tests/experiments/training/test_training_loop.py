@@ -263,6 +263,7 @@ def test_epochs_pass_over_all_samples_once():
     assert not torch.equal(seen[0], seen[8])
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_text_is_read_in_order_with_its_memory():
     config = small("transformer", batch=4, accumulation=2)
     each = trainer(config)
