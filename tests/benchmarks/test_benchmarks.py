@@ -304,6 +304,7 @@ def test_adjoints_compare_with_the_exact_gradient(context, monkeypatch):
     assert value("adjoints.tiny.rtol1e-06.gmres.products") <= 27  # 24 unknowns, the first and the last
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_trained_cells_classify():
     found = trained(1, penalized=False)
     with torch.no_grad():

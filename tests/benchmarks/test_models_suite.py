@@ -53,6 +53,7 @@ def test_settings_are_those_of_the_layer():
         models.settings_of(pydeq.DEQ(torch.nn.Identity(), solver=pydeq.Anderson(), rtol=1e-3))
 
 
+@pytest.mark.filterwarnings("ignore:the forward solve of a pydeq.DEQ")
 def test_the_suite_reports_every_side(monkeypatch):
     monkeypatch.setattr(models, "CASES", (models.Case("tiny", "tiny", lambda device: _tiny(1e-3, 8)),))
     context = Context(PROFILES["smoke"], PEERS, Results({}), SILENT, (1,))
