@@ -250,7 +250,7 @@ def test_a_solution_of_an_empty_batch_is_printed():
 def test_advice_names_solver_damping_memory_and_norm():
     wanders = pydeq.fixed_point(lambda z: 1.0 - z, torch.zeros(2, 3), solver=pydeq.Picard(), max_steps=40)
     text = wanders.advice()
-    assert text.startswith("2 MAX_STEPS: increase max_steps, try pydeq.Broyden() or a larger memory")
+    assert text.startswith("2 MAX_STEPS: increase max_steps, try pydeq.Broyden(), pydeq.NewtonKrylov() or a")
     assert "the residual of 2 has not fallen for half of the evaluations" in text
     for name in ("pydeq.Anderson(memory=20)", "1.0 is undamped: try 0.5", "pydeq.nn.spectral_norm", "pydeq.diagnose"):
         assert name in text

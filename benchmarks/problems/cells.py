@@ -197,7 +197,7 @@ def forward_problem(name: str, rtol: float, uneven: bool = False, dtype: torch.d
     kind = "".join([".uneven" * uneven, ".bf16" * (dtype == torch.bfloat16)])
     what = "".join([", four hard samples" * uneven, ", bfloat16" * (dtype == torch.bfloat16)])
     return Problem(
-        f"cell.{name}{kind}.rtol{rtol:g}", f"{stored.title}{what}", stored, stored.start(), stored.facts, "cells",
+        f"cell.{name}{kind}.rtol{rtol:g}", f"{stored.title}{what}", stored, stored.start(), stored.facts, "cell",
         SOURCES[type(stored.config)], rtol, exact=stored.to(torch.float64), **equations(stored),
     )  # fmt: skip
 
@@ -228,7 +228,7 @@ def adjoint_problem(name: str, rtol: float) -> Problem:
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     return Problem(
         f"adjoint.{name}.rtol{rtol:g}", f"adjoint of {stored.title}", adjoint_map(stored, z, v), torch.zeros_like(z),
-        stored.facts, "adjoints", SOURCES[type(stored.config)], rtol,
+        stored.facts, "adjoint", SOURCES[type(stored.config)], rtol,
         exact=adjoint_map(stored.to(torch.float64), z.double(), v.double()),
     )  # fmt: skip
 

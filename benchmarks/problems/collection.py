@@ -20,8 +20,8 @@ FAMILIES: dict[str, Callable[[], Iterable[Problem]]] = {
     "false_friends": no_fixed_point.false_friends,
     "cycles": no_fixed_point.cycles,
     "sizes": sizes.family,
-    "cells": cells.cells,
-    "adjoints": cells.adjoints,
+    "cell": cells.cells,
+    "adjoint": cells.adjoints,
 }
 
 

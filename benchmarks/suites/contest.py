@@ -19,42 +19,31 @@ from benchmarks.contest.judge import Verdict, clock, judge
 from benchmarks.peers import REQUIREMENTS, contenders, loop
 from benchmarks.peers.contender import Contender
 from benchmarks.problems.base import Problem
-from benchmarks.problems.collection import FAMILIES, problems
+from benchmarks.problems.collection import problems
 from benchmarks.results import Entry, number, times
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.timing import Recorded, Spread, threads
+from benchmarks.timing import Recorded, Spread, one_core, threads
 
 JAX = ("jaxopt", "optimistix")
-SHOWN, SHOWN_CALLS = ("cells", "adjoints"), 60  # families with a plot of the residual, and calls in it
+SHOWN, SHOWN_CALLS = ("cell", "adjoint"), 60  # families with a plot of the residual, and calls in it
 FLOOR_CALLS = 20  # of a loop without a solver, whose time per call is the floor
 
 
 def run(context: Context) -> None:
     """Run the contest."""
-    solvers, notices = contenders([name for name in REQUIREMENTS if context.asks_library(name)])
-    context.results.notices.extend(notices)
-    chosen = _choose(context)
-    context.bar.start(len(chosen))
-    for problem in chosen:
-        context.bar.show(problem.key)
-        rows = context.kept(f"contest.{problem.key}", lambda p=problem: _rows(context, p, solvers))
-        context.results.entries.extend(Entry(**row) for row in rows)
-        context.bar.advance()
+    with one_core():  # before JAX starts its threads
+        solvers, notices = contenders([name for name in REQUIREMENTS if context.asks_library(name)])
+        context.results.notices.extend(notices)
+        chosen = problems(context.problems_asked or context.profile.contest_problems)
+        context.bar.start(len(chosen))
+        for problem in chosen:
+            context.bar.show(problem.key)
+            rows = context.kept(f"contest.{problem.key}", lambda p=problem: _rows(context, p, solvers))
+            context.results.entries.extend(Entry(**row) for row in rows)
+            context.bar.advance()
     _precision(context, chosen, solvers)
     _tables(context)
     _targets(context)
-
-
-def _choose(context: Context) -> list[Problem]:
-    """The problems asked for; by default the profile's number of each family, spread evenly over it."""
-    if context.problems_asked is not None:
-        return problems(context.problems_asked)
-    chosen: list[Problem] = []
-    for name in context.profile.contest_families or FAMILIES:
-        family = list(FAMILIES[name]())
-        count = min(len(family), context.profile.contest_problems or len(family))
-        chosen += [family[(2 * place + 1) * len(family) // (2 * count)] for place in range(count)]
-    return chosen
 
 
 def _rows(context: Context, problem: Problem, solvers: Sequence[Contender]) -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ def test_the_families_hold_all_problems_once():
     assert len(set(keys)) == len(keys)
     assert {problem.key for name in NAMES for problem in _forward(name)} <= set(keys)
     assert {problem.rtol for problem in forward} == {*cells.RTOLS, cells.HALF_RTOL}
-    assert {problem.family for problem in forward} == {"cells"}
+    assert {problem.family for problem in forward} == {"cell"}
     assert all(problem.source for problem in forward)
 
 
@@ -134,7 +134,7 @@ def test_formulas_are_for_jax_too(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adjoint_map_is_the_same_in_float64(name):
     problem = cells.adjoint_problem(name, 1e-5)
-    assert problem.family == "adjoints"
+    assert problem.family == "adjoint"
     assert problem.exact is not None
     u = torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(1))
     expected = problem.exact(u.double())
