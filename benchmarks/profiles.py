@@ -107,7 +107,7 @@ PROFILES = {
             adjoints_epochs=1,
             adjoints_batch=8,
             adjoints_repeats=1,
-            contest_problems=("burkardt.broyden_tridiagonal", "runaway.near_miss", "adjoint.ignn_cora.rtol0.001"),
+            contest_problems=("burkardt.broyden_tridiagonal", "runaway.near_miss"),
             contest_repeats=1,
             contest_seconds=1.0,
         ),

@@ -64,11 +64,8 @@ def alternate(
     """
     measured: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
-    gc.collect()
-    collecting = gc.isenabled()
-    gc.disable()
-    start = time.perf_counter()
-    try:
+    with collected():
+        start = time.perf_counter()
         for turn in range(warmup + repeats):
             if turn >= warmup + 3 and time.perf_counter() - start > seconds:
                 break
@@ -77,10 +74,20 @@ def alternate(
                 if turn >= warmup:
                     measured[name].append(value)
             tick()
+    return measured
+
+
+@contextmanager
+def collected() -> Iterator[None]:
+    """Collect garbage first, and not during what is timed."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return measured
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:

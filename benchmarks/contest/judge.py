@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import time
 import traceback
@@ -17,7 +16,7 @@ from torch import Tensor
 from benchmarks.peers.contender import Claim, Contender, Counts
 from benchmarks.problems.base import Problem
 from benchmarks.results import Status
-from benchmarks.timing import Spread, spread
+from benchmarks.timing import Spread, collected, spread
 
 # Factors on a solver's own tolerance. Libraries use other norms and other denominators than the problem, or hand on
 # another iterate than they tested, so each may try again with a smaller tolerance.
@@ -114,11 +113,11 @@ def clock(
             continue
         turns.append((index, solve, min(repeats, max(1, int(seconds / max(again, 1e-9))))))
     measured: dict[int, list[float]] = {index: [] for index, _, _ in turns}
-    gc.collect()
-    for turn in range(repeats):
-        for index, solve, count in turns if turn % 2 == 0 else reversed(turns):
-            if turn < count:
-                measured[index].append(_seconds(solve))
+    with collected():
+        for turn in range(repeats):
+            for index, solve, count in turns if turn % 2 == 0 else reversed(turns):
+                if turn < count:
+                    measured[index].append(_seconds(solve))
     return [(spread(measured[index]), first[index]) if measured.get(index) else None for index in range(len(sides))]
 
 

@@ -101,9 +101,14 @@ def shown(facts: Mapping[str, Any]) -> dict[str, Any]:
     found = _Summary(facts)
     _render(found, facts, link="")
     figures = [each for each in facts["figures"] if each["name"] in found.read or DIFFERENCES.match(each["name"])]
+    return without_curves(facts) | {"figures": figures}
+
+
+def without_curves(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary.json without curves and tables, with its entries in a short form."""
     kept = {name: value for name, value in facts.items() if name not in ("curves", "tables", "entries")}
     entries = [_short(Entry(**row)) for row in facts.get("entries", ())]
-    return kept | {"figures": figures} | ({"entries": entries} if entries else {})
+    return kept | ({"entries": entries} if entries else {})
 
 
 def _short(entry: Entry) -> dict[str, Any]:

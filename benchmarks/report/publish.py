@@ -3,8 +3,8 @@
 python -m benchmarks.report.publish benchmarks/out/summary.json                        # of the benchmark suite
 python -m benchmarks.report.publish runs/reproduce-cpu/reproduce-cpu-table1.json       # of an experiment
 
-``benchmarks/results`` has one file for the suite on each kind of device, with the figures that documents show, and one
-file for each experiment, with all figures.
+``benchmarks/results`` has one file for the suite on each kind of device, with the figures that documents show, one for
+a run of the contest alone, and one file for each experiment, with all figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def publish(path: Path, root: Path = ROOT) -> Path:
     if "experiment" in facts:
         name = path.name
     else:
-        name, facts = f"{facts['device']}.json", measured.shown(facts)
+        device, alone = facts["device"], not facts["figures"]  # a run of the contest alone
+        name = f"contest-{device}.json" if alone else f"{device}.json"
+        facts = measured.without_curves(facts) if alone else measured.shown(facts)
         for plot in map(path.with_name, PLOTS):
             if plot.exists():
                 shutil.copyfile(plot, root / "docs" / plot.name)

@@ -97,7 +97,7 @@ def _entry(
         first_seconds=first,
         overhead_seconds=overhead,
         false_claim=verdict.false_claim,
-        title=solver.title,
+        title=solver.title + (", best settings" if solver.key.endswith(".best") else ""),
         problem_title=problem.title,
         note=verdict.reason,
     )
