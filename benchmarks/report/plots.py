@@ -333,7 +333,7 @@ def _profiles(results: Results, key: Callable[[Entry], str]) -> Figure | None:
         panel.set_ylim(-0.02, 1.02)
         panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     panels[0].set_ylabel("share of problems solved")
-    titles = {key(entry): entry.title or entry.contender for entry in entries}
+    titles = {key(entry): f"{entry.library} {entry.title}" if entry.title else entry.contender for entry in entries}
     by_library = all(key(entry) == entry.library for entry in entries)
     order = sorted(looks, key=lambda name: not looks[name].own)  # pydeq first
     _legend_at_right(

@@ -97,7 +97,7 @@ def _entry(
         first_seconds=first,
         overhead_seconds=overhead,
         false_claim=verdict.false_claim,
-        title=solver.title + (", best settings" if solver.key.endswith(".best") else ""),
+        title=_title(solver),
         problem_title=problem.title,
         note=verdict.reason,
     )
@@ -116,7 +116,12 @@ def _precision(context: Context, chosen: Sequence[Problem], solvers: Sequence[Co
             worst = [residual.max().item() for residual in fn.residuals if len(residual) == len(problem.z0)]
             calls = tuple(float(call) for call in range(1, len(worst) + 1))
             context.results.curve(
-                "precision", problem.title, solver.library, solver.title, calls, tuple(itertools.accumulate(worst, min))
+                "precision",
+                problem.title,
+                solver.library,
+                f"{solver.library} {_title(solver)}",
+                calls,
+                tuple(itertools.accumulate(worst, min)),
             )
 
 
@@ -284,6 +289,10 @@ def _others(entries: Sequence[Entry]) -> tuple[str, ...]:
 
 def _torch_and_scipy(entries: Sequence[Entry]) -> tuple[str, ...]:
     return tuple(name for name in _others(entries) if name not in JAX)
+
+
+def _title(solver: Contender) -> str:
+    return solver.title + (", best settings" if solver.key.endswith(".best") else "")
 
 
 def _middle(values: Sequence[float]) -> float | None:
