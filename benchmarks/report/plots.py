@@ -372,7 +372,7 @@ def _precision(results: Results) -> Figure | None:
         panel.set_title(title, fontsize=10)
         panel.set_yscale("log")
         in_time = title.endswith(IN_TIME)
-        panel.set_xlabel("seconds" if in_time else "evaluations and products of f")
+        panel.set_xlabel("seconds" if in_time else "evaluations of f, without products")
         if in_time:
             panel.set_xscale("log")
         else:

@@ -121,6 +121,10 @@ class Linearization:
             g = self.vjp(self.layout.view(u), create_graph=True)
         return u, {i: part for i, part in enumerate(g) if part is not None and part.requires_grad}
 
+    def reaches_z(self) -> bool:
+        """Whether a part of z is in the graph of y: it is not if fn computes y with gradients off."""
+        return any(getattr(node, "variable", None) is part for node in self._nodes() for part in self.z)
+
     def has_functions(self) -> bool:
         """Whether the graph of y has a node of a ``torch.autograd.Function``, such as that of compiled code."""
         return any(hasattr(node, "_forward_cls") for node in self._nodes())

@@ -22,7 +22,8 @@ class Products:
     - "difference": J v = (fn(z + s v) - fn(z)) / s for each sample, with s ||v|| = sqrt(eps) max(||z||, ||fn(z)||).
       Every product calls fn.
     - "auto": "jvp", until fn turns out to have no second derivatives; then "difference". The backward pass of an
-      ``autograd.Function``, or of compiled code, may leave no graph without an error, so they always get differences.
+      ``autograd.Function``, or of compiled code, may leave no graph without an error, so they always get differences,
+      and so does an fn whose result has no graph back to z.
 
     Forward mode would do, too, but on a CPU it is the slowest of the three: torch decomposes the norms and attention.
 
@@ -53,7 +54,13 @@ class Products:
             self.mode = "difference"
             self.count += 1
             return fn(view, *context)  # an error of fn itself is raised here
-        if self.mode == "auto" and at.has_functions():
+        reaches = at.reaches_z()
+        if self.mode == "jvp" and not reaches:
+            raise ValueError(
+                "mode='jvp' needs a graph from the result of fn to z, but fn computes with gradients off; take"
+                " pydeq.NewtonKrylov(mode='difference')"
+            )
+        if self.mode == "auto" and (at.has_functions() or not reaches):
             self.mode = "difference"
         else:
             self._at = at

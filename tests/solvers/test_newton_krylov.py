@@ -608,3 +608,33 @@ def test_arguments():
         NewtonKrylov(products=2.0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="mode must be 'auto', 'jvp' or 'difference', got 'forward'"):
         NewtonKrylov(mode="forward")  # pyright: ignore[reportArgumentType]
+
+
+def product_on_the_left(matrix, x):
+    """u -> u A + x by a vector-Jacobian product, as in an adjoint system: its result has no graph."""
+
+    def fn(u):
+        z = torch.zeros_like(u, requires_grad=True)
+        with torch.enable_grad():
+            y = z @ matrix.T
+        return torch.autograd.grad(y, z, u)[0] + x
+
+    return fn
+
+
+def test_a_map_without_a_graph_to_z_gets_differences():
+    matrix = torch.randn(20, 20, dtype=DOUBLE)
+    matrix = 0.9 * matrix / torch.linalg.eigvals(matrix).abs().max()
+    x = torch.randn(3, 20, dtype=DOUBLE)
+    exact = torch.linalg.solve(torch.eye(20, dtype=DOUBLE) - matrix.T, x.T).T
+
+    def detached(z):
+        return z.detach() @ matrix + x
+
+    for fn in (torch.no_grad()(lambda z: z @ matrix + x), detached, product_on_the_left(matrix, x)):
+        solution = pydeq.fixed_point(fn, torch.zeros_like(x), solver=NewtonKrylov(), rtol=1e-8)
+        assert solution.converged.all()
+        assert solution.nfe < 10  # plain iteration needs more than a hundred
+        torch.testing.assert_close(solution.image, exact, rtol=0.0, atol=1e-6)
+        with pytest.raises(ValueError, match="needs a graph from the result of fn to z"):
+            pydeq.fixed_point(fn, torch.zeros_like(x), solver=NewtonKrylov(mode="jvp"))
