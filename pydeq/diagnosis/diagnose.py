@@ -30,7 +30,6 @@ from pydeq.diagnosis.trials import (
     Backward,
     Trial,
     code_of,
-    known_solvers,
     name_of,
     try_forward,
 )
@@ -184,7 +183,7 @@ class _Diagnosis:
     def _try_solvers(self) -> None:
         """Try the usual solvers, and further ones while none converges."""
         self._set_absolute_tolerance(self.given)
-        tried = [solver for solver in known_solvers(USUAL) if solver != self.deq.solver]
+        tried = [solver for solver in USUAL if solver != self.deq.solver]
         for solver in [self.deq.solver, *tried]:  # the layer's with more evaluations
             self._try(solver, max(self.max_steps, self.own_steps))
         if not self._converging():
@@ -211,9 +210,9 @@ class _Diagnosis:
         )
 
     def _converging(self) -> list[Trial]:
-        """The trials in which all samples converged, by their number of evaluations, the layer's solver preferred."""
+        """The trials in which all samples converged, the cheapest first, the layer's solver preferred."""
         found = [trial for trial in [self.given, *self.trials] if trial.all_converged]
-        return sorted(found, key=lambda t: t.solution.nfe * (_PREFERRED if t.solver == self.deq.solver else 1.0))
+        return sorted(found, key=lambda t: t.cost * (_PREFERRED if t.solver == self.deq.solver else 1.0))
 
     def _set_absolute_tolerance(self, trial: Trial) -> None:
         """If the samples that did not converge tend to 0, set a tolerance that they can meet."""
@@ -259,7 +258,7 @@ class _Diagnosis:
                 f"GMRES solves the adjoint system only to {system.left:.1g}: I - J is nearly singular, or J is not"
                 " finite, and errors of backward solves are not exact"
             )
-        others = [solver for solver in known_solvers(BACKWARD) if solver != adjoint.solver]
+        others = [solver for solver in BACKWARD if solver != adjoint.solver]
         tried = [replace(adjoint, max_steps=max(adjoint.max_steps, self.max_steps), solver=one) for one in others]
         return [system.attempt(one) for one in [adjoint, *tried]], system
 
@@ -598,6 +597,8 @@ class _Run:
     def sentence(self) -> str:
         solution = self.solution
         text = f"{_share(solution)} samples converge in {solution.nfe} evaluations"
+        if solution.products:
+            text += f" and {solution.products} products"
         if self.backward is not None:
             text += f", backward {_share(self.backward)} in {self.backward.nfe} products"
         return text

@@ -164,9 +164,10 @@ class Report:
 def _table(title: str, counted: str, last: str, trials: list[Trial], shown: Any) -> list[str]:
     rows = [(title, "converged", counted, "residual", last, "")]
     for i, trial in enumerate(trials):
-        name = name_of(trial.solver)
+        name, solution = name_of(trial.solver), trial.solution
+        products = f", {solution.products} products" if solution.products else ""
         rows.append((
-            f"{name}, the layer's" if i == 0 else name, trial.share, f"{trial.solution.nfe} of {trial.max_steps}",
+            f"{name}, the layer's" if i == 0 else name, trial.share, f"{solution.nfe} of {trial.max_steps}{products}",
             f"{trial.residual:.1g}", shown(trial).replace("nan", ""), trial.ends,
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(6)]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydeq import solvers
 from pydeq.adjoints import Implicit
 from pydeq.cell.linearization import Linearization
 from pydeq.diagnosis.subject import Subject, exact_cotangent
 from pydeq.ops.constants import Status
 from pydeq.solution import Solution
 from pydeq.solve.solve import solve
-from pydeq.solvers import GMRES, Anderson, Broyden, Picard, Solver
+from pydeq.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Solver
 from pydeq.state import as_tuple
 
 # Solvers that every diagnosis tries, forward.
@@ -28,6 +26,7 @@ USUAL: tuple[Solver, ...] = (
     Anderson(damping=0.5),
     Anderson(memory=20),
     Broyden(),
+    NewtonKrylov(),
 )
 # Further ones, in this order, while none converges.
 FURTHER: tuple[Solver, ...] = (
@@ -38,12 +37,6 @@ FURTHER: tuple[Solver, ...] = (
     Anderson(memory=20, damping=0.5, ridge=1e-4),
 )
 BACKWARD: tuple[Solver, ...] = (Picard(), Anderson(), Broyden(), GMRES())
-
-
-def known_solvers(usual: Sequence[Solver]) -> list[Solver]:
-    """These solvers, and Newton-Krylov if there is one."""
-    newton: Any = getattr(solvers, "NewtonKrylov", None)
-    return [*usual, *([] if newton is None else [newton()])]
 
 
 @dataclass(frozen=True)
@@ -78,6 +71,11 @@ class Trial:
         """The largest relative residual."""
         found = self.solution.relative_residual
         return float(found.max()) if len(found) else 0.0
+
+    @property
+    def cost(self) -> int:
+        """Evaluations, and products of a forward solver with the Jacobian, which cost at least one evaluation each."""
+        return self.solution.nfe + self.solution.products
 
     @property
     def rate(self) -> float:
@@ -163,10 +161,3 @@ def name_of(settings: Any) -> str:
     if not dataclasses.is_dataclass(settings):
         return repr(settings)
     return code_of(settings).removeprefix("pydeq.")
-
-
-def cheapest(
-    trials: Sequence[Trial], wanted: Callable[[Trial], bool] = lambda trial: trial.all_converged
-) -> Trial | None:
-    """The trial with the fewest evaluations among those that are wanted; the first of several."""
-    return min((trial for trial in trials if wanted(trial)), key=lambda trial: trial.solution.nfe, default=None)

@@ -114,6 +114,20 @@ def test_the_errors_of_backward_solves():
     assert report.recommended.adjoint != pydeq.Implicit(max_steps=2)
 
 
+def test_products_count_when_solvers_are_compared():
+    cell, z0, context = linear_cell(-1.5, 0.7)
+    report = pydeq.diagnose(pydeq.DEQ(cell, solver=pydeq.Picard()), z0, *context)
+    trials = {trial.solver: trial for trial in report.trials}
+    newton, broyden = trials[pydeq.NewtonKrylov()], trials[pydeq.Broyden()]
+    assert newton.all_converged
+    assert newton.solution.nfe < broyden.solution.nfe < newton.cost
+    assert newton.cost == newton.solution.nfe + newton.solution.products
+    cheapest = min(trial.cost for trial in report.trials if trial.all_converged)
+    assert trials[report.recommended.solver].cost == cheapest
+    assert f"{newton.solution.products} products" in repr(report)
+    assert all(not isinstance(trial.solver, pydeq.NewtonKrylov) for trial in report.backward)  # it is linear
+
+
 def test_a_layer_that_converges_needs_no_change():
     cell, z0, context = CELLS[0].build()
     deq = pydeq.DEQ(cell)
