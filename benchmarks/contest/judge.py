@@ -67,8 +67,14 @@ def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verd
     verdict = Verdict("unsolved")
     for tighten in TIGHTENINGS:
         counts, begin = Counts(), time.perf_counter()
+        guard = _Guard(problem, seconds)
+        guarded = problem if contender.language == "jax" else guard.problem  # JAX traces maps, and does not call them
         try:
-            claim = contender.prepare(_guarded(problem, contender, seconds), tighten, counts)()
+            # A solve gets all its calls and its time, whatever was evaluated to prepare it, such as its tolerance.
+            solve = contender.prepare(guarded, tighten, counts)
+            guard.reset()
+            begin = time.perf_counter()
+            claim = solve()
             excess, claimed, wrong = _compare(problem, claim)
         except GivenUpError as error:
             return Verdict("unsolved", tighten, counts, math.inf, time.perf_counter() - begin, str(error), false_claim)
@@ -142,29 +148,37 @@ def _compare(problem: Problem, claim: Claim) -> tuple[float, bool | None, bool]:
     return worst, bool(converged.all()), bool((converged & (excess > FALSE_CLAIM)).any())
 
 
-def _guarded(problem: Problem, contender: Contender, seconds: float) -> Problem:
-    """The problem with maps that raise after too many calls or too long a time."""
-    if contender.language == "jax":
-        return problem  # its maps are traced, not called
-    calls, deadline = 0, time.perf_counter() + seconds
+class _Guard:
+    """Stops the maps of a problem after too many calls, or too long a time.
 
-    def check() -> None:
-        nonlocal calls
-        calls += 1
+    Attributes:
+        problem: The problem with maps that raise then.
+    """
+
+    def __init__(self, problem: Problem, seconds: float) -> None:
+        self.seconds = seconds
         # A numerical Jacobian of n columns takes n calls.
-        allowed = EXTRA_CALLS * problem.max_calls + 10
-        if calls > allowed:
-            raise GivenUpError(f"more than {allowed:.0f} calls")
-        if time.perf_counter() > deadline:
-            raise GivenUpError(f"more than {seconds:g} s")
+        self.allowed = EXTRA_CALLS * problem.max_calls + 10
+        self.reset()
 
-    def fn(z: Tensor) -> Tensor:
-        check()
-        return problem.fn(z)
+        def fn(z: Tensor) -> Tensor:
+            self._check()
+            return problem.fn(z)
 
-    def root(xp: Any, z: Any, **constants: Any) -> Any:
-        check()
-        assert problem.root is not None
-        return problem.root(xp, z, **constants)
+        def root(xp: Any, z: Any, **constants: Any) -> Any:
+            self._check()
+            assert problem.root is not None
+            return problem.root(xp, z, **constants)
 
-    return dataclasses.replace(problem, fn=fn, root=root if problem.root is not None else None)
+        self.problem = dataclasses.replace(problem, fn=fn, root=root if problem.root is not None else None)
+
+    def reset(self) -> None:
+        """Start to count calls and time."""
+        self.calls, self.deadline = 0, time.perf_counter() + self.seconds
+
+    def _check(self) -> None:
+        self.calls += 1
+        if self.calls > self.allowed:
+            raise GivenUpError(f"more than {self.allowed:.0f} calls")
+        if time.perf_counter() > self.deadline:
+            raise GivenUpError(f"more than {self.seconds:g} s")

@@ -112,7 +112,9 @@ def _precision(context: Context, chosen: Sequence[Problem], solvers: Sequence[Co
                 continue
             fn = Recorded(problem.fn)
             with threads(1), contextlib.suppress(Exception):  # how it ends is in the tables
-                solver.prepare(dataclasses.replace(problem, fn=fn, root=None, max_calls=SHOWN_CALLS))()
+                solve = solver.prepare(dataclasses.replace(problem, fn=fn, root=None, max_calls=SHOWN_CALLS))
+                fn.residuals.clear()  # those of calls that prepared it
+                solve()
             worst = [residual.max().item() for residual in fn.residuals if len(residual) == len(problem.z0)]
             calls = tuple(float(call) for call in range(1, len(worst) + 1))
             context.results.curve(

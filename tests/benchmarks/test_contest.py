@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from benchmarks.contest import standings
 from benchmarks.contest.judge import TIGHTENINGS, clock, judge
 from benchmarks.peers.contender import Claim, Contender, Counts
 from benchmarks.problems.base import Problem, from_formula
-from benchmarks.results import Entry
+from benchmarks.results import Entry, Results
+from benchmarks.suites import contest
 
 
 def halving(**fields: object) -> Problem:
@@ -144,6 +146,33 @@ def test_calls_of_the_equation_are_limited_too() -> None:
         return Claim(value, None)
 
     assert judge(made_up(answer, calls=0), problem).reason == "more than 16 calls"
+
+
+def test_calls_to_prepare_a_solve_are_not_those_of_the_solve() -> None:
+    class Prepared(MadeUp):
+        def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+            for _ in range(10):
+                problem.fn(problem.z0)
+            return super().prepare(problem, tighten, counts)
+
+    problem = halving(max_calls=10)  # 25 calls are allowed
+    for calls, status in ((25, "solved"), (26, "unsolved")):
+        made = Prepared("made.up", "made", "Made up", answer=says(2.0, True), calls=calls)
+        assert judge(made, problem).status == status
+
+
+def test_curves_of_residuals_leave_out_what_prepares_a_solve() -> None:
+    class Prepared(MadeUp):
+        def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+            problem.fn(torch.full_like(problem.z0, 2.0))  # the solution
+            return super().prepare(problem, tighten, counts)
+
+    made = Prepared("made.up", "made", "Made up", answer=says(2.0, True))
+    context = SimpleNamespace(results=Results({}))
+    contest._precision(context, [halving(family="cell")], [made])  # type: ignore[arg-type]
+    (curve,) = context.results.curves
+    assert curve.x == (1.0, 2.0, 3.0)
+    assert curve.y == (1.0, 1.0, 1.0)  # ||1 - 0|| / ||1|| in each of its calls
 
 
 @pytest.mark.parametrize(
