@@ -151,7 +151,9 @@ class _Result:
     def __init__(self, result: Any, adapter: Adapter) -> None:
         self.claimed: Any = None
         self.count: Any = None
+        self.products = 0
         if isinstance(result, Solution):
+            self.products = result.products
             result, self.claimed, self.count = result.value, result.relative_residual, result.nfe
         elif isinstance(result, tuple | list) and not _is_like(result, adapter.outside(adapter.z0)):
             if len(result) not in (2, 3):
@@ -389,8 +391,16 @@ class _Auditor:
     def _check_count(self, result: _Result, watched: _Watched) -> None:
         if result.count is None:
             return
-        count = float(result.count)
-        if count not in (watched.calls, watched.calls - watched.calls_with_gradients):
+        try:
+            count = float(result.count)
+        except (TypeError, ValueError, RuntimeError):
+            self.found.faults.append(
+                f"the claimed number of evaluations must be a number, got {type(result.count).__name__}"
+            )
+            return
+        calls = watched.calls
+        # Products by differences are calls, too.
+        if count not in (calls, calls - watched.calls_with_gradients, calls - result.products):
             self.found.faults.append(f"the solver says {count:g} evaluations, but called fn {watched.calls} times")
 
     def _check_invariance(self, z: Tensor, start: Tensor) -> bool:
@@ -584,7 +594,14 @@ def _norm(x: Tensor) -> float:
 
 
 def _inner(a: list[Tensor], b: list[Tensor]) -> float:
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True) if not x.is_complex())
+    """The real part of the inner product of two lists of tensors."""
+    parts = ((x, y) for p, q in zip(a, b, strict=True) for x, y in zip(_real(p), _real(q), strict=True))
+    return sum(float((x.double() * y.double()).sum()) for x, y in parts)
+
+
+def _real(x: Tensor) -> tuple[Tensor, ...]:
+    """The real and the imaginary part of a tensor, if it has one."""
+    return (x.real, x.imag) if x.is_complex() else (x,)
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:

@@ -149,6 +149,35 @@ def test_a_wrong_count():
     )
 
 
+@pytest.mark.parametrize("count", [torch.tensor([60, 60]), "sixty"])
+def test_a_count_that_is_no_number(count):
+    fn, z0 = problem()
+    found = pydeq.audit(lambda fn, z0: (*rightly(fn, z0)[:2], count), fn, z0)
+    only(found, "the claimed number of evaluations must be a number", type(count).__name__)
+
+
+def test_products_by_differences_are_calls():
+    fn, z0 = problem()
+    solver = pydeq.NewtonKrylov(mode="difference")
+    found = pydeq.audit(lambda fn, z0: pydeq.fixed_point(fn, z0, solver=solver), fn, z0)
+    assert not found.faults, found
+    solution = pydeq.fixed_point(fn, z0, solver=solver)
+    assert solution.products > 0
+    assert found.evaluations == solution.nfe + solution.products
+
+
+def test_a_factor_on_complex_gradients():
+    weight = (0.3 * torch.randn(6, 6, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))).mul_(1j)
+    weight.requires_grad_()
+
+    def twice(fn, z0):
+        z = pydeq.DEQ(fn, rtol=1e-9, adjoint=pydeq.Implicit(rtol=1e-9))(z0)
+        return z.detach() + 2.0 * (z - z.detach())
+
+    found = pydeq.audit(twice, lambda z: torch.tanh(0.5 * z @ weight + 0.3), torch.zeros(3, 6, dtype=torch.complex128))
+    only(found, "1 of 1 gradients are wrong", "it is 2 times the exact one")
+
+
 def test_results_that_vary_with_the_batch():
     fn, z0 = problem()
     only(pydeq.audit(lambda f, z: anderson(f, z, shared=True), fn, z0), "results vary with the batch")
