@@ -85,8 +85,8 @@ def diagnose(deq_or_fn: Any, z0: Any, *context: Any, max_steps: int = 200, **key
         The :class:`pydeq.diagnosis.Report`.
 
     Raises:
-        TypeError, ValueError: If an argument, or the result of the cell, is of the wrong type or shape; or if the layer
-            solves together with other processes.
+        TypeError, ValueError: If an argument, or the result of the cell, is of the wrong type or shape; if z0 is empty;
+            or if the layer solves together with other processes.
     """
     max_steps = check_max_steps("max_steps", max_steps)
     if not callable(deq_or_fn):
@@ -128,6 +128,8 @@ class _Diagnosis:
         self.habits = habits_of(raw, self.subject, module_of(deq.cell))
         frozen = deq.freeze_rng or (self.habits.draws and self.habits.replays)
         layout = self.subject.layout
+        if not layout.batch * layout.size:
+            raise ValueError("z0 must have at least one sample and one entry, else there is nothing to diagnose")
         self.rtol = stopping_rules(layout, deq.rtol).rtol
         own_steps = deq.max_steps if deq.training or deq.eval_max_steps is None else deq.eval_max_steps
         self.own_steps = own_steps
@@ -136,7 +138,7 @@ class _Diagnosis:
         given = try_forward(raw, deq.solver, self.rtol, own_steps, atol=deq.atol, norm=deq.norm)
         self.given = given
         self.trials: list[Trial] = []
-        self.notes: list[str] = []
+        self.notes = self._what_is_not_finite()
 
     def _subject(self, cell: Any, freeze_rng: bool) -> Subject:
         deq = self.deq
@@ -147,6 +149,15 @@ class _Diagnosis:
         return Subject(lambda z: prepared.call(z, *given), prepared.z0)
 
     # What is measured
+
+    def _what_is_not_finite(self) -> list[str]:
+        """Which samples no setting helps: those that start with NaN or Inf, or have it in their first image."""
+        start = self.subject.start
+        for name, values in (("z0", start), ("the cell's image of z0", self.subject.image(start))):
+            lost = ~values.isfinite().all(1)
+            if bool(lost.any()):
+                return [f"{name} has NaN or Inf in {int(lost.sum())} of {len(lost)} samples: no setting helps them"]
+        return []
 
     def report(self) -> Report:
         deq, subject = self.deq, self.subject

@@ -195,6 +195,23 @@ def test_torchs_spectral_norm_is_named():
     assert any("pydeq.nn.spectral_norm" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_an_empty_state_is_refused(shape):
+    with pytest.raises(ValueError, match="z0 must have at least one sample and one entry"):
+        pydeq.diagnose(lambda z: 0.5 * z, torch.zeros(shape))
+
+
+def test_values_that_are_not_finite_are_named():
+    x = torch.ones(3, 2)
+    x[1, 0] = torch.nan
+    report = pydeq.diagnose(lambda z, x: 0.5 * z + x, torch.zeros(3, 2), x)
+    assert report.notes[0] == "the cell's image of z0 has NaN or Inf in 1 of 3 samples: no setting helps them"
+    assert report.recommended is None
+    report = pydeq.diagnose(lambda z: 0.5 * z, x)
+    assert report.notes[0] == "z0 has NaN or Inf in 1 of 3 samples: no setting helps them"
+    assert report.notes[0] in repr(report)
+
+
 def test_a_state_that_is_modified():
     def cell(z, x):
         return z.mul_(0.5).add(x)
