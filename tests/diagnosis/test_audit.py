@@ -141,6 +141,18 @@ def test_a_residual_that_is_too_small():
     only(pydeq.audit(lambda f, z: (plain(f, z), "small"), fn, z0), "got str")
 
 
+def test_a_claim_below_rounding_is_of_no_kind():
+    fn, z0 = problem(dtype=torch.float16)
+
+    def solve(fn, z0):  # the first sample is nearly exact, the others are not
+        with torch.no_grad():
+            z = plain(fn, z0)
+            z[1:] += 0.1
+        return z, 1e-6
+
+    only(pydeq.audit(solve, fn, z0), "where the result is evaluated, but the claim is 1e-06")
+
+
 def test_a_wrong_count():
     fn, z0 = problem()
     only(
