@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -298,5 +299,4 @@ def _title(solver: Contender) -> str:
 
 
 def _middle(values: Sequence[float]) -> float | None:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else None
+    return statistics.median(values) if values else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -249,6 +249,16 @@ def test_where_another_is_faster_is_listed_with_the_worst_first() -> None:
         for rows, winner, factor in standings.beaten(ENTRIES, "own", ("other",))
     ]
     assert found == [("d", "other", math.inf), ("c", "other", 2.0)]
+
+
+def test_the_median_of_an_even_number_is_between_the_middle_two() -> None:
+    context = SimpleNamespace(results=Results({}))
+    seconds = {("one", "own"): 1.0, ("two", "own"): 3.0, ("one", "other"): 1.0, ("two", "other"): 1.0}
+    entries = [replace(entry(*key, seconds=value), contender=key[1]) for key, value in seconds.items()]
+    contest._robustness(context, entries)  # type: ignore[arg-type]
+    (table,) = context.results.tables
+    column = table.columns.index("time over the least")
+    assert [row[column] for row in table.rows] == ["2x", "1x"]
 
 
 def test_failures_are_problems_that_only_another_solved() -> None:
