@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pydeq.adjoints import Implicit
 from pydeq.arguments import check_max_steps, keywords_for
+from pydeq.cell.linearization import recordable
 from pydeq.cell.prepared import PreparedCell, module_of
 from pydeq.cell.scope import solve_scope
 from pydeq.cell.torch_compile import Compiler
@@ -91,8 +92,9 @@ def diagnose(deq_or_fn: Any, z0: Any, *context: Any, max_steps: int = 200, **key
     max_steps = check_max_steps("max_steps", max_steps)
     if not callable(deq_or_fn):
         raise TypeError(f"deq_or_fn must be a pydeq.DEQ or a function, got {type(deq_or_fn).__name__}")
-    with Compiler() as compiler, warnings.catch_warnings():
+    with Compiler() as compiler, warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # the report tells it
+        z0, context, keywords = tree_map_only(Tensor, recordable, (z0, context, keywords))
         deq = deq_or_fn if isinstance(deq_or_fn, DEQ) else DEQ(deq_or_fn)
         if deq.ranks is not None:
             raise ValueError("a layer with a process_group cannot be diagnosed: diagnose one without it")

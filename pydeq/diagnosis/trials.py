@@ -145,6 +145,8 @@ class Backward:
 
 def code_of(settings: Any) -> str:
     """A solver or an adjoint as code, with the fields that differ from their defaults."""
+    if not dataclasses.is_dataclass(settings):
+        return repr(settings)
     given = []
     for one in dataclasses.fields(settings):
         value = getattr(settings, one.name)
@@ -153,11 +155,10 @@ def code_of(settings: Any) -> str:
             default = one.default_factory()
         if value != default:
             given.append(f"{one.name}={code_of(value) if dataclasses.is_dataclass(value) else repr(value)}")
-    return f"pydeq.{type(settings).__name__}({', '.join(given)})"
+    package = "pydeq." if type(settings).__module__.startswith("pydeq.") else ""
+    return f"{package}{type(settings).__name__}({', '.join(given)})"
 
 
 def name_of(settings: Any) -> str:
     """A solver for a line of a table."""
-    if not dataclasses.is_dataclass(settings):
-        return repr(settings)
     return code_of(settings).removeprefix("pydeq.")

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -193,6 +194,41 @@ def test_torchs_spectral_norm_is_named():
     z0, context = vectors(6)
     report = pydeq.diagnose(Map(lambda m, z, x: 0.9 * torch.tanh(m.linear(z)) + x, linear=linear), z0, *context)
     assert any("pydeq.nn.spectral_norm" in note for note in report.notes)
+
+
+class Plain(pydeq.CustomSolver):
+    def propose(self, z, f, state):
+        return f
+
+    def __repr__(self):
+        return "Plain()"
+
+
+@dataclass(frozen=True)
+class Mixed(pydeq.CustomSolver):
+    share: float = 0.5
+
+    def propose(self, z, f, state):
+        return self.share * f + (1.0 - self.share) * z
+
+
+@pytest.mark.parametrize("solver", [Plain(), Mixed(0.9)])
+def test_solvers_of_the_users_own(solver):
+    cell, z0, context = linear_cell(0.2, 0.6)
+    report = pydeq.diagnose(pydeq.DEQ(cell, solver=solver, max_steps=3), z0, *context)
+    own = [trial for trial in report.trials if trial.solver == solver]
+    assert own[0].all_converged
+    assert f"{solver!r}, the layer's" in repr(report)
+    assert "pydeq.Mixed" not in repr(report)
+    assert "pydeq.Plain" not in repr(report)
+
+
+def test_inference_mode_changes_no_report():
+    cell, z0, context = linear_cell(-1.5, 0.7)
+    expected = repr(pydeq.diagnose(cell, z0, *context))
+    with torch.inference_mode():
+        made_here = [x.clone() for x in (z0, *context)]
+        assert repr(pydeq.diagnose(cell, *made_here)) == expected
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
