@@ -241,8 +241,7 @@ def test_rounding_far_from_the_origin_is_not_a_root():
 
 
 @pytest.fixture(scope="module")
-def jax64():
-    jax = pytest.importorskip("jax")
+def jax64(jax):
     with jax.enable_x64(True):
         yield jax
 

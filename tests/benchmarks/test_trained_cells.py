@@ -119,14 +119,14 @@ def test_a_map_its_formula_and_its_map_in_float64_are_one(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("mdeq")])
-def test_formulas_are_for_jax_too(name):
-    jax = pytest.importorskip("jax.numpy")
+def test_formulas_are_for_jax_too(name, jax):
+    jnp = jax.numpy
     for problem in _forward(name):
         assert problem.formula is not None
         assert problem.exact is not None
         z = torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(0)).to(problem.z0.dtype).float()
-        constants = {key: jax.asarray(array.float().numpy()) for key, array in problem.constants.items()}
-        found = torch.from_numpy(np.array(problem.formula(jax, jax.asarray(z.numpy()), **constants)))
+        constants = {key: jnp.asarray(array.float().numpy()) for key, array in problem.constants.items()}
+        found = torch.from_numpy(np.array(problem.formula(jnp, jnp.asarray(z.numpy()), **constants)))
         expected = problem.exact(z.double())
         assert ((found - expected).norm() / expected.norm()).item() < 1e-5, problem.key
 
