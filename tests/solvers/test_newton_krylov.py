@@ -622,6 +622,38 @@ def product_on_the_left(matrix, x):
     return fn
 
 
+def variably_dimensioned(z):
+    n = z.shape[1]
+    i = torch.arange(1, n + 1, dtype=z.dtype)
+    total = (i * (z - 1.0)).sum(1, keepdim=True)
+    return z - 1.0 + i * total * (1.0 + 2.0 * total**2)
+
+
+def test_a_large_product_is_no_divergence():
+    # Burkardt's test_nonlin, problem 12: the norm of the Jacobian at the start is more than 1e6.
+    z0 = (1.0 - torch.arange(1, 11, dtype=DOUBLE) / 10.0)[None]
+    jacobian = torch.func.jacrev(variably_dimensioned)(z0)[0, :, 0]
+    assert torch.linalg.matrix_norm(jacobian, 2) > 1e6
+    solution = pydeq.fixed_point(root_of(variably_dimensioned), z0, solver=NewtonKrylov(), rtol=0.0, atol=1e-10)
+    assert solution.converged.all()
+    assert solution.products > 5
+    assert (solution.value - 1.0).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize(("dim", "limit"), [(10, 40), (100, 100), (200, 128)])
+def test_products_by_default(dim, limit):
+    # J - I shifts the entries, and g(0) is the first unit vector: GMRES gets nowhere before it has dim vectors.
+    identity = torch.eye(dim, dtype=DOUBLE)
+    matrix = identity + 5.0 * identity.roll(1, 0)
+
+    def fn(z):
+        return z @ matrix.T + identity[0]
+
+    solution = pydeq.fixed_point(fn, torch.zeros(1, dim, dtype=DOUBLE), solver=NewtonKrylov(), max_steps=2)
+    assert solution.products == min(dim, limit)
+    assert bool((solution.residual < 1e-8).all()) is (dim <= limit)
+
+
 def test_a_map_without_a_graph_to_z_gets_differences():
     matrix = torch.randn(20, 20, dtype=DOUBLE)
     matrix = 0.9 * matrix / torch.linalg.eigvals(matrix).abs().max()
