@@ -16,7 +16,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from torch import Tensor
 
-from benchmarks.peers.contender import Counts
+from benchmarks.peers.calling import uniform
+from benchmarks.peers.contender import Claim, Counts
 from benchmarks.problems.base import Problem
 
 
@@ -63,6 +64,18 @@ def maps(problem: Problem, counts: Counts | None) -> Maps:
         return z - fn(z, constants) if root is None else root(jnp, count(z), **constants)
 
     return Maps(fn, equation, array(problem.z0), {name: array(value) for name, value in problem.constants.items()})
+
+
+def jitted(problem: Problem, functions: Maps, run: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[], Claim]:
+    """Solves by run(z0, constants), which returns a value and whether it converged; the first one compiles it."""
+    compiled = jax.jit(run)
+
+    def solve() -> Claim:
+        with precision(problem):
+            value, converged = compiled(functions.z0, functions.constants)
+            return uniform(tensor(value), bool(converged), problem)
+
+    return solve
 
 
 # An identity that counts its executions: as evaluations, and where it is the derivative of one, as products.

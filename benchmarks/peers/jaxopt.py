@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jaxopt
 
-from benchmarks.peers.calling import allowed, allowed_of_equation, refusal_of_history, uniform
-from benchmarks.peers.calling_jax import maps, precision, tensor
+from benchmarks.peers.calling import allowed, allowed_of_equation, refusal_of_history
+from benchmarks.peers.calling_jax import jitted, maps, precision
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -41,17 +40,11 @@ class _Contender(Contender):
                 functions.fn if fixed else functions.equation, tol=tolerance, maxiter=problem.max_calls, **self.settings
             )
 
-            @jax.jit
-            def run(z: Any, constants: Any) -> Any:
-                value, state = solver.run(z, constants)
-                return value, state.error <= tolerance
+        def run(z: Any, constants: Any) -> Any:
+            value, state = solver.run(z, constants)
+            return value, state.error <= tolerance
 
-        def solve() -> Claim:
-            with precision(problem):
-                value, converged = run(functions.z0, functions.constants)
-                return uniform(tensor(value), bool(converged), problem)
-
-        return solve
+        return jitted(problem, functions, run)
 
 
 # Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.

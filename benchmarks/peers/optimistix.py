@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optimistix
 
-from benchmarks.peers.calling import allowed, allowed_of_equation, uniform
-from benchmarks.peers.calling_jax import array, maps, precision, tensor
+from benchmarks.peers.calling import allowed, allowed_of_equation
+from benchmarks.peers.calling_jax import array, jitted, maps, precision
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -52,17 +51,11 @@ class _Contender(Contender):
             find: Any = optimistix.fixed_point if fixed else optimistix.root_find
             fn = functions.fn if fixed else functions.equation
 
-            @jax.jit
-            def run(z: Any, constants: Any) -> Any:
-                solution = find(fn, solver, z, args=constants, max_steps=problem.max_calls, throw=False)
-                return solution.value, solution.result == optimistix.RESULTS.successful
+        def run(z: Any, constants: Any) -> Any:
+            solution = find(fn, solver, z, args=constants, max_steps=problem.max_calls, throw=False)
+            return solution.value, solution.result == optimistix.RESULTS.successful
 
-        def solve() -> Claim:
-            with precision(problem):
-                value, converged = run(functions.z0, functions.constants)
-                return uniform(tensor(value), bool(converged), problem)
-
-        return solve
+        return jitted(problem, functions, run)
 
 
 CONTENDERS: tuple[Contender, ...] = (

@@ -98,7 +98,7 @@ class _Contender(Contender):
             )
             if calls is not None and counts is not None:
                 # Products by differences are calls already, but no evaluations to pydeq.
-                counts.products += getattr(solution, "products", 0) - (calls.calls - solution.nfe)
+                counts.products += solution.products - (calls.calls - solution.nfe)
             assert isinstance(solution.value, Tensor)
             return Claim(solution.value, solution.converged)
 
@@ -111,9 +111,8 @@ CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="pydeq.anderson.default", title="Anderson", solver="Anderson"),
     _Contender(key="pydeq.anderson.best", title="Anderson", solver="Anderson", settings={"memory": 10}),
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
+    _Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov"),
 )
-if hasattr(pydeq, "NewtonKrylov"):
-    CONTENDERS += (_Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov"),)
 
 GRIDS: Grids = {
     "pydeq.anderson": [{"memory": memory, "damping": damping} for memory in (5, 3, 10) for damping in (1.0, 0.5)],
