@@ -55,7 +55,7 @@ class Verdict:
 
 
 def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verdict:
-    """Let a solver try a problem, with ever smaller tolerances of its own as long as it claims success in error.
+    """Let a solver try a problem. If its value misses the tolerance, and it does not say so, it tries smaller ones.
 
     Args:
         seconds: Wall-clock after which a try is given up; only maps in torch can be stopped.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from benchmarks.results import Entry
 
-# Two times closer than this are a tie: the noise of alternated medians on a shared machine.
+# Costs that differ by no more than this factor are a tie: medians on a shared machine are not more exact.
 TIE = 1.05
 
 
@@ -20,8 +20,8 @@ def by_problem(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
 
 
 def solvable(entries: Sequence[Entry]) -> bool:
-    """Whether the entries are of a problem that has a fixed point."""
-    return not any(entry.status in ("said so", "silent", "fooled") for entry in entries)
+    """Whether the problem of these entries has a fixed point."""
+    return all(entry.solvable for entry in entries)
 
 
 def time_of(entry: Entry) -> float:

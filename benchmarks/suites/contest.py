@@ -97,6 +97,7 @@ def _entry(
         tighten=verdict.tighten,
         first_seconds=first,
         overhead_seconds=overhead,
+        solvable=problem.solvable,
         false_claim=verdict.false_claim,
         title=_title(solver),
         problem_title=problem.title,

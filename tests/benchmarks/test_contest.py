@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -259,6 +260,12 @@ def test_the_median_of_an_even_number_is_between_the_middle_two() -> None:
     (table,) = context.results.tables
     column = table.columns.index("time over the least")
     assert [row[column] for row in table.rows] == ["2x", "1x"]
+
+
+def test_a_problem_without_a_fixed_point_stays_one_if_all_solvers_crash() -> None:
+    rows = [entry("z + 1", "own", None, status="crashed"), entry("z + 1", "other", None, status="unsolved")]
+    assert standings.solvable(rows)
+    assert not standings.solvable([dataclasses.replace(row, solvable=False) for row in rows])
 
 
 def test_failures_are_problems_that_only_another_solved() -> None:

@@ -66,12 +66,12 @@ def test_profiles_are_shares_within_a_ratio(table):
         assert curve.share[-1] == sum(value < math.inf for value in row) / len(problems)
 
 
-def entry(problem, library, status="solved", seconds=1.0, evaluations=10.0, solver="anderson", note=""):
+def entry(problem, library, status="solved", seconds=1.0, evaluations=10.0, solver="anderson", note="", solvable=True):
     solved = status == "solved"
     return Entry(
         problem, problem[0], f"{library}.{solver}", library, status, evaluations if solved else None, 0.0,
         seconds if solved else None, seconds, seconds, title=f"{library}'s {solver}",
-        problem_title=f"Problem {problem}", note=note,
+        problem_title=f"Problem {problem}", note=note, solvable=solvable,
     )  # fmt: skip
 
 
@@ -88,9 +88,9 @@ ENTRIES = [
     entry("b2", "pydeq", seconds=3.0),
     entry("b2", "pydeq", "lied", solver="broyden"),
     entry("b2", "torchdeq", seconds=1.0, evaluations=20.0),
-    entry("c1", "pydeq", "said so"),
-    entry("c1", "pydeq", "silent", solver="broyden"),
-    entry("c1", "torchdeq", "fooled"),
+    entry("c1", "pydeq", "said so", solvable=False),
+    entry("c1", "pydeq", "silent", solver="broyden", solvable=False),
+    entry("c1", "torchdeq", "fooled", solvable=False),
 ]
 
 
