@@ -18,6 +18,7 @@ import pydeq
 from benchmarks import compare, peers
 from benchmarks.environment import facts, thread_counts
 from benchmarks.partial import Partial
+from benchmarks.problems import collection
 from benchmarks.profiles import PROFILES
 from benchmarks.progress import Board
 from benchmarks.report import page, plots, tables
@@ -140,7 +141,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--profile",
         choices=PROFILES,
         default="quick",
-        help="smoke: a minute; quick (the default): about nine minutes on two cores; full: longer",
+        help="smoke: three minutes; quick (the default): about nine minutes on two cores; full: longer",
     )
 
     def add_list(option: str, metavar: str, help_: str) -> None:
@@ -168,6 +169,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in asked or ():
             if name not in known:
                 parser.error(f"argument {option}: expected one of {', '.join(known)}, got {name!r}")
+    for name in arguments.problems or ():
+        if not collection.may_exist(name):
+            parser.error(
+                f"argument --problems: expected the beginning of a key or one of {', '.join(collection.FAMILIES)}, got"
+                f" {name!r}"
+            )
     arguments.only = [name for name in SUITES if _in(only, name)]
     arguments.left_out = []
     if arguments.device == "cuda":

@@ -25,6 +25,11 @@ FAMILIES: dict[str, Callable[[], Iterable[Problem]]] = {
 }
 
 
+def may_exist(name: str) -> bool:
+    """Whether ``name`` is a family or fits the beginning of one; no problem is made to find out."""
+    return any(name[: len(family)] == family[: len(name)] for family in FAMILIES)
+
+
 def problems(names: Sequence[str] | None = None) -> list[Problem]:
     """The problems of the named families, each once, in the order of ``FAMILIES``.
 

@@ -124,8 +124,8 @@ def test_a_stopped_run_is_resumed(suites, tmp_path, capsys):
     assert not (tmp_path / "summary.json").exists()
     ran.clear()
     failure["error"] = None
-    assert command.main([*arguments, "--problems", "root", "--resume"]) == 2
-    assert "problems_asked must be that of the unfinished run, None, got ['root']" in capsys.readouterr().err
+    assert command.main([*arguments, "--problems", "spectra", "--resume"]) == 2
+    assert "problems_asked must be that of the unfinished run, None, got ['spectra']" in capsys.readouterr().err
     assert command.main([*arguments, "--resume"]) == 0
     assert ran == ["memory", "nfe", "nfe row"]
     content = json.loads((tmp_path / "summary.json").read_text())
@@ -155,13 +155,19 @@ def test_names_are_checked_and_passed_on(monkeypatch, tmp_path, capsys):
     seen = []
     monkeypatch.setitem(command.SUITES, "memory", seen.append)
     options = ["--profile", "smoke", "--out", str(tmp_path), "--only", "memory"]
-    assert command.main([*options, "--peers", "torchdeq", "--problems", "root,maps", "--problems", "dense.d8"]) == 0
+    assert (
+        command.main([*options, "--peers", "torchdeq", "--problems", "more,burk", "--problems", "spectra.jordan"]) == 0
+    )
     assert seen[0].peers_asked == ("torchdeq",)
-    assert seen[0].problems_asked == ("root", "maps", "dense.d8")
+    assert seen[0].problems_asked == ("more", "burk", "spectra.jordan")
     assert seen[0].device == "cpu"
     assert command.main([*options, "--peers", ""]) == 0
     assert list(seen[1].peers) == ["pydeq"]
-    for option, got, known in (("--peers", "numpyro", "torchdeq"), ("--only", "speed", "overhead")):
+    for option, got, known in (
+        ("--peers", "numpyro", "torchdeq"),
+        ("--only", "speed", "overhead"),
+        ("--problems", "tanh", "spectra"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             command.main([option, got])
         assert exit_.value.code == 2
