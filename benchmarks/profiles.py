@@ -69,7 +69,7 @@ class Profile:
 
 SHAPES = ((32, 512), (32, 8192), (8, 65536))
 BEYOND_CACHE = (32, 262144)
-# A problem of each kind. With all libraries, of which two compile, a problem takes about twenty seconds.
+# A problem of each kind. With all libraries, of which two compile, a problem takes twenty to fifty seconds.
 CONTEST = (
     "burkardt.broyden_tridiagonal",
     "spectra.symmetric.-0.99_0.99",
