@@ -39,8 +39,11 @@ class Workspace(ABC):
     reports_late: ClassVar[bool] = True
     """Whether a step on a GPU may return before it has reported."""
 
+    takes_products: ClassVar[bool] = False
+    """Whether steps call ``product``; a workspace that has it keeps fn."""
+
     product: Callable[[Tensor], Tensor]
-    """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation; set by the loop, for NewtonKrylov only."""
+    """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation; set by the loop."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]

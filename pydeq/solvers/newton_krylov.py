@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class NewtonKrylov(Solver):
 
 class _NewtonKrylovWorkspace(SearchWorkspace):
     """The workspace: 7 state vectors, and during a step those of GMRES; float32 for half states."""
+
+    takes_products: ClassVar[bool] = True
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: NewtonKrylov) -> None:
         super().__init__(flat, rules, max_steps, type(solver).__name__)
