@@ -106,7 +106,7 @@ class Report:
         rows = {
             "state": [self.state],
             "Jacobian": [self._jacobian()],
-            "cell": self.habits.sentences() or ["no random numbers, no state of its own; samples are independent"],
+            "cell": self.habits.sentences() or ["no random numbers, no state between calls; samples are independent"],
         }
         if self.gradient_error is not None:
             rows["gradient"] = [f"relative error {self.gradient_error:.1g}, compared with the exact gradient"]
