@@ -7,9 +7,9 @@
 // cache. Writes V_n, next and the image of an improved iterate.
 #pragma once
 
+#include "cpu/krylov.h"
 #include "cpu/step.h"
 #include "shared/gmres_step.h"
-#include "shared/krylov.h"
 
 namespace pydeq {
 namespace PYDEQ_ISA {
@@ -167,9 +167,8 @@ struct GmresStep {
                       coordinates(b, COORDINATE_MINIMUM),
                       coordinates(b, COORDINATE_RESIDUAL),
                       coordinates(b, COORDINATE_POINT)};
-    double* work = coefficients + args.stored + 1;
-    const double before = gram_norm(cycle, n, cycle.rho, work);
-    const Extension add = extend(cycle, products, ratio, epsilon<A>, work);
+    double before = 0.0;
+    const Extension add = extend(cycle, products, ratio, epsilon<A>, coefficients + args.stored + 1, before);
     if (!add.sound) return false;
 
     const double target = closing_residual(row.scalars, args.step.rules, epsilon<T>);

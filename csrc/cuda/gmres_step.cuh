@@ -45,7 +45,7 @@ struct GmresStep {
   // The new row of the Gram matrix.
   static int64_t products(const Args& args) { return args.step.rules.last ? 0 : args.stored; }
   // The point, then h and the rest of an extension.
-  static int64_t coefficients(const Args& args) { return args.stored + 1 + warp_extension_size(args.stored); }
+  static int64_t coefficients(const Args& args) { return args.stored + 1 + extension_size(args.stored); }
   static int64_t kept(const Args& args) { return 2 * (args.stored + 1); }
   // About how many vectors a step reads and writes.
   static int64_t vectors(const Args& args, bool fused) {

@@ -1,13 +1,11 @@
-// The computations of shared/krylov.h, by a warp instead of one thread: lane j % 32 has entry j of every vector.
+// Extends the least-squares problem of a GMRES cycle (shared/krylov.h) by a warp: lane j % 32 has entry j of every
+// vector.
 #pragma once
 
 #include "cuda/simt.cuh"
 #include "shared/krylov.h"
 
 namespace pydeq {
-
-// The size in doubles: the rows of an Extension, then two rows of work.
-PYDEQ_HOST_DEVICE constexpr int64_t warp_extension_size(int64_t n) { return 7 * (n + 1); }
 
 // sum u[i] v[i]; each lane reads only its own entries.
 PYDEQ_DEVICE double warp_dot(const double* u, const double* v, int64_t n) {
@@ -55,9 +53,7 @@ PYDEQ_DEVICE void warp_combine(const Cycle& cycle, const double* rows, int64_t c
   }
 }
 
-// extend of shared/krylov.h, called by a whole warp; `known_before` receives the previous ||r|| of the cycle. The
-// images are orthonormal up to rounding, so all of them are projected out at once, twice. The CPU does it one by one,
-// which would be a chain of n exchanges here. All memory belongs to the warp; work: [warp_extension_size(n)].
+// extend of cpu/krylov.h, called by a whole warp. All memory belongs to the warp; work: [extension_size(n)].
 PYDEQ_DEVICE Extension warp_extend(const Cycle& cycle, const double* products, double ratio, double eps, double* work,
                                    double& known_before) {
   const int64_t n = cycle.n, s = cycle.stride, newest = n - 1;

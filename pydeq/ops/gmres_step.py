@@ -16,8 +16,8 @@ the next basis vector. So all points and residuals of the cycle are known by coo
 and the least-squares problem is solved in coordinates, in float64. It uses an orthonormal basis e_i of the images M d,
 and the directions p_i with M p_i = e_i:
 
-    e = M d - sum_i <e_i, M d> e_i,   p = d - sum_i <e_i, M d> p_i,   both divided by ||e||
-    r <- r - <e_i, r> e_i,   x <- x + <e_i, r> p_i                    for every i
+    e = M d - sum_i <e_i, M d> e_i,   p = d - sum_i <e_i, M d> p_i,   twice, then both divided by ||e||
+    r <- r - <e_i, r> e_i,   x <- x + <e_i, r> p_i                    for all i so far, then for the newest one
 
 Classical Gram-Schmidt leaves a basis that is not exactly orthogonal. The inner products use G, so they are correct for
 this basis. The error in the orthogonality neither grows from vector to vector nor changes x, since g = V h + ... holds
@@ -100,17 +100,15 @@ def extend(
     gain = _norm(gram, p) / _norm(wide, e)
     basis = longer(images, (0, 1))
     for _ in range(2):
-        for i in range(n - 1):
-            c = _inner(wide, basis[:, i], e)[:, None]
-            e, p = e - c * basis[:, i], p - c * directions[:, i]
+        c = (basis * _apply(wide, e)[:, None]).sum(2, keepdim=True)
+        e, p = e - (c * basis).sum(1), p - (c * directions).sum(1)
     length = _norm(wide, e)
     usable = length > BREAKDOWN_EPSILONS * eps * scale
     e, p = e / length[:, None], p / length[:, None]
-    r, moved = old, x
-    for i in range(n):
-        column, way = (basis[:, i], directions[:, i]) if i < n - 1 else (e, p)
-        c = _inner(wide, column, r)[:, None]
-        r, moved = r - c * column, moved + c * way
+    c = (basis * _apply(wide, old)[:, None]).sum(2, keepdim=True)
+    r, moved = old - (c * basis).sum(1), x + (c * directions).sum(1)
+    along = _inner(wide, e, r)[:, None]
+    r, moved = r - along * e, moved + along * p
     r, moved = torch.where(usable[:, None], r, old), torch.where(usable[:, None], moved, x)
     return Extension(h, remainder, e, p, moved, r, _norm(wide, r), gain, usable)
 
