@@ -139,6 +139,8 @@ class Entry:
         first_seconds: The first call, which may compile.
         overhead_seconds: Time of a solve per call of the map, minus that of a call in a loop without a solver; None for
             solvers that use products, and for maps that are not in torch.
+        peak_bytes: The most memory that a solve holds at once, of what it allocates itself. Measured for large states
+            of solvers in torch.
         solvable: Whether the problem has a fixed point.
         false_claim: Whether, with its own tolerance unchanged, it says that a sample converged that is far from it.
         title: The contender, for readers.
@@ -159,6 +161,7 @@ class Entry:
     tighten: float = 1.0
     first_seconds: float | None = None
     overhead_seconds: float | None = None
+    peak_bytes: int | None = None
     solvable: bool = True
     false_claim: bool = False
     title: str = ""

@@ -50,6 +50,7 @@ SECTIONS = {
         {
             "solvers": "Performance profiles of every solver",
             "precision": "Relative residual against work for each solver",
+            "growth": "Time and memory as the state grows, for the fastest solver of each library",
         },
     ),
     "overhead": Section(

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from benchmarks.contest.standings import time_of, work_of
+from benchmarks.report import growth
 from benchmarks.report.contest import OWN, Step, all_problems, common_problems, costs, profile_curves
 from benchmarks.results import Curve, Entry, Results, number
 
@@ -84,6 +85,7 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
         "profile": lambda results: _profiles(results, lambda entry: entry.library),
         "solvers": lambda results: _profiles(results, lambda entry: entry.contender),
         "precision": _precision,
+        "growth": lambda results: growth.draw(results.entries, _looks),
         "overhead": _overhead,
         "kernels": _kernels,
         "residual": lambda results: _lines(results, "residual"),

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.allocations import peak_bytes
 from benchmarks.contest import standings
 from benchmarks.contest.judge import Verdict, clock, judge
 from benchmarks.peers import REQUIREMENTS, contenders, loop
@@ -24,9 +25,12 @@ from benchmarks.problems.collection import problems
 from benchmarks.results import Entry, number, times
 from benchmarks.suites.base import BASELINE, Context
 from benchmarks.timing import Recorded, Spread, one_core, threads
+from pydeq.solvers import buffers
 
 JAX = ("jaxopt", "optimistix")
 SHOWN, SHOWN_CALLS = ("cell", "adjoint"), 60  # families with a plot of the residual, and calls in it
+LARGE = 1000  # entries of a batch from which the memory of a solve is measured: below, it is mostly not that of states
+PROFILED_CALLS = 200  # a profiler keeps every allocation of a solve
 FLOOR_CALLS = 20  # of a loop without a solver, whose time per call is the floor
 
 
@@ -61,10 +65,21 @@ def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) ->
         if timed:
             sides.append((loop.floor(FLOOR_CALLS), problem, 1.0))
         clocked = clock(sides, profile.contest_repeats, profile.contest_seconds / 10)
+        peaks = {solver.key: _peak(solver, problem, verdicts[solver.key]) for solver in timed}
     measured = {side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None}
     floor = measured.get(sides[-1][0].key) if sides else None
     call = floor[0].median / FLOOR_CALLS if floor else None
-    return [_entry(solver, problem, verdicts[solver.key], measured.get(solver.key), call) for solver in solvers]
+    entries = [_entry(solver, problem, verdicts[solver.key], measured.get(solver.key), call) for solver in solvers]
+    return [dataclasses.replace(entry, peak_bytes=peaks.get(entry.contender)) for entry in entries]
+
+
+def _peak(solver: Contender, problem: Problem, verdict: Verdict) -> int | None:
+    """The most bytes that a solve holds at once; None if the state is small, or memory is not torch's."""
+    counts = verdict.counts
+    calls = counts.evaluations + counts.products
+    if solver.language != "torch" or problem.z0.numel() < LARGE or calls > PROFILED_CALLS:
+        return None
+    return peak_bytes(solver.prepare(problem, verdict.tighten), buffers.clear)
 
 
 def _entry(

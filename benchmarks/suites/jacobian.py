@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import pydeq
+from benchmarks.allocations import quiet
 from benchmarks.problems.dense import DenseCell
 from benchmarks.problems.trained import trained
 from benchmarks.problems.transformer import TransformerCell
 from benchmarks.results import number, times
 from benchmarks.suites import training
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.suites.memory import quiet
 from benchmarks.timing import Spread, alternate, ratios, spread, threads
 from pydeq.cell.linearization import linearize
 

@@ -6,15 +6,8 @@ does not count. f allocates one vector, its result, which counts.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
-from torch.profiler import ProfilerActivity, profile
-
-from benchmarks.peers import Method, Peer
+from benchmarks.allocations import peak_bytes
+from benchmarks.peers import Method
 from benchmarks.problems.maps import elementwise
 from benchmarks.results import number
 from benchmarks.suites.base import BASELINE, Context
@@ -36,7 +29,9 @@ def run(context: Context) -> None:
         for name, peer in context.peers.items():
             context.bar.show(f"{key}, {name}")
             with threads(1):
-                peak = peak_bytes(peer, lambda peer=peer, m=method, c=calls: peer.run(problem.fn, problem.z0, m, c))
+                peak = peak_bytes(
+                    lambda peer=peer, m=method, c=calls: peer.run(problem.fn, problem.z0, m, c), peer.forget
+                )
             vectors = peak / (4 * BATCH * DIM)
             context.results.figure(f"memory.{key}.{name}", vectors, "state vectors")
             row.append(number(vectors))
@@ -60,35 +55,3 @@ def run(context: Context) -> None:
         rows,
         f"Allocations and releases of a solve as torch's profiler reports them, at (B, D) = ({BATCH}, {DIM}), float32.",
     )
-
-
-def peak_bytes(peer: Peer, solve: Callable[[], object]) -> int:
-    """The most bytes that ``solve`` holds at once, of those that it allocates itself; ``peer`` runs it."""
-    solve()  # whatever a process allocates once
-    peer.forget()
-    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        kept = solve()
-    del kept
-    results = profiled.profiler.kineto_results if profiled.profiler else None
-    assert results is not None
-    changes: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the trace lines that the profiler writes to stderr from C++, which would break the progress bars."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(nowhere)
-        os.close(saved)

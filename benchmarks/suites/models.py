@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.allocations import peak_bytes
 from benchmarks.peers import LayerSettings, Method, Peer
 from benchmarks.results import number, times
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.suites.memory import peak_bytes
 from benchmarks.timing import alternate, ratios, spread, threads
 from pydeq import DEQ, Anderson, Implicit
 from pydeq.models import DEQTransformerConfig, DEQTransformerLM, EquilibriumModel, SolverConfig, build
@@ -131,7 +131,7 @@ def _measure(
         with _counted(model) as calls, solved_by(peer, model):
             step(model, loss, kind)
         with solved_by(peer, model):
-            peak = peak_bytes(peer, lambda: step(model, loss, kind)) / 2**20
+            peak = peak_bytes(lambda: step(model, loss, kind), peer.forget) / 2**20
         seconds = spread(measured[each])
         results.figure(f"{name}.{each}.time", seconds.scaled(1e3), "ms")
         results.figure(f"{name}.{each}.evaluations", calls[0], "calls")

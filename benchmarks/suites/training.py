@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.allocations import peak_bytes
 from benchmarks.peers import Layer, LayerSettings, Method, Peer
 from benchmarks.problems.convolution import ConvCell
 from benchmarks.problems.dense import DenseCell
 from benchmarks.problems.transformer import TransformerCell
 from benchmarks.results import number, times
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.suites.memory import peak_bytes
 from benchmarks.timing import WatchedCell, alternate, ratios, spread, threads
 
 SETTINGS = LayerSettings(Method("anderson", memory=6), rtol=1e-3, max_calls=30, adjoint_rtol=1e-4, adjoint_max_calls=30)
@@ -163,7 +163,7 @@ def _measure(
         step()  # the first penalty of a cell also tries once whether its graph can be differentiated twice
         counted.calls = counted.products = 0
         step()
-        peak = peak_bytes(peer, steps[side]) / 2**20
+        peak = peak_bytes(steps[side], peer.forget) / 2**20
         seconds = spread(measured[side])
         inside = (counted.calls * evaluation + counted.products * product) / seconds.median
         results.figure(f"{name}.{side}.step", seconds, "s")

@@ -11,6 +11,7 @@ pytest.importorskip("rich", reason="the benchmark suite's own requirements are n
 
 from benchmarks import __main__ as command
 from benchmarks import peers
+from benchmarks.allocations import peak_bytes
 from benchmarks.environment import facts
 from benchmarks.peers.base import METHODS, LayerSettings, Method
 from benchmarks.peers.pydeq import PEER
@@ -24,7 +25,6 @@ from benchmarks.progress import SILENT
 from benchmarks.results import Results, Target, number, row_by_row
 from benchmarks.suites import SUITES, adjoints, jacobian, training
 from benchmarks.suites.base import Context
-from benchmarks.suites.memory import peak_bytes
 from benchmarks.timing import Counted, Recorded, Timed, WatchedCell, alternate, ratios, spread
 from pydeq.solvers.buffers import Scratch
 
@@ -123,7 +123,7 @@ def test_peak_bytes_sees_what_is_held_at_once():
         del first
         return second, torch.empty(size, dtype=torch.uint8)
 
-    assert peak_bytes(PEER, two_of_three) == 2 * size
+    assert peak_bytes(two_of_three, PEER.forget) == 2 * size
 
 
 def test_peak_bytes_counts_what_is_kept_for_the_next_solve():
@@ -134,7 +134,7 @@ def test_peak_bytes_counts_what_is_kept_for_the_next_solve():
         scratch.empty(size)
         scratch.release()
 
-    assert peak_bytes(PEER, take_and_keep) >= size
+    assert peak_bytes(take_and_keep, PEER.forget) >= size
 
 
 def test_targets_tell_met_from_missed_from_unmeasured():
