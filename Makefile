@@ -1,4 +1,4 @@
-# make test    make bench    make experiments    make lint    make wheel    make clean
+# make test    make bench    make experiments    make docs    make lint    make wheel    make clean
 # Everything runs in an environment of its own, VENV, made with PYTHON on the first call.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ bin := $(VENV)/bin
 sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(wildcard pydeq/ops/*.py)
 formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test bench experiments lint format wheel clean
+.PHONY: test bench experiments docs lint format wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test.installed $(VENV)/pydeq.installed
@@ -20,6 +20,10 @@ bench: $(VENV)/bench.installed $(VENV)/pydeq.installed
 
 # The environment of python -m experiments.
 experiments: $(VENV)/experiments.installed $(VENV)/pydeq.installed
+
+# The site, in build/site.
+docs: $(VENV)/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict
 
 lint: $(VENV)/lint.installed $(VENV)/bench.installed
 	$(bin)/ruff check .
