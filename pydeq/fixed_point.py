@@ -114,6 +114,12 @@ def fixed_point(
         ConvergenceError: If ``throw`` and a sample did not converge.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
+
+    Examples:
+        >>> x = torch.tensor([0.0, 0.5])
+        >>> solution = pydeq.fixed_point(lambda z, x: torch.cos(z) + x, torch.zeros(2), x, rtol=1e-5)
+        >>> solution.value, solution.converged
+        (tensor([0.7391, 1.0218]), tensor([True, True]))
     """
     with Compiler() as compiler:
         if not callable(fn):

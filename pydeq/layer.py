@@ -90,6 +90,16 @@ class DEQ(nn.Module):
         TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019.
+
+    Examples:
+        >>> class Cell(torch.nn.Linear):
+        ...     def forward(self, z, x):
+        ...         return torch.tanh(super().forward(z) + x)
+        >>> deq = pydeq.DEQ(Cell(8, 8))
+        >>> z = deq(torch.zeros(4, 8), torch.ones(4, 8))
+        >>> z.sum().backward()
+        >>> deq.cell.weight.grad.shape
+        torch.Size([8, 8])
     """
 
     def __init__(

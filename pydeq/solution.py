@@ -60,6 +60,11 @@ class Solution:
             its output is the last one.
         penalty: The :class:`pydeq.JacobianPenalty` asked for, 0-d, to be added to the loss; set by :class:`pydeq.DEQ`.
         aux: The aux that fn returned at the solution, with ``has_aux=True``; else None.
+
+    Examples:
+        >>> solution = pydeq.fixed_point(torch.cos, torch.zeros(2), solver=pydeq.Picard(), trace=True)
+        >>> solution.value, solution.nfe, solution.trace.shape
+        (tensor([0.7388, 0.7388]), 19, torch.Size([19, 2]))
     """
 
     def __init__(
@@ -209,15 +214,44 @@ class Solution:
 
 
 class ConvergenceWarning(UserWarning):
-    """A forward or a backward solve of a layer did not converge."""
+    """A forward or a backward solve of a layer did not converge.
+
+    Examples:
+        >>> import warnings
+        >>> deq = pydeq.DEQ(lambda z: 2 * z + 1, solver=pydeq.Picard(), max_steps=5)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", pydeq.ConvergenceWarning)
+        ...     deq(torch.zeros(1))
+        Traceback (most recent call last):
+            ...
+        pydeq.solution.ConvergenceWarning: the forward solve of a pydeq.DEQ left samples unconverged: ...
+    """
 
 
 class CouplingWarning(UserWarning):
-    """Samples of a batch, which a solve treats as separate problems, depend on each other."""
+    """Samples of a batch, which a solve treats as separate problems, depend on each other.
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", pydeq.CouplingWarning)
+        ...     pydeq.DEQ(torch.nn.BatchNorm1d(4))
+        Traceback (most recent call last):
+            ...
+        pydeq.solution.CouplingWarning: the samples of a batch depend on each other through BatchNorm ...
+    """
 
 
 class ConvergenceError(RuntimeError):
-    """Raised under ``throw=True`` when a sample did not converge; ``solution`` has the result so far."""
+    """Raised under ``throw=True`` when a sample did not converge; ``solution`` has the result so far.
+
+    Examples:
+        >>> try:
+        ...     pydeq.fixed_point(lambda z: 2 * z + 1, torch.zeros(1), solver=pydeq.Picard(), max_steps=5, throw=True)
+        ... except pydeq.ConvergenceError as error:
+        ...     error.solution.nfe
+        5
+    """
 
     def __init__(self, solution: Solution) -> None:
         super().__init__(repr(solution))

@@ -78,6 +78,11 @@ def fixed_point_correction(
         TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Bai, Geng, Savani and Kolter, Deep Equilibrium Optical Flow Estimation, CVPR 2022.
+
+    Examples:
+        >>> states = [torch.zeros(1), torch.ones(1)]
+        >>> pydeq.fixed_point_correction(torch.nn.functional.mse_loss, states, torch.full((1,), 2.0))
+        tensor(4.2000)
     """
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")

@@ -96,6 +96,10 @@ class Adjoint(ABC):
         normed: Whether it works with ``norm="parts"``.
         iterates: Whether it has its own iteration instead of the solver's. Such an iteration has no trace, freezes
             samples that are done, evaluates the whole batch, and computes a gradient for z0.
+
+    Examples:
+        >>> isinstance(pydeq.Implicit(), pydeq.adjoints.Adjoint)
+        True
     """
 
     transforms: ClassVar[bool] = False

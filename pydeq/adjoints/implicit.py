@@ -63,6 +63,12 @@ class Implicit(Adjoint):
         TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, NeurIPS 2019, theorem 1.
+
+    Examples:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, adjoint=pydeq.Implicit(rtol=1e-5), rtol=1e-5)
+        >>> torch.autograd.grad(deq(torch.zeros(1), x), x)
+        (tensor([0.5975]),)
     """
 
     transforms: ClassVar[bool] = True

@@ -44,6 +44,12 @@ class Phantom(Adjoint):
         TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Geng, Zhang, Bai, Wang and Lin, On Training Implicit Models, NeurIPS 2021.
+
+    Examples:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, adjoint=pydeq.Phantom(steps=3), rtol=1e-5)
+        >>> torch.autograd.grad(deq(torch.zeros(1), x), x)
+        (tensor([0.7801]),)
     """
 
     transforms: ClassVar[bool] = True
@@ -104,6 +110,12 @@ def JacobianFree() -> Phantom:  # noqa: N802  # reads like the other adjoints
     """The gradient of one evaluation at the solution, as if J were 0: ``Phantom(steps=1)``.
 
     Source: Fung et al., JFB: Jacobian-Free Backpropagation for Implicit Networks, AAAI 2022.
+
+    Examples:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, adjoint=pydeq.JacobianFree())
+        >>> torch.autograd.grad(deq(torch.zeros(1), x), x)
+        (tensor([1.]),)
     """
     return Phantom(steps=1, damping=1.0)
 

@@ -85,6 +85,12 @@ class Reversible(Adjoint):
             it as context.
 
     Source: McCallum, Arora and Foster, Reversible Deep Equilibrium Models, 2025.
+
+    Examples:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, adjoint=pydeq.Reversible(damping=0.5), rtol=1e-5)
+        >>> torch.autograd.grad(deq(torch.zeros(1), x), x)
+        (tensor([0.59...]),)
     """
 
     distributes: ClassVar[bool] = False

@@ -58,6 +58,13 @@ class Shine(Adjoint):
 
     Source: Ramzi, Mannel, Bai, Starck, Ciuciu and Moreau, SHINE: SHaring the INverse Estimate from the forward pass for
     bi-level optimization and implicit models, ICLR 2022.
+
+    Examples:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> adjoint = pydeq.Shine(refine_steps=5)
+        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, solver=pydeq.Broyden(), adjoint=adjoint, rtol=1e-5)
+        >>> torch.autograd.grad(deq(torch.zeros(1), x), x)
+        (tensor([0.5975]),)
     """
 
     normed: ClassVar[bool] = False

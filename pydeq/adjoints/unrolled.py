@@ -54,6 +54,12 @@ class Unrolled(Adjoint):
 
     Raises:
         TypeError: If the layer's solver is another one.
+
+    Examples:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, solver=pydeq.Picard(), adjoint=pydeq.Unrolled(), rtol=1e-5)
+        >>> torch.autograd.grad(deq(torch.zeros(1), x), x)
+        (tensor([0.5975]),)
     """
 
     distributes: ClassVar[bool] = False

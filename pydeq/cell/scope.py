@@ -201,6 +201,13 @@ class solve_scope(ContextDecorator):  # noqa: N801  # reads like torch.no_grad
             loss = task(z) + 0.5 * pydeq.jacobian_penalty(deq.cell, z, x)
 
     Inside a scope it has no effect.
+
+    Examples:
+        >>> dropout = pydeq.nn.VariationalDropout(0.5)
+        >>> with pydeq.nn.solve_scope():
+        ...     first, second = dropout(torch.ones(100)), dropout(torch.ones(100))
+        >>> torch.equal(first, second), torch.equal(first, dropout(torch.ones(100)))
+        (True, False)
     """
 
     def _recreate_cm(self) -> solve_scope:  # each call of a decorated function has its own

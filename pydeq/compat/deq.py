@@ -58,6 +58,12 @@ def broyden(
     Returns:
         ``result``, the best x; ``lowest``, its residual; ``nstep``, its step; ``prot_break``, whether the residual
         exploded; ``abs_trace`` and ``rel_trace``, threshold + 1 floats each; ``eps``; ``threshold``.
+
+    Examples:
+        >>> from pydeq.compat.deq import broyden
+        >>> out = broyden(torch.cos, torch.zeros(1, 4, 2), threshold=30, eps=1e-5)
+        >>> out["result"].mean()
+        tensor(0.7391)
     """
     legacy = is_legacy(legacy)
 
@@ -99,6 +105,12 @@ def anderson(
 
     Returns:
         As :func:`broyden`; the traces hold threshold - 2 floats, and ``nstep`` counts evaluations from 0.
+
+    Examples:
+        >>> from pydeq.compat.deq import anderson
+        >>> out = anderson(torch.cos, torch.zeros(1, 4, 2), eps=1e-5)
+        >>> out["result"].mean()
+        tensor(0.7391)
     """
     legacy = is_legacy(kwargs.get("legacy"))
 
@@ -122,6 +134,12 @@ def jac_loss_estimate(f0: Tensor, z0: Tensor, vecs: int = 2, create_graph: bool 
         0-d tensor.
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021.
+
+    Examples:
+        >>> from pydeq.compat.deq import jac_loss_estimate
+        >>> z = torch.zeros(1, 4, 2, requires_grad=True)
+        >>> jac_loss_estimate(0.5 * z, z).shape
+        torch.Size([])
     """
     return hutchinson(f0, z0, vecs, create_graph, is_legacy())
 
@@ -135,6 +153,12 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
 
     Returns:
         The last direction, like z0, and the moduli, (B, 1).
+
+    Examples:
+        >>> from pydeq.compat.deq import power_method
+        >>> z = torch.zeros(1, 2, 1, requires_grad=True)
+        >>> power_method(z * torch.tensor([[0.75], [0.25]]), z)[1]
+        tensor([[0.7500]])
     """
     evector, modulus = dominant_eigenvalue(f0, z0, n_iters, is_legacy())
     return evector, modulus[:, None]

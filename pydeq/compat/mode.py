@@ -19,6 +19,13 @@ def legacy(enabled: bool = True) -> Iterator[None]:
 
     Args:
         enabled: False asks for pydeq's numerics inside of a legacy block.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> with pydeq.compat.legacy():
+        ...     z, _, info = torchdeq.anderson_solver(torch.cos, torch.zeros(1, 1), max_iter=30)
+        >>> z
+        tensor([[0.7388]])
     """
     token = _active.set(enabled)
     try:

@@ -59,6 +59,11 @@ class Audit:
         gradient_error: The largest relative error of a gradient; None if gradients were not checked.
         gradient_errors: The relative error of each gradient, by the tensor's name: its name in fn if fn is a module,
             else its shape.
+
+    Examples:
+        >>> audit = pydeq.audit(lambda fn, z0: pydeq.fixed_point(fn, z0), torch.cos, torch.zeros(1))
+        >>> audit.faults
+        []
     """
 
     faults: list[str] = field(default_factory=list)
@@ -133,6 +138,12 @@ def audit(
     Raises:
         TypeError, ValueError: If an argument or a result of fn is of the wrong type or shape.
         Exception: Whatever ``solve`` raises for z0.
+
+    Examples:
+        >>> def solve(fn, z0):
+        ...     return fn(z0), 1e-6
+        >>> pydeq.audit(solve, torch.cos, torch.zeros(1)).faults
+        ['the relative residual of sample 0 is 0.851 where the result is evaluated, but the claim is 1e-06']
     """
     for name, value in (("solve", solve), ("fn", fn)):
         if not callable(value):

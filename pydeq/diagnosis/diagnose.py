@@ -88,6 +88,12 @@ def diagnose(deq_or_fn: Any, z0: Any, *context: Any, max_steps: int = 200, **key
     Raises:
         TypeError, ValueError: If an argument, or the result of the cell, is of the wrong type or shape; if z0 is empty;
             or if the layer solves together with other processes.
+
+    Examples:
+        >>> deq = pydeq.DEQ(lambda z, x: x - 3 * torch.sin(z), solver=pydeq.Picard())
+        >>> report = pydeq.diagnose(deq, torch.zeros(4, 1), torch.ones(4, 1))
+        >>> report.converges, report.recommended is not None
+        (False, True)
     """
     max_steps = check_max_steps("max_steps", max_steps)
     if not callable(deq_or_fn):

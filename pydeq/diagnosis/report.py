@@ -26,6 +26,12 @@ class Change:
         result: What the batch did with it.
         layer: A layer with this change: with the same cell for changes of settings, with a changed copy for changes of
             the cell. None if the change is none of a layer.
+
+    Examples:
+        >>> deq = pydeq.DEQ(lambda z, x: x - 3 * torch.sin(z), solver=pydeq.Picard())
+        >>> change = pydeq.diagnose(deq, torch.zeros(4, 1), torch.ones(4, 1)).changes[0]
+        >>> change.code
+        'deq = pydeq.DEQ(cell, solver=pydeq.Anderson(damping=0.5))'
     """
 
     reason: str
@@ -54,6 +60,11 @@ class Report:
         changes: What to change, in order; each one was tried.
         recommended: A ready layer with the same cell that converges on this batch, forward and backward; None if no
             setting does. Then ``changes`` says what to change in the cell.
+
+    Examples:
+        >>> report = pydeq.diagnose(lambda z, x: x - 3 * torch.sin(z), torch.zeros(2, 1), torch.ones(2, 1))
+        >>> report.converges, report.contraction.radius.float()
+        (True, tensor([2.9..., 2.9...]))
     """
 
     converges: bool

@@ -77,6 +77,11 @@ def frobenius_norm_squared(
             says what to use.
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
+
+    Examples:
+        >>> A = torch.tensor([[0.5, 1.0], [0.0, 0.25]])
+        >>> pydeq.frobenius_norm_squared(lambda z: z @ A, torch.zeros(1, 2), method="exact")
+        tensor([1.3125])
     """
     adapter = Adapter(z, keywords_for("frobenius_norm_squared", fn, keywords, _KEYWORDS))
     estimator = Estimator(probes, distribution, mode, method, order, step)
@@ -112,6 +117,11 @@ def jacobian_penalty(
         TypeError, ValueError, RuntimeError: As :func:`frobenius_norm_squared`.
 
     Source: Bai, Koltun and Kolter, ICML 2021, equation 4.
+
+    Examples:
+        >>> A = torch.tensor([[0.5, 1.0], [0.0, 0.5]])
+        >>> pydeq.jacobian_penalty(lambda z: z @ A, torch.zeros(1, 2), method="exact")
+        tensor(0.7500)
     """
     adapter = Adapter(z, keywords_for("jacobian_penalty", fn, keywords, _KEYWORDS))
     estimator, layout = Estimator(probes, distribution, mode, method, order, step), layout_of(adapter.z0)

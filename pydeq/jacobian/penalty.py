@@ -50,6 +50,11 @@ class JacobianPenalty:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021, section 4.
+
+    Examples:
+        >>> penalty = pydeq.JacobianPenalty(0.4, milestones=[(100, 1.0)], stop=200)
+        >>> [penalty.strength_at(step) for step in (0, 100, 200)]
+        [0.4, 1.0, 0.0]
     """
 
     strength: float

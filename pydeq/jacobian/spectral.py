@@ -25,7 +25,14 @@ _BOTH = ("return_error", "generator")  # keywords that both functions take
 
 
 class SpectralRadius(NamedTuple):
-    """Result of :func:`spectral_radius` with an error estimate; tensors of shape (batch,)."""
+    """Result of :func:`spectral_radius` with an error estimate; tensors of shape (batch,).
+
+    Examples:
+        >>> A = torch.tensor([[0.1, 0.5], [-0.5, 0.1]])
+        >>> radius = pydeq.spectral_radius(lambda z: z @ A, torch.zeros(1, 2), method="arnoldi", return_error=True)
+        >>> radius.value, radius.converged
+        (tensor([0.5099]), tensor([True]))
+    """
 
     value: Tensor
     """The estimate."""
@@ -36,7 +43,14 @@ class SpectralRadius(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """Result of :func:`jacobian_spectrum` with error estimates; tensors of shape (batch, k)."""
+    """Result of :func:`jacobian_spectrum` with error estimates; tensors of shape (batch, k).
+
+    Examples:
+        >>> A = torch.tensor([[0.1, 0.5], [0.3, 0.1]])
+        >>> spectrum = pydeq.jacobian_spectrum(lambda z: z @ A, torch.zeros(1, 2), return_error=True)
+        >>> spectrum.values.real, spectrum.error < 1e-5
+        (tensor([[ 0.4873, -0.2873]]), tensor([[True, True]]))
+    """
 
     values: Tensor
     """Eigenvalues, complex, by falling modulus."""
@@ -107,6 +121,11 @@ def spectral_radius(
 
     Raises:
         TypeError, ValueError: If an option is out of range, a keyword is unknown, or fn changes the shape of z.
+
+    Examples:
+        >>> A = torch.tensor([[0.1, 0.5], [-0.5, 0.1]])
+        >>> pydeq.spectral_radius(lambda z: z @ A, torch.zeros(1, 2), method="arnoldi")
+        tensor([0.5099])
     """
     steps = check_integer("steps", steps, 2)
     if method not in ("growth", "arnoldi"):
@@ -176,6 +195,11 @@ def jacobian_spectrum(
     Raises:
         TypeError, ValueError: If an option is out of range, a keyword is unknown, fn changes the shape of z, or z is
             too large.
+
+    Examples:
+        >>> A = torch.tensor([[0.1, 0.5], [0.3, 0.1]])
+        >>> pydeq.jacobian_spectrum(lambda z: z @ A, torch.zeros(1, 2)).real
+        tensor([[ 0.4873, -0.2873]])
     """
     if k is not None:
         k = check_integer("k", k, 1)

@@ -35,6 +35,11 @@ def config_from_mapping(mapping: dict[str, Any]) -> Config:
     Raises:
         TypeError: If a key is unknown (the message gives the nearest name) or missing, or a value has another type.
         ValueError: If the model is unknown, or a value is out of range.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.config_from_mapping({"model": "implicit_mlp", "inputs": 3, "hidden": 16, "outputs": 2}).hidden
+        16
     """
     model = mapping.get("model")
     if model not in MODELS:
@@ -43,7 +48,13 @@ def config_from_mapping(mapping: dict[str, Any]) -> Config:
 
 
 def config_names() -> list[str]:
-    """The names of the published configurations."""
+    """The names of the published configurations.
+
+    Examples:
+        >>> from pydeq import models
+        >>> [name for name in models.config_names() if "cifar" in name]
+        ['mdeq_cifar_large', 'mdeq_cifar_large_reg', 'mdeq_cifar_tiny']
+    """
     return sorted(PUBLISHED)
 
 
@@ -55,6 +66,11 @@ def load_config(name: str) -> Config:
 
     Raises:
         ValueError: If there is no configuration of that name; the message gives the nearest one.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.load_config("mdeq_cifar_tiny").channels
+        (24, 24)
     """
     if name not in PUBLISHED:
         raise unknown_name("that of a published configuration", name, config_names())
@@ -70,6 +86,11 @@ def build(config: Config | str) -> EquilibriumModel:
     Raises:
         TypeError: If ``config`` is not the configuration of a model.
         ValueError: If there is no configuration of that name.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.build("mdeq_cifar_tiny").parameter_count()
+        158890
     """
     found = load_config(config) if isinstance(config, str) else config
     for kind, model in MODELS.values():

@@ -27,6 +27,13 @@ class Config:
 
     Raises:
         TypeError: If a value has another type, or a keyword is unknown. The message names the field.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.ImplicitMLPConfig(inputs=3, hidden="16", outputs=2)
+        Traceback (most recent call last):
+            ...
+        TypeError: ImplicitMLPConfig.hidden must be a whole number, got '16'
     """
 
     def __post_init__(self) -> None:

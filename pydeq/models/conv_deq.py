@@ -34,6 +34,11 @@ class ConvDEQConfig(Config):
         dropout: Probability that a channel is dropped in the cell; the mask is fixed during a solve.
         init_std: Standard deviation of the cell's initial weights.
         solver: How the equilibrium is solved.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.ConvDEQConfig(image_channels=1, classes=10).channels
+        48
     """
 
     image_channels: int
@@ -80,6 +85,12 @@ class ConvDEQ(EquilibriumModel):
 
     Args:
         config: Sizes and options.
+
+    Examples:
+        >>> from pydeq import models
+        >>> model = models.ConvDEQ(models.ConvDEQConfig(image_channels=1, classes=10, channels=8, inner=8))
+        >>> model(torch.ones(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
     """
 
     def __init__(self, config: ConvDEQConfig) -> None:

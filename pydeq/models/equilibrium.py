@@ -29,6 +29,11 @@ class SolverConfig(Config):
             default.
         rtol, atol, max_steps, eval_max_steps: See :class:`pydeq.DEQ`.
         backward_rtol, backward_max_steps: rtol and max_steps of :class:`pydeq.Implicit`.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.SolverConfig(forward="broyden", max_steps=18).max_steps
+        18
     """
 
     forward: Literal["anderson", "broyden", "picard"] = "anderson"
@@ -86,6 +91,11 @@ class PenaltyConfig(Config):
         strength, frequency, increment, every, probes, mode: As in that class; steps are training steps.
         stop_epoch: The first epoch without a penalty.
         pretraining_strength: The strength during shallow pre-training.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.PenaltyConfig(strength=0.4, stop_epoch=90).build(steps_per_epoch=500).stop
+        45000
     """
 
     strength: float
@@ -128,6 +138,12 @@ class EquilibriumModel(nn.Module):
     Args:
         cell: cell(z, *context) -> like z.
         solver: How to solve it.
+
+    Examples:
+        >>> from pydeq import models
+        >>> model = models.EquilibriumModel(torch.nn.Linear(4, 4), models.SolverConfig())
+        >>> model.parameter_count()
+        20
     """
 
     def __init__(self, cell: nn.Module, solver: SolverConfig) -> None:

@@ -37,6 +37,11 @@ class IGNNConfig(Config):
         bound: Upper bound of ||W||_inf, below 1.
         dropout: Probability that an entry of the equilibrium is dropped before the output.
         solver: How the equilibrium is solved.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.IGNNConfig(inputs=4, hidden=8, outputs=3).bound
+        0.95
     """
 
     inputs: int
@@ -67,6 +72,13 @@ class IGNN(EquilibriumModel):
 
     Args:
         config: Sizes and options.
+
+    Examples:
+        >>> from pydeq import models
+        >>> model = models.IGNN(models.IGNNConfig(inputs=4, hidden=8, outputs=3))
+        >>> edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+        >>> model(torch.ones(3, 4), edges).shape
+        torch.Size([3, 3])
     """
 
     def __init__(self, config: IGNNConfig) -> None:

@@ -26,6 +26,11 @@ class ImplicitMLPConfig(Config):
             W free.
         dropout: Probability that an entry of the state is dropped; the mask is fixed during a solve.
         solver: How the equilibrium is solved.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.ImplicitMLPConfig(inputs=3, hidden=16, outputs=2).bound
+        0.9
     """
 
     inputs: int
@@ -62,6 +67,12 @@ class ImplicitMLP(EquilibriumModel):
         config: Sizes and options.
 
     Source: El Ghaoui, Gu, Travacca, Askari and Tsai, Implicit Deep Learning, SIAM J. Math. Data Science 3, 2021.
+
+    Examples:
+        >>> from pydeq import models
+        >>> model = models.ImplicitMLP(models.ImplicitMLPConfig(inputs=3, hidden=16, outputs=2))
+        >>> model(torch.ones(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, config: ImplicitMLPConfig) -> None:

@@ -40,6 +40,11 @@ class ClassificationConfig(Config):
         classes: Number of classes.
         channels: Inner channels of the bottleneck of each resolution.
         final: Channels before the pooling.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.load_config("mdeq_cifar_tiny").classification
+        ClassificationConfig(classes=10, channels=(8, 16), final=200)
     """
 
     classes: int
@@ -60,6 +65,11 @@ class SegmentationConfig(Config):
     Args:
         classes: Number of classes.
         kernel: Size of the last convolution, odd.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.load_config("mdeq_cityscapes_small").segmentation
+        SegmentationConfig(classes=19, kernel=1)
     """
 
     classes: int
@@ -92,6 +102,12 @@ class MDEQConfig(Config):
         init_std: Standard deviation of the initial convolutions.
         solver: How the equilibrium is solved.
         penalty: The Jacobian penalty that it was published with.
+
+    Examples:
+        >>> from pydeq import models
+        >>> head = models.ClassificationConfig(classes=10, channels=(4, 8), final=32)
+        >>> models.MDEQConfig(channels=(8, 16), classification=head).expansion
+        5
     """
 
     channels: tuple[int, ...]
@@ -234,6 +250,13 @@ class MDEQ(EquilibriumModel):
 
     Args:
         config: Sizes and options.
+
+    Examples:
+        >>> from pydeq import models
+        >>> head = models.ClassificationConfig(classes=10, channels=(4, 8), final=32)
+        >>> model = models.MDEQ(models.MDEQConfig(channels=(8, 16), classification=head))
+        >>> model(torch.ones(2, 3, 16, 16), max_steps=5).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, config: MDEQConfig) -> None:

@@ -59,6 +59,11 @@ class DEQTransformerConfig(Config):
         init_std: Standard deviation of the initial weights.
         solver: How the equilibrium is solved.
         penalty: The Jacobian penalty that it was published with.
+
+    Examples:
+        >>> from pydeq import models
+        >>> models.DEQTransformerConfig(vocabulary=50, d_model=16, d_inner=32, heads=2, d_head=8).pre_norm
+        False
     """
 
     vocabulary: int
@@ -98,6 +103,14 @@ class Memory(NamedTuple):
     Args:
         states: Equilibria of the last tokens, (batch, M, d_model).
         injection: Injections of the same tokens, (batch, M, 3 * heads * d_head).
+
+    Examples:
+        >>> from pydeq import models
+        >>> size = {"vocabulary": 50, "d_model": 16, "d_inner": 32, "heads": 2, "d_head": 8}
+        >>> model = models.DEQTransformerLM(models.DEQTransformerConfig(**size, memory_length=3))
+        >>> memory = model(torch.arange(10).view(2, 5), max_steps=5).memory
+        >>> memory.states.shape
+        torch.Size([2, 3, 16])
     """
 
     states: Tensor
@@ -111,6 +124,13 @@ class LMOutput(NamedTuple):
         nll: -log p(target) of each position, (batch, L); None without targets.
         hidden: The equilibrium, (batch, L, d_model), with dropout in training.
         memory: For the next call.
+
+    Examples:
+        >>> from pydeq import models
+        >>> config = models.DEQTransformerConfig(vocabulary=50, d_model=16, d_inner=32, heads=2, d_head=8)
+        >>> output = models.DEQTransformerLM(config)(torch.arange(10).view(2, 5), max_steps=5)
+        >>> output.hidden.shape, output.nll is None
+        (torch.Size([2, 5, 16]), True)
     """
 
     nll: Tensor | None
@@ -162,6 +182,13 @@ class DEQTransformerLM(EquilibriumModel):
 
     Args:
         config: Sizes and options.
+
+    Examples:
+        >>> from pydeq import models
+        >>> config = models.DEQTransformerConfig(vocabulary=50, d_model=16, d_inner=32, heads=2, d_head=8)
+        >>> tokens = torch.arange(10).view(2, 5)
+        >>> models.DEQTransformerLM(config)(tokens, targets=tokens + 1, max_steps=5).nll.shape
+        torch.Size([2, 5])
     """
 
     def __init__(self, config: DEQTransformerConfig) -> None:

@@ -33,6 +33,12 @@ class VariationalDropout(Scoped):
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range.
+
+    Examples:
+        >>> dropout = pydeq.nn.VariationalDropout(0.5)
+        >>> with pydeq.nn.solve_scope():
+        ...     torch.equal(dropout(torch.ones(100)), dropout(torch.ones(100)))
+        True
     """
 
     def __init__(self, p: float = 0.5, shared_dims: Sequence[int] = ()) -> None:
@@ -118,6 +124,11 @@ class VariationalDropout1d(_ChannelDropout):
     Args:
         p: Probability that a channel is dropped, in [0, 1].
         channels_last: For (batch, length, channels).
+
+    Examples:
+        >>> y = pydeq.nn.VariationalDropout1d(0.5)(torch.ones(2, 16, 5))
+        >>> torch.equal(y, y[:, :, :1].expand(2, 16, 5))
+        True
     """
 
     spatial = 1
@@ -129,6 +140,11 @@ class VariationalDropout2d(_ChannelDropout):
     Args:
         p: Probability that a channel is dropped, in [0, 1].
         channels_last: For (batch, height, width, channels).
+
+    Examples:
+        >>> y = pydeq.nn.VariationalDropout2d(0.5)(torch.ones(2, 16, 5, 5))
+        >>> torch.equal(y, y[:, :, :1, :1].expand(2, 16, 5, 5))
+        True
     """
 
     spatial = 2
@@ -140,6 +156,11 @@ class VariationalDropout3d(_ChannelDropout):
     Args:
         p: Probability that a channel is dropped, in [0, 1].
         channels_last: For (batch, depth, height, width, channels).
+
+    Examples:
+        >>> y = pydeq.nn.VariationalDropout3d(0.5)(torch.ones(2, 16, 3, 5, 5))
+        >>> torch.equal(y, y[:, :, :1, :1, :1].expand(2, 16, 3, 5, 5))
+        True
     """
 
     spatial = 3
@@ -152,6 +173,11 @@ class SequenceDropout(VariationalDropout1d):
         p: Probability that a feature is dropped, in [0, 1].
 
     Source: Merity, Keskar and Socher, Regularizing and Optimizing LSTM Language Models, ICLR 2018.
+
+    Examples:
+        >>> y = pydeq.nn.SequenceDropout(0.5)(torch.ones(2, 5, 16))
+        >>> torch.equal(y, y[:, :1].expand(2, 5, 16))
+        True
     """
 
     def __init__(self, p: float = 0.5) -> None:

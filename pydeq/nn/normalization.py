@@ -136,6 +136,11 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
             parameter has length 0.
 
     Source: Salimans and Kingma, Weight Normalization, NeurIPS 2016.
+
+    Examples:
+        >>> layer = pydeq.nn.weight_norm(torch.nn.Linear(3, 2))
+        >>> [name for name, _ in layer.named_parameters()]
+        ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
     """
     weight = _parameter(module, name)
     norm = WeightNorm(None if dim is None else _check_dim(dim, weight))
@@ -177,6 +182,11 @@ def spectral_norm(
         TypeError, ValueError: If there is no such parameter, it is normalized already, or an argument is out of range.
 
     Source: Miyato, Kataoka, Koyama and Yoshida, Spectral Normalization for GANs, ICLR 2018.
+
+    Examples:
+        >>> layer = pydeq.nn.spectral_norm(torch.nn.Linear(8, 8), bound=0.9)
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) < 1)
+        True
     """
     weight = _parameter(module, name)
     if weight.dim() < 2:
@@ -212,6 +222,11 @@ def apply_norm(
 
     Raises:
         TypeError, ValueError: If the norm is unknown, it does not take an option, or nothing was found to normalize.
+
+    Examples:
+        >>> cell = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
+        >>> pydeq.nn.apply_norm(cell, "spectral_norm", bound=0.9)
+        ['0.weight']
     """
     known = {"weight_norm": weight_norm, "spectral_norm": spectral_norm}
     if norm not in known:
@@ -242,6 +257,11 @@ def remove_norm(model: nn.Module) -> list[str]:
 
     Returns:
         The qualified names of the parameters.
+
+    Examples:
+        >>> cell = torch.nn.Sequential(pydeq.nn.weight_norm(torch.nn.Linear(8, 8)), torch.nn.Tanh())
+        >>> pydeq.nn.remove_norm(cell)
+        ['0.weight']
     """
     found = []
     for prefix, module in list(model.named_modules()):

@@ -11,7 +11,13 @@ from typing import Final
 
 
 class Status(IntEnum):
-    """How the solve of one sample ended."""
+    """How the solve of one sample ended.
+
+    Examples:
+        >>> solution = pydeq.fixed_point(lambda z: 2 * z + 1, torch.zeros(2), solver=pydeq.Picard())
+        >>> [pydeq.Status(status).name for status in solution.status.tolist()]
+        ['DIVERGED', 'DIVERGED']
+    """
 
     CONVERGED = 1
     """The residual met the tolerance."""

@@ -113,7 +113,16 @@ def package_version() -> str:
 
 
 def kernels() -> Kernels:
-    """Describe the loaded kernels, their instruction set and torch, and why other kernels are not loaded."""
+    """Describe the loaded kernels, their instruction set and torch, and why other kernels are not loaded.
+
+    Examples:
+        >>> print(pydeq.kernels())
+        pydeq         ...
+        CPU kernels   ...
+        CUDA kernels  ...
+        torch         ...
+        compiler      ...
+    """
     # Only this function looks for a GPU: at import, it would cost time and could start CUDA in a process that forks.
     reason = _cuda_reason or ("" if torch.cuda.is_available() else "torch finds no GPU here")
     driver = cuda_driver() if torch.version.cuda else None

@@ -156,6 +156,12 @@ def random_probes(
 
     Raises:
         ValueError: If like is not [B, D], or probes < 1.
+
+    Examples:
+        >>> from pydeq.ops.constants import Distribution
+        >>> probes = pydeq.ops.random_probes(torch.zeros(2, 3), 4, Distribution.RADEMACHER)
+        >>> probes.shape, probes.abs().unique()
+        (torch.Size([4, 2, 3]), tensor([1.]))
     """
     if like.dim() != 2:
         raise ValueError(f"like must be of shape (batch, state), got {tuple(like.shape)}")

@@ -75,6 +75,10 @@ def mean_squared_norm(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: If x is not of that shape.
+
+    Examples:
+        >>> pydeq.ops.mean_squared_norm(torch.ones(4, 2, 3))
+        tensor([3., 3.])
     """
     if x.dim() != 3 or x.shape[0] == 0:
         raise ValueError(f"x must be of shape (probes, batch, state) with at least one probe, got {tuple(x.shape)}")
@@ -93,6 +97,10 @@ def squared_norm(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: If x has no batch dimension.
+
+    Examples:
+        >>> pydeq.ops.squared_norm(torch.ones(2, 3))
+        tensor([3., 3.])
     """
     if x.dim() == 0:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")

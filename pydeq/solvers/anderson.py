@@ -30,6 +30,11 @@ class Anderson(Solver):
         TypeError, ValueError: If an argument is of the wrong type or out of range.
 
     Source: Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal. 49 (2011).
+
+    Examples:
+        >>> solver = pydeq.Anderson(memory=3)
+        >>> pydeq.fixed_point(torch.cos, torch.zeros(1), solver=solver, rtol=1e-5).value
+        tensor([0.7391])
     """
 
     reduces: ClassVar[bool] = True

@@ -117,6 +117,10 @@ class Solver(ABC):
 
     Base class of the package's solvers, whose steps are operations. For one of your own, see
     :class:`pydeq.CustomSolver`.
+
+    Examples:
+        >>> isinstance(pydeq.Anderson(), pydeq.solvers.Solver)
+        True
     """
 
     reduces: ClassVar[bool] = False

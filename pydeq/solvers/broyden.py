@@ -43,6 +43,10 @@ class Broyden(Solver):
 
     Source: Kelley, Solving Nonlinear Equations with Newton's Method, SIAM 2003, section 4; More and Trangenstein, Math.
     Comp. 30 (1976), for vanishing denominators.
+
+    Examples:
+        >>> pydeq.fixed_point(lambda z: 3 * torch.cos(z), torch.ones(1), solver=pydeq.Broyden(), rtol=1e-5).value
+        tensor([1.1701])
     """
 
     reduces: ClassVar[bool] = True

@@ -32,6 +32,13 @@ class CustomSolver(Solver):
 
     Raises:
         TypeError: If a subclass defines no ``propose``, or a ``start``.
+
+    Examples:
+        >>> class Average(pydeq.CustomSolver):
+        ...     def propose(self, z, f, state):
+        ...         return (z + f) / 2
+        >>> pydeq.fixed_point(torch.cos, torch.zeros(1), solver=Average(), rtol=1e-5).value
+        tensor([0.7391])
     """
 
     def __init_subclass__(cls, **keywords: Any) -> None:

@@ -40,6 +40,11 @@ class GMRES(Solver):
 
     Source: Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986); Jiranek, Rozloznik and Gutknecht, How to make
     simpler GMRES and GCR more stable, SIAM J. Matrix Anal. Appl. 30 (2008), for directions along the residual.
+
+    Examples:
+        >>> A = torch.tensor([[0.0, 2.0], [-3.0, 0.0]])
+        >>> pydeq.fixed_point(lambda z: z @ A + 1, torch.zeros(1, 2), solver=pydeq.GMRES(), rtol=1e-5).value
+        tensor([[-0.2857,  0.4286]])
     """
 
     reduces: ClassVar[bool] = True

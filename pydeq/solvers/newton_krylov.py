@@ -59,6 +59,11 @@ class NewtonKrylov(Solver):
     Source: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, chapters 6 and 8; Eisenstat and
     Walker, Choosing the forcing terms in an inexact Newton method, SIAM J. Sci. Comput. 17 (1996); Knoll and Keyes,
     Jacobian-free Newton-Krylov methods, J. Comput. Phys. 193 (2004), for differences.
+
+    Examples:
+        >>> root = pydeq.fixed_point(lambda z: z + z**2 - 2, torch.ones(1), solver=pydeq.NewtonKrylov(), rtol=1e-6)
+        >>> root.value
+        tensor([1.4142])
     """
 
     products: int | None = None

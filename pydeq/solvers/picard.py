@@ -25,6 +25,11 @@ class Picard(Solver):
 
     Raises:
         ValueError: If damping is outside (0, 1].
+
+    Examples:
+        >>> solver = pydeq.Picard(damping=0.5)
+        >>> pydeq.fixed_point(lambda z: 1 - 1.5 * z, torch.zeros(1), solver=solver, rtol=1e-6).value
+        tensor([0.4000])
     """
 
     reduces: ClassVar[bool] = True

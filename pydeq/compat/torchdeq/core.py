@@ -43,6 +43,12 @@ class DEQBase(nn.Module):
         eval_f_max_iter: ... or is this, if above 0.
         kwargs: Further options. ``f_solver_kwargs`` and ``b_solver_kwargs`` are passed on to the solvers, and
             ``legacy=True`` reproduces the original's iterates.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> deq = torchdeq.get_deq(f_max_iter=30)
+        >>> isinstance(deq, torchdeq.DEQBase), deq.f_max_iter
+        (True, 30)
     """
 
     def __init__(
@@ -250,6 +256,13 @@ class DEQIndexing(_Sampling):
     Args:
         ift, hook_ift, grad, tau, sup_gap, sup_loc: How a state gets its gradient.
         n_states, indexing: Which states are sampled.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> deq = torchdeq.DEQIndexing(f_max_iter=20, n_states=4)
+        >>> z_out, info = deq(torch.cos, torch.zeros(2, 1))
+        >>> len(z_out)
+        4
     """
 
     def _compute_f_iter(self, f_max_iter: Any) -> list[int]:
@@ -299,6 +312,13 @@ class DEQSliced(_Sampling):
     Args:
         ift, hook_ift, grad, tau, sup_gap, sup_loc: How a state gets its gradient.
         n_states, indexing: Where one solve ends and the next begins.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> deq = torchdeq.DEQSliced(f_max_iter=20, n_states=4)
+        >>> z_out, info = deq(torch.cos, torch.zeros(2, 1))
+        >>> len(z_out)
+        4
     """
 
     def _compute_f_iter(self, f_max_iter: Any) -> list[int]:
@@ -356,6 +376,14 @@ def get_deq(args: Any = None, **kwargs: Any) -> Any:
 
     Raises:
         AssertionError: If the core is unknown.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> deq = torchdeq.get_deq(f_solver="anderson", f_tol=1e-5)
+        >>> z_out, info = deq(torch.cos, torch.zeros(2, 1))
+        >>> z_out[-1]
+        tensor([[0.7391],
+                [0.7391]])
     """
     config = DEQConfig(args)
     config.update(**kwargs)
@@ -380,6 +408,15 @@ _OPTIONS = (
 
 
 def reset_deq(model: nn.Module) -> None:
-    """Compute normed weights again and drop the dropout masks. Call it once before each training step."""
+    """Compute normed weights again and drop the dropout masks. Call it once before each training step.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> cell = torch.nn.Sequential(torch.nn.Linear(4, 4), torchdeq.VariationalDropout(0.5))
+        >>> torchdeq.apply_norm(cell)
+        >>> torchdeq.reset_deq(cell)
+        >>> cell[1].mask is None
+        True
+    """
     reset_norm(model)
     reset_dropout(model)

@@ -80,7 +80,14 @@ class _VariationalDropoutNd(nn.Module):
 
 
 class VariationalDropout(_VariationalDropoutNd):
-    """Drops single entries of tensors of any shape."""
+    """Drops single entries of tensors of any shape.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> dropout = torchdeq.VariationalDropout(0.5)
+        >>> torch.equal(dropout(torch.ones(100)), dropout(torch.ones(100)))
+        True
+    """
 
 
 class _Dimensional(_VariationalDropoutNd):
@@ -109,43 +116,94 @@ class _Dimensional(_VariationalDropoutNd):
 
 
 class VariationalDropout1d(_Dimensional):
-    """Drops features of (B, L, D), or of (B, D, L) with ``token_first=False``."""
+    """Drops features of (B, L, D), or of (B, D, L) with ``token_first=False``.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> y = torchdeq.VariationalDropout1d(0.5)(torch.ones(2, 5, 16))
+        >>> torch.equal(y, y[:, :1].expand(2, 5, 16))
+        True
+    """
 
     positions, tokens = 1, False
 
 
 class VariationalDropout2d(_Dimensional):
-    """Drops features of (B, H, W, D), or of (B, D, H, W) with ``token_first=False``."""
+    """Drops features of (B, H, W, D), or of (B, D, H, W) with ``token_first=False``.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> y = torchdeq.VariationalDropout2d(0.5)(torch.ones(2, 5, 5, 16))
+        >>> torch.equal(y, y[:, :1, :1].expand(2, 5, 5, 16))
+        True
+    """
 
     positions, tokens = 2, False
 
 
 class VariationalDropout3d(_Dimensional):
-    """Drops features of (B, T, H, W, D), or of (B, D, T, H, W) with ``token_first=False``."""
+    """Drops features of (B, T, H, W, D), or of (B, D, T, H, W) with ``token_first=False``.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> y = torchdeq.VariationalDropout3d(0.5)(torch.ones(2, 3, 5, 5, 16))
+        >>> torch.equal(y, y[:, :1, :1, :1].expand(2, 3, 5, 5, 16))
+        True
+    """
 
     positions, tokens = 3, False
 
 
 class VariationalDropToken1d(_Dimensional):
-    """Drops positions of (B, L, D), or of (B, D, L) with ``token_first=False``."""
+    """Drops positions of (B, L, D), or of (B, D, L) with ``token_first=False``.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> y = torchdeq.VariationalDropToken1d(0.5)(torch.ones(2, 5, 16))
+        >>> torch.equal(y, y[..., :1].expand(2, 5, 16))
+        True
+    """
 
     positions, tokens = 1, True
 
 
 class VariationalDropToken2d(_Dimensional):
-    """Drops positions of (B, H, W, D), or of (B, D, H, W) with ``token_first=False``."""
+    """Drops positions of (B, H, W, D), or of (B, D, H, W) with ``token_first=False``.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> y = torchdeq.VariationalDropToken2d(0.5)(torch.ones(2, 5, 5, 16))
+        >>> torch.equal(y, y[..., :1].expand(2, 5, 5, 16))
+        True
+    """
 
     positions, tokens = 2, True
 
 
 class VariationalDropToken3d(_Dimensional):
-    """Drops positions of (B, T, H, W, D), or of (B, D, T, H, W) with ``token_first=False``."""
+    """Drops positions of (B, T, H, W, D), or of (B, D, T, H, W) with ``token_first=False``.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> y = torchdeq.VariationalDropToken3d(0.5)(torch.ones(2, 3, 5, 5, 16))
+        >>> torch.equal(y, y[..., :1].expand(2, 3, 5, 5, 16))
+        True
+    """
 
     positions, tokens = 3, True
 
 
 def reset_dropout(model: nn.Module) -> None:
-    """Drop the masks of all variational dropouts in ``model``, also from an installed torchdeq."""
+    """Drop the masks of all variational dropouts in ``model``, also from an installed torchdeq.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> dropout = torchdeq.VariationalDropout(0.5)
+        >>> first = dropout(torch.ones(100))
+        >>> torchdeq.reset_dropout(dropout)
+        >>> torch.equal(first, dropout(torch.ones(100)))
+        False
+    """
     original = sys.modules.get("torchdeq.dropout")
     kinds = (_VariationalDropoutNd, getattr(original, "_VariationalDropoutNd", _VariationalDropoutNd))
     for module in model.modules():

@@ -49,6 +49,12 @@ def fp_correction(
             "const", c with c 1; or a registered one.
         return_loss_values: Also return the unweighted losses, as floats.
         kwargs: Passed on to the weight function.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> states = [torch.zeros(1), torch.ones(1)]
+        >>> torchdeq.fp_correction(torch.nn.functional.mse_loss, (states, torch.full((1,), 2.0)))
+        tensor(4.2000)
     """
     if weight_func not in _weight_funcs:
         raise AssertionError(f"weight_func must be one of {', '.join(_weight_funcs)}, got {weight_func!r}")

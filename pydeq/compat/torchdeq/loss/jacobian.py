@@ -22,6 +22,12 @@ def jac_reg(f0: Tensor, z0: Tensor, vecs: int = 1, create_graph: bool = True) ->
         0-d tensor.
 
     Source: Bai, Koltun and Kolter, Stabilizing Equilibrium Models by Jacobian Regularization, ICML 2021.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> z = torch.zeros(1, 4, requires_grad=True)
+        >>> torchdeq.jac_reg(0.5 * z, z).shape
+        torch.Size([])
     """
     return hutchinson(f0, z0, vecs, create_graph, is_legacy())
 
@@ -35,5 +41,11 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 100) -> tuple[Tensor, Te
 
     Returns:
         The last direction, like z0, and the moduli, (B,).
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> z = torch.zeros(1, 2, requires_grad=True)
+        >>> torchdeq.power_method(z @ torch.tensor([[0.75, 0.0], [0.0, 0.25]]), z)[1]
+        tensor([0.7500])
     """
     return dominant_eigenvalue(f0, z0, n_iters, is_legacy())

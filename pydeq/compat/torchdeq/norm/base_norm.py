@@ -51,6 +51,13 @@ def apply_norm(
 
     Raises:
         AssertionError: If the norm is unknown.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> cell = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> torchdeq.apply_norm(cell, "weight_norm")
+        >>> [name for name, _ in cell.named_parameters()]
+        ['0.bias', '0.weight_g', '0.weight_v']
     """
     config = DEQConfig(args)
     config.update(**norm_kwargs)
@@ -72,14 +79,32 @@ def apply_norm(
 
 
 def reset_norm(model: nn.Module) -> None:
-    """Compute the normed weights of ``model`` again, with a graph. Call it once before each training step."""
+    """Compute the normed weights of ``model`` again, with a graph. Call it once before each training step.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> cell = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> torchdeq.apply_norm(cell, "spectral_norm")
+        >>> torchdeq.reset_norm(cell)
+        >>> cell[0].weight.requires_grad
+        True
+    """
     for module in model.modules():
         if hasattr(module, "_deq_norm"):
             module._deq_norm(module)  # pyright: ignore
 
 
 def remove_norm(model: nn.Module) -> None:
-    """Make the normed weights of ``model`` plain parameters."""
+    """Make the normed weights of ``model`` plain parameters.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> cell = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> torchdeq.apply_norm(cell, "weight_norm")
+        >>> torchdeq.remove_norm(cell)
+        >>> [name for name, _ in cell.named_parameters()]
+        ['0.bias', '0.weight']
+    """
     for module in model.modules():
         if hasattr(module, "_deq_norm"):
             module._deq_norm.remove(module)  # pyright: ignore

@@ -35,6 +35,11 @@ def get_solver(key: str) -> Callable[..., Any]:
 
     Raises:
         AssertionError: If there is none.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> torchdeq.get_solver("anderson").__name__
+        'anderson_solver'
     """
     if key not in _solvers:
         raise AssertionError(f"solver must be one of {', '.join(_solvers)}, got {key!r}")

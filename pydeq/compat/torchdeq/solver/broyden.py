@@ -44,6 +44,12 @@ def broyden_solver(
 
     Returns:
         The best x, like x0; the states asked for; a :class:`SolverStat`, its traces of max_iter + 1 columns.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> z, states, info = torchdeq.broyden_solver(torch.cos, torch.zeros(1, 1), tol=1e-5)
+        >>> z
+        tensor([[0.7391]])
     """
     legacy = is_legacy(kwargs.get("legacy"))
     max_iter = int(max_iter)

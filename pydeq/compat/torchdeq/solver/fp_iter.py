@@ -43,6 +43,12 @@ def fixed_point_iter(
 
     Returns:
         The best x', like x0; the states asked for; a :class:`SolverStat`, its traces of max_iter + 1 columns.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> z, states, info = torchdeq.fixed_point_iter(torch.cos, torch.zeros(1, 1), tol=1e-5)
+        >>> z
+        tensor([[0.7391]])
     """
     legacy = is_legacy(kwargs.get("legacy"))
     max_iter = int(max_iter)
@@ -76,6 +82,13 @@ def simple_fixed_point_iter(
 
     Returns:
         The last state; the states asked for; the :class:`SolverStat` of the last step.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> damped = lambda z, tau: tau * torch.cos(z) + (1 - tau) * z
+        >>> z, states, info = torchdeq.simple_fixed_point_iter(damped, torch.zeros(1, 1), tau=0.5)
+        >>> z
+        tensor([[0.7391]])
     """
     states = []
     x = fx = x0

@@ -19,6 +19,12 @@ class SolverStat(dict):
     ``abs_lowest`` and ``rel_lowest``, (B,): the smallest ||f(z) - z|| and ||f(z) - z|| / ||f(z)||. ``abs_trace`` and
     ``rel_trace``, (B, N): the same along the solve, beginning with 1e8. ``nstep``, (B,): the best step. ``sradius``,
     (B,): the spectral radius, if requested.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> z, states, info = torchdeq.fixed_point_iter(torch.cos, torch.zeros(1, 1), max_iter=10, tol=0.0)
+        >>> sorted(info), info["rel_trace"].shape
+        (['abs_lowest', 'abs_trace', 'nstep', 'rel_lowest', 'rel_trace', 'sradius'], torch.Size([1, 11]))
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -86,7 +86,14 @@ def solver_stat_from_info(stop_mode: str, lowest_dict: Any, trace_dict: Any, low
 
 
 def solver_stat_from_final_step(z: Any, fz: Any, nstep: int = 0) -> SolverStat:
-    """:meth:`SolverStat.from_final_step`."""
+    """Make the statistics of one evaluation, as :meth:`SolverStat.from_final_step` does.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> z = torch.zeros(1, 1)
+        >>> torchdeq.solver_stat_from_final_step(z, torch.cos(z), nstep=3)["abs_lowest"]
+        tensor([1.])
+    """
     return SolverStat.from_final_step(z, fz, nstep=nstep)
 
 

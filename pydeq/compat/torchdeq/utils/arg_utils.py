@@ -41,6 +41,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def add_deq_args(parser: argparse.ArgumentParser) -> None:
-    """Add every option of :func:`get_deq` and :func:`apply_norm` to a parser."""
+    """Add every option of :func:`get_deq` and :func:`apply_norm` to a parser.
+
+    Examples:
+        >>> import argparse
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> parser = argparse.ArgumentParser()
+        >>> torchdeq.add_deq_args(parser)
+        >>> parser.parse_args(["--f_max_iter", "30"]).f_max_iter
+        30
+    """
     for name, options in ARGUMENTS.items():
         parser.add_argument(f"--{name}", **options)

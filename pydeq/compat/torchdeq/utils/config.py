@@ -12,6 +12,11 @@ class DEQConfig:
     """Options by name, from a namespace, a mapping, another config, or the attributes of any object.
 
     The options are copied: updates here do not change the source.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> torchdeq.DEQConfig({"f_max_iter": 30}).get("f_max_iter")
+        30
     """
 
     def __init__(self, config: Any = None) -> None:

@@ -15,5 +15,11 @@ def mem_gc(func: Callable[..., Any], in_args: Sequence[Any] | None = None) -> An
 
     Gradients reach the arguments and all tensors that ``func`` uses. The second evaluation has the same autocast state
     and random numbers as the first.
+
+    Examples:
+        >>> import pydeq.compat.torchdeq as torchdeq
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> torch.autograd.grad(torchdeq.mem_gc(torch.exp, [x]), x)
+        (tensor([2.7183]),)
     """
     return checkpoint(func, *(in_args or ()), use_reentrant=False)
