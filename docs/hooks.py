@@ -34,7 +34,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the links of a page."""
+    """Rewrite the links of a page, and give a page that is alone in its section the room of the section's list."""
+    if page.parent is None:
+        page.meta.setdefault("hide", ["navigation"])
     return rewrite_links(markdown, page.file.src_uri)
 
 
