@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import Any
 
@@ -26,13 +25,9 @@ class Roles(griffe.Extension):
 
 
 def _link(parent: griffe.Object, name: str) -> str:
+    first, dot, rest = name.partition(".")
     try:
-        path = parent.resolve(name)
-    except griffe.NameResolutionError:  # a full name
+        path = name if first == parent.package.name else parent.resolve(first) + dot + rest
+    except griffe.NameResolutionError:
         path = name
-    last = path.rpartition(".")[2]
-    with contextlib.suppress(griffe.AliasResolutionError, KeyError):
-        target = parent.modules_collection[path]
-        if target.is_module and last in target.members:  # a function has the name of its module
-            path = f"{path}.{last}"
     return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'

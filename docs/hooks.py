@@ -21,6 +21,7 @@ PAGES = {
 }
 """Files of the repository outside of docs/, and their pages."""
 
+_NAME = re.compile(r"<code>(?P<name>pydeq(?:\.\w+)+)(?:\([^<]*\))?</code>(?!</a>|</autoref>)")
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 
 
@@ -38,6 +39,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.parent is None:
         page.meta.setdefault("hide", ["navigation"])
     return rewrite_links(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Make code that is a name of the API, perhaps called, a link to its entry."""
+    return _NAME.sub(r'<autoref identifier="\g<name>" optional>\g<0></autoref>', html)
 
 
 def rewrite_links(markdown: str, page: str) -> str:

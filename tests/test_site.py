@@ -48,3 +48,18 @@ def hooks():
 )
 def test_links(hooks, page, text, expected):
     assert hooks.rewrite_links(text, page) == expected
+
+
+@pytest.mark.parametrize(
+    ("html", "linked"),
+    [
+        ("<code>pydeq.DEQ</code>", "pydeq.DEQ"),
+        ("<code>pydeq.Anderson(memory=5)</code>", "pydeq.Anderson"),
+        ('<a href="nn.html"><code>pydeq.nn</code></a>', None),
+        ("<code>import pydeq.nn</code>", None),
+        ("<code>pydeq</code>", None),
+    ],
+)
+def test_names_of_the_api(hooks, html, linked):
+    name = f'<autoref identifier="{linked}" optional>{html}</autoref>'
+    assert hooks.on_page_content(html) == (name if linked else html)
