@@ -21,7 +21,7 @@ bench: $(VENV)/bench.installed $(VENV)/pydeq.installed
 # The environment of python -m experiments.
 experiments: $(VENV)/experiments.installed $(VENV)/pydeq.installed
 
-# The site, in build/site.
+# The site, in build/site. The variable silences a notice about the theme's successor.
 docs: $(VENV)/docs.installed
 	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict
 
