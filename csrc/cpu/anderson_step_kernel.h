@@ -6,9 +6,9 @@
 // the newest.
 #pragma once
 
+#include "cpu/small_solve.h"
 #include "cpu/step.h"
 #include "shared/anderson_step.h"
-#include "shared/small_solve.h"
 
 namespace pydeq {
 namespace PYDEQ_ISA {

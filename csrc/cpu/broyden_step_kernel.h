@@ -11,7 +11,6 @@
 
 #include "cpu/step.h"
 #include "shared/broyden_step.h"
-#include "shared/small_solve.h"
 
 namespace pydeq {
 namespace PYDEQ_ISA {

@@ -15,7 +15,6 @@
 
 #include "cuda/step.cuh"
 #include "shared/broyden_step.h"
-#include "shared/small_solve.h"
 
 namespace pydeq {
 

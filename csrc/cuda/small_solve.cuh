@@ -1,12 +1,12 @@
-// The computations of shared/small_solve.h, by a warp: its lanes share the rows of the system.
+// The computations of cpu/small_solve.h, by a warp: its lanes share the rows of the system.
 #pragma once
 
 #include "cuda/simt.cuh"
-#include "shared/small_solve.h"
+#include "shared/termination.h"
 
 namespace pydeq {
 
-// mixing_coefficients of shared/small_solve.h, called by a whole warp. Its lanes share all memory.
+// mixing_coefficients of cpu/small_solve.h, called by a whole warp. Its lanes share all memory.
 // gram: [count, count], lower triangle, newest column first. work: [count * count + 3 * count]. a: [count].
 PYDEQ_DEVICE int warp_mixing_coefficients(const double* gram, int count, double ridge, double* work, double* a) {
   double* factor = work;                   // [count, count], lower triangle; the diagonal inverted

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "shared/step_args.h"
+#include "shared/termination.h"
 
 namespace pydeq {
 
@@ -18,4 +19,14 @@ struct BroydenStepArgs {
   int64_t memory;    // pairs kept
 };
 
+namespace {
+
+// Keeps the denominator 1 - theta + theta d of a Broyden update at DENOMINATOR_LIMIT or more (More and Trangenstein
+// 1976).
+PYDEQ_HOST_DEVICE inline double denominator_damping(double d) {
+  if (__builtin_fabs(d) >= constants::DENOMINATOR_LIMIT) return 1.0;
+  return (1.0 - (d < 0.0 ? -constants::DENOMINATOR_LIMIT : constants::DENOMINATOR_LIMIT)) / (1.0 - d);
+}
+
+}  // namespace
 }  // namespace pydeq

@@ -1,4 +1,4 @@
-// The small dense systems of a solver, one per sample, in double.
+// The small dense system of Anderson mixing, one per sample, in double. cuda/small_solve.cuh solves it by a warp.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace {
 // Columns are by age, newest first, so a Cholesky factor's leading block is the factor of fewer columns.
 // gram(i, j): <g_i, g_j>. work: [count * count + 3 * count]. a: [count].
 template <class Gram>
-PYDEQ_HOST_DEVICE inline int64_t mixing_coefficients(Gram gram, int64_t count, double ridge, double* work, double* a) {
+inline int64_t mixing_coefficients(Gram gram, int64_t count, double ridge, double* work, double* a) {
   double* factor = work;                   // [count, count], lower triangle; the diagonal inverted
   double* inverse = work + count * count;  // [count] 1 / ||g_i||
   double* right = inverse + count;         // [count] the right side, in units of the newest column
@@ -57,13 +57,6 @@ PYDEQ_HOST_DEVICE inline int64_t mixing_coefficients(Gram gram, int64_t count, d
   }
   a[0] = 1.0;
   return 1;
-}
-
-// Keeps the denominator 1 - theta + theta d of a Broyden update at DENOMINATOR_LIMIT or more (More and Trangenstein
-// 1976).
-PYDEQ_HOST_DEVICE inline double denominator_damping(double d) {
-  if (__builtin_fabs(d) >= constants::DENOMINATOR_LIMIT) return 1.0;
-  return (1.0 - (d < 0.0 ? -constants::DENOMINATOR_LIMIT : constants::DENOMINATOR_LIMIT)) / (1.0 - d);
 }
 
 }  // namespace
