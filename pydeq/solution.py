@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydeq import plots
 from pydeq.ops.constants import Counter, Scalar, Status
-from pydeq.ops.reduction import WHOLE, norms
+from pydeq.ops.reduction import WHOLE, norms, wide_dtype
 from pydeq.state import State, as_tuple
 
 _CONTRACT = "make fn more contractive (pydeq.nn.spectral_norm, pydeq.JacobianPenalty)"
@@ -81,7 +81,7 @@ class Solution:
         self.penalty: Tensor | None = None
         self.aux: Any = None
         part = value if isinstance(value, Tensor) else value[0]
-        self._dtype = torch.promote_types(part.dtype, torch.float32)
+        self._dtype = wide_dtype(part.dtype)
         self._evaluated: tuple[State, State] | None = None  # image and fn(image), where that was evaluated
         self._restore: Callable[[State], Any] | None = None  # converts to the user's type of state
         self._scalars = scalars  # [B, len(Scalar)]
@@ -260,7 +260,7 @@ class ConvergenceError(RuntimeError):
 
 def relative(residual: Tensor, norm: Tensor) -> Tensor:
     """residual / norm, 0 for 0/0 and inf for r/0; NaN norms give inf."""
-    return torch.where(residual == 0, 0.0, residual / norm).nan_to_num(torch.inf, torch.inf)
+    return torch.where(residual == 0, 0.0, residual / norm).nan_to_num(torch.inf, torch.inf, -torch.inf)
 
 
 def _count_statuses(status: Tensor) -> dict[Status, int]:

@@ -28,6 +28,11 @@ class Reduction:
 WHOLE = Reduction()
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32. Under torch.export ``torch.promote_types`` would become an operation."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def inner(a: Tensor, b: Tensor, reduction: Reduction = WHOLE) -> Tensor:
     """<a, b> over the last dimension, in float64; earlier dimensions broadcast."""
     return reduction.sum((a.double() * b.double()).sum(-1))

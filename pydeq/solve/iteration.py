@@ -68,9 +68,9 @@ def iterate(
                 workspace.progress = reports.place(k)
                 workspace.step(f, k)
                 if k + 1 in states_at:
-                    states.append(layout.view(_best_image(workspace, f)))
+                    states.append(layout.view(best_image(workspace, f)))
                 if trace:
-                    rows.append(_trace_row(workspace, k))
+                    rows.append(trace_row(workspace, k))
             else:
                 if frozen and f is not None:
                     _look_back_at_the_end(workspace, reports, agreement, f, max_steps)
@@ -149,13 +149,13 @@ def warn_of_coupling(woken: int, batch: int) -> None:
     )
 
 
-def _best_image(workspace: Workspace, f: Tensor) -> Tensor:
+def best_image(workspace: Workspace, f: Tensor) -> Tensor:
     """Copy the images of the best iterates after a step with the images ``f``; [B, D]."""
     newest = workspace.counters[:, Counter.FRESH] == 1  # these images are not in ``best`` yet
     return torch.where(newest[:, None], f, workspace.best[1])
 
 
-def _trace_row(workspace: Workspace, k: int) -> Tensor:
+def trace_row(workspace: Workspace, k: int) -> Tensor:
     """Relative residuals of evaluation ``k``, [B]; NaN for samples that had stopped before it."""
     evaluated = workspace.counters[:, Counter.EVALUATIONS] == k + 1
     newest = relative(workspace.scalars[:, Scalar.RESIDUAL], workspace.scalars[:, Scalar.NORM])

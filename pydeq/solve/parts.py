@@ -14,15 +14,16 @@ part does not, since parts have changed much, the solve continues from the image
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import CONTRACTION, RUNNING, Counter, Scalar, Status
-from pydeq.ops.reduction import norms
+from pydeq.ops.reduction import norms, wide_dtype
 from pydeq.ops.termination import Rules
 from pydeq.solution import Solution, relative
 from pydeq.solve.compaction import Evaluator
@@ -44,7 +45,7 @@ class _Tolerances:
 
     def measure(self, value: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Residual and norm of each part, float64 [B, P] each."""
-        compute = torch.promote_types(value.dtype, torch.float32)
+        compute = wide_dtype(value.dtype)
         return self.norms(image.to(compute) - value.to(compute)), self.norms(image)
 
     def met(self, residual: Tensor, norm: Tensor) -> Tensor:
@@ -159,18 +160,23 @@ def iterate_by_parts(
     max_steps: int,
     trace: bool,
     states_at: Sequence[int] = (),
+    record: Callable[..., tuple[Solution, Workspace]] | None = None,
 ) -> tuple[Solution, Workspace]:
     """Run :func:`pydeq.solve.iteration.iterate` until each part of a state meets the tolerance.
+
+    Args:
+        record: Runs in place of ``iterate``, once; for a solve that is recorded as a program.
 
     Returns:
         The solution, whose residuals are those of the part with the largest relative one; and the workspace of the
         last round, whose states are scaled.
     """
     layout = evaluator.layout
-    if layout.batch == 0 or len(layout.shapes) == 1:
-        return iterate(evaluator, flat, solver, rules, max_steps, trace, states_at=states_at)
+    run: Any = record or iterate
+    if len(layout.shapes) == 1 or layout.batch == 0:
+        return run(evaluator, flat, solver, rules, max_steps, trace, states_at=states_at)
     tolerances = _Tolerances(layout, rules)
-    captured = capturing(flat.device)
+    captured = record is not None or capturing(flat.device)
     begin = _begin(evaluator, flat, tolerances, 1 if captured else min(max_steps, len(layout.shapes)), states_at)
     start, first, scale = begin.start, begin.image, tolerances.scale(tolerances.norms(begin.image))
     none = torch.zeros(layout.batch, dtype=torch.bool, device=flat.device)
@@ -179,7 +185,7 @@ def iterate_by_parts(
     while True:
         scaled = _Scaled(evaluator, tolerances, scale, given_up, first, trace)
         later = [count - before for count in states_at if count > before]
-        round, workspace = iterate(
+        round, workspace = run(
             scaled, scaled.down(start), solver, tolerances.scaled_rules(), max_steps - before, trace, states_at=later
         )
         first = None
@@ -207,7 +213,7 @@ def iterate_by_parts(
     worst = relative(residual, norm).argmax(1, keepdim=True)
     course.scalars[:, Scalar.BEST] = residual.gather(1, worst)[:, 0]
     course.scalars[:, Scalar.BEST_NORM] = norm.gather(1, worst)[:, 0]
-    traced = torch.stack(course.trace).to(torch.promote_types(layout.dtype, torch.float32)) if trace else None
+    traced = torch.stack(course.trace).to(wide_dtype(layout.dtype)) if trace else None
     value, image = layout.view(course.value), layout.view(course.image)
     solution = Solution(value, image, evaluator.calls, course.scalars, course.counters, traced)
     states = course.states + [course.image] * (len(states_at) - len(course.states))

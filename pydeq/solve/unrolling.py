@@ -14,6 +14,7 @@ from torch import Tensor
 from pydeq.ops.anderson_step import mixing_coefficients
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import Counter
+from pydeq.ops.reduction import wide_dtype
 from pydeq.ops.step import report
 from pydeq.ops.termination import Rules, Verdict, judge
 from pydeq.solve.compaction import Evaluator
@@ -95,53 +96,71 @@ class UnrollPicard(Unroll):
         return (wide + self.damping * (f - wide)).to(z.dtype)
 
 
-class UnrollAnderson(Unroll):
-    """Anderson mixing with lists, newest entry first: the rings of :mod:`pydeq.ops.anderson_step` have no gradient."""
+class AndersonHistory:
+    """The columns of Anderson mixing in lists, newest first: the rings of :mod:`pydeq.ops.anderson_step` are buffers.
 
-    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
-        super().__init__(flat, rules, max_steps, solver)
-        self.memory = min(solver.memory, max_steps)
+    Args:
+        memory: Columns kept.
+        damping: See :class:`pydeq.Anderson`.
+    """
+
+    def __init__(self, memory: int, damping: float) -> None:
+        self.memory, self.damping = memory, damping
         self.residuals: list[Tensor] = []  # g_j, float64 [B, D]
         self.values: list[Tensor] = []  # f(z_j) - (1 - damping) g_j
         self.gram: list[list[Tensor]] = []  # <g_i, g_j> for i <= j, [B]
 
-    def propose(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
-        counters = self.counters
-        compute = torch.promote_types(z.dtype, torch.float32)
-        go = verdict.proceed[:, None]
-        # Rows of samples that do not proceed are never read again. They must not put NaN into sums.
-        f = torch.where(go, f, 0.0).to(compute)
-        g = f - torch.where(go, z, 0.0).to(compute)
+    def add(self, z: Tensor, f: Tensor) -> None:
+        """Add a column."""
+        compute = wide_dtype(z.dtype)
+        f = f.to(compute)
+        g = f - z.to(compute)
         self.residuals = [g.double(), *self.residuals][: self.memory]
-        self.values = [f - (1.0 - self.damping) * g, *self.values][: self.memory]
+        self.values = [f if self.damping == 1.0 else f - (1.0 - self.damping) * g, *self.values][: self.memory]
         row = [(self.residuals[0] * other).sum(1) for other in self.residuals]
         self.gram = [row, *(old[: self.memory - 1 - j] for j, old in enumerate(self.gram))][: self.memory]
 
-        counters[verdict.retry, Counter.COUNT] = 0
-        gram = self._matrix()
-        # A sample that has just begun or was retried has fewer columns than the lists.
-        columns = torch.clamp(counters[:, Counter.COUNT].long() + 1, max=len(self.values))
-        with torch.no_grad():
-            index = torch.arange(len(self.values), device=z.device)
-            valid = index < columns[:, None]
-            seen = torch.where(valid[:, :, None] & valid[:, None, :], gram.detach(), 0.0)
-            used = mixing_coefficients(seen, columns, self.solver.ridge)[1]
-            inside = (index < used[:, None]) & go
-        a = self._coefficients(gram, inside).to(compute)
-        mixed = torch.zeros_like(f)
-        for j, value in enumerate(self.values):
-            mixed = mixed + a[:, j, None] * value
-        proceed = verdict.proceed
-        counters[:, Counter.COUNT] = torch.where(proceed, used.int(), counters[:, Counter.COUNT])
-        counters[:, Counter.TRIED] |= (proceed & (used == 1) & verdict.improved).int()
-        return mixed.to(z.dtype)
-
-    def _matrix(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The Gram matrix, float64 [B, m, m]."""
         m = len(self.gram)
         return torch.stack(
             [torch.stack([self.gram[min(i, j)][abs(i - j)] for j in range(m)], dim=1) for i in range(m)], dim=1
         )
+
+    def combine(self, a: Tensor) -> Tensor:
+        """The next iterate sum_j a_j (f(z_j) - (1 - damping) g_j) for coefficients [B, m]; float64 or float32."""
+        a = a.to(self.values[0].dtype)
+        mixed = a[:, :1] * self.values[0]
+        for j, value in enumerate(self.values[1:], 1):
+            mixed = mixed + a[:, j, None] * value
+        return mixed
+
+
+class UnrollAnderson(Unroll):
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: Anderson) -> None:
+        super().__init__(flat, rules, max_steps, solver)
+        self.history = AndersonHistory(min(solver.memory, max_steps), solver.damping)
+
+    def propose(self, z: Tensor, f: Tensor, verdict: Verdict) -> Tensor:
+        counters, history = self.counters, self.history
+        go = verdict.proceed[:, None]
+        # Rows of samples that do not proceed are never read again. They must not put NaN into gradients.
+        history.add(torch.where(go, z, 0.0), torch.where(go, f, 0.0))
+        counters[verdict.retry, Counter.COUNT] = 0
+        gram = history.matrix()
+        # A sample that has just begun or was retried has fewer columns than the lists.
+        columns = torch.clamp(counters[:, Counter.COUNT].long() + 1, max=len(history.values))
+        with torch.no_grad():
+            index = torch.arange(len(history.values), device=z.device)
+            valid = index < columns[:, None]
+            seen = torch.where(valid[:, :, None] & valid[:, None, :], gram.detach(), 0.0)
+            used = mixing_coefficients(seen, columns, self.solver.ridge)[1]
+            inside = (index < used[:, None]) & go
+        mixed = history.combine(self._coefficients(gram, inside))
+        proceed = verdict.proceed
+        counters[:, Counter.COUNT] = torch.where(proceed, used.int(), counters[:, Counter.COUNT])
+        counters[:, Counter.TRIED] |= (proceed & (used == 1) & verdict.improved).int()
+        return mixed.to(z.dtype)
 
     def _coefficients(self, gram: Tensor, inside: Tensor) -> Tensor:
         """(Gram + ridge diag(Gram)) a = 1, normalized, on the columns ``inside``; 0 outside. [B, m]"""

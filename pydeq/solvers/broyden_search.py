@@ -55,7 +55,7 @@ class BroydenSearchWorkspace(SearchWorkspace):
         for j, (s, w) in enumerate(zip(self.steps, self.factors, strict=True)):
             added = v + inner(s, v)[:, None].to(v.dtype) * w
             v = torch.where((follows & (self.count > j))[:, None], added, v)
-        if bool(follows.any()):
+        if self.some(follows):
             v = self._update(follows, v)
         self.direction = torch.where(rows[:, None], v, self.direction)
         self.previous = torch.where(rows[:, None], g, self.previous)
@@ -71,7 +71,7 @@ class BroydenSearchWorkspace(SearchWorkspace):
         s = self.length.to(self.wide)[:, None] * self.direction
         change = v - self.direction
         full = rows & (self.count >= self.memory)
-        if bool(full.any()):  # N = I from here on
+        if self.some(full):  # N = I from here on
             change = torch.where(full[:, None], self.residual - self.previous, change)
             v = torch.where(full[:, None], self.residual, v)
             self.count.masked_fill_(full, 0)
@@ -81,7 +81,7 @@ class BroydenSearchWorkspace(SearchWorkspace):
         scale = theta / ((1.0 - theta + theta * delta) * squared)
         w = scale.to(self.wide)[:, None] * (s + change)
         places = self.count.masked_fill(~rows, -1)
-        for j in places[rows].unique().tolist():
+        for j in self.places(places, rows):
             if j == len(self.steps):
                 self.steps.append(torch.zeros_like(s))
                 self.factors.append(torch.zeros_like(s))
@@ -90,3 +90,7 @@ class BroydenSearchWorkspace(SearchWorkspace):
             self.factors[j] = torch.where(here, w, self.factors[j])
         self.count += rows
         return torch.where(rows[:, None], v + inner(s, v)[:, None].to(v.dtype) * w, v)
+
+    def places(self, places: Tensor, rows: Tensor) -> list[int]:
+        """The places [B] of new factors of some ``rows``, bool [B], each once."""
+        return places[rows].unique().tolist()

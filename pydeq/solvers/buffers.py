@@ -31,14 +31,15 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     A large buffer on the CPU is in huge pages, where they fit.
     """
     buffer = like.new_empty(*shape, dtype=dtype)  # a shape passed as one argument takes twice as long, here and below
-    if buffer.nbytes >= _LARGE and like.device.type == "cpu":
+    # A tensor of another type may have no memory, and a batch without a known size.
+    if type(buffer) is Tensor and buffer.nbytes >= _LARGE and like.device.type == "cpu":
         advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
     return buffer
 
 
 def pair(like: Tensor) -> tuple[Tensor, Tensor]:
     """Two buffers like a contiguous tensor: a copy of it, and an uninitialized one."""
-    if like.nbytes < _LARGE:
+    if type(like) is not Tensor or like.nbytes < _LARGE:
         return like.clone(), torch.empty_like(like)
     return empty(like, *like.shape).copy_(like), empty(like, *like.shape)
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from pydeq.ops import picard_step
 from pydeq.ops.capture import capturing
 from pydeq.ops.constants import RUNNING, Counter, Progress, Scalar, Status
+from pydeq.ops.reduction import wide_dtype
 from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Workspace
 from pydeq.solvers.buffers import empty
@@ -67,7 +68,7 @@ class SearchWorkspace(Workspace):
                 " the graph, or use pydeq.Anderson or pydeq.Broyden without a line search"
             )
         super().__init__(flat, rules, max_steps)
-        self.wide = torch.promote_types(flat.dtype, torch.float32)
+        self.wide = wide_dtype(flat.dtype)
         self.base = empty(flat, *flat.shape, dtype=self.wide)
         self.residual = torch.zeros_like(self.base)
         self.direction = torch.zeros_like(self.base)
@@ -100,9 +101,9 @@ class SearchWorkspace(Workspace):
         status, tried = counters[:, Counter.STATUS], counters[:, Counter.TRIED]
         # A trial may go far beyond the first residual: the search comes back from it.
         back = self.searching & (status == Status.DIVERGED)
-        if count := int(back.sum()):
+        if self.some(back):
             status.masked_fill_(back, RUNNING)
-            self.progress[Progress.RUNNING] += count
+            self.progress[Progress.RUNNING] += back.sum().cpu()
         running = status == RUNNING
         found = scalars[:, Scalar.RESIDUAL]
         bound = (1.0 - _ALPHA * self.length * (1.0 - self.eta)) * self.size
@@ -127,14 +128,14 @@ class SearchWorkspace(Workspace):
         searching = rejected & (self.rejected <= self.trials) & (trial != self.base.to(z.dtype)).any(1)
         next.copy_(torch.where(searching[:, None], trial, next))
         failed = rejected & ~searching
-        if bool(failed.any()):  # a plain step
+        if self.some(failed):  # a plain step
             next.copy_(torch.where(failed[:, None], (self.base + self.residual).to(z.dtype), next))
-        if bool(lost.any()):  # the first step of a retry is a plain one
+        if self.some(lost):  # the first step of a retry is a plain one
             next.copy_(torch.where((lost & (tried == 1))[:, None], self.best[1], next))
         # A retry would take the same plain step.
         tried.copy_(torch.where(searching, 0, torch.where(failed, 1, tried)))
 
-        if bool(accepted.any()):
+        if self.some(accepted):
             rows = accepted[:, None]
             at = z.to(self.wide)
             self.base = torch.where(rows, at, self.base)
@@ -156,6 +157,10 @@ class SearchWorkspace(Workspace):
         if not self.rules.freeze:  # a sample that is done waits at its value until others are, or have moved it
             next.copy_(torch.where(running[:, None], next, z))
         self.searching = searching
+
+    def some(self, rows: Tensor) -> bool:
+        """Whether work for some samples, bool [B], is to be done: by default, whether there are any."""
+        return bool(rows.any())
 
     def _trial(self) -> Tensor:
         """x + lambda d, rounded to the dtype of z, [B, D]."""
