@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401  # The compiled library needs torch's libra
 from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
 from pydeq.diagnosis import audit, diagnose
+from pydeq.export import export_mode
 from pydeq.fixed_point import fixed_point
 from pydeq.jacobian import (
     JacobianPenalty,
@@ -44,6 +45,7 @@ __all__ = [
     "Unrolled",
     "audit",
     "diagnose",
+    "export_mode",
     "fixed_point",
     "fixed_point_correction",
     "frobenius_norm_squared",

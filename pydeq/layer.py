@@ -30,9 +30,12 @@ from pydeq.cell.prepared import PreparedCell, module_of
 from pydeq.cell.replay_rng import random_modules
 from pydeq.cell.running_statistics import batch_norms
 from pydeq.cell.torch_compile import Compiler, skipped
+from pydeq.export import exported_steps
 from pydeq.jacobian.penalty import JacobianPenalty
+from pydeq.ops.capture import exporting
 from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.solution import CouplingWarning, Solution
+from pydeq.solve.exported import solve_exported
 from pydeq.solve.ranks import check_ranks
 from pydeq.solvers import Anderson, Solver
 from pydeq.state import as_tuple
@@ -212,7 +215,9 @@ class DEQ(nn.Module):
         with Compiler() as compiler:
             fn = self.cell  # read once: a module finds its attributes that are modules slowly
             keywords = keywords_for("DEQ.forward", fn, keywords, _CALL, _ELSEWHERE)
-            cell = PreparedCell(fn, z0, keywords, self.has_aux, compiler=compiler, freeze_rng=self.freeze_rng)
+            program = exporting()
+            freeze_rng = self.freeze_rng and not program  # a program draws no random numbers
+            cell = PreparedCell(fn, z0, keywords, self.has_aux, compiler=compiler, freeze_rng=freeze_rng)
             if penalty is not None:
                 if not isinstance(penalty, JacobianPenalty):
                     raise TypeError(f"penalty must be a penalty like pydeq.JacobianPenalty(0.5), got {shown(penalty)}")
@@ -220,6 +225,8 @@ class DEQ(nn.Module):
                     raise ValueError("penalty is returned in the solution: it needs return_solution=True")
             if trace and not return_solution:
                 raise ValueError("trace is returned in the solution: it needs return_solution=True")
+            if program:
+                max_steps = exported_steps(self, max_steps, freeze, penalty)
             steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
             options: dict[str, Any] = {
                 "solver": self.solver if solver is None else self._check_solver(solver),
@@ -236,7 +243,7 @@ class DEQ(nn.Module):
                 options |= {"process_group": self.ranks.process_group, "sharded": self.ranks.sharded}
             problem = Problem(cell, cell.adapter.context(context), options, self._memory)
             try:
-                result = self._solve(problem, penalty)
+                result = self._export(problem) if program else self._solve(problem, penalty)
             except TypeError:
                 check_context(fn, context, keywords)
                 raise
@@ -246,6 +253,11 @@ class DEQ(nn.Module):
             solution = self._solution(problem, result, penalty) if return_solution else None
             cell.settle()
             return output if solution is None else (output, cell.adapter.solution(solution))
+
+    def _export(self, problem: Problem) -> AdjointResult:
+        """Solve by a fixed number of evaluations."""
+        solution = solve_exported(problem.cell.call, problem.z0, problem.context, **problem.options)
+        return AdjointResult(solution.image, solution, states=solution.states)
 
     def _solve(self, problem: Problem, penalty: JacobianPenalty | None) -> AdjointResult:
         """Solve for the fixed point, with gradients if they are on."""
@@ -296,6 +308,9 @@ class DEQ(nn.Module):
 
     def _aux(self, problem: Problem, result: AdjointResult) -> Any:
         cell = problem.cell
+        if exporting():
+            cell.call(result.solution.value, *problem.context)
+            return cell.adapter.take_aux()
         if not torch.is_grad_enabled() and not transforms_active():
             return cell.adapter.aux_at_image(cell.call, result.solution, problem.context)
         cell.call(result.output, *problem.context)

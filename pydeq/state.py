@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pydeq.ops.capture import exporting
+
 State: TypeAlias = "Tensor | tuple[Tensor, ...]"
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -130,7 +132,7 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
         names: The names of its parts in messages; by default z0[0], z0[1] and so on.
 
     Raises:
-        TypeError: If z0 is neither a tensor nor a tuple of tensors, or has no values (meta tensors, torch.export).
+        TypeError: If z0 is neither a tensor nor a tuple of tensors, or has no values (meta tensors).
         ValueError: If it is an empty tuple, has no batch dimension, parts with different batch sizes, dtypes or
             devices, or a dtype that is not one of ``DTYPES``.
     """
@@ -163,11 +165,11 @@ def layout_of(z0: Any, names: Sequence[str] = ()) -> Layout:
             if first != here:
                 of = names[0] if names else "z0[0]"
                 raise ValueError(f"{name} must have the {what} of {of}, {first}, got {here}")
-        if part.is_meta or isinstance(part, FakeTensor):
-            kind = "a FakeTensor, as under torch.export," if isinstance(part, FakeTensor) else "a meta tensor"
+        if (part.is_meta or isinstance(part, FakeTensor)) and not exporting():
+            kind = "a FakeTensor" if isinstance(part, FakeTensor) else "a meta tensor"
             raise TypeError(
-                f"{name} must have values, since they decide when a solve ends, got {kind} that has none: export or"
-                " trace the cell"
+                f"{name} must have values, since they decide when a solve ends, got {kind}, which has none:"
+                " to export a layer, see pydeq.export_mode"
             )
     return Layout(
         tuple(part.shape[1:] for part in parts),

@@ -94,6 +94,7 @@ class Adjoint(ABC):
         transforms: Whether it works under transforms of torch.func.
         distributes: Whether it works with a process_group.
         normed: Whether it works with ``norm="parts"``.
+        exports: Whether evaluation is by the layer's solver, so that it can be exported.
         iterates: Whether it has its own iteration instead of the solver's. Such an iteration has no trace, freezes
             samples that are done, evaluates the whole batch, and computes a gradient for z0.
 
@@ -105,6 +106,7 @@ class Adjoint(ABC):
     transforms: ClassVar[bool] = False
     distributes: ClassVar[bool] = True
     normed: ClassVar[bool] = True
+    exports: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
 
     @abstractmethod

@@ -95,6 +95,7 @@ class Reversible(Adjoint):
 
     distributes: ClassVar[bool] = False
     normed: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
 
     damping: float = 0.5

@@ -58,6 +58,11 @@ class PreparedCell:
         freeze_rng: bool = False,
         scoped: bool = True,
     ) -> None:
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record a solve, whose number of evaluations depends on values: export the model"
+                " by torch.export.export or torch.onnx.export(..., dynamo=True), see pydeq.export_mode"
+            )
         self.cell = cell
         self.adapter = adapter = Adapter(z0, keywords, has_aux)
         self.module = module_of(cell)

@@ -25,6 +25,7 @@ from pydeq.jacobian import JacobianPenalty
 from pydeq.models.configuration import Config, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, SolverConfig
 from pydeq.nn import VariationalDropout, solve_scope
+from pydeq.ops.capture import exporting
 
 
 @suggests_keywords
@@ -123,9 +124,9 @@ class IGNN(EquilibriumModel):
         """
         if features.dim() != 2 or features.shape[1] != self.config.inputs:
             raise ValueError(f"features must be of shape (nodes, {self.config.inputs}), got {tuple(features.shape)}")
-        sources, targets, weights = normalized_edges(edges, len(features), features.dtype)
+        sources, targets, weights = normalized_edges(edges, features.shape[0], features.dtype)
         with solve_scope():
-            z0 = self.bias.new_zeros(1, len(features), self.config.hidden)
+            z0 = self.bias.new_zeros(1, features.shape[0], self.config.hidden)
             injection = _propagate(self.injection(features)[None], sources, targets, weights) + self.bias
             z, solution = self.solve(
                 z0, injection, self.bounded_weight(), sources, targets, weights, return_solution=return_solution,
@@ -147,11 +148,11 @@ def normalized_edges(edges: Tensor, nodes: int, dtype: torch.dtype) -> tuple[Ten
         raise TypeError(f"edges must be a tensor of int64, got {getattr(edges, 'dtype', type(edges).__name__)}")
     if edges.dim() != 2 or edges.shape[0] != 2:
         raise ValueError(f"edges must be of shape (2, edges), got {tuple(edges.shape)}")
-    if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= nodes):
+    if not exporting() and edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= nodes):
         raise ValueError(f"edges must name nodes in [0, {nodes}), got {int(edges.min())} to {int(edges.max())}")
     loops = torch.arange(nodes, device=edges.device)
     sources, targets = torch.cat([edges[0], loops]), torch.cat([edges[1], loops])
-    ones = torch.ones(len(sources), dtype=dtype, device=edges.device)
+    ones = torch.ones(sources.shape[0], dtype=dtype, device=edges.device)
     # In a directed graph both ends have their own degree: A's largest singular value is then still at most 1.
     outgoing = torch.zeros(nodes, dtype=dtype, device=edges.device).index_add(0, sources, ones)
     incoming = torch.zeros(nodes, dtype=dtype, device=edges.device).index_add(0, targets, ones)

@@ -101,7 +101,7 @@ class ImplicitMLP(EquilibriumModel):
         if x.dim() != 2 or x.shape[1] != self.config.inputs:
             raise ValueError(f"x must be of shape (batch, {self.config.inputs}), got {tuple(x.shape)}")
         with solve_scope():
-            z0 = self.injection.weight.new_zeros(len(x), self.config.hidden)
+            z0 = self.injection.weight.new_zeros(x.shape[0], self.config.hidden)
             z, solution = self.solve(
                 z0, self.injection(x), return_solution=return_solution, layers=layers, rtol=rtol,
                 max_steps=max_steps, penalty=penalty,

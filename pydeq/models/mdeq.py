@@ -352,5 +352,5 @@ class MDEQ(EquilibriumModel):
         with solve_scope():
             injection = self.stem(images)
             shapes = self.state_shapes(images.shape[2], images.shape[3])
-            z0 = tuple(weight.new_zeros(len(images), *shape) for shape in shapes)
+            z0 = tuple(weight.new_zeros(images.shape[0], *shape) for shape in shapes)
             return self.solve(z0, injection, **options)

@@ -12,6 +12,7 @@ import torch
 from pydeq.arguments import check_max_steps, check_norm, check_states_at, check_tolerance, shown
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.scope import solve_scope
+from pydeq.ops.capture import exporting
 from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.ops.termination import Rules, default_rtol
 from pydeq.solution import Solution
@@ -73,6 +74,11 @@ def solve_keeping_workspace(
         raise RuntimeError(
             "fixed_point does not work under torch.func transforms (it has no gradient, and stops samples by their"
             " values): use pydeq.DEQ, which does"
+        )
+    if exporting():
+        raise RuntimeError(
+            "a solve whose number of evaluations depends on values cannot be exported: use pydeq.DEQ, which can, see"
+            " pydeq.export_mode"
         )
     layout = layout_of(z0)
     max_steps = check_max_steps("max_steps", max_steps)
