@@ -86,6 +86,7 @@ class DEQ(nn.Module):
         norm: "parts" for states whose parts have different scales: each part must meet the tolerance, forward and
             backward, see :func:`pydeq.fixed_point`. For ``Implicit`` and ``Phantom``.
 
+    torch.export and ONNX record a layer in evaluation mode with ``eval_max_steps``, see :class:`pydeq.export_mode`.
     Under torch.compile a call is one graph break, and the cell is compiled twice: for the solve, and for the evaluation
     with gradients.
 

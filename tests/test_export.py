@@ -317,6 +317,39 @@ def test_what_cannot_be_exported_is_refused(options, call, message):
         deq(z0, z0, **call)
 
 
+@pytest.mark.parametrize("record", [True, False], ids=["export", "eager"])
+def test_a_cell_that_changes_its_state_or_its_last_result_is_refused(record):
+    class Net(nn.Module):
+        def __init__(self, fn):
+            super().__init__()
+            self.deq = pydeq.DEQ(fn, eval_max_steps=3)
+            self.register_buffer("kept", torch.zeros(2, 4))
+
+        def forward(self, x):
+            with pydeq.export_mode():
+                return self.deq(torch.zeros_like(x), x)
+
+    def buffered(z, x):
+        return nets[1].kept.copy_(torch.cos(z) + x)
+
+    nets = [Net(lambda z, x: z.mul_(0.5) + x), Net(buffered)]
+    for net, message in zip(
+        nets, ["fn must not modify z in place", "fn must return a new tensor in every"], strict=True
+    ):
+        x = torch.ones(2, 4)
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            program(net, x) if record else net.eval()(x)
+
+
+def test_autocast_decides_the_precision_of_the_cell():
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = both(
+            pydeq.DEQ(Cell(), solver=Picard()), torch.zeros(3, 4), inputs(3) @ torch.ones(3, 4), steps=5
+        )
+    assert actual.image.dtype == torch.float32
+    same_solution(actual, expected, 0.0)
+
+
 def test_random_numbers_that_are_replayed_are_refused():
     deq = pydeq.DEQ(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), freeze_rng=True, eval_max_steps=3).eval()
     deq.cell.train()

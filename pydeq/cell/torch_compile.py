@@ -22,6 +22,11 @@ from torch.utils._pytree import tree_map_only
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# The reason for a graph break, in torch's messages.
+_REASON = (
+    "a solve stops by values; torch.export.export(model, ..., strict=False) records a pydeq.DEQ in evaluation mode, and"
+    " the program's module() compiles as one graph: see pydeq.export_mode"
+)
 # Skip this frame, but not the frames that it calls.
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
 
@@ -29,6 +34,7 @@ _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._
 def skipped(method: F) -> F:
     """Decorate a function that the compiler must call without tracing it."""
     method._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+    method._torchdynamo_disable_msg = _REASON  # pyright: ignore[reportFunctionMemberAccess]
     eval_frame.set_code_exec_strategy(method.__code__, _SKIP)
     return method
 

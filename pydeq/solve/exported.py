@@ -91,13 +91,14 @@ class _Evaluator(Evaluator):
 
     detaches = False
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.watch = False  # the tensors of a program have no versions
-
     def evaluate(self, workspace: Any, k: int, running: int) -> Tensor:
         z = workspace.z[k % 2]
-        return self.call(z, self.layout.view(z), self.layout, self.context)
+        image = workspace.best[1]
+        version = image._version if self.watch else 0
+        f = self.call(z, self.layout.view(z), self.layout, self.context)
+        if self.watch and image._version != version:
+            raise ValueError("fn must return a new tensor in every evaluation to be exported, not a reused buffer")
+        return f
 
 
 @dataclass
