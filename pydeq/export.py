@@ -40,12 +40,12 @@ class export_mode(ContextDecorator):  # noqa: N801  # reads like torch.no_grad
 
     Example:
         >>> import torch, pydeq
-        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x).eval()
+        >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, solver=pydeq.Picard()).eval()
         >>> z0, x = torch.zeros(4, 3), torch.full((4, 3), 0.1)
-        >>> with pydeq.export_mode(steps=8):
+        >>> with pydeq.export_mode(steps=3):
         ...     program = torch.export.export(deq, (z0, x))
         >>> with torch.no_grad():
-        ...     torch.allclose(program.module()(z0, x), deq(z0, x, max_steps=8))
+        ...     torch.allclose(program.module()(z0, x), deq(z0, x, max_steps=3))
         True
     """
 
