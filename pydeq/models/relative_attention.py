@@ -95,11 +95,17 @@ class RelativeAttention(nn.Module):
             attended = functional.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), bias.to(q.dtype))
         return self.output_dropout(self.output(attended.transpose(1, 2).flatten(2)))
 
-    def mask(self, memory: int, length: int, like: Tensor) -> Tensor:
-        """Make the mask: 0 where a query may look, -inf elsewhere, (length, memory + length)."""
+    def mask(self, memory: int, length: int, like: Tensor, window: int | None = None) -> Tensor:
+        """Make the mask: 0 where a query may look, -inf elsewhere, (length, memory + length).
+
+        Args:
+            memory, length: Number of keys before the first query, and of queries.
+            like: A tensor of the mask's dtype and device.
+            window: Another window than the module's.
+        """
         distance = memory + torch.arange(length, device=like.device)[:, None]
         distance = distance - torch.arange(memory + length, device=like.device)
-        hidden = (distance < 0) | (distance >= self.window)
+        hidden = (distance < 0) | (distance >= (window or self.window))
         return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
     def _drops(self) -> bool:

@@ -21,18 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pydeq.arguments import suggests_keywords
+from pydeq.arguments import check_integer, suggests_keywords
 from pydeq.cell.torch_compile import uncompiled
 from pydeq.jacobian import JacobianPenalty
 from pydeq.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
+from pydeq.models.generation import Decoder, check_sampling, sample
 from pydeq.models.relative_attention import RelativeAttention
 from pydeq.nn import SequenceDropout, solve_scope, weight_norm
 from pydeq.ops.capture import exporting
@@ -46,15 +47,19 @@ class DEQTransformerConfig(Config):
 
     Args:
         vocabulary: Words, sorted by falling frequency where there are cutoffs.
-        d_model, d_inner: Widths of the state and of the feedforward layer.
-        heads, d_head: Attention heads and the width of each.
+        d_model: Width of the state.
+        d_inner: Width of the feedforward layer.
+        heads: Attention heads.
+        d_head: Width of a head.
         d_embed: Width of the embedding's vectors; d_model by default.
-        cutoffs, div: See :class:`pydeq.models.adaptive.Bands`.
+        cutoffs: First words of the second and later bands of the vocabulary; see :class:`pydeq.models.adaptive.Bands`.
+        div: Each band's vectors are narrower than those of the previous band by this factor.
         tie_weights: Whether the softmax shares the embedding's vectors.
         tie_projections: Whether it also shares the projections of all bands except the first one.
         pre_norm: Pre-LN instead of post-LN.
         weight_norm: Whether the block's weights are normalized, one length per row.
-        dropout, attention_dropout: Probabilities.
+        dropout: Probability that a feature of a sequence is dropped.
+        attention_dropout: Probability that an attention weight is dropped.
         memory_length: Tokens remembered from call to call, at least 0.
         window: Tokens at this distance and beyond are not attended to.
         init_std: Standard deviation of the initial weights.
@@ -139,6 +144,22 @@ class LMOutput(NamedTuple):
     memory: Memory
 
 
+class Vocabulary(Protocol):
+    """The tokens of a text, such as :class:`experiments.data.Vocabulary`."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        ...
+
+    def encode(self, text: str) -> Tensor:
+        """Convert a text to tokens, int64, (length,)."""
+        ...
+
+    def decode(self, tokens: Tensor) -> str:
+        """Convert tokens, (length,), to a text."""
+        ...
+
+
 class DEQTransformerCell(nn.Module):
     """The block f(z, injection, keys, values, positions, mask); see :class:`RelativeAttention` for its arguments."""
 
@@ -157,11 +178,14 @@ class DEQTransformerCell(nn.Module):
 
     def context(self, injection: Tensor, memory: Memory) -> tuple[Tensor, ...]:
         """Compute the arguments of :meth:`forward` that do not depend on the state."""
-        states = _layer_norm(memory.states) if self.pre_norm else memory.states
-        length, remembered = injection.shape[1], states.shape[1]
-        keys, values = self.attention.remember(states, memory.injection)
-        positions = self.attention.positions(remembered + length, states)
-        return injection, keys, values, positions, self.attention.mask(remembered, length, states)
+        length, remembered = injection.shape[1], memory.states.shape[1]
+        keys, values = self.remember(*memory)
+        positions = self.attention.positions(remembered + length, memory.states)
+        return injection, keys, values, positions, self.attention.mask(remembered, length, memory.states)
+
+    def remember(self, states: Tensor, injection: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the keys and values of a memory; see :meth:`RelativeAttention.remember`."""
+        return self.attention.remember(_layer_norm(states) if self.pre_norm else states, injection)
 
     def forward(self, z: Tensor, *context: Tensor) -> Tensor:
         if self.pre_norm:
@@ -180,6 +204,7 @@ class DEQTransformerLM(EquilibriumModel):
 
         model = DEQTransformerLM(config)
         (nll, hidden, memory), solution = model(tokens, targets, return_solution=True)
+        text = model.eval().generate(tokens, 100)
 
     Args:
         config: Sizes and options.
@@ -198,6 +223,8 @@ class DEQTransformerLM(EquilibriumModel):
         self.config = config
         self.memory_length = config.memory_length
         """Tokens to remember. It may be set at any time, for example to evaluate with a longer memory."""
+        self.vocabulary: Vocabulary | None = None
+        """Converts text to tokens and back, for :meth:`generate`. It may be set at any time."""
         bands = (config.vocabulary, config.d_embed or config.d_model, config.d_model, config.cutoffs, config.div)
         self.embedding = AdaptiveEmbedding(*bands)
         self.embedding_dropout = SequenceDropout(config.dropout)
@@ -255,9 +282,9 @@ class DEQTransformerLM(EquilibriumModel):
         Raises:
             TypeError, ValueError: If an argument is of the wrong type, shape or range.
         """
-        _check_words("tokens", tokens, self.config.vocabulary)
+        self.check_words("tokens", tokens)
         if targets is not None:
-            _check_words("targets", targets, self.config.vocabulary)
+            self.check_words("targets", targets)
             if targets.shape != tokens.shape:
                 raise ValueError(
                     f"targets must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
@@ -265,8 +292,8 @@ class DEQTransformerLM(EquilibriumModel):
         batch, length = tokens.shape
         memory = self.empty_memory(batch) if memory is None else self._checked(memory, batch)
         with solve_scope():
-            injection = self.injection(self.embedding_dropout(self.embedding(tokens)))
-            context = self._cell.context(injection, memory)
+            injection = self.inject(tokens)
+            context = self.cell.context(injection, memory)
             z0 = self.injection.weight.new_zeros(batch, length, self.config.d_model)
             z, solution = self.solve(
                 z0, *context, return_solution=return_solution, layers=layers, rtol=rtol, max_steps=max_steps,
@@ -277,8 +304,13 @@ class DEQTransformerLM(EquilibriumModel):
         output = LMOutput(nll, hidden, self._remember(memory, z, injection))
         return (output, solution) if return_solution else output
 
+    def inject(self, tokens: Tensor) -> Tensor:
+        """Compute the injection of tokens, (batch, L, 3 * heads * d_head)."""
+        return self.injection(self.embedding_dropout(self.embedding(tokens)))
+
     @property
-    def _cell(self) -> DEQTransformerCell:
+    def cell(self) -> DEQTransformerCell:
+        """The block, without a compiler around it."""
         cell = uncompiled(self.deq.cell)
         assert isinstance(cell, DEQTransformerCell)
         return cell
@@ -327,7 +359,7 @@ class DEQTransformerLM(EquilibriumModel):
             raise TypeError(f"length must be an int, got {type(length).__name__}")
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        _check_words("tokens", tokens, self.config.vocabulary)
+        self.check_words("tokens", tokens)
         for begin in range(0, tokens.shape[1] - 1, length):
             segment = tokens[:, begin : begin + length + 1]
             with torch.no_grad():
@@ -335,16 +367,93 @@ class DEQTransformerLM(EquilibriumModel):
             memory = output.memory
             yield output, solution
 
+    @overload
+    def generate(
+        self, tokens: str, new_tokens: int, temperature: float = ..., top_k: int | None = ..., *,
+        generator: torch.Generator | None = ..., window: int | None = ..., rtol: float | None = ...,
+        max_steps: int | None = ...,
+    ) -> str: ...  # fmt: skip
 
-def _check_words(name: str, words: Tensor, vocabulary: int) -> None:
-    if not isinstance(words, Tensor) or words.dtype not in (torch.int64, torch.int32):
-        got = words.dtype if isinstance(words, Tensor) else type(words).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {got}")
-    if words.dim() != 2 or words.shape[1] < 1:
-        raise ValueError(
-            f"{name} must be of shape (batch, length), with a length of at least 1, got {tuple(words.shape)}"
-        )
-    if not exporting() and words.numel() and not words.is_meta:
-        low, high = (int(bound) for bound in torch.aminmax(words))
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"{name} must be in [0, {vocabulary}), got {low if low < 0 else high}")
+    @overload
+    def generate(
+        self, tokens: Tensor, new_tokens: int, temperature: float = ..., top_k: int | None = ..., *,
+        generator: torch.Generator | None = ..., window: int | None = ..., rtol: float | None = ...,
+        max_steps: int | None = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor | str,
+        new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        window: int | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+    ) -> Tensor | str:
+        """Continue a text, word by word.
+
+        The keys and values of earlier tokens are kept, and each step solves for one token; see
+        :class:`pydeq.models.generation.Decoder`.
+
+        Args:
+            tokens: The beginning: words, integers (batch, L), or a text, if the model has a ``vocabulary``.
+            new_tokens: Number of words to add.
+            temperature: Below 1 for more probable words, above 1 for less probable ones; 0 for always the most probable
+                one.
+            top_k: Draw from only the k most probable words.
+            generator: Random numbers, on the model's device; torch's own by default.
+            window: Tokens at this distance and beyond are not attended to; by default the model's window.
+            rtol: Relative tolerance of the solves; by default the model's.
+            max_steps: Cap on the evaluations of each solve; by default the model's.
+
+        Returns:
+            The beginning and the new words, (batch, L + new_tokens), or as a text.
+
+        Raises:
+            TypeError, ValueError: If an argument is of the wrong type, shape or range, or the model is in training
+                mode.
+        """
+        if isinstance(tokens, str):
+            if self.vocabulary is None:
+                raise TypeError("tokens must be integers (batch, L): this model has no vocabulary to read a text with")
+            words = self.vocabulary.encode(tokens)[None].to(self.injection.weight.device)
+            continued = self.generate(
+                words, new_tokens, temperature, top_k, generator=generator, window=window, rtol=rtol,
+                max_steps=max_steps,
+            )  # fmt: skip
+            return self.vocabulary.decode(continued[0])
+        check_integer("new_tokens", new_tokens, 0)
+        check_sampling(temperature, top_k)
+        decoder = Decoder(self, window=window, rtol=rtol, max_steps=max_steps)
+        self.check_words("tokens", tokens)
+        parts = [tokens]
+        with solve_scope():  # for all words, so that normalized weights are computed once
+            for _ in range(new_tokens):
+                scores = decoder.read(parts[-1])
+                if self.vocabulary is not None:  # a model may have room for more words
+                    scores = scores[:, : len(self.vocabulary)]
+                parts.append(sample(scores, temperature, top_k, generator).to(tokens.dtype))
+        return torch.cat(parts, dim=1)
+
+    def check_words(self, name: str, words: Tensor) -> None:
+        """Check integers (batch, length) in the vocabulary.
+
+        Raises:
+            TypeError, ValueError: If they are of the wrong type, shape or range; the message has the ``name``.
+        """
+        if not isinstance(words, Tensor) or words.dtype not in (torch.int64, torch.int32):
+            got = words.dtype if isinstance(words, Tensor) else type(words).__name__
+            raise TypeError(f"{name} must be a tensor of integers, got {got}")
+        if words.dim() != 2 or words.shape[1] < 1:
+            raise ValueError(
+                f"{name} must be of shape (batch, length), with a length of at least 1, got {tuple(words.shape)}"
+            )
+        if not exporting() and words.numel() and not words.is_meta:
+            vocabulary = self.config.vocabulary
+            low, high = (int(bound) for bound in torch.aminmax(words))
+            if low < 0 or high >= vocabulary:
+                raise ValueError(f"{name} must be in [0, {vocabulary}), got {low if low < 0 else high}")
