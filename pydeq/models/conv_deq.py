@@ -28,7 +28,8 @@ class ConvDEQConfig(Config):
     Args:
         image_channels: Channels of the input.
         classes: Number of classes.
-        channels, inner: Channels of the state, and inside the cell.
+        channels: Channels of the state.
+        inner: Channels inside the cell.
         groups: Groups of the group norms.
         stride: Stride of the stem: the state is smaller than the image by this factor.
         dropout: Probability that a channel is dropped in the cell; the mask is fixed during a solve.

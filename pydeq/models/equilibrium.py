@@ -24,11 +24,16 @@ class SolverConfig(Config):
     """Solvers and tolerances of a model's fixed point and its adjoint.
 
     Args:
-        forward, backward: Solvers.
-        memory, backward_memory: Memory of Anderson, Broyden (in pairs) or GMRES (its restart); None for the solver's
-            default.
-        rtol, atol, max_steps, eval_max_steps: See :class:`pydeq.DEQ`.
-        backward_rtol, backward_max_steps: rtol and max_steps of :class:`pydeq.Implicit`.
+        forward: Solver of the fixed point.
+        backward: Solver of the adjoint system.
+        memory: Memory of the forward Anderson or Broyden (in pairs); None for the solver's default.
+        backward_memory: The same for the backward solver; for GMRES its restart.
+        rtol: Relative tolerance of the fixed point; None for the default of :class:`pydeq.DEQ`.
+        atol: Absolute tolerance of the fixed point.
+        max_steps: Cap on the evaluations of the fixed point.
+        eval_max_steps: The cap in evaluation mode; None for ``max_steps``.
+        backward_rtol: Relative tolerance of the adjoint system; None for the default of :class:`pydeq.Implicit`.
+        backward_max_steps: Cap on the products of the adjoint system.
 
     Examples:
         >>> from pydeq import models
@@ -88,7 +93,12 @@ class PenaltyConfig(Config):
     """The Jacobian penalty of a training; see :class:`pydeq.JacobianPenalty`.
 
     Args:
-        strength, frequency, increment, every, probes, mode: As in that class; steps are training steps.
+        strength: The factor gamma of the penalty in the loss.
+        frequency: Probability that a step has the penalty.
+        increment: Added to the strength after each ``every`` training steps.
+        every: Training steps between two increments; None for no increments.
+        probes: Random vectors of a sample.
+        mode: vjp, jvp, difference or auto.
         stop_epoch: The first epoch without a penalty.
         pretraining_strength: The strength during shallow pre-training.
 

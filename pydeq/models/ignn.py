@@ -34,7 +34,9 @@ class IGNNConfig(Config):
     """An :class:`IGNN`.
 
     Args:
-        inputs, hidden, outputs: Sizes of a node's features, state and scores.
+        inputs: Size of a node's features.
+        hidden: Size of its state.
+        outputs: Size of its scores.
         bound: Upper bound of ||W||_inf, below 1.
         dropout: Probability that an entry of the equilibrium is dropped before the output.
         solver: How the equilibrium is solved.

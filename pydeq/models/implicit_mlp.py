@@ -21,7 +21,9 @@ class ImplicitMLPConfig(Config):
     """An :class:`ImplicitMLP`.
 
     Args:
-        inputs, hidden, outputs: Sizes of the input, the state and the output.
+        inputs: Size of the input.
+        hidden: Size of the state.
+        outputs: Size of the output.
         bound: Upper bound of the spectral norm of W; below 1 there is one equilibrium for each input. None leaves
             W free.
         dropout: Probability that an entry of the state is dropped; the mask is fixed during a solve.

@@ -88,14 +88,16 @@ class MDEQConfig(Config):
 
     Args:
         channels: Channels of each resolution, the finest first.
-        classification, segmentation: The head; exactly one of them.
+        classification: The head of a classifier; exactly one of ``classification`` and ``segmentation``.
+        segmentation: The head for segmentation.
         image_channels: Channels of the input.
         downsamplings: How many times the stem halves the image before the finest resolution.
         project_injection: Whether a 1x1 convolution with BN and ReLU follows the stem.
         expansion: Channels inside a block, as a multiple of the resolution's.
         groups: Groups of the group norms; the norms after the fusion have half as many.
-        block_affine, fusion_affine, post_affine: Whether the norms of blocks, of the fusion and after it have affine
-            parameters.
+        block_affine: Whether the norms of blocks have affine parameters.
+        fusion_affine: Whether the norms of the fusion have affine parameters.
+        post_affine: Whether the norms after the fusion have affine parameters.
         weight_norm: Whether the convolutions of blocks and after the fusion are normalized, one length per filter.
         dropout: Probability that a channel is dropped in a block.
         batch_norm_momentum: Momentum of the batch norms of stem and head.
