@@ -67,6 +67,11 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def __repr__(self) -> str:
+        return (
+            f"ImageFolder({len(self)} images of 3x{self.size}x{self.size}, {len(self.classes)} classes, {self.folder})"
+        )
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; crops and flips depend only on seed, epoch and sample."""
         self._epoch.fill_(epoch)

@@ -23,7 +23,7 @@ PER_CLASS = 20
 """Number of training nodes of each class in a split like Planetoid's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Graph:
     """A graph whose nodes have features and labels.
 
@@ -32,7 +32,9 @@ class Graph:
         labels: int64, (nodes,), in [0, classes); -1 for nodes without a label.
         edges: Pairs (from, to), int64, (2, edges), sorted, each edge in both directions, without duplicates and loops.
             This is the format of :class:`pydeq.models.IGNN`, which adds the loops.
-        train, valid, test: Masks of the nodes for training, validation and test: bool, (nodes,).
+        train: Mask of the nodes for training, bool, (nodes,).
+        valid: Mask of the nodes for validation.
+        test: Mask of the nodes for the test.
         classes: Number of classes.
     """
 
@@ -46,6 +48,14 @@ class Graph:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        split = ", ".join(f"{name} {int(getattr(self, name).sum())}" for name in ("train", "valid", "test"))
+        features = self.features.shape[1]
+        return (
+            f"Graph({len(self)} nodes with {features} features, {self.edges.shape[1]} edges, {self.classes} classes;"
+            f" {split})"
+        )
 
     def row_normalized(self) -> Graph:
         """Return the graph with features scaled to the sum 1 at each node (Kipf and Welling, ICLR 2017); zeros stay."""

@@ -30,7 +30,7 @@ DIGITS_TRAIN = 1437
 _DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Images:
     """Labelled images.
 
@@ -46,6 +46,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(size) for size in self.images.shape[1:])
+        return f"Images({len(self)} of {shape}, {len(self.classes)} classes)"
 
 
 def load_images(name: str, split: str, root: str | os.PathLike[str] | None = None) -> Images:

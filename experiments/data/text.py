@@ -6,9 +6,10 @@ import io
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ _FILES = {
 _WORDS = re.compile(r"<\w+>|[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Vocabulary:
     """The tokens of a text, the most frequent first.
 
@@ -82,6 +83,26 @@ class Vocabulary:
         """The token of the end of a line; None for characters, where it is the newline."""
         return self._numbers.get(EOS)
 
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self)} tokens, level={self.level!r})"
+
+    def mapping(self) -> dict[str, Any]:
+        """Return the vocabulary as JSON holds it.
+
+        Raises:
+            ValueError: If it cuts lines by a function that is not in :data:`TOKENIZERS`.
+        """
+        names = [name for name, tokenize in TOKENIZERS.items() if tokenize is self.tokenize]
+        if not names:
+            raise ValueError(f"tokenize must be one of {', '.join(TOKENIZERS)} to be saved, got {self.tokenize}")
+        return {"tokens": self.tokens, "level": self.level, "lowercase": self.lowercase, "tokenize": names[0]}
+
+    @staticmethod
+    def of(mapping: Mapping[str, Any]) -> Vocabulary:
+        """Make a vocabulary from a :meth:`mapping` that went through JSON."""
+        tokenize = TOKENIZERS[mapping["tokenize"]]
+        return Vocabulary(tuple(mapping["tokens"]), mapping["level"], mapping["lowercase"], tokenize)
+
     def encode(self, text: str) -> Tensor:
         """Convert a text to tokens, int64, (length,)."""
         # As when files are read, only \n, \r\n and \r end a line.
@@ -105,12 +126,14 @@ class Vocabulary:
         return _tensor(tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Text:
     """A text as tokens, cut into parts.
 
     Args:
-        train, valid, test: int64, (length,).
+        train: Tokens for training, int64, (length,).
+        valid: Tokens for validation.
+        test: Tokens for the test.
         vocabulary: Vocabulary of the training part.
     """
 
@@ -119,10 +142,18 @@ class Text:
     test: Tensor
     vocabulary: Vocabulary
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split} {len(getattr(self, split))}" for split in SPLITS)
+        return f"Text({sizes} tokens, {self.vocabulary!r})"
+
 
 def words_and_marks(line: str) -> list[str]:
     """Cut a line into words with their apostrophes, single punctuation marks, and special tokens such as <unk>."""
     return _WORDS.findall(line)
+
+
+TOKENIZERS: dict[str, Callable[[str], Sequence[str]]] = {"split": str.split, "words_and_marks": words_and_marks}
+"""The functions that cut lines into words, by the names under which vocabularies are saved."""
 
 
 def load_text(
