@@ -33,7 +33,9 @@ class ModelEvaluator:
         model: The model.
         wrapped: The model wrapped for all ranks.
         config: The measurements to make.
-        amp, distribution, seed: The values of the training.
+        amp: The training's mixed precision.
+        distribution: The ranks that train.
+        seed: The training's seed.
     """
 
     def __init__(
@@ -46,10 +48,10 @@ class ModelEvaluator:
     def __call__(self, split: str = "validation") -> Evaluation:
         """Measure everything that the configuration asks for, on the split "validation" or "test"."""
         with self._looking():
-            loss, metric, nfe, residual = self._run(split, None)
-            found = Evaluation(loss, metric, nfe, residual)
+            loss, metric, nfe, residual, converged = self._run(split, None)
+            found = Evaluation(loss, metric, nfe, residual, converged=converged)
             for stop in self.config.stops:
-                _, found.stops[stop], _, found.stop_residuals[stop] = self._run(split, stop)
+                _, found.stops[stop], _, found.stop_residuals[stop], _ = self._run(split, stop)
             if self.config.radius_samples:
                 found.radius, found.radius_max = self._radius()
         return found
@@ -69,19 +71,21 @@ class ModelEvaluator:
                 if hasattr(self.wrapped, "reshard"):
                     self.wrapped.reshard()  # pyright: ignore[reportCallIssue]
 
-    def _run(self, split: str, stop: int | None) -> tuple[float, float, float, float]:
-        """Compute loss, metric, nfe and residual at a hard stop; None for the model's own cap."""
+    def _run(self, split: str, stop: int | None) -> tuple[float, float, float, float, float]:
+        """Compute loss, metric, nfe, residual and converged share at a hard stop; None for the model's own cap."""
         options = {} if stop is None else {"max_steps": stop}
-        sums = torch.zeros(7, dtype=torch.float64, device=self.distribution.device)
+        sums = torch.zeros(8, dtype=torch.float64, device=self.distribution.device)
         for score, solution in self.task.evaluate(self.wrapped, split, **options):
             residual, samples = solution.relative_residual, len(solution.relative_residual)
             sums += torch.stack(
                 [score.loss.double(), score.hits.double(), sums.new_tensor(score.count), residual.double().sum(),
-                 sums.new_tensor(samples), sums.new_tensor(solution.nfe * (samples > 0)), sums.new_tensor(samples > 0)]
+                 solution.converged.double().sum(), sums.new_tensor(samples),
+                 sums.new_tensor(solution.nfe * (samples > 0)), sums.new_tensor(samples > 0)]
             )  # fmt: skip
-        loss, hits, count, residual, samples, nfe, batches = self.distribution.sum(sums).tolist()
+        loss, hits, count, residual, converged, samples, nfe, batches = self.distribution.sum(sums).tolist()
         metric = self.task.measure(hits, loss, round(count))
-        return loss / max(1.0, count), metric, nfe / max(1.0, batches), residual / max(1.0, samples)
+        samples = max(1.0, samples)
+        return loss / max(1.0, count), metric, nfe / max(1.0, batches), residual / samples, converged / samples
 
     def _radius(self) -> tuple[float | None, float | None]:
         """Compute the mean and the largest spectral radius."""

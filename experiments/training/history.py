@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ class StepRow:
         epoch: Epoch of the last step, from 0.
         loss: Loss of the task, without the penalty.
         penalty: The Jacobian penalty that was added to the loss; 0 in steps without one.
-        learning_rate, strength: Values of the last step; the strength is the penalty's gamma.
+        learning_rate: Learning rate of the last step.
+        strength: The penalty's gamma in the last step.
         nfe: Evaluations of f in a solve, or the layers of a shallow step.
         residual: Relative residual ||f(z) - z|| / ||f(z)||, mean over samples.
-        backward_nfe, backward_residual: The same for the adjoint's solves; None if there were none.
+        backward_nfe: Products with the Jacobian in an adjoint's solve; None if there were no such solves.
+        backward_residual: Relative residual of the adjoint's solves, mean over samples; None if there were none.
         gradient_norm: Norm of the gradient before clipping; None without clipping.
         loss_scale: Scale of the loss for fp16; None otherwise.
         seconds: Training time, without pauses.
+        converged: Share of samples whose solve converged, in [0, 1]; None if all steps were shallow.
+        backward_converged: Share of samples whose adjoint's solve converged, in [0, 1]; None if there were none.
     """
 
     step: int
@@ -40,6 +45,8 @@ class StepRow:
     gradient_norm: float | None
     loss_scale: float | None
     seconds: float
+    converged: float | None = None
+    backward_converged: float | None = None
 
 
 @dataclass
@@ -51,9 +58,11 @@ class Evaluation:
         metric: Accuracy in [0, 1], or perplexity.
         nfe: Evaluations of f, mean over batches.
         residual: Relative residual, mean over samples.
-        radius, radius_max: Mean and largest spectral radius of the Jacobian at the equilibrium, over some samples.
+        radius: Spectral radius of the Jacobian at the equilibrium, mean over some samples; None if not measured.
+        radius_max: The largest spectral radius of the same samples.
         stops: The metric at hard stops, by the number of evaluations.
         stop_residuals: The relative residual at the same hard stops.
+        converged: Share of samples whose solve converged, in [0, 1].
     """
 
     loss: float
@@ -64,18 +73,27 @@ class Evaluation:
     radius_max: float | None = None
     stops: dict[int, float] = field(default_factory=dict)
     stop_residuals: dict[int, float] = field(default_factory=dict)
+    converged: float | None = None
 
 
 @dataclass
 class EvaluationRow(Evaluation):
     """An evaluation on validation data, with means over the training steps since the previous one.
 
+    The fields ``train_...`` are these means; see :class:`StepRow`.
+
     Args:
         step: Number of steps done.
         epoch: Number of epochs done, rounded down.
-        seconds: See :class:`StepRow`.
-        train_loss, train_penalty, train_nfe, train_residual, train_backward_nfe, train_backward_residual: The
-            means; see :class:`StepRow`.
+        seconds: Training time, without pauses.
+        train_loss: Loss of the task.
+        train_penalty: The penalty.
+        train_nfe: Evaluations of f in a solve.
+        train_residual: Relative residual.
+        train_backward_nfe: Products with the Jacobian in an adjoint's solve.
+        train_backward_residual: Relative residual of the adjoint's solves.
+        train_converged: Share of samples whose solve converged.
+        train_backward_converged: Share of samples whose adjoint's solve converged.
     """
 
     step: int = 0
@@ -87,6 +105,8 @@ class EvaluationRow(Evaluation):
     train_residual: float | None = None
     train_backward_nfe: float | None = None
     train_backward_residual: float | None = None
+    train_converged: float | None = None
+    train_backward_converged: float | None = None
 
     def flat(self) -> dict[str, Any]:
         """Return a mapping with one number per key: ``stops`` becomes ``metric@1``, ``residual@1`` and so on."""
@@ -115,6 +135,16 @@ class History:
             raise KeyError(f"name must be one of {', '.join(rows[-1])}, got {name!r}")
         return [row.get(name) for row in rows]
 
+    def best(self, metric: str) -> EvaluationRow | None:
+        """Return the evaluation with the highest accuracy or the lowest perplexity, the first of equal ones.
+
+        Args:
+            metric: "accuracy" or "perplexity".
+        """
+        sign = 1.0 if metric == "accuracy" else -1.0
+        rows = [row for row in self.evaluations if math.isfinite(row.metric)]
+        return max(rows, key=lambda row: sign * row.metric, default=None)
+
     def mapping(self) -> dict[str, Any]:
         """Return the history as JSON holds it."""
         return {"steps": [asdict(row) for row in self.steps], "evaluations": [asdict(row) for row in self.evaluations]}
@@ -133,7 +163,7 @@ STOPS = ("stops", "stop_residuals")
 STEP_COLUMNS = [each.name for each in fields(StepRow)]
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """The result of :func:`experiments.training.train`.
 
@@ -154,3 +184,13 @@ class Result:
     steps: int
     model: nn.Module
     out: Path | None = None
+
+    def __repr__(self) -> str:
+        test = "" if self.test is None else f", test {self.metric} {metric_text(self.metric, self.test.metric)}"
+        place = "" if self.out is None else f", in {self.out}"
+        return f"Result({self.status} after {self.steps} steps{test}{place})"
+
+
+def metric_text(metric: str, value: float) -> str:
+    """Write a metric's value: 97.50% for an accuracy, 7.39 for a perplexity."""
+    return f"{value:.2%}" if metric == "accuracy" else f"{value:.2f}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
-from experiments.training.history import Evaluation, EvaluationRow, History, StepRow
+from experiments.training.history import Evaluation, EvaluationRow, History, StepRow, metric_text
 from experiments.training.observers import Observer
 
 if TYPE_CHECKING:
@@ -15,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def bars(stream: TextIO | None = None) -> Progress:
-    """Make progress bars that are shown only on terminals; their console prints plain text on any stream."""
+    """Make progress bars that are shown only on terminals; their console prints plain text on any stream.
+
+    The bar, the steps and the time left come first. On a narrow terminal the text after them is cut.
+    """
     console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    label = Column(no_wrap=True, overflow="ellipsis", max_width=24)
+    rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     return Progress(
-        TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.description}"), console=console, transient=True, disable=not console.is_terminal,
+        TextColumn("{task.fields[label]}", table_column=label), BarColumn(bar_width=16), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("{task.description}", table_column=rest), console=console, transient=True,
+        disable=not console.is_terminal, expand=True,
     )  # fmt: skip
 
 
@@ -28,10 +36,11 @@ class ProgressBar(Observer):
 
     Args:
         stream: Where to show it; standard output by default.
+        out: Folder of the training, to be named at the end.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.bars = bars(stream)
+    def __init__(self, stream: TextIO | None = None, out: Path | None = None) -> None:
+        self.bars, self.out = bars(stream), out
         self.task = self.bars.add_task("", label="", visible=False)
         self.steps, self.metric = 0, "metric"
 
@@ -60,6 +69,8 @@ class ProgressBar(Observer):
     def ended(self, status: str, test: Evaluation | None) -> None:
         self.bars.stop()
         self.say(status if test is None else f"{status}; test: {describe(test, self.metric)}")
+        if self.out is not None:
+            self.say(f"results are in {self.out}")
 
     def close(self) -> None:
         self.bars.stop()
@@ -71,22 +82,28 @@ class ProgressBar(Observer):
 
 def describe_step(row: StepRow) -> str:
     """Describe a row of means."""
-    parts = [f"epoch {row.epoch}", f"loss {row.loss:.4f}", f"nfe {row.nfe:.1f}", f"residual {row.residual:.1e}"]
+    shares = [] if row.converged is None else [f"converged {row.converged:.0%}"]
+    if row.backward_converged is not None:
+        shares.append(f"backward {row.backward_converged:.0%}")
+    parts = [f"loss {row.loss:.4f}", *([", ".join(shares)] if shares else []), f"nfe {row.nfe:.1f}"]
+    parts.append(f"residual {row.residual:.1e}")
     if row.backward_nfe is not None:
         parts.append(f"backward nfe {row.backward_nfe:.1f}")
     if row.strength:
         parts.append(f"penalty {row.penalty:.4f}")
-    parts.append(f"lr {row.learning_rate:.2e}")
+    parts += [f"lr {row.learning_rate:.2e}", f"epoch {row.epoch}"]
     return "  ".join(parts)
 
 
 def describe(found: Evaluation, metric: str) -> str:
     """Describe an evaluation."""
-    say = (lambda value: f"{value:.2%}") if metric == "accuracy" else (lambda value: f"{value:.2f}")
-    parts = [f"loss {found.loss:.4f}", f"{metric} {say(found.metric)}", f"nfe {found.nfe:.1f}"]
-    parts.append(f"residual {found.residual:.1e}")
+    parts = [f"loss {found.loss:.4f}", f"{metric} {metric_text(metric, found.metric)}"]
+    if found.converged is not None:
+        parts.append(f"converged {found.converged:.0%}")
+    parts += [f"nfe {found.nfe:.1f}", f"residual {found.residual:.1e}"]
     if found.radius is not None:
         parts.append(f"spectral radius {found.radius:.3f}")
     if found.stops:
-        parts.append(f"{metric} at a stop of " + ", ".join(f"{k}: {say(v)}" for k, v in found.stops.items()))
+        stops = (f"{k}: {metric_text(metric, v)}" for k, v in found.stops.items())
+        parts.append(f"{metric} at a stop of " + ", ".join(stops))
     return "  ".join(parts)

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from experiments.training.distribution import Distribution
 
-NAMES = ("loss", "penalty", "nfe", "residual", "backward_nfe", "backward_residual", "gradient_norm")
+# New names go to the end: the sums of older checkpoints are then shorter, and the rest is zero.
+NAMES = (
+    "loss", "penalty", "nfe", "residual", "backward_nfe", "backward_residual", "gradient_norm", "converged",
+    "backward_converged",
+)  # fmt: skip
 
 
 class RunningMeans:
@@ -32,6 +36,10 @@ class RunningMeans:
         sums, counts = distribution.sum(self.sums).tolist()
         self.sums = torch.zeros_like(self.sums)
         return {name: total / n if n else None for name, total, n in zip(NAMES, sums, counts, strict=True)}
+
+    def widened(self, sums: Tensor) -> Tensor:
+        """The ``sums`` of a checkpoint, perhaps of an earlier version with fewer :data:`NAMES`."""
+        return torch.nn.functional.pad(sums, (0, len(NAMES) - sums.shape[1]))
 
     def finite(self, distribution: Distribution) -> bool:
         """Whether all losses since the last :meth:`take` were finite, on all ranks."""

@@ -75,16 +75,17 @@ def load_optimizer_tensors(
             optimizer.state[parameter] = moments
 
 
-def found(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+def found(tensors: dict[str, Tensor], name: str, like: Tensor | None = None) -> Tensor:
     """The tensor of a name.
 
     Raises:
         CheckpointError: If it is missing, or of another shape than ``like``.
     """
     tensor = tensors.get(name)
-    if tensor is None or tensor.shape != like.shape:
+    if tensor is None or (like is not None and tensor.shape != like.shape):
+        expected = "" if like is None else f" of shape {tuple(like.shape)}"
         got = "nothing" if tensor is None else tuple(tensor.shape)
-        raise CheckpointError(f"the checkpoint must hold {name} of shape {tuple(like.shape)}, got {got}")
+        raise CheckpointError(f"the checkpoint must hold {name}{expected}, got {got}")
     return tensor
 
 

@@ -31,7 +31,7 @@ from experiments.training.seeds import Purpose, seed_of
 from experiments.training.tasks import task_of
 from pydeq.models import build
 from pydeq.ops.kernels import package_version
-from pydeq.solution import ConvergenceWarning
+from pydeq.solution import ConvergenceWarning, Solution
 
 
 class Trainer:
@@ -157,7 +157,7 @@ class Trainer:
         rank, world, device = self.distribution.rank, self.distribution.world, self.distribution.device
         before: int = state["world"]
         for name, means in (("means", self.means), ("means_of_evaluation", self.means_of_evaluation)):
-            parts = [snapshot.found(state, f"rank{r}.{name}", means.sums) for r in range(before)]
+            parts = [means.widened(snapshot.found(state, f"rank{r}.{name}")) for r in range(before)]
             if before == world:
                 means.sums = parts[rank].to(device)
             elif rank == 0:
@@ -226,9 +226,12 @@ class Trainer:
                 "nfe": config.pretraining.layers if shallow else solution.nfe,
             }  # fmt: skip
             if solution.backward is not None:
+            if not shallow:
+                seen["converged"] = _share(solution)
                 seen["backward_nfe"] = solution.backward.nfe
                 seen["backward_residual"] = solution.backward.relative_residual.mean()
             self._observe(**seen)
+                seen["backward_converged"] = _share(solution.backward)
         if config.optimizer.clip is not None:
             self.scaler.unscale_(self.optimizer)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
@@ -349,11 +352,18 @@ class Trainer:
             **vars(found), step=self.step, epoch=self.step // self.task.steps_per_epoch, seconds=self.seconds,
             train_loss=means["loss"], train_penalty=means["penalty"], train_nfe=means["nfe"],
             train_residual=means["residual"], train_backward_nfe=means["backward_nfe"],
-            train_backward_residual=means["backward_residual"],
+            train_backward_residual=means["backward_residual"], train_converged=means["converged"],
+            train_backward_converged=means["backward_converged"],
         )  # fmt: skip
         self.history.evaluations.append(row)
+            converged=means["converged"], backward_converged=means["backward_converged"],
         self._tell("evaluated", row)
 
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+def _share(solution: Solution) -> Tensor:
+    """The share of samples that converged, 0-d, on their device."""
+    return solution.converged.double().mean()
+
+

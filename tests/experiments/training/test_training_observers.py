@@ -4,13 +4,17 @@ import builtins
 import csv
 import io
 import math
+import re
 
 import pytest
+import torch
 from small_trainings import small
 
 from experiments import training
+from experiments.training.distribution import Distribution
 from experiments.training.history import EvaluationRow, History, StepRow
-from experiments.training.progress import ProgressBar, describe
+from experiments.training.progress import ProgressBar, describe, describe_step
+from experiments.training.trainer import Trainer
 
 
 def missing(monkeypatch, package):
@@ -50,6 +54,50 @@ def test_evaluations_have_the_means_of_the_steps_since_the_one_before():
         for name in ("loss", "penalty", "nfe", "residual", "backward_nfe", "backward_residual"):
             mean = sum(getattr(step, name) for step in steps) / 3
             assert getattr(row, f"train_{name}") == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("model", ["mlp", "transformer"])
+def test_rows_have_the_shares_of_samples_that_converged(model):
+    config = small(model, logging__every_steps=1, evaluation__every_steps=1, penalty__strength=0.0, steps=4,
+                   model__solver__rtol=0.05, model__solver__backward_rtol=0.005, model__solver__max_steps=6,
+                   model__solver__backward_max_steps=4)  # fmt: skip
+    each = Trainer(config, Distribution("none", "cpu"), [], None)
+    solutions, scored = [], []
+    loss, evaluate, evaluation_of = each.task.loss, each.task.evaluate, each.evaluate
+
+    def watched_loss(*arguments, **options):
+        found = loss(*arguments, **options)
+        solutions.append(found[1])
+        return found
+
+    def watched_evaluate(wrapped, split, **options):
+        for score, solution in evaluate(wrapped, split, **options):
+            if not options:  # at the model's own cap
+                scored[-1].append(solution.converged)
+            yield score, solution
+
+    def watched_evaluation(*arguments):
+        scored.append([])
+        return evaluation_of(*arguments)
+
+    each.task.loss, each.task.evaluate, each.evaluate = watched_loss, watched_evaluate, watched_evaluation
+    history = each.run().history
+    assert history.steps[0].converged is None  # a shallow step
+    assert history.steps[0].backward_converged is None
+    shares = []
+    for row, solution, evaluation, found in zip(history.steps, solutions, history.evaluations, scored, strict=False):
+        if row.step > 1:
+            assert row.converged == pytest.approx(float(solution.converged.double().mean()))
+            assert row.backward_converged == pytest.approx(float(solution.backward.converged.double().mean()))
+            shares += [row.converged, row.backward_converged]
+        assert evaluation.train_converged == row.converged
+        assert evaluation.train_backward_converged == row.backward_converged
+        assert evaluation.converged == pytest.approx(float(torch.cat(found).double().mean()))
+        assert f"converged {evaluation.converged:.0%}" in describe(evaluation, "accuracy")
+    assert any(0.0 < share < 1.0 for share in shares)
+    row = history.steps[-1]
+    assert f"  converged {row.converged:.0%}, backward {row.backward_converged:.0%}  " in describe_step(row)
+    assert "converged" not in describe_step(history.steps[0])
 
 
 def test_a_picture_is_drawn(tmp_path):
@@ -151,6 +199,37 @@ def test_a_bar_on_a_terminal():
     assert "6/6" in text
     assert "step 2/6" not in text  # in the bar, not a line
     assert "\x1b[2K" in text
+
+
+def test_the_bar_and_the_time_left_fit_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    bar = ProgressBar(stream)
+    bar.began(small(), History(), 0, 300000, "accuracy")
+    bar.advanced(120)
+    row = StepRow(120, 3, 2.3412, 0.01, 1e-3, 0.1, 11.9, 1e-3, 8.0, 1e-4, None, None, 1.0, 0.98, 0.96)
+    bar.stepped(row)
+    bar.ended("finished", None)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    last = [line for line in re.split(r"[\r\n]+", drawn) if "120/300000" in line][-1]
+    assert len(last) <= 80
+    assert re.fullmatch(r" *━{16} +120/300000 [-\d]+:[-\d]{2}:[-\d]{2} loss 2.3412  converged 98%, backward.*…", last)
+
+
+def test_the_folder_is_named_at_the_end(tmp_path):
+    stream = io.StringIO()
+    training.train(small("mlp"), out=tmp_path, observers=[ProgressBar(stream, tmp_path)])
+    assert stream.getvalue().splitlines()[-1] == f"results are in {tmp_path}"
+
+
+def test_a_result_prints_a_line(tmp_path):
+    result = training.train(small("mlp"), out=tmp_path)
+    accuracy = f"{result.test.metric:.2%}"
+    assert repr(result) == f"Result(finished after 6 steps, test accuracy {accuracy}, in {tmp_path})"
+    result = training.train(small("transformer"))
+    assert str(result) == f"Result(finished after 6 steps, test perplexity {result.test.metric:.2f})"
+    result.test = None
+    assert repr(result) == "Result(finished after 6 steps)"
 
 
 def test_a_bar_lets_go_of_the_terminal_after_an_error():

@@ -14,7 +14,9 @@ from small_trainings import small
 
 from experiments import training
 from experiments.training.checkpoint import CheckpointError, Checkpoints, read
+from experiments.training.distribution import Distribution
 from experiments.training.observers import Observer
+from experiments.training.running_means import RunningMeans
 
 pytest.importorskip("safetensors")
 
@@ -47,7 +49,8 @@ def assert_same(one, other):
         assert torch.equal(tensor, second.tensors[name]), name
     results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
     assert results[0] == results[1]
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 class Killer:
@@ -126,6 +129,18 @@ def test_what_else_is_carried_along(tmp_path, options):
         training.train(config, out=tmp_path / "parts", observers=[Stopping(at=5)])
     training.train(config, out=tmp_path / "parts", resume=True)
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_means_of_fewer_quantities_are_read():
+    """By an earlier version, which did not know the last two."""
+    means = RunningMeans(torch.device("cpu"))
+    sums = torch.arange(14, dtype=torch.float64).view(2, 7)
+    means.sums = means.widened(sums)
+    means.add(loss=5.0, converged=0.5)
+    found = means.take(Distribution("none", "cpu"))
+    assert found["loss"] == (0 + 5.0) / (7 + 1)
+    assert found["gradient_norm"] == 6 / 13
+    assert (found["converged"], found["backward_converged"]) == (0.5, None)
 
 
 class StoppedError(Exception):
