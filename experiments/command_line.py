@@ -24,6 +24,13 @@ def train(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def generate(arguments: argparse.Namespace) -> int:
+    """Generate text by a trained language model."""
+    from experiments.training.generate_command import run
+
+    return run(arguments)
+
+
 def reproduce(arguments: argparse.Namespace) -> int:
     """Reproduce tables and figures of the paper."""
     from experiments.paper.command import run
@@ -46,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     add_data_arguments(command)
     command.set_defaults(run=data)
     command = commands.add_parser("train", help="train a model from a configuration")
-    command.add_argument("config", metavar="CONFIG", help="a name that comes with the package, or a .yaml file")
+    command.add_argument("config", nargs="?", metavar="CONFIG", help=(
+        "a name that comes with the package, or a .yaml file; without one, the names are listed"
+    ))  # fmt: skip
     command.add_argument(
         "--out", metavar="DIR", help="folder for checkpoints, tables and plots; runs/CONFIG by default"
     )
@@ -60,6 +69,20 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=int, help="how long to train, in steps")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
     command.set_defaults(run=train)
+    command = commands.add_parser("generate", help="continue a text by a trained language model")
+    command.add_argument("run_folder", metavar="RUN", help="folder of the training, like runs/CONFIG")
+    command.add_argument("--prompt", default="\n", metavar="TEXT", help="beginning of the text; a new line by default")
+    command.add_argument("--tokens", type=int, default=200, metavar="N", help="characters or words to add, default 200")
+    command.add_argument("--temperature", type=float, default=1.0, metavar="T", help=(
+        "below 1 for more probable text, 0 for the most probable token each time; default 1"
+    ))  # fmt: skip
+    command.add_argument("--top-k", type=int, metavar="K", help="draw from only the K most probable tokens")
+    command.add_argument("--seed", type=int, default=0, help="seed of the draws, default 0")
+    command.add_argument(
+        "--checkpoint", choices=("last", "best"), default="last", help="which parameters, default last"
+    )
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, default cpu")
+    command.set_defaults(run=generate)
     command = commands.add_parser(
         "reproduce", help="reproduce tables and figures of the paper on Jacobian regularization"
     )

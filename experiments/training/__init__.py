@@ -26,6 +26,7 @@ from experiments.training.configuration import (
 from experiments.training.history import Evaluation, EvaluationRow, History, Result, StepRow
 from experiments.training.observers import Observer
 from experiments.training.run import train
+from experiments.training.run_folder import Run, load, load_run
 
 __all__ = [
     "CheckpointConfig",
@@ -40,9 +41,12 @@ __all__ = [
     "OptimizerConfig",
     "PretrainingConfig",
     "Result",
+    "Run",
     "ScheduleConfig",
     "StepRow",
     "TrainingConfig",
+    "load",
+    "load_run",
     "load_training_config",
     "train",
     "training_config_from_mapping",

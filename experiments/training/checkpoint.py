@@ -198,29 +198,51 @@ def read(path: Path) -> Checkpoint:
         raise DamagedError(f"the checkpoint {path} is damaged: {error}") from error
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
     """Write one file of tensors; at any moment it is the old file or the new one.
+
+    Args:
+        path: The file.
+        tensors: Contiguous tensors on the CPU that share no memory.
+        about: Facts about them, to be kept in the file.
 
     Raises:
         CheckpointError: If it cannot be written.
     """
     partial = path.with_name(f".{path.name}.writing")
     try:
-        _save(tensors, partial)
+        _save(tensors, partial, about)
         flush_file(partial)
         os.replace(partial, path)
         flush_folder(path.parent)
     except (OSError, _library_error()) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise CheckpointError(f"{path} could not be written: {error}") from error
+        last = Checkpoints(path.parent / "checkpoints").last()
+        raise CheckpointError(f"{path} could not be written: {error}; {last}") from error
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`save_tensors` wrote: the tensors, and the facts about them.
+
+    Raises:
+        CheckpointError: If the file is damaged or may not be read.
+    """
+    errors = (OSError, ValueError, _library_error())
+    try:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except errors as error:
+        raise CheckpointError(f"{path} could not be read: {error}") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
     """Write tensors into a new file with the umask's permissions; the library would let only the owner read it."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    _library().save_file(tensors, path)
+    _library().save_file(tensors, path, about)
     path.chmod(mode)
 
 

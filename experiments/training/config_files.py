@@ -21,6 +21,11 @@ def training_config_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
+def describe_config(name: str) -> str:
+    """The comment in the first line of a training configuration that comes with this package."""
+    return config_path(name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
 def config_path(name: str | Path) -> Path:
     """The file of a training configuration.
 

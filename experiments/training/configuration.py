@@ -37,11 +37,14 @@ class DataConfig(Config):
         padding: Pixels on each side before the crop.
         size: Height and width of images from folders.
         workers: Number of processes that read images from folders.
-        train_samples, test_samples: Use only the first n samples; all by default.
+        train_samples: Use only the first n training samples; all by default.
+        test_samples: Use only the first n test samples; all by default.
         holdout: Number of training samples, drawn by the seed, to use for validation instead.
         length: Tokens of a segment of text.
         test_memory: Tokens remembered in evaluation; by default as many as in training.
-        level, vocabulary_size, lowercase: See :func:`experiments.data.load_text`.
+        level: Cut a text into words or characters; see :func:`experiments.data.load_text`.
+        vocabulary_size: Keep only the most frequent tokens of a text, this many; all by default.
+        lowercase: Whether to convert a text to lower case first.
         row_normalized: Whether a node's features are scaled to the sum 1.
     """
 
@@ -76,8 +79,10 @@ class OptimizerConfig(Config):
         lr: Peak learning rate, above 0.
         weight_decay: At least 0; decoupled for adamw, added to the gradient for adam and sgd.
         decay_vectors: Whether parameters of at most one dimension (biases and those of norms) decay, too.
-        betas, eps: See :class:`torch.optim.Adam`.
-        momentum, nesterov: See :class:`torch.optim.SGD`.
+        betas: Decay of the moments of adam and adamw, two numbers in [0, 1); see :class:`torch.optim.Adam`.
+        eps: Added to the denominator of adam and adamw; see :class:`torch.optim.Adam`.
+        momentum: Momentum of sgd, in [0, 1).
+        nesterov: Whether the momentum of sgd is Nesterov's.
         clip: Largest norm of the gradient; None for no clipping.
     """
 
@@ -143,8 +148,8 @@ class EvaluationConfig(Config):
     """The evaluations on validation data.
 
     Args:
-        every_epochs, every_steps: How often; at most one of them, each epoch by default. The last step is always
-            followed by an evaluation.
+        every_epochs: Epochs between two evaluations; 1 by default. The last step is always followed by an evaluation.
+        every_steps: Steps between two evaluations, instead of ``every_epochs``.
         stops: Hard stops, in evaluations of f, at which the metric is measured, too.
         batch: Samples, or rows of text, at a time; by default as in training.
         samples: Use only the first n samples, or tokens of text; all by default.
@@ -178,7 +183,7 @@ class CheckpointConfig(Config):
     """The checkpoints of a training.
 
     Args:
-        every_steps: How often; with each evaluation by default. The last step is always saved.
+        every_steps: Steps between two checkpoints; by default one with each evaluation. The last step is always saved.
         keep: How many of the newest checkpoints to keep, at least 1. With two, one may be damaged.
     """
 
@@ -215,14 +220,18 @@ class TrainingConfig(Config):
     Args:
         model: A model's configuration; also a name or a mapping, as in files.
         data: The data.
-        epochs, steps: Length of the training; exactly one of them. A step is one update of the parameters.
+        epochs: Length of the training in epochs; exactly one of ``epochs`` and ``steps``.
+        steps: Length of the training in steps. A step is one update of the parameters.
         batch: Samples, or rows of text, of a step, over all ranks and accumulated parts.
         accumulation: Number of parts that each rank processes one after the other in a step.
-        optimizer, schedule: The optimizer and its learning rate.
+        optimizer: The optimizer.
+        schedule: The schedule of its learning rate.
         pretraining: The first, shallow steps.
         jitter: [lo, hi]: a step's cap on evaluations is the model's max_steps plus a random whole number from lo to hi.
         penalty: The Jacobian penalty; by default the penalty in the model's configuration. Strength 0 means none.
-        evaluation, checkpoint, logging: Evaluations, checkpoints and logs.
+        evaluation: The evaluations on validation data.
+        checkpoint: The checkpoints.
+        logging: The logs.
         seed: Seed of all random numbers.
         amp: Mixed precision: none, bf16, or fp16 with a scaled loss.
         strategy: How processes share the work: ddp, fsdp2, or none for one process.

@@ -14,6 +14,7 @@ from experiments.training.configuration import TrainingConfig, load_training_con
 from experiments.training.distribution import Distribution
 from experiments.training.history import Result
 from experiments.training.observers import CsvTables, Observer
+from experiments.training.run_folder import note_failure
 from experiments.training.trainer import Trainer
 
 
@@ -85,10 +86,16 @@ def train(
             watching += _prepared(folder, found, resume, stack, observers)
         for observer in watching:
             stack.callback(observer.close)
-        trainer = Trainer(found, distribution, watching, folder)
-        if resume:
-            trainer.resume()
-        return trainer.run()
+        trainer = None
+        try:
+            trainer = Trainer(found, distribution, watching, folder)
+            if resume:
+                trainer.resume()
+            return trainer.run()
+        except BaseException as error:
+            if folder is not None and distribution.main:
+                note_failure(folder, 0 if trainer is None else trainer.step, error)
+            raise
 
 
 def _prepared(

@@ -25,6 +25,7 @@ from experiments.training.history import Evaluation, EvaluationRow, History, Res
 from experiments.training.observers import Observer
 from experiments.training.optimizers import build_optimizer, set_learning_rate
 from experiments.training.penalties import PenaltySchedule, cap
+from experiments.training.run_folder import BEST, CONFIG, FAILURE, RESULT, TRAINED, VOCABULARY
 from experiments.training.running_means import RunningMeans
 from experiments.training.schedules import learning_rate
 from experiments.training.seeds import Purpose, seed_of
@@ -225,13 +226,13 @@ class Trainer:
                 "loss": loss, "penalty": penalty, "residual": solution.relative_residual.mean(),
                 "nfe": config.pretraining.layers if shallow else solution.nfe,
             }  # fmt: skip
-            if solution.backward is not None:
             if not shallow:
                 seen["converged"] = _share(solution)
+            if solution.backward is not None:
                 seen["backward_nfe"] = solution.backward.nfe
                 seen["backward_residual"] = solution.backward.relative_residual.mean()
-            self._observe(**seen)
                 seen["backward_converged"] = _share(solution.backward)
+            self._observe(**seen)
         if config.optimizer.clip is not None:
             self.scaler.unscale_(self.optimizer)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip))
@@ -259,6 +260,8 @@ class Trainer:
             self._row()
         if evaluating:
             self._evaluate()
+            if self.out is not None and self.history.best(self.task.metric) is self.history.evaluations[-1]:
+                self._write_parameters(self.out / BEST)
         if saving:
             self._save()
         return None
@@ -287,27 +290,37 @@ class Trainer:
         self._on_main(lambda: checkpoints.write(self.step, tensors, numbers))
 
     def _write_config(self, out: Path) -> None:
-        text = json.dumps(self.config.mapping(), indent=2) + "\n"
+        """Write the configuration, and the vocabulary of a text."""
+        files = {CONFIG: json.dumps(self.config.mapping(), indent=2) + "\n"}
+        if self.task.vocabulary is not None:
+            files[VOCABULARY] = json.dumps(self.task.vocabulary.mapping(), ensure_ascii=False) + "\n"
 
         def write() -> None:
-            with writing(out / "config.json"):
-                write_whole(out / "config.json", text)
+            for name, text in files.items():
+                with writing(out / name):
+                    write_whole(out / name, text)
+            with writing(out / FAILURE):  # of an earlier start
+                (out / FAILURE).unlink(missing_ok=True)
 
         self._on_main(write)
 
+    def _write_parameters(self, path: Path) -> None:
+        """Write the present parameters into one file; all ranks must call."""
+        tensors = snapshot.model_tensors(self.model)
+        self._on_main(lambda: save_tensors(path, tensors, {"step": str(self.step)}))
+
     def _write_result(self, result: Result, out: Path) -> None:
         """Write the trained parameters and the evaluation on test data."""
-        tensors = snapshot.model_tensors(self.model)
+        if result.status == "finished":
+            self._write_parameters(out / TRAINED)
         summary = {
             "status": result.status, "metric": result.metric, "steps": result.steps,
             "test": None if result.test is None else asdict(result.test),
         }  # fmt: skip
 
         def write() -> None:
-            if result.status == "finished":
-                save_tensors(out / "model.safetensors", tensors)
-            with writing(out / "result.json"):
-                write_whole(out / "result.json", json.dumps(summary, indent=2) + "\n")
+            with writing(out / RESULT):
+                write_whole(out / RESULT, json.dumps(summary, indent=2) + "\n")
 
         self._on_main(write)
 
@@ -342,6 +355,7 @@ class Trainer:
             nfe=_number(means["nfe"]), residual=_number(means["residual"]), backward_nfe=means["backward_nfe"],
             backward_residual=means["backward_residual"], gradient_norm=means["gradient_norm"],
             loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else None, seconds=self.seconds,
+            converged=means["converged"], backward_converged=means["backward_converged"],
         )  # fmt: skip
         self.history.steps.append(row)
         self._tell("stepped", row)
@@ -356,14 +370,13 @@ class Trainer:
             train_backward_converged=means["backward_converged"],
         )  # fmt: skip
         self.history.evaluations.append(row)
-            converged=means["converged"], backward_converged=means["backward_converged"],
         self._tell("evaluated", row)
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 def _share(solution: Solution) -> Tensor:
     """The share of samples that converged, 0-d, on their device."""
     return solution.converged.double().mean()
 
 
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from experiments.data import Vocabulary
 from experiments.training.configuration import TrainingConfig
 from experiments.training.distribution import Distribution
 from pydeq.solution import Solution
@@ -40,6 +41,8 @@ class Task(ABC):
     """Name of the metric."""
 
     steps_per_epoch: int
+    vocabulary: Vocabulary | None = None
+    """The vocabulary of a text, to be kept with the model."""
     validates_on_test: bool = False
     """Whether all test data serve as validation data, because there are no other data."""
 

@@ -45,7 +45,7 @@ class LanguageModelling(Task):
         super().__init__(config, distribution)
         assert isinstance(config.model, DEQTransformerConfig)
         share, length = self.share(config.batch, "rows"), config.data.length
-        self.splits, vocabulary = _load(config)
+        self.splits, vocabulary, self.vocabulary = _load(config)
         if vocabulary > config.model.vocabulary:
             raise ValueError(
                 f"model.vocabulary must be at least that of {config.data.name}, {vocabulary}, got"
@@ -144,15 +144,15 @@ class _MemoryLength:
         self.model.memory_length = self.before
 
 
-def _load(config: TrainingConfig) -> tuple[dict[str, Tensor], int]:
-    """Load the splits, and the size of the vocabulary."""
+def _load(config: TrainingConfig) -> tuple[dict[str, Tensor], int, data.Vocabulary | None]:
+    """Load the splits, the size of the vocabulary, and the vocabulary of a text."""
     settings = config.data
     if settings.name == "synthetic_text":
-        return synthetic_text(), 16
+        return synthetic_text(), 16, None
     text = data.load_text(
         settings.name, settings.root, settings.level, settings.vocabulary_size, lowercase=settings.lowercase
     )
-    return {"train": text.train, "valid": text.valid, "test": text.test}, text.vocabulary.size
+    return {"train": text.train, "valid": text.valid, "test": text.test}, text.vocabulary.size, text.vocabulary
 
 
 def _rows(tokens: Tensor, batch: int) -> Tensor:

@@ -53,8 +53,8 @@ class Moments(Observer):
             self.happen(f"replace {os.path.basename(source)} by {os.path.basename(target)}")
             replace(source, target)
 
-        def watched_save_file(tensors, path):
-            save_file(tensors, path)
+        def watched_save_file(tensors, path, about):
+            save_file(tensors, path, about)
             content = path.read_bytes()
             path.write_bytes(content[: len(content) // 2])
             self.happen("half of the tensors")

@@ -58,6 +58,20 @@ def test_mistakes_end_with_a_line_that_names_them(config, tmp_path, capsys, argu
     assert message in captured
 
 
+def test_without_a_configuration_their_names_are_listed(capsys):
+    assert main(["train"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == training.training_config_names()
+    assert "A convolutional equilibrium on scikit-learn's 8 x 8 digits: half a minute on a core." in lines[1]
+    assert all(len(line.split()) > 4 and "#" not in line for line in lines)
+
+
+def test_the_folder_is_named(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["train", config, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"results are in {out}"
+
+
 def test_what_is_not_there(config, tmp_path, capsys):
     assert main(["train", "conv_digit"]) == 1
     assert "did you mean 'conv_digits'" in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""``python -m experiments generate``: text from a trained language model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+import torch
+
+from experiments.training.checkpoint import CheckpointError
+from experiments.training.run_folder import load_run
+from pydeq.models import DEQTransformerLM
+from pydeq.solution import ConvergenceWarning
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a prompt and its continuation.
+
+    Returns:
+        The exit status: 0; 1 if there is no such model, or an argument is not valid.
+    """
+    try:
+        found = load_run(arguments.run_folder, arguments.checkpoint)
+        model, config = found.model, found.config
+        if not isinstance(model, DEQTransformerLM):
+            raise ValueError(f"RUN must have a language model, got {arguments.run_folder} with {type(model).__name__}")
+        device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
+        # Longer distances did not occur in training.
+        window = min(config.data.length + model.memory_length, model.config.window)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the cap of the training holds here, too
+            text = model.to(device).generate(
+                arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_k,
+                generator=torch.Generator(device).manual_seed(arguments.seed), window=window,
+            )  # fmt: skip
+    except (CheckpointError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0
