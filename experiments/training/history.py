@@ -75,6 +75,14 @@ class Evaluation:
     stop_residuals: dict[int, float] = field(default_factory=dict)
     converged: float | None = None
 
+    def flat(self) -> dict[str, Any]:
+        """Return a mapping with one number per key: ``stops`` becomes ``metric@1``, ``residual@1`` and so on."""
+        row = asdict(self)
+        metrics, residuals = row.pop("stops"), row.pop("stop_residuals")
+        first = {name: row.pop(name) for name in ("step", "epoch", "seconds") if name in row}
+        stops = {f"metric@{stop}": value for stop, value in metrics.items()}
+        return first | row | stops | {f"residual@{stop}": value for stop, value in residuals.items()}
+
 
 @dataclass
 class EvaluationRow(Evaluation):
@@ -107,14 +115,6 @@ class EvaluationRow(Evaluation):
     train_backward_residual: float | None = None
     train_converged: float | None = None
     train_backward_converged: float | None = None
-
-    def flat(self) -> dict[str, Any]:
-        """Return a mapping with one number per key: ``stops`` becomes ``metric@1``, ``residual@1`` and so on."""
-        row = asdict(self)
-        metrics, residuals = row.pop("stops"), row.pop("stop_residuals")
-        first = {name: row.pop(name) for name in ("step", "epoch", "seconds")}
-        stops = {f"metric@{stop}": value for stop, value in metrics.items()}
-        return first | row | stops | {f"residual@{stop}": value for stop, value in residuals.items()}
 
 
 @dataclass

@@ -339,6 +339,11 @@ def test_histories_come_back_from_their_mappings():
     assert list(flat)[:3] == ["step", "epoch", "seconds"]
     assert flat["metric@1"] == history.evaluations[0].stops[1]
     assert flat["residual@3"] == history.evaluations[0].stop_residuals[3]
+    test = training.Evaluation(1.0, 0.5, 3.0, 0.1, stops={2: 0.25}, stop_residuals={2: 0.2}, converged=1.0).flat()
+    assert test == {
+        "loss": 1.0, "metric": 0.5, "nfe": 3.0, "residual": 0.1, "radius": None, "radius_max": None, "converged": 1.0,
+        "metric@2": 0.25, "residual@2": 0.2,
+    }  # fmt: skip
 
 
 def test_images_in_folders(tmp_path):
