@@ -22,17 +22,15 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         found = load_run(arguments.run_folder, arguments.checkpoint)
-        model, config = found.model, found.config
+        model = found.model
         if not isinstance(model, DEQTransformerLM):
             raise ValueError(f"RUN must have a language model, got {arguments.run_folder} with {type(model).__name__}")
         device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
-        # Longer distances did not occur in training.
-        window = min(config.data.length + model.memory_length, model.config.window)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the cap of the training holds here, too
             text = model.to(device).generate(
                 arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_k,
-                generator=torch.Generator(device).manual_seed(arguments.seed), window=window,
+                generator=torch.Generator(device).manual_seed(arguments.seed),
             )  # fmt: skip
     except (CheckpointError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -48,7 +48,8 @@ class Run:
 def load_run(folder: str | Path, checkpoint: Literal["last", "best"] = "last") -> Run:
     """Load the trained model of a run's folder, its configuration and its state.
 
-    A language model gets the vocabulary of its text. Torch's generators are left as they are.
+    A language model gets the vocabulary of its text, and the window that it was trained with. Torch's generators are
+    left as they are.
 
     Args:
         folder: Folder of a training, such as runs/conv_digits.
@@ -78,8 +79,11 @@ def load_run(folder: str | Path, checkpoint: Literal["last", "best"] = "last") -
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = build(config.model)
     snapshot.load_model_tensors(model, tensors, "")
-    if isinstance(model, DEQTransformerLM) and (path / VOCABULARY).is_file():
-        model.vocabulary = Vocabulary.of(json.loads((path / VOCABULARY).read_text(encoding="utf-8")))
+    if isinstance(model, DEQTransformerLM):
+        # Longer distances did not occur in training.
+        model.generation_window = min(model.config.window, config.data.length + model.config.memory_length)
+        if (path / VOCABULARY).is_file():
+            model.vocabulary = Vocabulary.of(json.loads((path / VOCABULARY).read_text(encoding="utf-8")))
     return Run(path, config, model.eval(), step, status)
 
 

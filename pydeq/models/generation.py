@@ -32,7 +32,7 @@ class Decoder:
 
     Args:
         model: A language model in evaluation mode.
-        window: Tokens at this distance and beyond are not attended to; by default the model's window.
+        window: Tokens at this distance and beyond are not attended to; by default the model's ``generation_window``.
         rtol: Relative tolerance of the solves; by default the model's.
         max_steps: Cap on the evaluations of each solve; by default the model's.
 
@@ -52,7 +52,7 @@ class Decoder:
         if model.training:
             raise ValueError("generation needs the model in evaluation mode: call model.eval() first")
         self.model = model
-        self.window = model.config.window if window is None else check_integer("window", window, 1)
+        self.window = model.generation_window if window is None else check_integer("window", window, 1)
         self.options: dict[str, Any] = {"rtol": rtol, "max_steps": max_steps}
         self.nfe = self.token_evaluations = 0
         self.solution: Solution | None = None

@@ -223,6 +223,8 @@ class DEQTransformerLM(EquilibriumModel):
         self.config = config
         self.memory_length = config.memory_length
         """Tokens to remember. It may be set at any time, for example to evaluate with a longer memory."""
+        self.generation_window = config.window
+        """The window of :meth:`generate` by default. Distances beyond those of the training make poor text."""
         self.vocabulary: Vocabulary | None = None
         """Converts text to tokens and back, for :meth:`generate`. It may be set at any time."""
         bands = (config.vocabulary, config.d_embed or config.d_model, config.d_model, config.cutoffs, config.div)
@@ -406,7 +408,7 @@ class DEQTransformerLM(EquilibriumModel):
                 one.
             top_k: Draw from only the k most probable words.
             generator: Random numbers, on the model's device; torch's own by default.
-            window: Tokens at this distance and beyond are not attended to; by default the model's window.
+            window: Tokens at this distance and beyond are not attended to; by default ``generation_window``.
             rtol: Relative tolerance of the solves; by default the model's.
             max_steps: Cap on the evaluations of each solve; by default the model's.
 

@@ -202,6 +202,7 @@ def test_a_language_model_keeps_its_vocabulary(tmp_path, level):
     training.train(config, out=tmp_path / "out")
     model = experiments.load(tmp_path / "out")
     assert isinstance(model, models.DEQTransformerLM)
+    assert model.generation_window == 8 + 6  # a segment and the memory
     known = data.load_text(config.data.name, level=level).vocabulary
     assert model.vocabulary == known
     text = model.generate("the cat", 12, max_steps=60, generator=torch.Generator().manual_seed(0))
