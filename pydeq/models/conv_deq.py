@@ -119,7 +119,10 @@ class ConvDEQ(EquilibriumModel):
         Args:
             images: (batch, image_channels, height, width).
             return_solution: Also return the :class:`pydeq.Solution`.
-            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+            layers: Apply the cell this many times instead of solving; see :meth:`EquilibriumModel.solve`.
+            rtol: Relative tolerance of the solve; by default the configuration's.
+            max_steps: Cap on the evaluations of the solve; by default the configuration's.
+            penalty: A penalty to compute; the solution returns it.
         """
         if images.dim() != 4 or images.shape[1] != self.config.image_channels:
             raise ValueError(

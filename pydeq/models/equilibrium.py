@@ -182,7 +182,9 @@ class EquilibriumModel(nn.Module):
             return_solution: Whether the caller returns the solution; a penalty needs that.
             layers: For shallow pre-training: apply the cell this many times and differentiate through all of them. The
                 solution then describes the last application.
-            rtol, max_steps, penalty: See :meth:`pydeq.DEQ.forward`.
+            rtol: Relative tolerance of the solve; by default the configuration's.
+            max_steps: Cap on the evaluations of the solve; by default the configuration's.
+            penalty: A penalty to compute; the solution returns it.
         """
         if penalty is not None and not return_solution:
             raise ValueError("penalty is returned in the solution: it needs return_solution=True")

@@ -116,7 +116,10 @@ class IGNN(EquilibriumModel):
             features: Features of the nodes, (nodes, inputs).
             edges: Pairs (from, to), integers (2, edges); an undirected edge must be given in both directions.
             return_solution: Also return the :class:`pydeq.Solution`, of a batch of one.
-            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+            layers: Apply the cell this many times instead of solving; see :meth:`EquilibriumModel.solve`.
+            rtol: Relative tolerance of the solve; by default the configuration's.
+            max_steps: Cap on the evaluations of the solve; by default the configuration's.
+            penalty: A penalty to compute; the solution returns it.
 
         Returns:
             (nodes, outputs); with ``return_solution`` the pair (scores, solution).

@@ -98,7 +98,10 @@ class ImplicitMLP(EquilibriumModel):
         Args:
             x: The input, (batch, inputs).
             return_solution: Also return the :class:`pydeq.Solution`.
-            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+            layers: Apply the cell this many times instead of solving; see :meth:`EquilibriumModel.solve`.
+            rtol: Relative tolerance of the solve; by default the configuration's.
+            max_steps: Cap on the evaluations of the solve; by default the configuration's.
+            penalty: A penalty to compute; the solution returns it.
         """
         if x.dim() != 2 or x.shape[1] != self.config.inputs:
             raise ValueError(f"x must be of shape (batch, {self.config.inputs}), got {tuple(x.shape)}")

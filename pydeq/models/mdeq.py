@@ -327,7 +327,10 @@ class MDEQ(EquilibriumModel):
         Args:
             images: (batch, image_channels, height, width).
             return_solution: Also return the :class:`pydeq.Solution`, whose states are tuples of resolutions.
-            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+            layers: Apply the cell this many times instead of solving; see :meth:`EquilibriumModel.solve`.
+            rtol: Relative tolerance of the solve; by default the configuration's.
+            max_steps: Cap on the evaluations of the solve; by default the configuration's.
+            penalty: A penalty to compute; the solution returns it.
 
         Returns:
             Logits, (batch, classes); for segmentation (batch, classes, height, width) of the finest resolution. With

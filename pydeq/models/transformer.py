@@ -106,7 +106,7 @@ class DEQTransformerConfig(Config):
 class Memory(NamedTuple):
     """The memory that one call leaves for the next; it has no graph.
 
-    Args:
+    Attributes:
         states: Equilibria of the last tokens, (batch, M, d_model).
         injection: Injections of the same tokens, (batch, M, 3 * heads * d_head).
 
@@ -126,7 +126,7 @@ class Memory(NamedTuple):
 class LMOutput(NamedTuple):
     """The output of a :class:`DEQTransformerLM`.
 
-    Args:
+    Attributes:
         nll: -log p(target) of each position, (batch, L); None without targets.
         hidden: The equilibrium, (batch, L, d_model), with dropout in training.
         memory: For the next call.
@@ -276,7 +276,10 @@ class DEQTransformerLM(EquilibriumModel):
             targets: The word after each token, integers (batch, L).
             memory: The memory returned for the preceding text.
             return_solution: Also return the :class:`pydeq.Solution`.
-            layers, rtol, max_steps, penalty: See :meth:`EquilibriumModel.solve`.
+            layers: Apply the cell this many times instead of solving; see :meth:`EquilibriumModel.solve`.
+            rtol: Relative tolerance of the solve; by default the configuration's.
+            max_steps: Cap on the evaluations of the solve; by default the configuration's.
+            penalty: A penalty to compute; the solution returns it.
 
         Returns:
             :class:`LMOutput`; with ``return_solution`` the pair (output, solution).
