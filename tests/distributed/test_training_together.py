@@ -114,7 +114,7 @@ def fail(rank, mapping, out):
     """The disk of rank 0 is full."""
     import safetensors.torch
 
-    def full(tensors, path):
+    def full(tensors, path, about):
         raise OSError(28, "No space left on device")
 
     original, safetensors.torch.save_file = safetensors.torch.save_file, full
