@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -372,4 +373,15 @@ class DEQ(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, adjoint={self.adjoint}, max_steps={self.max_steps}"
+        """The settings, for ``print``: those that every layer has, and the others that are not the default."""
+        lines = [f"solver={self.solver!r}", f"adjoint={self.adjoint!r}"]
+        if not isinstance(self.cell, nn.Module):  # torch shows the modules
+            lines.insert(0, f"cell={getattr(self.cell, '__name__', repr(self.cell))}")
+        settings = [f"max_steps={self.max_steps}"]
+        for name, parameter in inspect.signature(DEQ).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if name not in ("cell", "solver", "adjoint", "max_steps") and value != parameter.default:
+                settings.append(f"{name}={value!r}")
+        if self.ranks is not None:
+            settings.append(f"process_group of {self.ranks.process_group.size()} ranks, sharded={self.ranks.sharded}")
+        return "\n".join([*lines, ", ".join(settings)])

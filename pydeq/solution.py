@@ -107,8 +107,13 @@ class Solution:
 
     @cached_property
     def status(self) -> Tensor:
-        """The status of each sample, int8 [B]; values of :class:`pydeq.Status`."""
+        """The status of each sample, int8 [B]; values of :class:`pydeq.Status`. ``statuses`` has their names."""
         return self._counters[:, Counter.STATUS].to(torch.int8)
+
+    @property
+    def statuses(self) -> list[str]:
+        """The status of each sample by name, such as "CONVERGED" or "MAX_STEPS"."""
+        return [Status(code).name for code in self.status.tolist()]
 
     @cached_property
     def converged(self) -> Tensor:

@@ -67,6 +67,20 @@ def test_a_translation_is_used_only_where_it_is_known():
     assert "probes" not in str(unknown_keyword("f", "vecs", ["memory"]))
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pydeq.Anderson(7, ridge=0.0), pydeq.Broyden(line_search=True), pydeq.GMRES(9), pydeq.NewtonKrylov(),
+        pydeq.Picard(0.5), pydeq.Implicit(pydeq.GMRES(), 1e-6, warm_start=True), pydeq.JacobianFree(),
+        pydeq.JacobianPenalty(0.5, milestones=[(3, 0.7)]), pydeq.Phantom(3, 0.5), pydeq.Reversible(),
+        pydeq.Shine(refine_steps=2), pydeq.Unrolled(checkpoint=True),
+    ],
+    ids=lambda setting: type(setting).__name__,
+)  # fmt: skip
+def test_print_shows_all_that_is_set(setting):
+    assert eval(repr(setting), vars(pydeq).copy()) == setting
+
+
 def test_solvers_stay_dataclasses():
     assert pydeq.Anderson(3) == pydeq.Anderson(memory=3) != pydeq.Anderson(4)
     assert repr(pydeq.Anderson(3)) == "Anderson(memory=3, damping=1.0, ridge=1e-06)"

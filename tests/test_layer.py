@@ -88,6 +88,29 @@ def test_deepcopy_and_state_dict(z0, x):
     assert list(deq.state_dict()) == ["cell.linear.weight", "cell.linear.bias"]
 
 
+def test_print_shows_what_is_set():
+    deq = pydeq.DEQ(nn.Linear(2, 2))
+    assert repr(deq).splitlines() == [
+        "DEQ(",
+        "  solver=Anderson(memory=5, damping=1.0, ridge=1e-06)",
+        "  adjoint=Implicit(solver=Anderson(memory=5, damping=1.0, ridge=1e-06), rtol=None, max_steps=50,"
+        " warm_start=False)",
+        "  max_steps=50",
+        "  (cell): Linear(in_features=2, out_features=2, bias=True)",
+        ")",
+    ]
+    settings = {
+        "rtol": 1e-4, "atol": 1e-6, "eval_max_steps": 8, "freeze_rng": True, "states_at": (2, 4), "has_aux": True,
+        "norm": "parts",
+    }  # fmt: skip
+    deq = pydeq.DEQ(torch.cos, solver=pydeq.Picard(), adjoint=pydeq.JacobianFree(), max_steps=9, **settings)
+    shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    assert repr(deq).splitlines() == [
+        "DEQ(", "  cell=cos", "  solver=Picard(damping=1.0)", f"  adjoint={pydeq.JacobianFree()!r}",
+        f"  max_steps=9, {shown}", ")",
+    ]  # fmt: skip
+
+
 def test_frozen_parameters_and_inputs_give_an_output_without_a_graph(z0, x):
     deq = pydeq.DEQ(Cell()).requires_grad_(False)
     assert not deq(z0, x).requires_grad

@@ -100,6 +100,13 @@ def test_relative_residual_where_the_image_is_zero(solver):
     assert solution.trace[:, 1].tolist() == [torch.inf, 0.0]
 
 
+def test_statuses_are_names(solver):
+    fn, z0 = mixed()
+    solution = pydeq.fixed_point(fn, z0, solver=solver, max_steps=8, rtol=1e-5)
+    assert solution.statuses == [Status(int(code)).name for code in solution.status]
+    assert solution.statuses[4] == "NONFINITE"
+
+
 def test_repr_counts_and_advises(solver):
     fn, z0 = mixed()
     solution = pydeq.fixed_point(fn, z0, solver=solver, max_steps=8, rtol=1e-5)

@@ -51,6 +51,9 @@ class CustomSolver(Solver):
             raise TypeError(f"{cls.__name__} must define propose(self, z, f, state), which returns the next iterates")
         return super().__new__(cls)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
     @abstractmethod
     def propose(self, z: Tensor, f: Tensor, state: Any) -> Tensor:
         """Return the next iterates.

@@ -28,6 +28,11 @@ class Plain(CustomSolver):
         return f
 
 
+class Configured(Plain):
+    def __init__(self, share):
+        self.share = share
+
+
 @dataclass(frozen=True)
 class HeavyBall(CustomSolver):
     momentum: float = 0.3
@@ -78,6 +83,12 @@ def spoiled(problem, places):
         return image
 
     return fn
+
+
+def test_print_shows_the_settings():
+    assert repr(Plain()) == "Plain()"
+    assert repr(Configured(0.5)) == "Configured(share=0.5)"
+    assert repr(HeavyBall(0.2)) == "HeavyBall(momentum=0.2)"
 
 
 def code(document: Path) -> str:
