@@ -7,14 +7,16 @@ import importlib
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pydeq.compat.migrate import migrate as migrate_files
 from pydeq.diagnosis import diagnose as diagnose_layer
-from pydeq.ops.kernels import kernels
+from pydeq.ops.kernels import kernels, package_version
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -35,17 +37,31 @@ def migrate(arguments: argparse.Namespace) -> int:
 
 
 def diagnose(arguments: argparse.Namespace) -> int:
-    """Diagnose a layer on a batch; the status is 0 if it converges, 1 if not, 2 if it cannot be had."""
+    """Diagnose a layer on a batch; the status is 0 if it converges, 1 if not, 2 if it cannot be evaluated."""
     try:
         deq, z0, *context = problem_of(arguments.target)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        print(f"pydeq diagnose: {error}", file=sys.stderr)
+        report = diagnose_layer(deq, z0, *context, max_steps=arguments.max_steps)
+        print(report)
+        if arguments.plot is not None:
+            report.plot(arguments.plot)
+    except Exception as error:  # of the user's code, most of the time
+        print(f"pydeq diagnose: {_sentence(error)}", file=sys.stderr)
         return 2
-    report = diagnose_layer(deq, z0, *context, max_steps=arguments.max_steps)
-    print(report)
-    if arguments.plot is not None:
-        report.plot(arguments.plot)
     return 0 if report.converges else 1
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line, with the last line of the user's code that it passed through."""
+    text = " ".join(str(error).split()) or "no message"
+    library = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*library, "<")) and frame.line
+    ]
+    if not frames or isinstance(error, ImportError):
+        return text
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(error).__name__}: {text}"
 
 
 def problem_of(target: str) -> tuple[Any, ...]:
@@ -78,6 +94,7 @@ def problem_of(target: str) -> tuple[Any, ...]:
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. A command's parser has a default ``run``: its function of the arguments."""
     top = argparse.ArgumentParser(prog="pydeq", description="Deep-equilibrium-model solvers for PyTorch.")
+    top.add_argument("--version", action="version", version=f"pydeq {package_version()}")
     commands = top.add_subparsers(title="commands", dest="command", required=True)
     command = commands.add_parser("info", help="print the kernels in use, the versions and the machine")
     command.set_defaults(run=info)
@@ -90,7 +107,8 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "diagnose",
         help="find out why a layer does not converge on a batch, and what to change",
-        description="Diagnose a layer on a batch: print a report. The exit status is 0 if the layer converges.",
+        description="Diagnose a layer on a batch: print a report. The exit status is 0 if the layer converges, 1 if it"
+        " does not, and 2 if it cannot be evaluated.",
     )
     command.add_argument(
         "target",

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -26,6 +27,42 @@ def test_bad_command_is_refused_with_the_choices(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "info" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"pydeq {pydeq.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("wrong_shape", r".*layers_that_fail\.py, line 3: RuntimeError: mat1 and mat2 shapes cannot be multiplied .*"),
+        ("other_shape", r"fn must return the shape of z0, .*"),
+        ("few_arguments", r"fn was called with z and 0 of context: .*"),
+        ("integers", r".*int64.*"),
+        ("fails", r".*layers_that_fail\.py, line 8: KeyError: 'missing'"),
+    ],
+)
+def test_a_layer_that_fails_is_told_in_one_line(target, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "layers_that_fail.py").write_text(
+        "import torch\n"
+        "linear = torch.nn.Linear(4, 4)\n"
+        "wrong_shape = (lambda z: linear(z), torch.zeros(2, 5))\n"
+        "other_shape = (lambda z: z[:, :1], torch.zeros(2, 5))\n"
+        "few_arguments = (lambda z, x: z + x, torch.zeros(2, 5))\n"
+        "integers = (torch.cos, torch.zeros(2, 5, dtype=torch.int64))\n"
+        "def fails():\n"
+        "    return {}['missing']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "layers_that_fail", raising=False)
+    assert main(["diagnose", f"layers_that_fail:{target}"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert re.fullmatch(f"pydeq diagnose: {message}\n", err), err
 
 
 def test_diagnose(tmp_path, monkeypatch, capsys):

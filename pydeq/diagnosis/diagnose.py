@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pydeq.adjoints import Implicit
-from pydeq.arguments import check_max_steps, keywords_for
+from pydeq.arguments import check_context, check_max_steps, keywords_for
 from pydeq.cell.linearization import recordable
 from pydeq.cell.prepared import PreparedCell, module_of
 from pydeq.cell.scope import solve_scope
@@ -106,7 +106,11 @@ def diagnose(deq_or_fn: Any, z0: Any, *context: Any, max_steps: int = 200, **key
             raise ValueError("a layer with a process_group cannot be diagnosed: diagnose one without it")
         keywords = keywords_for("diagnose", deq.cell, keywords, ("max_steps",))
         with same_random_numbers(z0), buffers_restored(module_of(deq.cell)), solve_scope():
-            return _Diagnosis(deq, z0, context, keywords, max_steps, compiler).report()
+            try:
+                return _Diagnosis(deq, z0, context, keywords, max_steps, compiler).report()
+            except TypeError:
+                check_context(deq.cell, context, keywords)
+                raise
 
 
 @contextmanager
