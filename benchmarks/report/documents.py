@@ -4,7 +4,7 @@ python -m benchmarks.report.documents README.md docs/experiments/paper.md
 
 The text between ``<!-- measured: RESULTS -->`` and ``<!-- end -->`` is replaced. RESULTS is a summary of the suite or
 the results of an experiment; its path is relative to the document. ``<!-- measured: RESULTS PART -->`` asks for another
-part of a summary: ``contest`` or ``targets``.
+part of a summary: ``contest``, ``rows`` or ``targets``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from pathlib import Path
 from benchmarks.report import measured, reproduced
 
 _SECTION = re.compile(r"(<!-- measured: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-_PARTS = {"contest": measured.contest_section, "targets": measured.targets_section}
+_PARTS = {
+    "contest": measured.contest_section,
+    "rows": measured.rows_section,
+    "targets": measured.targets_section,
+}
 
 
 def rewrite(document: Path) -> str:

@@ -1,6 +1,6 @@
 """A summary of the benchmark suite as sections of documents.
 
-Their templates are ``measured.md``, ``contest.md`` and ``targets.md``.
+Their templates are ``measured.md``, ``rows.md``, ``contest.md`` and ``targets.md``.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ def section(facts: Mapping[str, Any], link: str) -> str:
     return _render(_Summary(facts), facts, link)
 
 
+def rows_section(facts: Mapping[str, Any]) -> str:
+    """The few rows that README shows; ``facts`` are the content of a summary.json."""
+    return render("rows.md", facts=facts, found=_Summary(facts), peer=_peer(facts), targets=_targets(facts))
+
+
 def contest_section(facts: Mapping[str, Any]) -> str:
     """What solved what, and how fast; ``facts`` are the content of a summary.json."""
     results = Results.from_json(facts)
@@ -118,6 +123,10 @@ def _short(entry: Entry) -> dict[str, Any]:
     return {name: float(f"{value:.4g}") if "seconds" in name else value for name, value in row.items()}
 
 
+def _peer(facts: Mapping[str, Any]) -> str:
+    return next(name for name in facts["peers"] if name != "pydeq")
+
+
 def _targets(facts: Mapping[str, Any]) -> list[Target]:
     names = [field.name for field in fields(Target)]
     return [Target(**{name: entry[name] for name in names}) for entry in facts["targets"]]
@@ -129,8 +138,7 @@ def _render(found: _Summary, facts: Mapping[str, Any], link: str) -> str:
         facts=facts,
         link=link,
         found=found,
-        peer=next(name for name in facts["peers"] if name != "pydeq"),
-        targets=_targets(facts),
+        peer=_peer(facts),
         solvers=SOLVERS,
         problems=PROBLEMS,
         cells=CELLS,

@@ -73,6 +73,8 @@ AXES = {
 # Panels of the plot "precision" whose titles end like this have seconds on their axis, the other panels evaluations.
 IN_TIME = ", time"
 RESIDUAL_AXES = ("evaluations of f", "largest relative residual in the batch", True)
+SHOWN = "conv cell"
+"""README shows the panel of the plot "residual" whose title begins like this."""
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
@@ -89,6 +91,7 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
         "overhead": _overhead,
         "kernels": _kernels,
         "residual": lambda results: _lines(results, "residual"),
+        "evaluations": _evaluations,
         "accuracy": lambda results: _lines(results, "accuracy"),
     }
     drawn = {}
@@ -228,33 +231,56 @@ def _lines(results: Results, plot: str) -> Figure | None:
     series = list(dict.fromkeys(curve.series for panel in curves.values() for curve in panel))
     figure, panels = _panels(len(curves), 3.9, share_y=False)
     for panel, (title, lines) in zip(panels, curves.items(), strict=True):
-        x_label, y_label, logarithmic = AXES.get(title, RESIDUAL_AXES)
-        for line in lines:
-            i, j = series.index(line.series), libraries.index(line.side)
-            # The other libraries' lines are below the first library's, thicker and paler, so that equal lines are both
-            # visible.
-            width, alpha = (1.5, 1.0) if j == 0 else (3.0, 0.5)
-            panel.plot(
-                line.x, line.y, LINE_STYLES[j], color=SERIES_COLORS[i], marker=None if logarithmic else "o",
-                markersize=4, linewidth=width, alpha=alpha, zorder=3 if j == 0 else 2,
-            )  # fmt: skip
-            if line.low and line.high:
-                panel.fill_between(line.x, line.low, line.high, color=SERIES_COLORS[i], alpha=0.12, linewidth=0)
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel(x_label)
-        panel.set_ylabel(y_label)
-        if logarithmic:
-            panel.set_yscale("log")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        _draw_lines(panel, title, lines, series, libraries)
+    handles = _line_handles(series, libraries)
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=len(handles))
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    return figure
+
+
+def _evaluations(results: Results) -> Figure | None:
+    """The residuals of one problem, for README."""
+    lines = [curve for curve in results.curves if curve.plot == "residual" and curve.panel.startswith(SHOWN)]
+    if not lines:
+        return None
+    libraries, series = results.facts["peers"], list(dict.fromkeys(curve.series for curve in lines))
+    figure, panel = plt.subplots(figsize=(6.4, 3.4))
+    _draw_lines(panel, lines[0].panel, lines, series, libraries)
+    _legend_at_right(figure, _line_handles(series, libraries))
+    figure.tight_layout()
+    return figure
+
+
+def _draw_lines(panel: Axes, title: str, lines: Sequence[Curve], series: list[str], libraries: list[str]) -> None:
+    x_label, y_label, logarithmic = AXES.get(title, RESIDUAL_AXES)
+    for line in lines:
+        i, j = series.index(line.series), libraries.index(line.side)
+        # The other libraries' lines are below the first library's, thicker and paler, so that equal lines are both
+        # visible.
+        width, alpha = (1.5, 1.0) if j == 0 else (3.0, 0.5)
+        panel.plot(
+            line.x, line.y, LINE_STYLES[j], color=SERIES_COLORS[i], marker=None if logarithmic else "o",
+            markersize=4, linewidth=width, alpha=alpha, zorder=3 if j == 0 else 2,
+        )  # fmt: skip
+        if line.low and line.high:
+            panel.fill_between(line.x, line.low, line.high, color=SERIES_COLORS[i], alpha=0.12, linewidth=0)
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel(x_label)
+    panel.set_ylabel(y_label)
+    if logarithmic:
+        panel.set_yscale("log")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _line_handles(series: list[str], libraries: list[str]) -> list[Line2D]:
+    """The legend's lines: a color for each series, a style for each library."""
     handles = [Line2D([], [], color=SERIES_COLORS[i], linewidth=3, label=name) for i, name in enumerate(series)]
     for j, name in enumerate(libraries):
         width, alpha = (1.5, 1.0) if j == 0 else (3.0, 0.5)
         handles.append(
             Line2D([], [], color="#444444", linestyle=LINE_STYLES[j], linewidth=width, alpha=alpha, label=name)
         )
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=len(handles))
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
-    return figure
+    return handles
 
 
 @dataclass(frozen=True)

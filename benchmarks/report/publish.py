@@ -20,7 +20,7 @@ from benchmarks.results import row_by_row
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments/paper.md")
-PLOTS = ("overhead.png", "profile.png")
+PLOTS = ("evaluations.png", "overhead.png", "profile.png")
 
 
 def publish(path: Path, root: Path = ROOT) -> Path:

@@ -124,7 +124,7 @@ def test_parts_of_a_summary(tmp_path):
     assert all(f"| {target['statement']} | " in targets for target in missed)
     assert rewrite(document) == document.read_text(encoding="utf-8")
     document.write_text("<!-- measured: summary.json kernels -->\n<!-- end -->\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="part must be one of contest, targets, got 'kernels'"):
+    with pytest.raises(ValueError, match="part must be one of contest, rows, targets, got 'kernels'"):
         rewrite(document)
 
 
