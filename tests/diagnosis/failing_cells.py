@@ -29,7 +29,7 @@ def vectors(width: int, batch: int = BATCH) -> tuple[Tensor, tuple[Tensor]]:
     return torch.zeros(batch, width), (torch.randn(batch, width),)
 
 
-def images(channels: int = 8, size: int = 6) -> tuple[Tensor, tuple[Tensor]]:
+def images(channels: int, size: int) -> tuple[Tensor, tuple[Tensor]]:
     return torch.zeros(BATCH, channels, size, size), (torch.randn(BATCH, channels, size, size),)
 
 
@@ -113,9 +113,9 @@ def group_norm():
         h = m.norms[0](F.relu(m.first(z)))
         return m.norms[2](F.relu(z + m.norms[1](m.second(h) + x)))
 
-    convolutions = {name: nn.Conv2d(8, 8, 3, padding=1) for name in ("first", "second")}
-    norms = nn.ModuleList(nn.GroupNorm(4, 8) for _ in range(3))
-    return scaled(Map(cell, **convolutions, norms=norms), 3.0), *images()
+    convolutions = {name: nn.Conv2d(4, 4, 3, padding=1) for name in ("first", "second")}
+    norms = nn.ModuleList(nn.GroupNorm(2, 4) for _ in range(3))
+    return scaled(Map(cell, **convolutions, norms=norms), 3.0), *images(4, 3)
 
 
 @failing("convolutions with BatchNorm in training mode", couples=True)
@@ -124,14 +124,14 @@ def batch_norm():
         h = F.relu(m.norms[0](m.first(z)))
         return F.relu(m.norms[1](m.second(h)) + z + x) - z
 
-    convolutions = {name: nn.Conv2d(8, 8, 3, padding=1) for name in ("first", "second")}
-    return Map(cell, **convolutions, norms=nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))), *images()
+    convolutions = {name: nn.Conv2d(6, 6, 3, padding=1) for name in ("first", "second")}
+    return Map(cell, **convolutions, norms=nn.ModuleList(nn.BatchNorm2d(6) for _ in range(2))), *images(6, 4)
 
 
 @failing("a convolution with tanh and a large initialization")
 def convolution():
-    convolution = nn.Conv2d(8, 8, 3, padding=1)
-    return scaled(Map(lambda m, z, x: torch.tanh(m.conv(z) + x), conv=convolution), 5.0), *images()
+    convolution = nn.Conv2d(4, 4, 3, padding=1)
+    return scaled(Map(lambda m, z, x: torch.tanh(m.conv(z) + x), conv=convolution), 5.0), *images(4, 4)
 
 
 @failing("attention with LayerNorm after it, three layers deep")
