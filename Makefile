@@ -1,15 +1,16 @@
-# make test    make bench    make experiments    make docs    make lint    make wheel    make clean
+# make test    make bench    make experiments    make docs    make lint    make wheel    make wheels    make clean
 # Everything runs in an environment of its own, VENV, made with PYTHON on the first call.
 
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_PROFILE ?= quick
 PYTEST_ARGS ?=
+DIST ?= dist
 bin := $(VENV)/bin
 sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(wildcard pydeq/ops/*.py)
 formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test bench experiments docs lint format wheel clean
+.PHONY: test bench experiments docs lint format wheel wheels check-wheels clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test.installed $(VENV)/pydeq.installed
@@ -38,6 +39,21 @@ format: $(VENV)/lint.installed
 
 wheel: $(VENV)/build.installed
 	$(bin)/python -m build --wheel --no-isolation
+
+# A wheel that PyPI takes, for this Python: it runs on every Linux from glibc 2.28 on. torch's libraries stay torch's.
+wheels: $(VENV)/wheels.installed
+	rm -rf build/linked
+	PYDEQ_MANYLINUX=1 PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m build --wheel --no-isolation --outdir build/linked
+	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir $(DIST) build/linked/*.whl
+	$(MAKE) check-wheels
+
+# Also that they use only what is stable of torch; torch-abi-audit reads folders, not wheels.
+check-wheels: $(VENV)/wheels.installed
+	$(bin)/twine check --strict $(DIST)/*
+	rm -rf build/unpacked
+	for wheel in $(DIST)/*.whl; do $(bin)/python -m zipfile --extract "$$wheel" build/unpacked || exit 1; done
+	$(bin)/torch-abi-audit --check torch build/unpacked/pydeq
 
 clean:
 	rm -rf build dist *.egg-info pydeq/*.so pydeq/no_kernels.txt $(VENV)

@@ -9,6 +9,7 @@ Switches, from the environment:
     PYDEQ_REQUIRE_KERNELS=1     a missing compiler or build tool is an error, not an install without kernels
     PYDEQ_WERROR=1              compiler warnings are errors
     PYDEQ_SANITIZE=address,...  build with sanitizers
+    PYDEQ_MANYLINUX=1           link for manylinux_2_28, as `make wheels` does
     PYDEQ_WITH_CUDA, TORCH_CUDA_ARCH_LIST, CUDACXX, CUDA_HOME   see csrc/cuda_toolkit.py
     CXX, CXXFLAGS, CMAKE_BUILD_PARALLEL_LEVEL   are CMake's own
 """
@@ -144,6 +145,7 @@ class BuildKernels(build_ext):
             "PYDEQ_TORCH_VERSION": importlib.metadata.version("torch"),
             "PYDEQ_WERROR": os.environ.get("PYDEQ_WERROR", "0"),
             "PYDEQ_SANITIZE": os.environ.get("PYDEQ_SANITIZE", ""),
+            "PYDEQ_MANYLINUX": os.environ.get("PYDEQ_MANYLINUX", "0"),
         }
         libraries = {
             **common,
