@@ -1,4 +1,4 @@
-# make test    make bench    make experiments    make docs    make lint    make wheel    make wheels    make clean
+# make test    make bench    make experiments    make docs    make lint    make wheel    make wheels    make sdist    make clean
 # Everything runs in an environment of its own, VENV, made with PYTHON on the first call.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(wildcard pydeq/ops/*.py)
 formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test bench experiments docs lint format wheel wheels check-wheels clean
+.PHONY: test bench experiments docs lint format wheel wheels check-wheels sdist clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test.installed $(VENV)/pydeq.installed
@@ -54,6 +54,9 @@ check-wheels: $(VENV)/wheels.installed
 	rm -rf build/unpacked
 	for wheel in $(DIST)/*.whl; do $(bin)/python -m zipfile --extract "$$wheel" build/unpacked || exit 1; done
 	$(bin)/torch-abi-audit --check torch build/unpacked/pydeq
+
+sdist: $(VENV)/build.installed
+	$(bin)/python -m build --sdist --no-isolation --outdir $(DIST)
 
 clean:
 	rm -rf build dist *.egg-info pydeq/*.so pydeq/no_kernels.txt $(VENV)
