@@ -138,7 +138,18 @@ def emulate(cases: Sequence[Case], sanitizer: str = "address") -> list[Result]:
     Raises:
         EmulatorError: If a kernel breaks a rule of SIMT, or a sanitizer objects.
     """
-    executable = build(sanitizer)
+    command = [str(build(sanitizer))]
+    if sanitizer == "thread" and shutil.which("setarch"):
+        command = ["setarch", "-R", *command]  # it needs its addresses free
+    return run_program(command, cases)
+
+
+def run_program(command: Sequence[str], cases: Sequence[Case]) -> list[Result]:
+    """Run a program that was linked with run_cases.cpp on the cases.
+
+    Raises:
+        EmulatorError: If the program fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "cases"), Path(folder, "results")
         with source.open("wb") as file:
@@ -146,10 +157,7 @@ def emulate(cases: Sequence[Case], sanitizer: str = "address") -> list[Result]:
                 write(file, case)
         environment = {**os.environ, **ENVIRONMENT}
         environment.pop("LD_PRELOAD", None)
-        command = [str(executable), str(source), str(target)]
-        if sanitizer == "thread" and shutil.which("setarch"):
-            command = ["setarch", "-R", *command]  # it needs its addresses free
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run([*command, str(source), str(target)], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise EmulatorError(f"exit status {done.returncode}\n{done.stdout}{done.stderr}")
         data = bytearray(target.read_bytes())

@@ -14,7 +14,6 @@
 #include <memory>
 #include <sstream>
 
-#include "cuda/simt.cuh"
 #include "emulator/emulator.h"
 #include "run_case.h"
 

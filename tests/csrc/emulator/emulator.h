@@ -7,6 +7,8 @@
 namespace pydeq {
 namespace emulator {
 
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
 struct Grid {
   int64_t blocks;
   int threads;
@@ -22,7 +24,11 @@ void seed(uint64_t value);
 // rule of SIMT.
 void launch(const Grid& grid, const std::function<void()>& kernel);
 
-// Since the last reset.
+// Both since the last reset.
+struct Traffic {
+  int64_t loaded, stored;  // bytes of global memory, as the kernel asked for them
+};
+extern Traffic traffic;
 struct Launches {
   int64_t count;
   int64_t shared_bytes, cluster;  // the most that a block, and a cluster, of one of them had

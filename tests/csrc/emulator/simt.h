@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "emulator/emulator.h"
+
 #define PYDEQ_KERNEL(threads, resident) void
 #define PYDEQ_DEVICE inline
 #define PYDEQ_PARAMETER const
@@ -48,12 +50,6 @@ void note_atomic(const void* address);
 using Combine = void (*)(void* entries, int argument);
 const void* exchange(const char* what, Site site, const void* entry, int bytes, Combine combine, int argument);
 
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-
-struct Traffic {
-  int64_t loaded, stored;  // bytes of global memory, as the kernel asked for them
-};
-extern Traffic traffic;
 void count_load(int64_t bytes);
 void count_store(int64_t bytes);
 
