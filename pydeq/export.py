@@ -38,8 +38,7 @@ class export_mode(ContextDecorator):  # noqa: N801  # reads like torch.no_grad
             program cannot have (``freeze=False``, ``penalty``, ``process_group``, the adjoint ``Reversible``, and
             ``freeze_rng`` with modules that draw random numbers).
 
-    Example:
-        >>> import torch, pydeq
+    Examples:
         >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, solver=pydeq.Picard()).eval()
         >>> z0, x = torch.zeros(4, 3), torch.full((4, 3), 0.1)
         >>> with pydeq.export_mode(steps=3):

@@ -58,7 +58,7 @@ class PreparedCell:
         freeze_rng: bool = False,
         scoped: bool = True,
     ) -> None:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise RuntimeError(
                 "torch.jit.trace cannot record a solve, whose number of evaluations depends on values: export the model"
                 " by torch.export.export or torch.onnx.export(..., dynamo=True), see pydeq.export_mode"
