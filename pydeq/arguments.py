@@ -54,6 +54,16 @@ def shown(value: Any) -> str:
     return f"the class {value.__name__}, not an instance" if isinstance(value, type) else repr(value)
 
 
+def callable_name(function: Callable[..., Any]) -> str:
+    """The name of a function, or of the class of a callable object.
+
+    The repr is not used: that of a bound method shows the object it belongs to, which may in turn show the method.
+    """
+    if isinstance(function, functools.partial):
+        return f"partial({callable_name(function.func)})"
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
 def set_fields(settings: Any, **values: Any) -> None:
     """Set fields of a frozen dataclass to their checked values."""
     for name, value in values.items():

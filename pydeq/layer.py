@@ -17,6 +17,7 @@ from pydeq.adjoints.convergence_warning import warn_if_layer_unconverged
 from pydeq.adjoints.functional import transforms_active
 from pydeq.adjoints.learned_start_warning import warn_about_learned_start
 from pydeq.arguments import (
+    callable_name,
     check_context,
     check_max_steps,
     check_norm,
@@ -376,7 +377,7 @@ class DEQ(nn.Module):
         """The settings, for ``print``: those that every layer has, and the others that are not the default."""
         lines = [f"solver={self.solver!r}", f"adjoint={self.adjoint!r}"]
         if not isinstance(self.cell, nn.Module):  # torch shows the modules
-            lines.insert(0, f"cell={getattr(self.cell, '__name__', repr(self.cell))}")
+            lines.insert(0, f"cell={callable_name(self.cell)}")
         settings = [f"max_steps={self.max_steps}"]
         for name, parameter in inspect.signature(DEQ).parameters.items():
             value = getattr(self, name, parameter.default)

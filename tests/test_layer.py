@@ -1,6 +1,8 @@
 """The layer: what it returns in training and evaluation, and what it refuses."""
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
@@ -109,6 +111,40 @@ def test_print_shows_what_is_set():
         "DEQ(", "  cell=cos", "  solver=Picard(damping=1.0)", f"  adjoint={pydeq.JacobianFree()!r}",
         f"  max_steps=9, {shown}", ")",
     ]  # fmt: skip
+
+
+class Model(nn.Module):
+    def __init__(self, bind):
+        super().__init__()
+        self.deq = pydeq.DEQ(bind(self))
+
+    def cell(self, z, x):
+        return 0.5 * torch.cos(z) + x
+
+
+@pytest.mark.parametrize(
+    ("bind", "name"),
+    [
+        (lambda model: model.cell, "cell"),
+        (lambda model: functools.partial(model.cell, x=1.0), "partial(cell)"),
+        (lambda model: functools.partial(functools.partial(model.cell), x=1.0), "partial(cell)"),
+        (lambda model: lambda z, x: model.cell(z, x), "<lambda>"),
+        (lambda model: Holds(model), "Holds"),
+    ],
+)
+def test_print_of_a_cell_that_belongs_to_the_model_ends(bind, name):
+    model = Model(bind)
+    assert repr(model).splitlines()[2] == f"    cell={name}"
+
+
+@dataclasses.dataclass
+class Holds:
+    """A callable whose repr shows the model."""
+
+    model: nn.Module
+
+    def __call__(self, z, x):
+        return self.model.cell(z, x)
 
 
 def test_frozen_parameters_and_inputs_give_an_output_without_a_graph(z0, x):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pydeq.adjoints import Implicit
 from pydeq.adjoints.implicit import evaluate_at_fixed_point
+from pydeq.arguments import callable_name
 from pydeq.compat.mode import is_legacy, legacy
 from pydeq.compat.processes import flatten
 from pydeq.compat.torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
@@ -99,7 +100,7 @@ class SolverImplicit(Implicit):
         tol = self.b_solver_kwargs.get("tol", 0.0)
         missed = (relative if self.b_solver_kwargs.get("stop_mode") == "rel" else lowest) >= tol
         lost = missed & (relative > self.options(u.dtype)["rtol"]) & finite
-        name = getattr(self.b_solver, "__name__", repr(self.b_solver))
+        name = callable_name(self.b_solver)
         if bool(lost.any()):
             warn_of_backward(
                 name,
