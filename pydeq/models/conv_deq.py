@@ -7,6 +7,7 @@ Source: Kolter, Duvenaud and Johnson, Deep Implicit Layers, NeurIPS 2020 tutoria
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,9 @@ class ConvDEQConfig(Config):
         inner: Channels inside the cell.
         groups: Groups of the group norms.
         stride: Stride of the stem: the state is smaller than the image by this factor.
+        stem_channels: Channels of convolutions before the stem's last one, each with BN and ReLU. Without them the stem
+            is one convolution of 3x3, which skips pixels if the stride is more than 3. With them each convolution of
+            the stem has stride 2, so that the stride must be 2 to the power of their number.
         dropout: Probability that a channel is dropped in the cell; the mask is fixed during a solve.
         init_std: Standard deviation of the cell's initial weights.
         solver: How the equilibrium is solved.
@@ -48,12 +52,22 @@ class ConvDEQConfig(Config):
     inner: int = 64
     groups: int = 8
     stride: int = 1
+    stem_channels: tuple[int, ...] = ()
     dropout: float = 0.0
     init_std: float = 0.01
     solver: SolverConfig = field(default_factory=SolverConfig)
 
     def check(self) -> None:
         check_at_least(self, 1, "image_channels", "classes", "channels", "inner", "groups", "stride")
+        for index, channels in enumerate(self.stem_channels):
+            if channels < 1:
+                raise ValueError(f"stem_channels[{index}] must be at least 1, got {channels}")
+        halved = 2 ** (len(self.stem_channels) + 1)
+        if self.stem_channels and self.stride != halved:
+            raise ValueError(
+                f"stride must be {halved} with {len(self.stem_channels)} stem_channels, since each convolution halves"
+                f" the image, got {self.stride}"
+            )
         check_unit_interval(self, "dropout")
         check_at_least(self, 0, "init_std")
         for name in ("channels", "inner"):
@@ -97,10 +111,12 @@ class ConvDEQ(EquilibriumModel):
     def __init__(self, config: ConvDEQConfig) -> None:
         super().__init__(ConvCell(config), config.solver)
         self.config = config
-        self.stem = nn.Sequential(
-            nn.Conv2d(config.image_channels, config.channels, 3, stride=config.stride, padding=1),
-            nn.BatchNorm2d(config.channels),
-        )
+        widths = (config.image_channels, *config.stem_channels, config.channels)
+        stride = 2 if config.stem_channels else config.stride
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, stride=stride, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.stem = nn.Sequential(*layers[:-1])  # the injection has both signs
         self.norm = nn.BatchNorm2d(config.channels)
         self.classifier = nn.Linear(config.channels, config.classes)
 

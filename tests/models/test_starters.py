@@ -35,6 +35,25 @@ def test_the_convolutional_equilibrium_is_that_of_its_equation():
     torch.testing.assert_close(f, z, rtol=1e-9, atol=1e-9)
 
 
+def test_a_deep_stem_halves_the_image_with_each_convolution():
+    model = conv(stride=8, stem_channels=(3, 5)).eval()
+    x = torch.randn(3, 2, 32, 16, generator=torch.Generator().manual_seed(0)).double()
+    convolutions = [layer for layer in model.stem if isinstance(layer, torch.nn.Conv2d)]
+    norms = [layer for layer in model.stem if isinstance(layer, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.running_mean.normal_(generator=torch.Generator().manual_seed(1))
+        y = x
+        for convolution, norm in zip(convolutions, norms, strict=True):
+            y = (y if convolution is convolutions[0] else y.relu()).contiguous()
+            y = torch.nn.functional.conv2d(y, convolution.weight, convolution.bias, stride=2, padding=1)
+            y = (y - norm.running_mean.view(-1, 1, 1)) / (1.0 + norm.eps) ** 0.5
+        torch.testing.assert_close(model.stem(x), y)
+    assert [each.weight.shape[:2] for each in convolutions] == [(3, 2), (5, 3), (8, 5)]
+    assert y.shape == (3, 8, 4, 2)
+    assert (y < 0).any()
+
+
 @pytest.mark.parametrize("make", [mlp, conv])
 def test_dropout_is_drawn_once_per_call(make):
     model = make(dropout=0.4).train()
@@ -56,6 +75,8 @@ def test_bad_input():
         (mlp, {"bound": 0.0}, "bound must be above 0 and finite, got 0"),
         (mlp, {"dropout": 2}, "dropout must be in"),
         (conv, {"init_std": -1.0}, "init_std must be at least 0, got -1"),
+        (conv, {"stem_channels": (4, 0)}, r"stem_channels\[1\] must be at least 1, got 0"),
+        (conv, {"stem_channels": [4], "stride": 2}, "stride must be 4 with 1 stem_channels, .* got 2"),
         (conv, {"stride": 0}, "stride must be at least 1, got 0"),
         (conv, {"inner": 9}, "inner must be a multiple of groups, 4, got 9"),
     ],
