@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from experiments.paper.recipes import Recipes
 
 NAMES = ("table1", "table2", "table3", "figure7", "figure8", "modes")
-PROFILE_NAMES = ("cpu", "paper", "smoke")
+PROFILE_NAMES = ("cpu", "cpu-long", "paper", "smoke")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -27,12 +27,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         f"{', '.join(NAMES)}, or all: the tables and figures of the paper, and its penalty in two modes"
     ))  # fmt: skip
     command.add_argument("--profile", choices=PROFILE_NAMES, default="cpu", help=(
-        "cpu: CIFAR-10 and Shakespeare at sizes that two cores train, the default; paper: the published configurations,"
-        " which take days on a GPU; smoke: seconds, to see that it works"
+        "cpu: CIFAR-10 and Shakespeare at sizes that two cores train, the default; cpu-long: the same for many hours;"
+        " paper: the published configurations, which take days on a GPU; smoke: seconds, to see that it works"
     ))  # fmt: skip
     command.add_argument("--out", type=Path, metavar="DIR", help="folder for trainings and results, which experiments"
                          " of a profile share; runs/reproduce-PROFILE by default")  # fmt: skip
-    command.add_argument("--seeds", type=int, metavar="N", help="seeds of the main rows; cpu: 2, else 1, by default")
+    command.add_argument(
+        "--seeds", type=int, metavar="N", help="seeds of the main rows; cpu: 2, cpu-long: 3, else 1, by default"
+    )
     command.add_argument("--resume", action="store_true", help="continue trainings that were interrupted")
     command.add_argument("--jobs", type=int, metavar="N", help=(
         "trainings at a time, each a process with one thread; by default as many as cores, at most 2, and on a GPU 1"

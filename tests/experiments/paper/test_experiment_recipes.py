@@ -103,5 +103,5 @@ def test_a_key_is_that_of_a_configuration_with_its_stops():
 
 
 def test_unknown_profile():
-    with pytest.raises(ValueError, match="profile must be one of cpu, paper, smoke, got 'fast'"):
+    with pytest.raises(ValueError, match="profile must be one of cpu, cpu-long, paper, smoke, got 'fast'"):
         recipes_of("fast")
