@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from experiments.paper.measurement import Measurement, Training
@@ -105,5 +106,7 @@ def over_training(label: str, group: Sequence[Measurement], column: str, style: 
 
 
 def over_stops(label: str, group: Sequence[Measurement], stops: Sequence[int], style: str, color: int) -> Curve:
-    """Curve of the test metric, mean over the seeds, against the hard stop."""
-    return Curve(label, [float(stop) for stop in stops], [metric(group, stop).mean for stop in stops], style, color)
+    """Curve of the test metric, mean over the seeds, against the hard stop, with bars if there are several seeds."""
+    entries = [metric(group, stop) for stop in stops]
+    curve = Curve(label, [float(stop) for stop in stops], [entry.mean for entry in entries], style, color)
+    return curve if len(group) < 2 else replace(curve, bars=[entry.range for entry in entries])

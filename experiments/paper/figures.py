@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,16 @@ def draw(report: Report, title: str, path: Path) -> None:
     for place, panel in zip(places, report.panels, strict=True):
         positive = False
         for curve in panel.curves:
-            points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None]
+            bars = curve.bars or [(math.nan, math.nan)] * len(curve.x)
+            points = [(x, y, y - low, high - y)
+                      for x, y, (low, high) in zip(curve.x, curve.y, bars, strict=True) if y is not None]  # fmt: skip
             if points:
-                color = COLORS[curve.group % len(COLORS)]
-                place.plot(*zip(*points, strict=True), curve.style, label=curve.label, color=color, markersize=3)
-                positive = positive or any(y > 0.0 for _, y in points)
+                x, y, below, above = zip(*points, strict=True)
+                place.errorbar(
+                    x, y, (below, above), fmt=curve.style, label=curve.label, color=COLORS[curve.group % len(COLORS)],
+                    markersize=3, capsize=2, elinewidth=0.8,
+                )  # fmt: skip
+                positive = positive or any(value > 0.0 for value in y)
         if panel.log and positive:
             place.set_yscale("log")
         place.set_title(panel.title, fontsize="medium")

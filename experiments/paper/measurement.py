@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.training import Evaluation, EvaluationRow, History, TrainingConfig
 from experiments.training.atomic_files import write_whole
+from pydeq.models.equilibrium import PenaltyConfig
 
 FORMAT = 1
 FILE = "measurement.json"
@@ -38,6 +39,12 @@ class Training:
     def with_seed(self, seed: int) -> Training:
         """Return the same training with another seed."""
         return replace(self, config=replace(self.config, seed=seed))
+
+    def with_strength(self, strength: float) -> Training:
+        """Return the same training with another strength of the penalty; 0 for none."""
+        penalty = self.config.jacobian_penalty()
+        penalty = replace(penalty, strength=strength) if penalty and strength else PenaltyConfig(strength)
+        return replace(self, config=replace(self.config, penalty=penalty))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ smoke: digits and a computed text, to check that everything runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,6 +119,7 @@ class Recipes:
         figure7: Trainings of figure 7 by the names below, at least the first three.
         figure8: Trainings of figure 8: :data:`PLAIN`, :data:`PENALIZED`, and names that begin with :data:`DECAY`.
         figure8_stop: The hard stop at which they are compared.
+        lengths: Trainings of different length for the experiment "length", by their epochs.
         needs_gpu: Whether the trainings need a GPU.
         imagenet: ImageNet trainings of table 2 by the names of :data:`experiments.paper.published.TABLE2`: pairs of the
             unpenalized and the penalized one.
@@ -131,6 +132,7 @@ class Recipes:
     figure7: Mapping[str, Training]
     figure8: Mapping[str, Training]
     figure8_stop: int
+    lengths: Mapping[int, Training]
     needs_gpu: bool = False
     imagenet: Mapping[str, tuple[Training, Training]] | None = None
 
@@ -201,7 +203,10 @@ def _smoke(common: dict[str, Any], imagenet: str | None) -> Recipes:
         "evaluation": {"every_steps": 4, "batch": 8, "samples": 256, "radius_samples": 2, "radius_steps": 10},
     })  # fmt: skip
     language = LanguageRecipes(_language_models(post, (6, 6), (4, 3)), 3, (3,), 8)
-    return Recipes("smoke", 1, images, language, _four(images), _decayed(images, (1e-3,)), images.stop)
+    return Recipes(
+        "smoke", 1, images, language, _four(images), _decayed(images, (1e-3,)), images.stop,
+        _lengths(common, (1, 2), {"data.train_samples": 128, "data.test_samples": 100}),
+    )  # fmt: skip
 
 
 def _cpu(common: dict[str, Any], imagenet: str | None) -> Recipes:
@@ -265,7 +270,10 @@ def _on_two_cores(
         "evaluation": {"every_steps": 100, "batch": 32, "samples": 16384, "radius_samples": 8},
     }).with_values(language_values)  # fmt: skip
     language = LanguageRecipes(_language_models(post, (30, 35), (8, 9)), 8, (3, 6, 8, 12), 64)
-    return Recipes(name, seeds, images, language, _four(images), _decayed(images, (1e-4, 1e-3)), images.stop)
+    return Recipes(
+        name, seeds, images, language, _four(images), _decayed(images, (1e-4, 1e-3)), images.stop,
+        _lengths(common, (8, 32)),
+    )  # fmt: skip
 
 
 def _paper(common: dict[str, Any], imagenet: str | None) -> Recipes:
@@ -306,7 +314,8 @@ def _paper(common: dict[str, Any], imagenet: str | None) -> Recipes:
     )
     figure7 = {PLAIN_SMALL: small, PLAIN_GENEROUS: generous, PENALIZED_SMALL: penalized}
     figure8 = {PLAIN: small, f"{DECAY} 1e-06": replace(small, config=decayed), PENALIZED: penalized}
-    return Recipes("paper", 1, images, language, figure7, figure8, 12, needs_gpu=True, imagenet=pairs)
+    lengths = _lengths(common, (8, 32))
+    return Recipes("paper", 1, images, language, figure7, figure8, 12, lengths, needs_gpu=True, imagenet=pairs)
 
 
 def _four(images: ImageRecipes) -> dict[str, Training]:
@@ -321,6 +330,29 @@ def _decayed(images: ImageRecipes, decays: tuple[float, ...]) -> dict[str, Train
     """Make figure 8's trainings from those of images, all at the small cap."""
     decayed = {f"{DECAY} {decay:g}": images.training(strength=0.0, weight_decay=decay) for decay in decays}
     return {PLAIN: images.training(strength=0.0)} | decayed | {PENALIZED: images.training()}
+
+
+def _lengths(
+    common: Mapping[str, Any], epochs: Iterable[int], values: Mapping[str, Any] | None = None
+) -> dict[int, Training]:
+    """Make the same training on digits in different lengths."""
+    stops = (1, 2, 3, 4, 5, 6, 8, 12, 20)
+    config = _config(common, {
+        "model": {
+            "model": "conv_deq", "image_channels": 1, "classes": 10, "channels": 16, "inner": 16, "groups": 4,
+            "solver": {
+                "memory": 6, "backward_memory": 6, "rtol": 1e-3, "max_steps": 20,
+                "backward_rtol": 1e-3, "backward_max_steps": 15,
+            },
+        },
+        "data": {"name": "digits"},
+        "epochs": 8, "batch": 64,
+        "optimizer": {"name": "adam", "lr": 0.02},
+        "schedule": {"name": "cosine"},
+        "penalty": {"strength": 0.5, "frequency": 1.0},
+        "evaluation": {"batch": 360, "radius_samples": 32, "every_epochs": 8},
+    }).with_values(values or {})  # fmt: skip
+    return {count: Training(config.with_values({"epochs": count}), stops, 360) for count in epochs}
 
 
 def _language_models(

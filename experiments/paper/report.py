@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from experiments.paper.measurement import Measurement
 
 SCHEMA = 1
 
-Unit = Literal["percent", "perplexity", "number", "residual"]
+Unit = Literal["percent", "points", "perplexity", "number", "residual"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Entry:
 
     Args:
         values: The measured values, one for each seed; None where a training diverged.
-        unit: The unit, which selects the format. Percentages are given in percent.
+        unit: The unit, which selects the format. Percentages are given in percent. Points are differences of them
+            between trainings of the same seed: the mean has its standard error, other units have half the range.
         paper: The paper's number or words.
     """
 
@@ -40,6 +42,19 @@ class Entry:
         """The mean, or NaN if there is none. No comparison with NaN is true."""
         return math.nan if self.mean is None else self.mean
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest of the values that there are; NaN if there are none."""
+        numbers = [value for value in self.values if value is not None]
+        return min(numbers, default=math.nan), max(numbers, default=math.nan)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean over the seeds; NaN if there is none."""
+        if self.mean is None or len(self.values) < 2:
+            return math.nan
+        return statistics.stdev(value for value in self.values if value is not None) / math.sqrt(len(self.values))
+
     def __str__(self) -> str:
         numbers = [value for value in self.values if value is not None]
         if not self.values:
@@ -50,7 +65,9 @@ class Entry:
         else:
             own = show(self.mean, self.unit)
             if len(numbers) > 1:
-                own += f" ± {show((max(numbers) - min(numbers)) / 2, self.unit)}"
+                least, most = self.range
+                spread = self.error if self.unit == "points" else (most - least) / 2
+                own += f" ± {show(spread, self.unit).removeprefix('+')}"
         if self.paper is None:
             return own
         return f"{own} ({self.paper if isinstance(self.paper, str) else show(self.paper, self.unit)})"
@@ -141,6 +158,7 @@ class Curve:
         x, y: Its points; None for a missing one.
         style: Matplotlib's style.
         group: Lines of one group have the same color.
+        bars: The smallest and the largest value over the seeds at each point; None for no bars.
     """
 
     label: str
@@ -148,6 +166,7 @@ class Curve:
     y: Sequence[float | None]
     style: str = "o-"
     group: int = 0
+    bars: Sequence[tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -220,8 +239,8 @@ def show(value: float, unit: Unit) -> str:
     """Format a number for a table."""
     if not math.isfinite(value):
         return str(value)
-    return {"percent": f"{value:.1f}", "perplexity": f"{value:.2f}", "number": f"{value:.2f}",
-            "residual": f"{value:.1e}"}[unit]  # fmt: skip
+    return {"percent": f"{value:.1f}", "points": f"{value:+.1f}", "perplexity": f"{value:.2f}",
+            "number": f"{value:.2f}", "residual": f"{value:.1e}"}[unit]  # fmt: skip
 
 
 def brief(value: float | None) -> str:

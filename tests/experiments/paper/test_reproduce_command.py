@@ -19,7 +19,7 @@ def reproduce(*arguments):
 def test_all_experiments_in_the_smoke_profile(tmp_path, capsys):
     assert reproduce("all", "--profile", "smoke", "--out", tmp_path, "--jobs", 1, "--device", "cpu") == 0
     out = capsys.readouterr().out
-    assert len(list((tmp_path / "trainings").iterdir())) == 16
+    assert len(list((tmp_path / "trainings").iterdir())) == 28
     claims = 0
     for name in NAMES:
         content = json.loads((tmp_path / f"reproduce-smoke-{name}.json").read_text())
