@@ -9,6 +9,7 @@ import math
 import pickle
 import pkgutil
 import sys
+import warnings
 import weakref
 from multiprocessing.reduction import ForkingPickler
 
@@ -412,6 +413,22 @@ def test_jacobian_penalty(td):
     torch.manual_seed(1)
     v = torch.randn(2, 3)
     torch.testing.assert_close(parameter.grad, 4 * v.square().mean())
+
+
+def test_jacobian_penalty_is_the_one_of_this_package(td, monkeypatch):
+    cell = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.GroupNorm(1, 2), torch.nn.GELU()).double()
+    z = torch.randn(3, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    basis = iter(torch.eye(24, dtype=torch.float64))
+    for name in ("randn", "randn_like"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: next(basis).expand(3, 24).reshape(3, 2, 3, 4))
+    theirs = 24 * td.jac_reg(cell(z), z, vecs=24)  # each vector of the basis once: the exact norm
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # torch does not vectorize the norm's second derivative
+        ours = pydeq.jacobian_penalty(cell, z, method="exact")
+        gradients = [torch.autograd.grad(value, cell.parameters(), allow_unused=True) for value in (theirs, ours)]
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-14)
 
 
 def test_power_method_on_a_real_spectrum(td):
