@@ -153,6 +153,17 @@ def test_nan_in_one_sample_leaves_the_others_and_its_best_iterate(solver):
     torch.testing.assert_close(z[1], 0.5 * torch.cos(solution.value[1]) + x[1])
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e160])
+def test_states_whose_squares_do_not_fit(size):
+    generator = torch.Generator().manual_seed(0)
+    x = size * torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    for solver in (Picard(), Anderson(), Broyden()):
+        deq = pydeq.DEQ(lambda z, x: 0.5 * z + x, solver=solver, rtol=1e-6)
+        actual, expected = both(deq, torch.zeros_like(x), x, steps=40)
+        torch.testing.assert_close(actual.image, 2 * x, rtol=4e-6, atol=0.0)
+        assert actual.sample_nfe.tolist() == expected.sample_nfe.tolist()
+
+
 def test_nan_at_the_start_is_nonfinite():
     deq = pydeq.DEQ(lambda z, x: z * 0.5 + x).eval()
     x = torch.tensor([[1.0], [torch.nan]])

@@ -36,6 +36,7 @@ from pydeq.ops.constants import (
     Status,
 )
 from pydeq.ops.reduction import inner, wide_dtype
+from pydeq.ops.reduction import norm as row_norm
 from pydeq.ops.termination import Rules
 from pydeq.solution import Solution, relative
 from pydeq.solve.compaction import Evaluator
@@ -171,7 +172,7 @@ class _Judge:
             trials: See :meth:`_Steps.trials`.
         """
         rules = self.rules
-        residual, norm = _norm(f.to(wide_dtype(z.dtype)) - z), _norm(f)
+        residual, norm = row_norm(f.to(wide_dtype(z.dtype)) - z), row_norm(f)
         finite = (residual + norm).isfinite()
         self.residual, self.norm = residual, norm
         tolerance = rules.rtol * norm + rules.atol if rules.atol else rules.rtol * norm
@@ -234,11 +235,6 @@ class _Judge:
         columns = {Counter.STATUS: status, Counter.EVALUATIONS: self.evaluations, Counter.SINCE_BEST: self.since}
         zero = torch.zeros_like(self.since)
         return torch.stack([columns.get(name, zero) for name in Counter], dim=1)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """The norm of each row of [B, D], float64 [B]."""
-    return x.double().square().sum(1).sqrt()
 
 
 class _Steps(ABC):
