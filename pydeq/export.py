@@ -26,7 +26,8 @@ class export_mode(ContextDecorator):  # noqa: N801  # reads like torch.no_grad
     evaluations. With ``return_solution=True`` a model may also return ``solution.converged``.
 
     The solver must be :class:`pydeq.Picard`, :class:`pydeq.Anderson` or :class:`pydeq.Broyden`. Samples must not depend
-    on each other. ``norm="parts"`` scales the parts once. ``compact`` has no effect.
+    on each other. With ``norm="parts"`` each sample's output is that of a solve of this sample only. ``compact`` has no
+    effect.
 
     Args:
         steps: The number of evaluations of each layer, at least 1; by default the ``max_steps`` of the call, or the

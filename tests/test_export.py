@@ -271,18 +271,50 @@ def test_states_context_keywords_aux_trace_and_states_at():
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
+def chain(z, x):
+    """Parts of very different sizes. The later ones are zero in the first images, and then grow slowly."""
+    a, b, c = z
+    return 0.5 * torch.tanh(a) + x, 0.8 * b + 1e-4 * a.mean(1, keepdim=True), 0.95 * c + 1e-3 * torch.tanh(b)
+
+
+def chain_start(x):
+    return torch.zeros_like(x), torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
+
+
+@by_solver
 @pytest.mark.parametrize("atol", [0.0, 1e-6])
-def test_parts_of_different_scales_meet_the_tolerance(atol):
+def test_parts_give_the_solve_of_each_sample(solver, atol):
+    x = inputs(3, torch.float64) @ torch.ones(3, 4, dtype=torch.float64)
+    deq = pydeq.DEQ(chain, solver=solver, norm="parts", rtol=1e-4, atol=atol)
+    for steps in (1, 9, 30):
+        with torch.no_grad(), pydeq.export_mode(steps):
+            image, actual = deq.eval()(chain_start(x), x, return_solution=True, trace=True)
+        for i, row in enumerate(x.split(1)):
+            with torch.no_grad():
+                expected = deq(chain_start(row), row, max_steps=steps, return_solution=True, trace=True)[1]
+            torch.testing.assert_close(tuple(part[i : i + 1] for part in image), expected.image, rtol=1e-9, atol=1e-14)
+            for name in ("status", "sample_nfe", "relative_residual"):
+                torch.testing.assert_close(
+                    getattr(actual, name)[i : i + 1], getattr(expected, name), rtol=1e-6, atol=1e-9
+                )
+            seen = actual.trace[: len(expected.trace), i : i + 1]
+            torch.testing.assert_close(seen, expected.trace, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(memory=3), Broyden()], ids=repr)
+def test_a_small_part_meets_its_tolerance(solver):
     def fn(z, x):
         a, b = z
-        return 0.5 * torch.cos(a) + x, 1e-4 * torch.cos(a) + 0.4 * b
+        return 0.5 * a + x, 0.9 * b + 1e-3 * a.mean(1, keepdim=True)
 
-    x = torch.randn(3, 4, dtype=torch.float64)
-    deq = pydeq.DEQ(fn, norm="parts", rtol=1e-6, atol=atol)
-    actual, expected = both(deq, (torch.zeros_like(x), torch.zeros_like(x)), x, steps=30)
-    assert actual.converged.all()
-    torch.testing.assert_close(actual.image, expected.image, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(actual.residual, expected.residual, rtol=1e-3, atol=1e-12)
+    x = torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4)
+    deq = pydeq.DEQ(fn, solver=solver, norm="parts", rtol=1e-5).eval()
+    with torch.no_grad(), pydeq.export_mode(150):
+        (a, b), solution = deq((torch.zeros_like(x), torch.zeros_like(x[:, :1])), x, return_solution=True)
+    assert solution.converged.all()
+    assert solution.relative_residual.max() <= 1e-5
+    torch.testing.assert_close(a, 2 * x, rtol=2e-5, atol=0.0)  # a contraction by 1/2
+    torch.testing.assert_close(b, 2e-2 * x.mean(1, keepdim=True), rtol=2e-4, atol=0.0)  # by 9/10
 
 
 def test_the_number_of_evaluations_is_the_modes_the_calls_or_the_layers():
@@ -416,6 +448,25 @@ def test_programs_take_batches_of_any_size(solver):
         x = inputs(batch, torch.float64)
         with torch.no_grad():
             close(exported(x), model(x), 1e-12)
+
+
+def test_programs_scale_the_parts_of_each_sample():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deq = pydeq.DEQ(chain, solver=Picard(), norm="parts", eval_max_steps=3)
+
+        def forward(self, x):
+            z, solution = self.deq(chain_start(x), x, return_solution=True)
+            return *z, solution.sample_nfe, solution.relative_residual
+
+    net = Net()
+    exported = program(net, torch.randn(3, 4), dynamic_shapes=({0: BATCH},)).module()
+    x = inputs(5) @ torch.ones(3, 4)
+    with torch.no_grad():
+        actual = exported(x)
+        for i, row in enumerate(x.split(1)):
+            close(tuple(part[i : i + 1] for part in actual), net(row))
 
 
 def test_programs_keep_their_state_keywords_and_weights():

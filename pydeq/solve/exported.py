@@ -6,7 +6,7 @@ with the same ``max_steps``. Differences:
 
 - A sample with NaN or Inf is done. There are no further attempts from other points.
 - Samples that depend on each other are not looked at again after they are done.
-- ``norm="parts"`` scales the parts once.
+- With ``norm="parts"``, a sample that needs new scales gets them at once. A solve waits for the other samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,7 +39,7 @@ from pydeq.ops.reduction import norm as row_norm
 from pydeq.ops.termination import Rules
 from pydeq.solution import Solution, relative
 from pydeq.solve.compaction import Evaluator
-from pydeq.solve.parts import iterate_by_parts
+from pydeq.solve.parts import PartTolerances
 from pydeq.solve.solve import stopping_rules
 from pydeq.solve.unrolling import AndersonHistory
 from pydeq.solvers import Anderson, Broyden, Picard, Solver
@@ -79,12 +78,14 @@ def solve_exported(
     layout = layout_of(z0)
     rules = stopping_rules(layout, rtol, atol, stall=stall)
     evaluator = _Evaluator(fn, context, layout, torch.is_autocast_enabled(layout.device.type))
-    iterate = partial(iterate_by_parts, record=_iterate) if norm == "parts" else _iterate
+    max_steps, states_at = check_max_steps("max_steps", max_steps), check_states_at(states_at)
+    flat = layout.flatten(z0)
+    judge, steps = _Judge(rules), _STEPS[type(solver)](flat, solver, max_steps)
+    if norm == "parts" and len(layout.shapes) > 1:
+        tolerances = PartTolerances(layout, rules)
+        judge, steps = _PartsJudge(tolerances, max_steps), _ScaledSteps(steps, tolerances)
     with parametrize.cached():  # normalized weights are computed once
-        return iterate(
-            evaluator, layout.flatten(z0), solver, rules, check_max_steps("max_steps", max_steps), trace,
-            states_at=check_states_at(states_at),
-        )[0]  # fmt: skip
+        return _iterate(evaluator, flat, judge, steps, max_steps, trace, states_at)
 
 
 class _Evaluator(Evaluator):
@@ -104,27 +105,24 @@ class _Evaluator(Evaluator):
 
 @dataclass
 class _Workspace:
-    """What is left of a solve's workspace: the iterates, [B, D], and the results, as in an ordinary one."""
+    """What is left of a solve's workspace: the iterates, [B, D]."""
 
     z: tuple[Tensor, Tensor]
     best: tuple[Tensor, Tensor]
-    scalars: Tensor
-    counters: Tensor
 
 
 def _iterate(
     evaluator: Evaluator,
     flat: Tensor,
-    solver: Solver,
-    rules: Rules,
+    judge: _Judge,
+    steps: _Steps,
     max_steps: int,
     trace: bool,
-    states_at: Sequence[int] = (),
-) -> tuple[Solution, Any]:
+    states_at: Sequence[int],
+) -> Solution:
     """Run :func:`pydeq.solve.iteration.iterate` without a look at the results."""
     layout = evaluator.layout
-    steps, judge = _STEPS[type(solver)](flat, solver, max_steps), _Judge(rules)
-    workspace: Any = _Workspace((flat, flat), (flat, flat), flat, flat)
+    workspace: Any = _Workspace((flat, flat), (flat, flat))
     states: list[State] = []
     rows: list[Tensor] = []
     for k in range(max_steps):
@@ -135,16 +133,15 @@ def _iterate(
         if k + 1 in states_at:
             states.append(layout.view(judge.best[1]))
         if trace:
-            rows.append(torch.where(evaluated, relative(judge.residual, judge.norm), torch.nan))
+            rows.append(torch.where(evaluated, judge.relative(), torch.nan))
         if k + 1 < max_steps:
             z = steps.next(z, f, judge)
             workspace.z = z, z
     traced = torch.stack(rows).to(wide_dtype(layout.dtype)) if trace else None
-    workspace.scalars, workspace.counters = judge.scalars(), judge.counters()
-    value, image = (layout.view(x) for x in workspace.best)
-    solution = Solution(value, image, evaluator.calls, workspace.scalars, workspace.counters, traced)
+    value, image = (layout.view(x) for x in judge.best)
+    solution = Solution(value, image, evaluator.calls, judge.scalars(), judge.counters(), traced)
     solution.states = states + [image] * (len(states_at) - len(states))
-    return solution, workspace
+    return solution
 
 
 class _Judge:
@@ -172,20 +169,14 @@ class _Judge:
             trials: See :meth:`_Steps.trials`.
         """
         rules = self.rules
-        residual, norm = row_norm(f.to(wide_dtype(z.dtype)) - z), row_norm(f)
+        residual, norm = self.residual, self.norm = self._measure(z, f)
         finite = (residual + norm).isfinite()
-        self.residual, self.norm = residual, norm
         tolerance = rules.rtol * norm + rules.atol if rules.atol else rules.rtol * norm
         meets = finite & (residual <= tolerance)
         self.evaluated += 1
         if self.evaluated == 1:
-            self.first, self.first_norm = residual, norm
-            # z + c has no fixed point, but for a large z it rounds to z: a small residual means nothing there.
-            self.absorbed = torch.maximum((1.0 - CONTRACTION) / (0.5 * rules.eps) * residual, GROWTH * norm)
-            self.best, self.best_residual, self.best_norm = (z, f), residual, norm
-            self.converged, self.lost, self.running = meets, ~finite, finite & ~meets
-            self.diverged = self.stalled = torch.zeros_like(meets)
-            self.since = torch.zeros_like(meets, dtype=torch.int32)
+            self.best = z, f
+            self._begin(finite, meets)
             self.evaluations = torch.ones_like(self.since)
             return torch.ones_like(meets)
         running = self.running
@@ -208,6 +199,30 @@ class _Judge:
             stalled = self.running & (self.since >= STALL_WINDOW) & explained
             self.stalled, self.running = self.stalled | stalled, self.running & ~stalled
         return running
+
+    def _measure(self, z: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual and norm."""
+        return row_norm(f.to(wide_dtype(z.dtype)) - z), row_norm(f)
+
+    def _begin(self, finite: Tensor, meets: Tensor) -> None:
+        """Take the newest iterates as the first ones.
+
+        Args:
+            finite: Whether residual and norm are finite, bool [B].
+            meets: Whether they meet the tolerance, bool [B].
+        """
+        residual, norm = self.residual, self.norm
+        self.first, self.first_norm = residual, norm
+        # z + c has no fixed point, but for a large z it rounds to z: a small residual means nothing there.
+        self.absorbed = torch.maximum((1.0 - CONTRACTION) / (0.5 * self.rules.eps) * residual, GROWTH * norm)
+        self.best_residual, self.best_norm = residual, norm
+        self.converged, self.lost, self.running = meets, ~finite, finite & ~meets
+        self.diverged = self.stalled = torch.zeros_like(meets)
+        self.since = torch.zeros_like(meets, dtype=torch.int32)
+
+    def relative(self) -> Tensor:
+        """The newest relative residuals, [B]."""
+        return relative(self.residual, self.norm)
 
     def scalars(self) -> Tensor:
         """The results as a workspace has them, [B, len(Scalar)]."""
@@ -237,6 +252,83 @@ class _Judge:
         return torch.stack([columns.get(name, zero) for name in Counter], dim=1)
 
 
+class _PartsJudge(_Judge):
+    """The rules of :func:`pydeq.solve.parts.iterate_by_parts`: each part of a state meets the tolerance.
+
+    The norms are those of the scaled state, and ``best`` is not scaled. Every sample has its own rounds.
+
+    Attributes:
+        scale: Divisors of the parts, [B, P].
+        begins: Samples that begin a new round, with a new scale, at their newest image, bool [B].
+    """
+
+    scale: Tensor
+    begins: Tensor
+
+    def __init__(self, tolerances: PartTolerances, max_steps: int) -> None:
+        super().__init__(tolerances.scaled_rules())
+        self.tolerances = tolerances
+        self.plain = min(max_steps, len(tolerances.layout.shapes)) - 1  # the most plain steps before the first round
+
+    def judge(self, z: Tensor, f: Tensor, trials: Tensor | None) -> Tensor:
+        tolerances = self.tolerances
+        evaluated = super().judge(z, f, trials)
+        finite = (self.residual + self.norm).isfinite()
+        if self.evaluated > 1:
+            rows = self.begins & finite
+            kept = {name: getattr(self, name) for name in _ROUND}
+            self._begin(finite, self.residual <= self.rules.rtol * self.norm + self.rules.atol)
+            for name, old in kept.items():
+                setattr(self, name, torch.where(rows, getattr(self, name), old))
+            value, image = self.best
+            self.best = torch.where(rows[:, None], z, value), torch.where(rows[:, None], f, image)
+        residual, size = self.parts
+        self.met = tolerances.met(residual, size)
+        begins = evaluated & self.converged & ~self.met
+        if self.evaluated <= self.plain:
+            unknown = finite & tolerances.unknown(size)
+            self.unknown = unknown if self.evaluated == 1 else unknown & self.unknown
+            begins = begins | self.unknown
+        self.begins, self.converged, self.running = begins, self.converged & ~begins, self.running | begins
+        self.scale = torch.where(begins[:, None], tolerances.scale(size), self.scale)
+        return evaluated
+
+    def _measure(self, z: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        residual, size = self.parts = self.tolerances.measure(z, f)  # [B, P] each
+        if self.evaluated == 0:
+            self.scale = self.tolerances.scale(size)
+        elif self.evaluated <= self.plain:
+            self.scale = torch.where(self.unknown[:, None], self.tolerances.scale(size), self.scale)
+        return row_norm(residual / self.scale), row_norm(size / self.scale)
+
+    def relative(self) -> Tensor:
+        return relative(*self.parts).amax(1)
+
+    def scalars(self) -> Tensor:
+        residual, size = self.tolerances.measure(*self.best)
+        residual = torch.where(residual.isfinite() & size.isfinite(), residual, math.inf)
+        worst = relative(residual, size).argmax(1, keepdim=True)
+        scalars = super().scalars()
+        columns = dict(zip(Scalar, scalars.unbind(1), strict=True))
+        columns[Scalar.BEST] = residual.gather(1, worst)[:, 0]
+        columns[Scalar.BEST_NORM] = size.gather(1, worst)[:, 0]
+        return torch.stack([columns[name] for name in Scalar], dim=1)
+
+    def counters(self) -> Tensor:
+        # The tolerance of the scaled state is a little stricter than that of the parts.
+        newest = self.running & (self.since == 0) & self.met
+        contracted = self.best_residual < CONTRACTION * self.first
+        self.converged = self.converged | (newest & (contracted | (self.evaluations == 1)))
+        return super().counters()
+
+
+_ROUND = (
+    "first", "first_norm", "absorbed", "best_residual", "best_norm", "converged", "lost", "running", "diverged",
+    "stalled", "since",
+)  # fmt: skip
+"""What a judge finds out in one round."""
+
+
 class _Steps(ABC):
     """The steps of one solver.
 
@@ -256,6 +348,26 @@ class _Steps(ABC):
     @abstractmethod
     def next(self, z: Tensor, f: Tensor, judge: _Judge) -> Tensor:
         """The iterates after z, by its images f and what was found out about them, [B, D]."""
+
+    def restart(self, rows: Tensor) -> None:  # noqa: B027  # by default there is none
+        """Forget the history of some samples, bool [B]; the next iterates are new initial ones."""
+
+
+class _ScaledSteps(_Steps):
+    """The steps of a solver that sees scaled states. Samples that begin a round take a plain step first."""
+
+    def __init__(self, steps: _Steps, tolerances: PartTolerances) -> None:
+        self.steps, self.tolerances = steps, tolerances
+
+    def trials(self) -> Tensor | None:
+        return self.steps.trials()
+
+    def next(self, z: Tensor, f: Tensor, judge: _Judge) -> Tensor:
+        assert isinstance(judge, _PartsJudge)
+        down, up, scale = self.tolerances.down, self.tolerances.up, judge.scale.to(z.dtype)
+        next = up(self.steps.next(down(z, scale), down(f, scale), judge), scale)
+        self.steps.restart(judge.begins)
+        return torch.where(judge.begins[:, None], f, next)
 
 
 class _Picard(_Steps):
@@ -281,6 +393,10 @@ class _Anderson(_Steps):
         count = torch.clamp(used + 1, max=len(history.values))
         a, self.used = mixing_coefficients(history.matrix(), count, self.solver.ridge)
         return history.combine(a).to(z.dtype)
+
+    def restart(self, rows: Tensor) -> None:
+        assert self.used is not None
+        self.used = torch.where(rows, 0, self.used)
 
 
 def mixing_coefficients(gram: Tensor, count: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -330,13 +446,19 @@ class _Broyden(_Steps):
         self.steps: list[Tensor] = []  # s_j, float64
         self.factors: list[Tensor] = []  # w_j
         self.last: tuple[Tensor, Tensor] | None = None  # the last step, and g where it began
+        self.restarted: Tensor | None = None  # samples whose last step has no factor, [B]
 
     def next(self, z: Tensor, f: Tensor, judge: _Judge) -> Tensor:
+        if self.restarted is not None:
+            self.iterate = torch.where(self.restarted[:, None], z.to(self.iterate.dtype), self.iterate)
         g = f.to(self.iterate.dtype) - self.iterate
         step = g if self.last is None else self._step(g, *self.last, judge)
         self.last = step, g
         self.iterate = self.iterate + step
         return self.iterate.to(z.dtype)
+
+    def restart(self, rows: Tensor) -> None:
+        self.restarted = rows
 
     def _step(self, g: Tensor, s: Tensor, before: Tensor, judge: _Judge) -> Tensor:
         """The step after s, for the residuals g now and ``before`` it; stores the factor of s."""
@@ -357,6 +479,8 @@ class _Broyden(_Steps):
         scale = theta / ((1.0 - theta + theta * delta) * squared)
         w = scale.to(v.dtype)[:, None] * (s + change)
         sound = (along / squared).isfinite() & inner(w, w).isfinite()
+        if self.restarted is not None:
+            sound = sound & ~self.restarted
         w = torch.where(sound[:, None], w, 0.0)
         self.begin = torch.where(sound, begin, count + 1)
         self.steps.append(s.double())
@@ -378,6 +502,9 @@ class _BroydenSearch(_Steps):
         self.search.judge, self.search.z = judge, (z, torch.empty_like(z))
         self.search.step(f, 0)
         return self.search.z[1]
+
+    def restart(self, rows: Tensor) -> None:
+        self.search.searching = self.search.searching & ~rows
 
 
 class _Search(BroydenSearchWorkspace):

@@ -14,9 +14,8 @@ part does not, since parts have changed much, the solve continues from the image
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from pydeq.state import Layout
 
 
 @dataclass
-class _Tolerances:
+class PartTolerances:
     """The tolerance of each part: rtol and atol of the solve."""
 
     layout: Layout
@@ -51,6 +50,21 @@ class _Tolerances:
     def met(self, residual: Tensor, norm: Tensor) -> Tensor:
         """Whether each sample meets the tolerance in all of its parts, bool [B]."""
         return (residual <= self.rules.atol + self.rules.rtol * norm).all(1)
+
+    def unknown(self, norm: Tensor) -> Tensor:
+        """Whether a part of each sample is zero, which has no known scale yet; bool [B]."""
+        used = torch.tensor([size > 0 for size in self.layout.sizes], device=norm.device)
+        return ((norm == 0) & used).any(1)
+
+    def down(self, flat: Tensor, scale: Tensor) -> Tensor:
+        """Divide states [B, D] by the scale [B, P], in their dtype."""
+        parts = flat.split(self.layout.sizes, dim=1)
+        return torch.cat([part / scale[:, i, None] for i, part in enumerate(parts)], dim=1)
+
+    def up(self, flat: Tensor, scale: Tensor) -> Tensor:
+        """Multiply states [B, D] by the scale [B, P], in their dtype."""
+        parts = flat.split(self.layout.sizes, dim=1)
+        return torch.cat([part * scale[:, i, None] for i, part in enumerate(parts)], dim=1)
 
     def scale(self, norm: Tensor) -> Tensor:
         """Divisors of the parts, [B, P]: powers of two."""
@@ -96,7 +110,7 @@ class _Scaled(Evaluator):
     def __init__(
         self,
         inner: Evaluator,
-        tolerances: _Tolerances,
+        tolerances: PartTolerances,
         scale: Tensor,
         given_up: Tensor,
         first: Tensor | None,
@@ -124,13 +138,11 @@ class _Scaled(Evaluator):
 
     def down(self, flat: Tensor) -> Tensor:
         """Divide states by the scale, [B, D]."""
-        parts = flat.split(self.layout.sizes, dim=1)
-        return torch.cat([part / self.scale[:, i, None] for i, part in enumerate(parts)], dim=1)
+        return self.tolerances.down(flat, self.scale)
 
     def up(self, flat: Tensor) -> Tensor:
         """Multiply states by the scale, [B, D]."""
-        parts = flat.split(self.layout.sizes, dim=1)
-        return torch.cat([part * self.scale[:, i, None] for i, part in enumerate(parts)], dim=1)
+        return self.tolerances.up(flat, self.scale)
 
 
 @dataclass
@@ -160,23 +172,18 @@ def iterate_by_parts(
     max_steps: int,
     trace: bool,
     states_at: Sequence[int] = (),
-    record: Callable[..., tuple[Solution, Workspace]] | None = None,
 ) -> tuple[Solution, Workspace]:
     """Run :func:`pydeq.solve.iteration.iterate` until each part of a state meets the tolerance.
-
-    Args:
-        record: Runs in place of ``iterate``, once; for a solve that is recorded as a program.
 
     Returns:
         The solution, whose residuals are those of the part with the largest relative one; and the workspace of the
         last round, whose states are scaled.
     """
     layout = evaluator.layout
-    run: Any = record or iterate
     if len(layout.shapes) == 1 or layout.batch == 0:
-        return run(evaluator, flat, solver, rules, max_steps, trace, states_at=states_at)
-    tolerances = _Tolerances(layout, rules)
-    captured = record is not None or capturing(flat.device)
+        return iterate(evaluator, flat, solver, rules, max_steps, trace, states_at=states_at)
+    tolerances = PartTolerances(layout, rules)
+    captured = capturing(flat.device)
     begin = _begin(evaluator, flat, tolerances, 1 if captured else min(max_steps, len(layout.shapes)), states_at)
     start, first, scale = begin.start, begin.image, tolerances.scale(tolerances.norms(begin.image))
     none = torch.zeros(layout.batch, dtype=torch.bool, device=flat.device)
@@ -185,7 +192,7 @@ def iterate_by_parts(
     while True:
         scaled = _Scaled(evaluator, tolerances, scale, given_up, first, trace)
         later = [count - before for count in states_at if count > before]
-        round, workspace = run(
+        round, workspace = iterate(
             scaled, scaled.down(start), solver, tolerances.scaled_rules(), max_steps - before, trace, states_at=later
         )
         first = None
@@ -238,7 +245,9 @@ class _Begin:
     states: list[Tensor] = field(default_factory=list)
 
 
-def _begin(evaluator: Evaluator, flat: Tensor, tolerances: _Tolerances, most: int, states_at: Sequence[int]) -> _Begin:
+def _begin(
+    evaluator: Evaluator, flat: Tensor, tolerances: PartTolerances, most: int, states_at: Sequence[int]
+) -> _Begin:
     """Evaluate fn. Samples with a part at zero, which has no known scale yet, take plain steps first."""
     layout = evaluator.layout
 
@@ -246,9 +255,8 @@ def _begin(evaluator: Evaluator, flat: Tensor, tolerances: _Tolerances, most: in
         return evaluator.call(start, layout.view(start), layout, evaluator.context)
 
     at = _Begin(flat, call(flat), torch.zeros(layout.batch, dtype=torch.int32, device=flat.device))
-    used = torch.tensor([size > 0 for size in layout.sizes], device=flat.device)
     for count in range(1, most):
-        unknown = ((tolerances.norms(at.image) == 0) & used).any(1)
+        unknown = tolerances.unknown(tolerances.norms(at.image))
         if not bool(unknown.any()):
             break
         residual, norm = tolerances.measure(at.start, at.image)
