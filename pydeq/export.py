@@ -23,7 +23,8 @@ class export_mode(ContextDecorator):  # noqa: N801  # reads like torch.no_grad
 
     For each sample, the output is that of ``deq(z0, x, max_steps=steps)`` without gradients: a sample that meets its
     tolerance keeps its result, and the others get the image of their best iterate. The program always makes all of its
-    evaluations. With ``return_solution=True`` a model may also return ``solution.converged``.
+    evaluations. With ``return_solution=True`` a model may also return ``solution.converged``. All results of the layer
+    are detached, also in a direct call with gradients on: train outside of this context.
 
     The solver must be :class:`pydeq.Picard`, :class:`pydeq.Anderson` or :class:`pydeq.Broyden`. Samples must not depend
     on each other. With ``norm="parts"`` each sample's output is that of a solve of this sample only. ``compact`` has no

@@ -313,7 +313,7 @@ class DEQ(nn.Module):
         cell = problem.cell
         if exporting():
             cell.call(result.solution.value, *problem.context)
-            return cell.adapter.take_aux()
+            return cell.adapter.take_detached_aux()
         if not torch.is_grad_enabled() and not transforms_active():
             return cell.adapter.aux_at_image(cell.call, result.solution, problem.context)
         cell.call(result.output, *problem.context)

@@ -317,6 +317,25 @@ def test_a_small_part_meets_its_tolerance(solver):
     torch.testing.assert_close(b, 2e-2 * x.mean(1, keepdim=True), rtol=2e-4, atol=0.0)  # by 9/10
 
 
+@by_solver
+@pytest.mark.parametrize("norm", ["all", "parts"])
+def test_results_are_detached(solver, norm):
+    def fn(z, x):
+        a, b = (linear(part) for part in z)
+        return (torch.tanh(a + x), 0.1 * torch.tanh(b + x)), a.sum(1)
+
+    linear = Cell().linear
+    x = torch.randn(3, 4, requires_grad=True)
+    deq = pydeq.DEQ(fn, solver=solver, norm=norm, has_aux=True, states_at=[2]).eval()
+    found = []
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode, pydeq.export_mode(6):
+            z, solution = deq((x * 0, x * 0), x, return_solution=True)
+        found.append([*z, *solution.value, solution.aux, *solution.states[0], solution.residual])
+    assert not any(part.requires_grad for part in found[0])
+    torch.testing.assert_close(*found, rtol=0.0, atol=0.0)
+
+
 def test_the_number_of_evaluations_is_the_modes_the_calls_or_the_layers():
     problem = tanh_map(0.9, 5)
     deq = pydeq.DEQ(problem.fn, rtol=0.0, eval_max_steps=3).eval()
@@ -446,8 +465,13 @@ def test_programs_take_batches_of_any_size(solver):
     exported = program(model, inputs(3, torch.float64), dynamic_shapes=({0: BATCH},)).module()
     for batch in (1, 3, 6):
         x = inputs(batch, torch.float64)
+        y, converged = exported(x)
         with torch.no_grad():
-            close(exported(x), model(x), 1e-12)
+            close((y, converged), model(x), 1e-12)
+    y.sum().backward()
+    weights = dict(exported.named_parameters())
+    assert {name for name, weight in weights.items() if weight.grad is not None} == {"decoder.weight", "decoder.bias"}
+    torch.testing.assert_close(weights["decoder.bias"].grad, torch.full((2,), 6.0, dtype=torch.float64))
 
 
 def test_programs_scale_the_parts_of_each_sample():

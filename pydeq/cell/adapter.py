@@ -59,7 +59,11 @@ class Adapter:
         """
         if self.newest is None or not _equal(self.newest[0], solution.image):
             fn(solution.value, *context)
-        aux = self.take_aux()  # evaluations for NewtonKrylov have a graph
+        return self.take_detached_aux()
+
+    def take_detached_aux(self) -> Any:
+        """The aux of the newest evaluation, which may have a graph, without it."""
+        aux = self.take_aux()
         return tree_map_only(Tensor, Tensor.detach, aux) if any(map(_has_graph, tree_leaves(aux))) else aux
 
     def take_aux(self) -> Any:

@@ -65,6 +65,7 @@ def solve_exported(
 ) -> Solution:
     """Solve z = fn(z, *context) by ``max_steps`` evaluations; the keywords are :func:`pydeq.fixed_point`'s.
 
+    The results are detached. ``torch.no_grad`` would become a part of the program, so each image is detached instead.
     ``compact`` and ``batched_context`` have no effect, since every evaluation is of the whole batch.
 
     Raises:
@@ -79,7 +80,7 @@ def solve_exported(
     rules = stopping_rules(layout, rtol, atol, stall=stall)
     evaluator = _Evaluator(fn, context, layout, torch.is_autocast_enabled(layout.device.type))
     max_steps, states_at = check_max_steps("max_steps", max_steps), check_states_at(states_at)
-    flat = layout.flatten(z0)
+    flat = layout.flatten(z0).detach()
     judge, steps = _Judge(rules), _STEPS[type(solver)](flat, solver, max_steps)
     if norm == "parts" and len(layout.shapes) > 1:
         tolerances = PartTolerances(layout, rules)
@@ -90,8 +91,6 @@ def solve_exported(
 
 class _Evaluator(Evaluator):
     """Calls fn on iterates that are new tensors in every step."""
-
-    detaches = False
 
     def evaluate(self, workspace: Any, k: int, running: int) -> Tensor:
         z = workspace.z[k % 2]
