@@ -6,8 +6,6 @@ from contextlib import ContextDecorator
 from typing import Any
 
 from pydeq.arguments import check_max_steps
-from pydeq.cell.prepared import module_of
-from pydeq.cell.replay_rng import random_modules
 from pydeq.ops.capture import export_state
 
 
@@ -38,7 +36,7 @@ class export_mode(ContextDecorator):  # noqa: N801  # reads like torch.no_grad
         TypeError, ValueError: If ``steps`` is not an int or below 1. In a call: if the solver cannot be exported.
         RuntimeError: In a call: if a layer is in training mode, has no number of evaluations, or has options that a
             program cannot have (``freeze=False``, ``penalty``, ``process_group``, the adjoint ``Reversible``, and
-            ``freeze_rng`` with modules that draw random numbers).
+            ``freeze_rng`` with a cell that draws random numbers).
 
     Examples:
         >>> deq = pydeq.DEQ(lambda z, x: torch.cos(z) + x, solver=pydeq.Picard()).eval()
@@ -79,17 +77,12 @@ def exported_steps(layer: Any, max_steps: Any, freeze: bool, penalty: Any) -> An
     """
     if layer.training:
         raise RuntimeError("a DEQ is exported in evaluation mode, and this one is in training mode: call model.eval()")
-    cell = module_of(layer.cell)
-    random = []
-    if layer.freeze_rng and cell is not None and any(part.training for part in cell.modules()):
-        random = random_modules(cell)
     for problem, advice in (
         (
             f"the adjoint {layer.adjoint!r} has its own iteration" if not layer.adjoint.exports else "",
             "deq.adjoint = pydeq.Implicit() finds the same fixed point by the layer's solver",
         ),
         ("process_group makes ranks wait for each other" if layer.ranks is not None else "", "export without it"),
-        (f"freeze_rng=True replays the random numbers of {', '.join(random)}" if random else "", "export without it"),
         ("freeze=False runs until the whole batch is done" if not freeze else "", "export with freeze=True"),
         ("penalty is for training" if penalty is not None else "", "export without it"),
     ):

@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -29,7 +30,7 @@ from pydeq.arguments import (
 )
 from pydeq.cell.batched_context import check_compact
 from pydeq.cell.prepared import PreparedCell, module_of
-from pydeq.cell.replay_rng import random_modules
+from pydeq.cell.replay_rng import RefuseDraws, random_modules
 from pydeq.cell.running_statistics import batch_norms
 from pydeq.cell.torch_compile import Compiler, skipped
 from pydeq.export import exported_steps
@@ -259,7 +260,8 @@ class DEQ(nn.Module):
 
     def _export(self, problem: Problem) -> AdjointResult:
         """Solve by a fixed number of evaluations."""
-        solution = solve_exported(problem.cell.call, problem.z0, problem.context, **problem.options)
+        with RefuseDraws() if self.freeze_rng else nullcontext():
+            solution = solve_exported(problem.cell.call, problem.z0, problem.context, **problem.options)
         return AdjointResult(solution.image, solution, states=solution.states)
 
     def _solve(self, problem: Problem, penalty: JacobianPenalty | None) -> AdjointResult:

@@ -412,12 +412,45 @@ def test_autocast_decides_the_precision_of_the_cell():
     same_solution(actual, expected, 0.0)
 
 
-def test_random_numbers_that_are_replayed_are_refused():
-    deq = pydeq.DEQ(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), freeze_rng=True, eval_max_steps=3).eval()
-    deq.cell.train()
-    with pydeq.export_mode(), pytest.raises(RuntimeError, match=r"freeze_rng=True replays the random numbers of 1: "):
-        deq(torch.zeros(2, 4))
-    pydeq.export_mode(2)(deq.eval())(torch.zeros(2, 4))
+def noisy(z, x):
+    return 0.5 * torch.cos(z) + x + 0.1 * torch.randn_like(z)
+
+
+def attend(z, x, rate=0.0):
+    heads = z[:, None, None]  # [B, 1, 1, D]
+    return 0.5 * nn.functional.scaled_dot_product_attention(heads, heads, heads, dropout_p=rate)[:, 0, 0] + x
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["export", "eager"])
+@pytest.mark.parametrize(
+    "cell",
+    [noisy, lambda z, x: attend(z, x, 0.5), nn.Dropout(0.5), lambda z, x: nn.functional.rrelu(z, training=True) + x],
+    ids=["randn_like", "attention", "Dropout", "rrelu"],
+)
+def test_random_numbers_that_are_replayed_are_refused(cell, record):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deq = pydeq.DEQ(cell, freeze_rng=True, eval_max_steps=3)
+
+        def forward(self, x):
+            return self.deq(torch.ones_like(x), *([] if isinstance(cell, nn.Module) else [x]))
+
+    net, x = Net().eval(), torch.ones(2, 4)
+    if isinstance(cell, nn.Module):
+        cell.train()
+    with pytest.raises(RuntimeError, match=r"freeze_rng=True replays random numbers, and the cell draws some \(aten"):
+        torch.export.export(net, (x,)) if record else pydeq.export_mode()(net)(x)
+
+
+def test_random_numbers_that_are_not_drawn_are_not_refused():
+    x = torch.randn(2, 4)
+    for cell in (attend, lambda z, x: nn.functional.rrelu(0.5 * z, training=False) + x):
+        deq = pydeq.DEQ(cell, solver=Picard(), freeze_rng=True, rtol=0.0).eval()
+        expected = torch.zeros_like(x)
+        for _ in range(3):
+            expected = cell(expected, x)
+        close(pydeq.export_mode(3)(deq)(torch.zeros_like(x), x), expected)
 
 
 def test_torch_export_refuses_with_a_sentence():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def random_modules(module: nn.Module | None) -> list[str]:
@@ -19,6 +20,33 @@ def random_modules(module: nn.Module | None) -> list[str]:
         if drawing or isinstance(part, nn.RReLU):
             names.append(name or type(part).__name__)
     return names
+
+
+class RefuseDraws(TorchDispatchMode):
+    """Context manager in which operations that draw random numbers raise an error; works while torch.export records.
+
+    Raises:
+        RuntimeError: If an operation draws random numbers.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+            raise RuntimeError(
+                "this DEQ cannot be exported, since freeze_rng=True replays random numbers, and the cell draws some"
+                f" ({func}): export without it, or put modules that draw in evaluation mode"
+            )
+        return func(*args, **kwargs)
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation with a seed draws: dropout and attention may have a rate of 0 or be in evaluation mode."""
+    given = {entry.name: entry.default_value for entry in func._schema.arguments}
+    given |= dict(zip(given, args, strict=False)) | kwargs
+    rates = [given[name] for name in ("p", "dropout_p", "dropout") if name in given]
+    modes = [given[name] for name in ("train", "training") if name in given]
+    none = any(isinstance(rate, float | int) and rate == 0 for rate in rates)
+    return not none and not any(mode is False for mode in modes)
 
 
 class Replayed:
