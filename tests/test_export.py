@@ -16,6 +16,7 @@ from torch import nn
 
 import pydeq
 from pydeq import Anderson, Broyden, Picard, Status
+from pydeq.compat.torchdeq import get_deq
 from pydeq.models import (
     ClassificationConfig,
     ConvDEQConfig,
@@ -464,8 +465,13 @@ def test_torch_export_refuses_with_a_sentence():
         def forward(self, x):
             return pydeq.fixed_point(lambda z: torch.cos(z) + x, torch.zeros_like(x)).image
 
-    with pytest.raises(RuntimeError, match=r"cannot be exported: use pydeq\.DEQ"):
-        torch.export.export(Solve(), (inputs(2),))
+    class Compat(nn.Module):
+        def forward(self, x):
+            return get_deq(f_max_iter=5)(lambda z: torch.cos(z) + x, torch.zeros_like(x))[0][-1]
+
+    for net in (Solve(), Compat().eval()):
+        with pytest.raises(RuntimeError, match=r"cannot be exported: use pydeq\.DEQ"):
+            torch.export.export(net, (inputs(2),))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")

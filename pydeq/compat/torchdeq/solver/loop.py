@@ -20,6 +20,7 @@ from pydeq.compat.processes import Process, Stepped, column, flatten
 from pydeq.compat.rules import STALL_RATIO, STALL_TOLERANCES, STALL_WINDOW, UNKNOWN
 from pydeq.compat.torchdeq.solver.stat import SolverStat
 from pydeq.compat.warning import warn_of_coupling
+from pydeq.ops.capture import exporting
 from pydeq.ops.constants import Scalar
 
 Result = tuple[Tensor, list[Tensor], SolverStat]
@@ -89,6 +90,8 @@ def solve(start: Callable[[], Process], convention: Convention, x0: Tensor, requ
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("solvers of torchdeq do not work under torch.func transforms: use pydeq.DEQ")
+    if exporting():
+        raise RuntimeError("solvers of torchdeq cannot be exported: use pydeq.DEQ, see pydeq.export_mode")
     with torch.no_grad():
         if convention.evaluations < 1 or x0.numel() == 0:
             state = x0.detach().clone().view(_shape(x0))
