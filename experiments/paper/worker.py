@@ -21,6 +21,7 @@ from experiments.training import Evaluation, EvaluationRow, History, Result, Tra
 from experiments.training.distribution import Distribution
 from experiments.training.evaluation import ModelEvaluator
 from experiments.training.observers import Observer
+from experiments.training.run_folder import CONFIG
 from experiments.training.tasks import task_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def measure(training: Training, folder: Path, threads: int, tell: Tell) -> Measu
     """
     key, config = training.key, training.config
     with _threads(threads):
-        begun = (folder / "checkpoints").is_dir()
+        begun = (folder / CONFIG).is_file()
         result = train(config, out=folder, resume=begun, observers=[Teller(key, tell)])
         begin = time.monotonic()
         test = _tested(training, result) if result.status == "finished" else None

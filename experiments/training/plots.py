@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.training.checkpoint import writing
 from experiments.training.history import Evaluation, EvaluationRow, History
 from experiments.training.observers import Observer
+from experiments.training.run_folder import PLOT
 
 if TYPE_CHECKING:
     from experiments.training.configuration import TrainingConfig
@@ -26,7 +27,7 @@ class Plot(Observer):
     def __init__(self, folder: Path) -> None:
         import matplotlib  # noqa: F401
 
-        self.path = folder / "training.png"
+        self.path = folder / PLOT
         self.history, self.metric = History(), "metric"
 
     def began(self, config: TrainingConfig, history: History, step: int, steps: int, metric: str) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from experiments.training.checkpoint import Checkpoints
 from experiments.training.configuration import TrainingConfig, load_training_config
 from experiments.training.distribution import Distribution
 from experiments.training.history import Result
 from experiments.training.observers import CsvTables, Observer
-from experiments.training.run_folder import note_failure
+from experiments.training.run_folder import check_unused, note_failure
 from experiments.training.trainer import Trainer
 
 
@@ -59,7 +58,8 @@ def train(
         out: Folder for checkpoints, tables, plots and the trained parameters, the same for all processes. Without one
             nothing is written.
         resume: Continue from the newest complete checkpoint in ``out``, or start if there is none. Except for the
-            seconds, the result is the same as without an interruption, to the last bit.
+            seconds, the result is the same as without an interruption, to the last bit. A start removes the files of
+            an earlier training that ended before its first checkpoint.
         observers: More observers; they are called in the process of rank 0.
 
     Returns:
@@ -67,7 +67,7 @@ def train(
 
     Raises:
         TypeError, ValueError: If the configuration is not valid, or differs from the resumed training's.
-        FileExistsError: If ``out`` has a training and ``resume`` is false.
+        FileExistsError: If ``out`` has a training and ``resume`` is false, or a trained model but no checkpoint.
         FolderInUseError: If another process is training in ``out``.
         CheckpointError: If a checkpoint cannot be written, or none can be read.
         ModuleNotFoundError: If the configuration needs a package that is not installed.
@@ -109,8 +109,7 @@ def _prepared(
 
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(folder))
-    if not resume and Checkpoints(folder / "checkpoints").paths():
-        raise FileExistsError(f"out {folder} has a training already: resume it (--resume), or choose another folder")
+    check_unused(folder, resume)
     watching: list[Observer] = [CsvTables(folder)]
     if config.logging.tensorboard:
         from experiments.training.tensorboard import TensorBoard

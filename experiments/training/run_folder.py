@@ -14,12 +14,13 @@ from torch import Tensor
 
 from experiments.data import Vocabulary
 from experiments.training import snapshot
-from experiments.training.checkpoint import CheckpointError, Checkpoints, DamagedError, read, read_tensors
+from experiments.training.checkpoint import CheckpointError, Checkpoints, DamagedError, read, read_tensors, writing
 from experiments.training.configuration import TrainingConfig, load_training_config
 from pydeq.models import DEQTransformerLM, EquilibriumModel, build
 
 CONFIG, RESULT, FAILURE, VOCABULARY = "config.json", "result.json", "failed.txt", "vocabulary.json"
 TRAINED, BEST = "model.safetensors", "best.safetensors"
+PLOT = "training.png"
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,6 +107,42 @@ def note_failure(folder: Path, step: int, error: BaseException) -> None:
     when = f"after {step} steps" if step else "in its first step, or before it"
     with contextlib.suppress(OSError):
         (folder / FAILURE).write_text(f"The training ended {when}, without a checkpoint: {reason}\n", encoding="utf-8")
+
+
+def check_unused(folder: Path, resume: bool) -> None:
+    """Check that a training may begin in a folder, or continue there.
+
+    Raises:
+        FileExistsError: If the folder has a training and ``resume`` is false, or a trained model but no checkpoint.
+    """
+    if Checkpoints(folder / "checkpoints").paths():
+        if not resume:
+            raise FileExistsError(
+                f"out {folder} has a training already: resume it (--resume), or choose another folder"
+            )
+        return
+    # The best parameters of a training that was stopped before its first checkpoint must not stop a job that is
+    # started again with resume.
+    models = [name for name in (TRAINED, *(() if resume else (BEST,))) if (folder / name).is_file()]
+    if models:
+        raise FileExistsError(
+            f"out {folder} has a trained model already, {' and '.join(models)}, and no checkpoint to resume from:"
+            " choose another folder, or remove these files"
+        )
+
+
+def remove_earlier(folder: Path) -> list[str]:
+    """Remove what an earlier training left in a folder, except what is written again at once; return the names.
+
+    Raises:
+        CheckpointError: If a file cannot be removed.
+    """
+    removed = []
+    for name in (TRAINED, BEST, RESULT, VOCABULARY, PLOT):
+        with writing(folder / name), contextlib.suppress(FileNotFoundError):
+            (folder / name).unlink()
+            removed.append(name)
+    return removed
 
 
 def _check_folder(path: Path) -> None:

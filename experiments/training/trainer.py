@@ -25,7 +25,7 @@ from experiments.training.history import Evaluation, EvaluationRow, History, Res
 from experiments.training.observers import Observer
 from experiments.training.optimizers import build_optimizer, set_learning_rate
 from experiments.training.penalties import PenaltySchedule, cap
-from experiments.training.run_folder import BEST, CONFIG, FAILURE, RESULT, TRAINED, VOCABULARY
+from experiments.training.run_folder import BEST, CONFIG, FAILURE, RESULT, TRAINED, VOCABULARY, remove_earlier
 from experiments.training.running_means import RunningMeans
 from experiments.training.schedules import learning_rate
 from experiments.training.seeds import Purpose, seed_of
@@ -290,12 +290,15 @@ class Trainer:
         self._on_main(lambda: checkpoints.write(self.step, tensors, numbers))
 
     def _write_config(self, out: Path) -> None:
-        """Write the configuration, and the vocabulary of a text."""
+        """Write the configuration and the vocabulary; at a start, first remove the files of an earlier training."""
         files = {CONFIG: json.dumps(self.config.mapping(), indent=2) + "\n"}
         if self.task.vocabulary is not None:
             files[VOCABULARY] = json.dumps(self.task.vocabulary.mapping(), ensure_ascii=False) + "\n"
 
         def write() -> None:
+            removed = [] if self.step else remove_earlier(out)
+            if removed:
+                self._notice(f"removed from {out} what an earlier training left: {', '.join(removed)}")
             for name, text in files.items():
                 with writing(out / name):
                     write_whole(out / name, text)

@@ -76,6 +76,17 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers(tmp_path, training)
     assert numbers(Grid(tmp_path / "broken", resume=True).measure({"it": training})[training.key]) == numbers(expected)
 
 
+def test_one_that_was_interrupted_before_its_first_checkpoint_starts_again(tmp_path, training):
+    training = replace(training, config=training.config.with_values({"checkpoint.every_steps": 100}))
+    grid = Grid(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        measure(training, grid.folder(training), 1, interrupted_at(3))
+    assert (grid.folder(training) / "best.safetensors").is_file()
+    assert not (grid.folder(training) / "checkpoints").exists()
+    rows = grid.measure({"it": training})[training.key].evaluations
+    assert [row.step for row in rows] == [3, 6, 9, 12]
+
+
 def test_one_that_fails_leaves_the_others(tmp_path, training):
     missing = replace(training, config=training.config.with_values({"data.name": str(tmp_path / "nothing")}))
     with pytest.raises(GridError, match=r"1 of 2 trainings failed: bad: .*nothing"):

@@ -44,6 +44,10 @@ class Stopping(training.Observer):
 
     def __init__(self, step):
         self.step = step
+        self.notices = []
+
+    def noticed(self, text):
+        self.notices.append(text)
 
     def advanced(self, step):
         if step == self.step:
@@ -112,6 +116,41 @@ def test_a_training_that_was_made_longer_has_newer_parameters(tmp_path):
         training.train(small(steps=12), out=tmp_path, resume=True, observers=[Stopping(9)])
     run = experiments.load_run(tmp_path)
     assert (run.step, run.status) == (8, "unfinished")
+
+
+def test_a_trained_model_without_checkpoints_is_kept_from_another_training(tmp_path):
+    result = training.train(small(), out=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = r"has a trained model already, model.safetensors and best.safetensors, .* or remove these files"
+    with pytest.raises(FileExistsError, match=message):
+        training.train(small(seed=7), out=tmp_path)
+    with pytest.raises(FileExistsError, match=r"has a trained model already, model.safetensors, and no checkpoint"):
+        training.train(small(seed=7), out=tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert_same_parameters(experiments.load(tmp_path), result.model)
+    for name in ("model", "best"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    with pytest.raises(Stopped):  # the result of the earlier training must not be taken for this one's
+        training.train(small(seed=7), out=tmp_path, observers=[Stopping(5)])
+    run = experiments.load_run(tmp_path)
+    assert (run.step, run.status, run.config.seed) == (4, "unfinished", 7)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_start_removes_what_a_training_without_checkpoints_left(tmp_path):
+    options = {"checkpoint__every_steps": 100, "steps": 200, "evaluation__every_steps": 2}
+    with pytest.raises(Stopped):
+        training.train(small(**options), out=tmp_path, observers=[Stopping(5)])
+    assert experiments.load_run(tmp_path, "best").config.seed == 0
+    with pytest.raises(FileExistsError, match=r"has a trained model already, best.safetensors, and no checkpoint"):
+        training.train(small(**options, seed=7), out=tmp_path)
+    watching = Stopping(1)
+    with pytest.raises(Stopped):
+        training.train(small(**options, seed=7), out=tmp_path, resume=True, observers=[watching])
+    assert f"removed from {tmp_path} what an earlier training left: best.safetensors" in watching.notices
+    with pytest.raises(CheckpointError, match="ended after 1 steps, without a checkpoint"):
+        experiments.load(tmp_path, "best")
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_stays(tmp_path):
