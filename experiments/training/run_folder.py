@@ -70,7 +70,9 @@ def load_run(folder: str | Path, checkpoint: Literal["last", "best"] = "last") -
     config = load_training_config(path / CONFIG)
     tensors, step = _best(path) if checkpoint == "best" else _last(path)
     result = _result(path)
-    status = result["status"] if result is not None and result["steps"] >= step else "unfinished"
+    # A training that was made longer has newer checkpoints than its result.
+    reached = max([step, *(int(each.name) for each in Checkpoints(path / "checkpoints").paths())])
+    status = result["status"] if result is not None and result["steps"] >= reached else "unfinished"
     if status == "diverged" and checkpoint == "last":
         warnings.warn(
             f"the training in {path} diverged after {result and result['steps']} steps: these are the parameters of"

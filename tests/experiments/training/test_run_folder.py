@@ -118,6 +118,20 @@ def test_a_training_that_was_made_longer_has_newer_parameters(tmp_path):
     assert (run.step, run.status) == (8, "unfinished")
 
 
+def test_the_best_of_a_training_that_was_made_longer_is_of_an_unfinished_one(tmp_path):
+    config = small(
+        "mlp", steps=8, evaluation__every_steps=2, optimizer__lr=1e-9
+    )  # no evaluation is better than the first
+    training.train(config, out=tmp_path)
+    run = experiments.load_run(tmp_path, "best")
+    assert (run.step, run.status) == (2, "finished")
+    with pytest.raises(Stopped):
+        training.train(config.with_values({"steps": 20}), out=tmp_path, resume=True, observers=[Stopping(11)])
+    run = experiments.load_run(tmp_path, "best")
+    assert (run.step, run.status) == (2, "unfinished")
+    assert experiments.load_run(tmp_path).status == "unfinished"
+
+
 def test_a_trained_model_without_checkpoints_is_kept_from_another_training(tmp_path):
     result = training.train(small(), out=tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
