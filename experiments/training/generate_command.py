@@ -21,11 +21,13 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status: 0; 1 if there is no such model, or an argument is not valid.
     """
     try:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device must be cpu: torch has no CUDA here, got cuda")
         found = load_run(arguments.run_folder, arguments.checkpoint)
         model = found.model
         if not isinstance(model, DEQTransformerLM):
             raise ValueError(f"RUN must have a language model, got {arguments.run_folder} with {type(model).__name__}")
-        device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
+        device = torch.device(arguments.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the cap of the training holds here, too
             text = model.to(device).generate(

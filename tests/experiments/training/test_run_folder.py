@@ -295,3 +295,17 @@ def test_mistakes_of_generate_are_named(tmp_path, capsys, monkeypatch, arguments
     captured = capsys.readouterr().err
     assert captured.startswith("error: ")
     assert message in captured
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [(["generate", "run"], 1), (["train", "conv_digits"], 1), (["reproduce", "all"], 2)]
+)
+def test_a_device_that_torch_lacks_is_named(tmp_path, capsys, monkeypatch, command, status):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    training.train(text_config(tmp_path, steps=0), out="run")
+    capsys.readouterr()
+    assert main([*command, "--device", "cuda"]) == status
+    captured = capsys.readouterr().err
+    assert "torch has no CUDA here, got" in captured
+    assert captured.count("\n") == 1
