@@ -10,6 +10,7 @@ for one token. The model's window bounds how many are kept.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,7 +115,7 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, generator: tor
 
     Args:
         scores: log p, (batch, vocabulary).
-        temperature: Divides log p; 0 takes the most probable word.
+        temperature: Divides log p; 0 takes the most probable word, and so does a tiny one.
         top_k: Draw from only the k most probable words.
         generator: Random numbers; torch's own by default.
 
@@ -126,7 +127,11 @@ def sample(scores: Tensor, temperature: float, top_k: int | None, generator: tor
     if top_k is not None:
         least = scores.topk(min(top_k, scores.shape[1])).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
-    return torch.multinomial((scores / temperature).softmax(1), 1, generator=generator)
+    # The largest score becomes 0, and the temperature a number of their dtype: then no quotient is NaN.
+    limits = torch.finfo(scores.dtype)
+    temperature = min(max(temperature, limits.tiny), limits.max)
+    scaled = (scores - scores.amax(1, keepdim=True)) / temperature
+    return torch.multinomial(scaled.softmax(1), 1, generator=generator)
 
 
 def check_sampling(temperature: float, top_k: int | None) -> None:
@@ -135,7 +140,7 @@ def check_sampling(temperature: float, top_k: int | None) -> None:
     Raises:
         TypeError, ValueError: If one is of the wrong type or out of range.
     """
-    if not check_number("temperature", temperature) >= 0.0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0.0 <= check_number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
     if top_k is not None:
         check_integer("top_k", top_k, 1)

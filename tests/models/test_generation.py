@@ -128,6 +128,18 @@ def test_samples_have_the_probabilities_of_the_scores():
         assert not shares[torch.tensor(expected) == 0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_temperatures_are_the_limits(dtype):
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=dtype).log().repeat(20000, 1)
+    for temperature in (1e-40, 1e-320, 5e-324, 1e-6):
+        assert (sample(scores, temperature, None, torch.Generator().manual_seed(0)) == 1).all()
+        assert (sample(scores, temperature, 2, torch.Generator().manual_seed(0)) == 1).all()
+    for temperature in (1e38, 1e308):  # all that may be drawn are as probable
+        drawn = sample(scores, temperature, 2, torch.Generator().manual_seed(0))
+        shares = torch.bincount(drawn[:, 0], minlength=4) / 20000
+        torch.testing.assert_close(shares, torch.tensor([0.0, 0.5, 0.0, 0.5]), rtol=0, atol=5 * 0.5 / 20000**0.5)
+
+
 class Letters:
     """Ten letters of a model's forty words."""
 
@@ -166,8 +178,9 @@ def test_normalized_weights_are_computed_once_for_all_words(monkeypatch):
     [
         ({"new_tokens": -1}, ValueError, "new_tokens must be at least 0, got -1"),
         ({"new_tokens": 2.0}, TypeError, "new_tokens must be an int"),
-        ({"temperature": -1.0}, ValueError, "temperature must be at least 0, got -1.0"),
-        ({"temperature": float("nan")}, ValueError, "temperature must be at least 0, got nan"),
+        ({"temperature": -1.0}, ValueError, "temperature must be at least 0 and finite, got -1.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be at least 0 and finite, got nan"),
+        ({"temperature": float("inf"), "top_k": 2}, ValueError, "temperature must be at least 0 and finite, got inf"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ({"window": 0}, ValueError, "window must be at least 1, got 0"),
         ({"tokens": torch.full((1, 2), 40)}, ValueError, r"tokens must be in \[0, 40\), got 40"),
