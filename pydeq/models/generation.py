@@ -21,7 +21,7 @@ from pydeq.nn import solve_scope
 from pydeq.solution import Solution
 
 if TYPE_CHECKING:
-    from pydeq.models.transformer import DEQTransformerLM
+    from pydeq.models.transformer import DEQTransformerLM, Vocabulary
 
 
 class Decoder:
@@ -144,3 +144,22 @@ def check_sampling(temperature: float, top_k: int | None) -> None:
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
     if top_k is not None:
         check_integer("top_k", top_k, 1)
+
+
+def continued_text(vocabulary: Vocabulary, prompt: str, words: Tensor, continued: Tensor) -> str:
+    """Join a prompt, as it was given, and the text of the words that follow it.
+
+    Args:
+        vocabulary: Decodes words.
+        prompt: The prompt.
+        words: Its words, (length,).
+        continued: Its words and the new ones, (longer,).
+    """
+    # Decode both together, since a space between two words belongs to neither of them.
+    beginning, whole = vocabulary.decode(words), vocabulary.decode(continued)
+    if not whole.startswith(beginning):
+        return prompt + vocabulary.decode(continued[len(words) :])
+    end = whole[len(beginning) :]
+    if prompt[-1:].isspace() and not beginning[-1:].isspace():  # words are joined by a space, which the prompt has
+        end = end.removeprefix(" ")
+    return prompt + end

@@ -19,7 +19,7 @@ Models by Jacobian Regularization, ICML 2021.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, overload
 
@@ -33,7 +33,7 @@ from pydeq.jacobian import JacobianPenalty
 from pydeq.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from pydeq.models.configuration import Config, check_above_zero, check_at_least, check_unit_interval
 from pydeq.models.equilibrium import EquilibriumModel, PenaltyConfig, SolverConfig
-from pydeq.models.generation import Decoder, check_sampling, sample
+from pydeq.models.generation import Decoder, check_sampling, continued_text, sample
 from pydeq.models.relative_attention import RelativeAttention
 from pydeq.nn import SequenceDropout, solve_scope, weight_norm
 from pydeq.ops.capture import exporting
@@ -376,14 +376,14 @@ class DEQTransformerLM(EquilibriumModel):
     def generate(
         self, tokens: str, new_tokens: int, temperature: float = ..., top_k: int | None = ..., *,
         generator: torch.Generator | None = ..., window: int | None = ..., rtol: float | None = ...,
-        max_steps: int | None = ...,
+        max_steps: int | None = ..., suppress: Sequence[int] = ...,
     ) -> str: ...  # fmt: skip
 
     @overload
     def generate(
         self, tokens: Tensor, new_tokens: int, temperature: float = ..., top_k: int | None = ..., *,
         generator: torch.Generator | None = ..., window: int | None = ..., rtol: float | None = ...,
-        max_steps: int | None = ...,
+        max_steps: int | None = ..., suppress: Sequence[int] = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @torch.no_grad()
@@ -398,6 +398,7 @@ class DEQTransformerLM(EquilibriumModel):
         window: int | None = None,
         rtol: float | None = None,
         max_steps: int | None = None,
+        suppress: Sequence[int] = (),
     ) -> Tensor | str:
         """Continue a text, word by word.
 
@@ -414,9 +415,11 @@ class DEQTransformerLM(EquilibriumModel):
             window: Tokens at this distance and beyond are not attended to; by default ``generation_window``.
             rtol: Relative tolerance of the solves; by default the model's.
             max_steps: Cap on the evaluations of each solve; by default the model's.
+            suppress: Words that are never drawn. For a text, the vocabulary's unknown word ``unk`` is one of them, if
+                it has one.
 
         Returns:
-            The beginning and the new words, (batch, L + new_tokens), or as a text.
+            The beginning and the new words, (batch, L + new_tokens), or a text that begins with the given one.
 
         Raises:
             TypeError, ValueError: If an argument is of the wrong type, shape or range, or the model is in training
@@ -426,13 +429,18 @@ class DEQTransformerLM(EquilibriumModel):
             if self.vocabulary is None:
                 raise TypeError("tokens must be integers (batch, L): this model has no vocabulary to read a text with")
             words = self.vocabulary.encode(tokens)[None].to(self.injection.weight.device)
+            unknown = getattr(self.vocabulary, "unk", None)
             continued = self.generate(
                 words, new_tokens, temperature, top_k, generator=generator, window=window, rtol=rtol,
-                max_steps=max_steps,
+                max_steps=max_steps, suppress=suppress if unknown is None else (*suppress, unknown),
             )  # fmt: skip
-            return self.vocabulary.decode(continued[0])
+            return continued_text(self.vocabulary, tokens, words[0], continued[0])
         check_integer("new_tokens", new_tokens, 0)
         check_sampling(temperature, top_k)
+        known = self.config.vocabulary if self.vocabulary is None else len(self.vocabulary)
+        suppressed = sorted({check_integer("suppress", word, 0) for word in suppress if word < known})
+        if len(suppressed) == known:
+            raise ValueError(f"suppress must leave a word to draw, got all {known}")
         decoder = Decoder(self, window=window, rtol=rtol, max_steps=max_steps)
         self.check_words("tokens", tokens)
         parts = [tokens]
@@ -441,6 +449,7 @@ class DEQTransformerLM(EquilibriumModel):
                 scores = decoder.read(parts[-1])
                 if self.vocabulary is not None:  # a model may have room for more words
                     scores = scores[:, : len(self.vocabulary)]
+                scores[:, suppressed] = -torch.inf
                 parts.append(sample(scores, temperature, top_k, generator).to(tokens.dtype))
         return torch.cat(parts, dim=1)
 

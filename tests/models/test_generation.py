@@ -103,6 +103,17 @@ def test_generate_takes_the_most_probable_words_at_temperature_0(pre_norm):
     assert model.generate(text.int(), 1).dtype == torch.int32
 
 
+def test_suppressed_words_are_never_drawn():
+    model, text = transformer().eval(), words(1, 4)
+    allowed = [3, 17, 39]
+    suppress = [word for word in range(50) if word not in allowed]  # some of them are beyond the vocabulary
+    for options in ({"temperature": 0.0}, {"top_k": 10}, {"temperature": 5.0}):
+        new = model.generate(text, 12, generator=torch.Generator().manual_seed(0), suppress=suppress, **options)[:, 4:]
+        assert set(new.flatten().tolist()) <= set(allowed)
+    scores = scores_of_a_full_solve(model, text)[0][0, allowed]
+    assert model.generate(text, 1, temperature=0.0, suppress=suppress)[0, -1] == allowed[int(scores.argmax())]
+
+
 def test_generate_draws_by_its_generator():
     model, text = transformer().eval(), words(3, 4)
     draw = [model.generate(text, 8, 1.5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
@@ -182,6 +193,9 @@ def test_normalized_weights_are_computed_once_for_all_words(monkeypatch):
         ({"temperature": float("nan")}, ValueError, "temperature must be at least 0 and finite, got nan"),
         ({"temperature": float("inf"), "top_k": 2}, ValueError, "temperature must be at least 0 and finite, got inf"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"suppress": [1.0]}, TypeError, "suppress must be an int"),
+        ({"suppress": [-1]}, ValueError, "suppress must be at least 0, got -1"),
+        ({"suppress": range(40)}, ValueError, "suppress must leave a word to draw, got all 40"),
         ({"window": 0}, ValueError, "window must be at least 1, got 0"),
         ({"tokens": torch.full((1, 2), 40)}, ValueError, r"tokens must be in \[0, 40\), got 40"),
         ({"tokens": torch.zeros(1, 2)}, TypeError, "tokens must be a tensor of integers"),

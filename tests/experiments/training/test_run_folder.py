@@ -260,9 +260,30 @@ def test_a_language_model_keeps_its_vocabulary(tmp_path, level):
     assert model.vocabulary == known
     text = model.generate("the cat", 12, max_steps=60, generator=torch.Generator().manual_seed(0))
     tokens = known.encode("the cat")[None]
-    expected = model.generate(tokens, 12, max_steps=60, generator=torch.Generator().manual_seed(0))
+    expected = model.generate(
+        tokens, 12, max_steps=60, generator=torch.Generator().manual_seed(0), suppress=[known.unk]
+    )
     assert text == known.decode(expected[0])
     assert text.startswith("the cat")
+
+
+@pytest.mark.parametrize("prompt", ["Zzz", "Zzz ", "the  Cat\n", "the cat"])
+@pytest.mark.parametrize("level", ["char", "word"])
+def test_a_text_begins_with_the_prompt_and_has_no_unknown_words(tmp_path, level, prompt):
+    training.train(text_config(tmp_path, data__level=level, data__length=8, steps=0), out=tmp_path / "out")
+    model = experiments.load(tmp_path / "out")
+    known = model.vocabulary
+    tokens = known.encode(prompt)[None]
+    options = {"temperature": 3.0, "max_steps": 20}  # all words are about as probable
+    text = model.generate(prompt, 30, generator=torch.Generator().manual_seed(0), **options)
+    new = model.generate(tokens, 30, generator=torch.Generator().manual_seed(0), suppress=[known.unk], **options)
+    new = new[0, tokens.shape[1] :]
+    assert known.unk not in new
+    unrestricted = model.generate(tokens, 30, generator=torch.Generator().manual_seed(0), **options)
+    assert known.unk in unrestricted[0, tokens.shape[1] :]
+    end = known.decode(new)
+    between = " " if level == "word" and not prompt[-1].isspace() and not end.startswith("\n") else ""
+    assert text == prompt + between + end
 
 
 def test_generate_prints_a_continuation(tmp_path, capsys):
