@@ -52,8 +52,11 @@ wheels: $(VENV)/wheels.installed
 check-wheels: $(VENV)/wheels.installed
 	$(bin)/twine check --strict $(DIST)/*
 	rm -rf build/unpacked
-	for wheel in $(DIST)/*.whl; do $(bin)/python -m zipfile --extract "$$wheel" build/unpacked || exit 1; done
-	$(bin)/torch-abi-audit --check torch build/unpacked/pydeq
+	for wheel in $(DIST)/*.whl; do \
+	  folder="build/unpacked/$$(basename "$$wheel" .whl)"; \
+	  $(bin)/python -m zipfile --extract "$$wheel" "$$folder" || exit 1; \
+	  $(bin)/torch-abi-audit --check torch "$$folder/pydeq" || exit 1; \
+	done
 
 sdist: $(VENV)/build.installed
 	$(bin)/python -m build --sdist --no-isolation --outdir $(DIST)
