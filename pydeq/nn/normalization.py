@@ -161,10 +161,10 @@ def spectral_norm(
 
     sigma is the largest singular value of v as a matrix, with ``dim`` as rows and all other dimensions as columns,
     estimated by power iteration. In training mode each solve begins with ``n_power_iterations`` steps of it; outside of
-    solves every access does. Evaluation mode takes no steps. With a bound below 1 and 1-Lipschitz activations, a linear
-    cell contracts. For a convolution, sigma is not the norm of the map. Like
-    ``torch.nn.utils.parametrizations.spectral_norm``. It also reads that function's checkpoints, and older checkpoints
-    with ``<name>_orig``.
+    solves every access does. Evaluation mode takes no steps. With a bound below 1 and 1-Lipschitz activations, a cell
+    of linear layers contracts, up to the error of the estimate. The norm of a k x k convolution with zero padding can
+    be k times sigma: there, divide the bound by k. Like ``torch.nn.utils.parametrizations.spectral_norm``. It also
+    reads that function's checkpoints, and older checkpoints with ``<name>_orig``.
 
     Args:
         module: Holds the parameter, of two dimensions at least.

@@ -103,6 +103,31 @@ def test_spectral_norm_bounds_the_largest_singular_value(make, bound, clip):
         assert torch.equal(layer.weight, plain)
 
 
+def map_norm(conv, size=6):
+    """The largest singular value of a convolution's map of 4 channels, from its matrix."""
+    images = torch.eye(4 * size * size, dtype=torch.float64).view(-1, 4, size, size)
+    return torch.linalg.matrix_norm(conv(images).flatten(1), 2)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_contracts_if_the_bound_is_divided_by_its_width(make, k):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        conv = make(4, 4, k, padding=k // 2, bias=False, dtype=torch.float64)
+        if seed == 0:
+            nn.init.constant_(conv.weight, 1.0)  # the worst case
+        spectral_norm(conv, bound=0.9 / k, n_power_iterations=300)
+        assert map_norm(conv) <= 0.9 * (1 + 1e-6)
+
+
+def test_a_convolution_whose_matrix_is_bounded_may_expand():
+    conv = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular", bias=False, dtype=torch.float64)
+    nn.init.constant_(conv.weight, 1.0)
+    spectral_norm(conv, bound=0.9, n_power_iterations=100)
+    torch.testing.assert_close(map_norm(conv), torch.tensor(3 * 0.9, dtype=torch.float64))
+
+
 def test_spectral_norm_differentiates_with_its_directions_fixed():
     layer = spectral_norm(nn.Linear(4, 6).double(), bound=0.8).eval()
     original = layer.parametrizations.weight.original
