@@ -93,5 +93,6 @@ def exported_steps(layer: Any, max_steps: Any, freeze: bool, penalty: Any) -> An
             return steps
     raise RuntimeError(
         "an exported DEQ makes a fixed number of evaluations, and this one has none: give the layer eval_max_steps"
-        " (deq.eval_max_steps = 20), or export inside of pydeq.export_mode(steps=20)"
+        " (deq.eval_max_steps = 8), or export inside of pydeq.export_mode(steps=8). Take as few as your metric needs:"
+        " every evaluation makes the program larger, and slower to export"
     )
