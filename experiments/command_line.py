@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=data)
     command = commands.add_parser("train", help="train a model from a configuration")
     command.add_argument("config", nargs="?", metavar="CONFIG", help=(
-        "a name that comes with the package, or a .yaml file; without one, the names are listed"
+        "a name that comes with the package, or a YAML or JSON file; without one, the names are listed"
     ))  # fmt: skip
     command.add_argument(
         "--out", metavar="DIR", help="folder for checkpoints, tables and plots; runs/CONFIG by default"

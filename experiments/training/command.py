@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _list() -> int:
     names = training_config_names()
     width = max(len(name) for name in names)
-    print("python -m experiments train CONFIG, with a .yaml file or one of these:\n")
+    print("python -m experiments train CONFIG, with a YAML or JSON file or one of these:\n")
     for name in names:
         print(f"  {name:{width}}  {describe_config(name)}")
     return 0

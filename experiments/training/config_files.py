@@ -42,7 +42,7 @@ def config_path(name: str | Path) -> Path:
             raise FileNotFoundError(f"no configuration file {path}")
         return path
     if str(name) not in training_config_names():
-        raise unknown_name("that of a configuration or a .yaml file", str(name), training_config_names())
+        raise unknown_name("that of a configuration or a .yaml or .json file", str(name), training_config_names())
     return FOLDER / f"{name}.yaml"
 
 
