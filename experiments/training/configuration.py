@@ -220,8 +220,8 @@ class TrainingConfig(Config):
     Args:
         model: A model's configuration; also a name or a mapping, as in files.
         data: The data.
-        epochs: Length of the training in epochs; exactly one of ``epochs`` and ``steps``.
-        steps: Length of the training in steps. A step is one update of the parameters.
+        epochs: Length of the training in epochs, at least 1; exactly one of ``epochs`` and ``steps``.
+        steps: Length of the training in steps; 0 only evaluates. A step is one update of the parameters.
         batch: Samples, or rows of text, of a step, over all ranks and accumulated parts.
         accumulation: Number of parts that each rank processes one after the other in a step.
         optimizer: The optimizer.
@@ -267,8 +267,8 @@ class TrainingConfig(Config):
             raise TypeError(f"model must be the configuration of a model, got {type(self.model).__name__}")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"there must be either epochs or steps, got {self.epochs} and {self.steps}")
-        check_at_least(self, 0, "epochs", "steps", "seed")
-        check_at_least(self, 1, "batch", "accumulation")
+        check_at_least(self, 0, "steps", "seed")
+        check_at_least(self, 1, "epochs", "batch", "accumulation")
         if len(self.jitter) != 2 or self.jitter[0] > self.jitter[1]:
             raise ValueError(f"jitter must be a pair [lo, hi] with lo <= hi, got {list(self.jitter)}")
         if self.max_steps + self.jitter[0] < 1:
@@ -336,16 +336,29 @@ def load_training_config(name: str | Path, values: Mapping[str, Any] | None = No
 
     Raises:
         ModuleNotFoundError: If a YAML file is read without PyYAML.
-        TypeError, ValueError: If the configuration is not valid; the message names the file and the error.
+        TypeError, ValueError: If the configuration is not valid; the message names the file, or the value as an option
+            ``--set`` of the command line, and the error.
     """
     path = config_path(name)
     mapping = read_mapping(path)
+    values = values or {}
     try:
         if "model" in mapping:
             mapping["model"] = _model_mapping(mapping["model"], path.parent)
-        return training_config_from_mapping(_with_values(mapping, values or {}))
+        return training_config_from_mapping(_with_values(mapping, values))
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{_source_of(error, path, mapping, values)}: {error}") from error
+
+
+def _source_of(error: Exception, path: Path, mapping: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """The file of a configuration, or the first of the values on top of it that leads to the error."""
+    for count in range(len(values) + 1):
+        try:
+            training_config_from_mapping(_with_values(mapping, dict(list(values.items())[:count])))
+        except (OSError, TypeError, ValueError) as found:
+            if str(found) == str(error):
+                return f"--set {list(values)[count - 1]}" if count else str(path)
+    return str(path)
 
 
 def parse_values(assignments: Sequence[str]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_assignments():
         ("epochs: 3", "epoch: 3", TypeError, "TrainingConfig .* did you mean 'epochs'"),
         ("epochs: 3", "epochs: 3\nsteps: 4", ValueError, "either epochs or steps, got 3 and 4"),
         ("epochs: 3\n", "", ValueError, "either epochs or steps, got None and None"),
-        ("epochs: 3", "epochs: -1", ValueError, "epochs must be at least 0"),
+        ("epochs: 3", "epochs: -1", ValueError, "epochs must be at least 1"),
         ("lr: 0.1", "learning_rate: 0.1", TypeError, "OptimizerConfig .* did you mean 'lr'"),
         ("lr: 0.1", "lr: 0", ValueError, "lr must be above 0 and finite, got 0"),
         ("lr: 0.1", "lr: 1e-3x", TypeError, "OptimizerConfig.lr must be a number, got '1e-3x'"),
@@ -160,3 +160,14 @@ def test_names_that_are_not_there():
         training.load_training_config("nowhere.yaml")
     with pytest.raises(TypeError, match="model must be the configuration of a model, got SolverConfig"):
         training.TrainingConfig(model=models.SolverConfig(), data=training.DataConfig("digits"), steps=1)
+
+
+def test_an_error_names_the_value_that_was_set_or_the_file(tmp_path):
+    with pytest.raises(TypeError, match=r"^--set penalty\.strenght: PenaltyConfig .* did you mean 'strength'"):
+        training.load_training_config("conv_digits", {"optimizer.lr": 0.1, "penalty.strenght": 1, "batch": 8})
+    with pytest.raises(ValueError, match="^--set epochs: epochs must be at least 1, got 0"):
+        training.load_training_config("conv_digits", {"epochs": 0})
+    assert training.load_training_config("conv_digits", {"steps": 0}).epochs is None
+    path = write(tmp_path, FILE.replace("lr: 0.1", "lrr: 0.1"))
+    with pytest.raises(TypeError, match=rf"^{re.escape(str(path))}: OptimizerConfig .* 'lrr'"):
+        training.load_training_config(path, {"batch": 8})
