@@ -7,11 +7,18 @@ import functools
 import inspect
 import itertools
 import numbers
+import os
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
+
+_LIBRARIES = tuple(f"{Path(path).parent}{os.sep}" for path in (__file__, torch.__file__))
 
 
 def check_number(name: str, value: Any) -> float:
@@ -62,6 +69,14 @@ def callable_name(function: Callable[..., Any]) -> str:
     if isinstance(function, functools.partial):
         return f"partial({callable_name(function.func)})"
     return getattr(function, "__name__", None) or type(function).__name__
+
+
+def warn_user(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code that led here: the innermost line outside of pydeq and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 def set_fields(settings: Any, **values: Any) -> None:

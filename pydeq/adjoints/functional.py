@@ -412,7 +412,7 @@ def equation_of(
     def record_adjoint(solution: Solution) -> None:
         if solutions:
             solutions[0].backward = solution
-        warn_if_unconverged(settings, solution)
+        warn_if_unconverged(settings, problem.cell.cell, solution)
 
     options = dict(problem.options)
     equation = Equation(

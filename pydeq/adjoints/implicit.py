@@ -100,7 +100,15 @@ class Implicit(Adjoint):
         solution = problem.solve()
         cell = problem.cell
         output, at = evaluate_at_fixed_point(
-            self, cell.call, solution.image, problem.context, cell.modules, solution, problem.memory, problem.shared
+            self,
+            cell.call,
+            solution.image,
+            problem.context,
+            cell.modules,
+            solution,
+            problem.memory,
+            problem.shared,
+            cell.cell,
         )
         return AdjointResult(output, solution, at)
 
@@ -120,6 +128,7 @@ def evaluate_at_fixed_point(
     solution: Solution | None = None,
     memory: dict[str, Any] | None = None,
     shared: dict[str, Any] | None = None,
+    cell: Callable[..., Any] | None = None,
 ) -> tuple[State, Linearization]:
     """Evaluate ``fn`` at ``image``, its fixed point, with the gradients of the fixed point.
 
@@ -128,6 +137,7 @@ def evaluate_at_fixed_point(
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Keeps the last cotangent for a warm start.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
+        cell: The user's function in fn, named in a warning; fn itself by default.
     """
     explicit = Explicit(fn, context, modules)
     before = ChangeCheck(explicit.lasting, modules)
@@ -140,7 +150,17 @@ def evaluate_at_fixed_point(
         unchanged, autocast = before.with_tensors(sources), Autocast.current(layout.device)
         y = _with_adjoint_solve(
             _AdjointSystem(
-                settings, layout, explicit, sources, hidden, autocast, shared or {}, unchanged, solution, memory
+                settings,
+                layout,
+                explicit,
+                sources,
+                hidden,
+                autocast,
+                shared or {},
+                unchanged,
+                cell or fn,
+                solution,
+                memory,
             ),
             at,
         )
@@ -166,6 +186,7 @@ class _AdjointSystem:
         autocast: The autocast state of forward.
         shared: Further keywords of :func:`pydeq.fixed_point` for adjoint solves.
         unchanged: Raises if tensors or modules have changed when f is evaluated again.
+        cell: The user's f, named in a warning.
         solution: Gets the adjoint's solution as its ``backward``.
         memory: Keeps the last cotangent for a warm start.
         norm: The name of a norm in f that has a wrong third derivative in torch; set in systems of a second derivative.
@@ -179,6 +200,7 @@ class _AdjointSystem:
     autocast: Autocast
     shared: dict[str, Any]
     unchanged: ChangeCheck
+    cell: Callable[..., Any]
     solution: Solution | None = None
     memory: dict[str, Any] | None = None
     norm: str | None = None
@@ -195,7 +217,7 @@ class _AdjointSystem:
             )
         if self.solution is not None:
             self.solution.backward = solution
-        warn_if_unconverged(settings, solution)
+        warn_if_unconverged(settings, self.cell, solution)
         if settings.warm_start and self.memory is not None:
             self.memory["cotangent"] = as_tuple(solution.image)
         if solution.all_known_to_converge:

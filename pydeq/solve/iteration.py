@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pydeq.arguments import warn_user
 from pydeq.ops.constants import Counter, Scalar, Status
 from pydeq.ops.termination import Rules
 from pydeq.solution import CouplingWarning, Solution, relative
@@ -139,13 +139,12 @@ def warn_of_coupling(woken: int, batch: int) -> None:
     if _warned_of_coupling:
         return
     _warned_of_coupling = True
-    warnings.warn(
+    warn_user(
         f"the samples of a batch depend on each other: {woken} of {batch} had met the tolerance and were moved away"
         " from it by others, so that all of them iterate until they meet it at one and the same evaluation. One coupled"
         " system, like the nodes of a graph or the entries of a vector, is one sample: solve for z[None], with"
         " fn(z[0])[None]. This is said once",
         CouplingWarning,
-        stacklevel=2,
     )
 
 

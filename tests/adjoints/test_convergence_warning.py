@@ -1,6 +1,7 @@
 import gc
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def backward(deq, scale=1.0):
 
 def test_a_backward_solve_that_does_not_converge_warns_once_for_its_settings():
     deq = slow(pydeq.Implicit(max_steps=3, rtol=1.1e-6))
-    with pytest.warns(pydeq.ConvergenceWarning, match=r"Implicit\(.*max_steps=3.*increase its max_steps"):
+    with pytest.warns(pydeq.ConvergenceWarning, match=r"Implicit\(.*max_steps=3.*raise the adjoint's max_steps"):
         solution, _ = backward(deq)
     assert (solution.backward.status == pydeq.Status.MAX_STEPS).all()
     backward(deq)  # again: warnings are errors
@@ -69,16 +70,16 @@ def test_a_look_at_what_a_device_found_asks_cuda_nothing(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, refuse)
     monkeypatch.setattr(module, "_warned", set())
     flag = torch.full((), module._UNWRITTEN, dtype=torch.int8)
-    monkeypatch.setattr(module, "_pending", [("these settings", flag)])
+    monkeypatch.setattr(module, "_pending", [(("these settings", "cos"), flag)])
     solution = pydeq.fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3))
-    warn_if_unconverged("others", solution)
+    warn_if_unconverged("others", torch.cos, solution)
     assert len(module._pending) == 1  # the device has not written it yet
     flag.fill_(1)  # as the device does, some time later
-    with pytest.warns(pydeq.ConvergenceWarning, match="these settings"):
-        warn_if_unconverged("others", solution)
+    with pytest.warns(pydeq.ConvergenceWarning, match=r"DEQ\(cos, adjoint=these settings\)"):
+        warn_if_unconverged("others", torch.cos, solution)
     assert not module._pending
-    module._pending.append(("these settings", torch.zeros((), dtype=torch.int8)))
-    warn_if_unconverged("others", solution)
+    module._pending.append((("these settings", "cos"), torch.zeros((), dtype=torch.int8)))
+    warn_if_unconverged("others", torch.cos, solution)
     assert not module._pending
 
 
@@ -88,7 +89,7 @@ def test_nothing_is_launched_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(module, "_warned", set())
     solution = pydeq.fixed_point(lambda z: 2.0 * z + 1.0, torch.zeros(2, 3), solver=pydeq.Picard(), max_steps=3)
     assert not solution.converged.any()
-    warn_if_unconverged("captured", solution)  # a warning is an error here
+    warn_if_unconverged("captured", torch.cos, solution)  # a warning is an error here
 
 
 def unfinished(**options):
@@ -100,7 +101,7 @@ def call(deq, **options):
     return deq(torch.zeros_like(x), x, **options)
 
 
-FORWARD = "the forward solve of a pydeq.DEQ left samples unconverged: pydeq.diagnose.*said once for each layer"
+FORWARD = r"forward solve of a pydeq.DEQ\(<lambda>, .*\) left samples unconverged: pydeq.diagnose.*once for each layer"
 
 
 def test_a_forward_solve_that_does_not_converge_warns_once_for_each_layer():
@@ -132,3 +133,39 @@ def test_a_layer_that_is_warned_about_is_not_kept():
     assert gone() is None
     with pytest.warns(pydeq.ConvergenceWarning, match=FORWARD):
         call(unfinished())  # maybe at the same address
+
+
+class Named(torch.nn.Module):
+    def forward(self, z, x):
+        return 0.95 * z.roll(1, 1) + x
+
+
+class Model(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.deq = pydeq.DEQ(Named(), **options)
+
+    def forward(self, x):
+        return self.deq(torch.zeros_like(x), x)
+
+
+def test_a_warning_names_the_layer_and_the_line_of_the_user():
+    x = torch.arange(8.0).repeat(2, 1).requires_grad_()
+    with pytest.warns(
+        pydeq.ConvergenceWarning, match=r"of a pydeq.DEQ\(Named, solver=Picard\(.*\), max_steps=4\) left"
+    ) as forward:
+        Model(solver=pydeq.Picard(), max_steps=4)(x)
+    line = Model.forward.__code__.co_firstlineno + 1
+    assert [(w.filename, w.lineno) for w in forward] == [(__file__, line)]
+    adjoint = pydeq.Implicit(max_steps=2, rtol=1.3e-6)
+    z = Model(solver=pydeq.Broyden(), max_steps=100, adjoint=adjoint)(x)
+    with pytest.warns(
+        pydeq.ConvergenceWarning, match=r"backward solve of a pydeq.DEQ\(Named, adjoint=Implicit\("
+    ) as backward:
+        (z * x.detach()).sum().backward()
+    assert [w.filename for w in backward] == [__file__]
+    assert Path(__file__).read_text().splitlines()[backward[0].lineno - 1].endswith("(z * x.detach()).sum().backward()")
+    deq = pydeq.DEQ(lambda z, x: 0.95 * z.roll(1, 1) + x, solver=pydeq.Broyden(), max_steps=100, adjoint=adjoint)
+    loss = (deq(torch.zeros_like(x), x) * x.detach()).sum()
+    with pytest.warns(pydeq.ConvergenceWarning, match=r"DEQ\(<lambda>, "):  # the same adjoint, another cell
+        loss.backward()

@@ -165,7 +165,7 @@ def test_names_that_are_not_there():
 def test_an_error_names_the_value_that_was_set_or_the_file(tmp_path):
     with pytest.raises(TypeError, match=r"^--set penalty\.strenght: PenaltyConfig .* did you mean 'strength'"):
         training.load_training_config("conv_digits", {"optimizer.lr": 0.1, "penalty.strenght": 1, "batch": 8})
-    with pytest.raises(ValueError, match="^--set epochs: epochs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^--set epochs: epochs must be at least 1, got 0"):
         training.load_training_config("conv_digits", {"epochs": 0})
     assert training.load_training_config("conv_digits", {"steps": 0}).epochs is None
     path = write(tmp_path, FILE.replace("lr: 0.1", "lrr: 0.1"))
