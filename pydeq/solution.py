@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -19,19 +20,13 @@ from pydeq.state import State, as_tuple
 
 _CONTRACT = "make fn more contractive (pydeq.nn.spectral_norm, pydeq.JacobianPenalty)"
 ADVICE = {
-    Status.MAX_STEPS: "increase max_steps, try pydeq.Broyden(), pydeq.NewtonKrylov() or a larger memory"
-    f" (pydeq.Anderson(memory=20)), loosen rtol, or {_CONTRACT}",
+    Status.MAX_STEPS: f"increase max_steps, try pydeq.Broyden(), or {_CONTRACT}",
     Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
-    Status.DIVERGED: "take a smaller damping (1.0 is undamped: try pydeq.Anderson(damping=0.5)), try pydeq.Broyden() or"
-    f" pydeq.NewtonKrylov(), start closer, or {_CONTRACT}",
-    Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: check its inputs and parameters, start closer,"
-    " or iterate with pydeq.Picard(damping=0.5)",
+    Status.DIVERGED: f"try pydeq.Broyden() or a smaller damping (pydeq.Anderson(damping=0.5)), or {_CONTRACT}",
+    Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: check its inputs and parameters, or iterate with"
+    " pydeq.Picard(damping=0.5)",
 }
-_WANDERING = (
-    "the residual of {} has not fallen for half of the evaluations, so that more of them may not help: try"
-    " pydeq.Broyden(), a larger memory (pydeq.Anderson(memory=20)) or a smaller damping (1.0 is undamped: try 0.5), or "
-    + _CONTRACT
-)
+_STUCK = f"try pydeq.Broyden(), pydeq.Anderson(memory=20) or pydeq.NewtonKrylov(), or {_CONTRACT}"
 _STATUS = int(Counter.STATUS)
 _CONVERGED = int(Status.CONVERGED).to_bytes(4, sys.byteorder)
 # Fewer evaluations do not show whether a residual still falls.
@@ -163,14 +158,20 @@ class Solution:
         return self._counters[:, Counter.EVALUATIONS].long()
 
     def advice(self) -> str:
-        """Advice on the samples that did not converge; empty if all converged."""
+        """Advice on the samples that did not converge, a line for each kind of them; empty if all converged."""
         counts = _count_statuses(self.status)
-        advice = [f"{counts[s]} {s.name}: {text}" for s, text in ADVICE.items() if s in counts]
-        if not advice:
+        texts = {status: text for status, text in ADVICE.items() if status in counts}
+        if not texts:
             return ""
         stuck = (self.status == Status.MAX_STEPS) & (2 * self._counters[:, Counter.SINCE_BEST] > self.sample_nfe)
         if wandering := int((stuck & (self.sample_nfe >= _LONG)).sum()):
-            advice.append(_WANDERING.format(wandering))
+            texts[Status.MAX_STEPS] = (
+                f"the residual of {wandering} has not fallen for half of the evaluations, so more may not help:"
+                f" {_STUCK}"
+            )
+        if Status.MAX_STEPS in texts and Status.DIVERGED in texts:  # say it once
+            texts[Status.MAX_STEPS] = texts[Status.MAX_STEPS].removesuffix(f", or {_CONTRACT}")
+        advice = [f"{counts[status]} {status.name}: {text}" for status, text in texts.items()]
         short = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
         scalars = self._scalars
         if vanished := int((short & (scalars[:, Scalar.BEST_NORM] < _VANISHED * scalars[:, Scalar.FIRST_NORM])).sum()):
@@ -180,7 +181,7 @@ class Solution:
                 f"{moved} had met the tolerance before other samples moved them: one coupled system, like the nodes of"
                 " a graph, is one sample, z[None]"
             )
-        return "; ".join([*advice, "pydeq.diagnose tries all of this on the batch"])
+        return "\n".join([*advice, "pydeq.diagnose tries what helps on the batch"])
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw the relative residual of each sample against evaluations; needs a solve with ``trace=True``.
@@ -215,7 +216,7 @@ class Solution:
             if self._evaluated is not None:
                 text += f", of the image max {relative(*self._measured).max():.2g}"
         advice = self.advice()
-        return f"Solution({text})" + (f"\n  {advice}" if advice else "")
+        return f"Solution({text})" + (f"\n{textwrap.indent(advice, '  ')}" if advice else "")
 
 
 class ConvergenceWarning(UserWarning):
@@ -229,7 +230,7 @@ class ConvergenceWarning(UserWarning):
         ...     deq(torch.zeros(1))
         Traceback (most recent call last):
             ...
-        pydeq.solution.ConvergenceWarning: the forward solve of a pydeq.DEQ left samples unconverged: ...
+        pydeq.solution.ConvergenceWarning: the forward solve of a pydeq.DEQ(<lambda>, ...) left samples unconverged: ...
     """
 
 
