@@ -90,8 +90,8 @@ def _warn(key: Any) -> None:
         settings, cell = key
         text = (
             f"the backward solve of a pydeq.DEQ({cell}, adjoint={settings}) left samples unconverged, so their"
-            " gradients are inexact: raise the adjoint's max_steps, loosen its rtol, give it another solver, or make the cell more"
-            " contractive (pydeq.nn.spectral_norm, pydeq.JacobianPenalty). solution.backward has the details of each"
-            " call, and pydeq.diagnose tries what helps; this is said once"
+            " gradients are inexact: raise the adjoint's max_steps, loosen its rtol, give it another solver, or make"
+            " the cell more contractive (pydeq.nn.spectral_norm, pydeq.JacobianPenalty). solution.backward has the"
+            " details of each call, and pydeq.diagnose tries what helps; this is said once"
         )
     warn_user(text, ConvergenceWarning)
