@@ -152,6 +152,13 @@ def unknown_keyword(where: str, got: str, known: Iterable[str]) -> TypeError:
     return TypeError(f"{where} got an unexpected keyword argument {got!r}: {advice}")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest of the known names, if one is near, whatever the case."""
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f": did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
 def keywords_for(
     where: str,
     fn: Callable[..., Any],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pydeq.arguments import did_you_mean
 from pydeq.compat.migrate import migrate as migrate_files
 from pydeq.diagnosis import diagnose as diagnose_layer
 from pydeq.ops.kernels import kernels, package_version
@@ -79,8 +80,15 @@ def problem_of(target: str) -> tuple[Any, ...]:
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    if module.endswith(".py"):
+        raise ValueError(
+            f"expected the name of a module, got the file {module!r}: write"
+            f" {module.removesuffix('.py').replace('/', '.')}:{attribute}"
+        )
     found: Any = importlib.import_module(module)
     for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise AttributeError(f"{module} has no attribute {name!r}{did_you_mean(name, dir(found))}")
         found = getattr(found, name)
     made = found if isinstance(found, tuple) else found() if callable(found) else found
     if not isinstance(made, tuple) or len(made) < 2 or not callable(made[0]):

@@ -130,8 +130,9 @@ class DEQ(nn.Module):
         super().__init__()
         for name in unknown:
             raise unknown_keyword("DEQ", name, _INIT)
-        if not callable(cell):
-            raise TypeError(f"cell must be callable, got {type(cell).__name__}")
+        if not callable(cell) or (isinstance(cell, type) and issubclass(cell, nn.Module)):
+            got = shown(cell) if isinstance(cell, type) else type(cell).__name__
+            raise TypeError(f"cell must be callable, got {got}")
         self.cell = cell
         self.solver = Anderson() if solver is None else solver
         if not isinstance(self.solver, Solver):

@@ -85,8 +85,27 @@ def test_diagnose(tmp_path, monkeypatch, capsys):
     for target, message in (
         ("layers_to_diagnose", "expected MODULE:ATTRIBUTE"),
         ("layers_to_diagnose:none", "no attribute 'none'"),
+        ("layers_to_diagnose:slwo", "no attribute 'slwo': did you mean 'slow'?"),
+        ("layers_to_diagnose.py:slow", "got the file 'layers_to_diagnose.py': write layers_to_diagnose:slow"),
         ("no_such_module:x", "No module named"),
         ("layers_to_diagnose:number", "must be a tuple (deq or cell, z0, *context)"),
     ):
         assert main(["diagnose", target]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_models_are_imported_when_they_are_used():
+    code = (
+        "import sys, pydeq\n"
+        "assert not any(name.startswith('pydeq.models') for name in sys.modules)\n"
+        "print(pydeq.models.build('mdeq_cifar_tiny').__class__.__module__)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "pydeq.models.mdeq\n", result.stderr
+
+
+@pytest.mark.parametrize(("name", "meant"), [("Andersen", "Anderson"), ("deq", "DEQ"), ("fixedpoint", "fixed_point")])
+def test_a_misspelt_name_gets_the_nearest(name, meant):
+    with pytest.raises(AttributeError, match=rf"^module 'pydeq' has no attribute '{name}': did you mean '{meant}'\?$"):
+        getattr(pydeq, name)
+    assert not hasattr(pydeq, "_no_such_name")

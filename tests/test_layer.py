@@ -265,3 +265,8 @@ def test_an_initial_state_that_is_data_is_not_warned_about(monkeypatch):
     x = torch.ones(3, 4, requires_grad=True)
     for z0 in (x, 2.0 * x, encoder(x)):
         pydeq.DEQ(cell)(z0).sum().backward()
+
+
+def test_a_class_of_modules_is_not_a_cell():
+    with pytest.raises(TypeError, match="cell must be callable, got the class Linear, not an instance"):
+        pydeq.DEQ(torch.nn.Linear)
