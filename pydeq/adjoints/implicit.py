@@ -158,7 +158,7 @@ def evaluate_at_fixed_point(
                 autocast,
                 shared or {},
                 unchanged,
-                cell or fn,
+                fn if cell is None else cell,
                 solution,
                 memory,
             ),
