@@ -46,11 +46,16 @@ from pydeq.state import as_tuple
 _VANISHED = 1e-3
 # Evaluations of the last try, if nothing converges with fewer.
 _MOST = 1000
+# Products with the Jacobian that NewtonKrylov may take, per evaluation that the other solvers may take. A product costs
+# one evaluation to a few.
+_PRODUCTS = 5
 # Another solver must need less than this fraction of the evaluations that the layer's own needs.
 _PREFERRED = 0.6
 # A radius from which on a cell is worth a change even if a solver copes with it.
 _LARGE = 1.0
 _PENALTY = JacobianPenalty(0.5)
+# Evaluations for each step of its training but the first.
+_FOLLOWING = 10
 _BOUND = 0.9
 _FACTORS = (0.5, 0.25, 0.1)
 # A gradient with a larger relative error is worth a smaller tolerance: these factors of it are tried.
@@ -215,21 +220,26 @@ class _Diagnosis:
             self._try_further()
 
     def _try_further(self) -> None:
-        """Try solvers that are rarely the right ones, until one converges; then more evaluations."""
+        """Try solvers that are rarely the right ones, until one converges; then more evaluations, if they may help."""
+        solved = list(self.trials)
         for solver in FURTHER:
-            self._try(solver, max(self.max_steps, self.own_steps))
-            if self.trials[-1].all_converged:
-                return
-        for solver in (Broyden(memory=_MOST), Anderson(damping=0.5), self.deq.solver):
-            self._try(solver, max(_MOST, self.max_steps))
-            if self.trials[-1].all_converged:
-                return
+            if solver != self.deq.solver:
+                self._try(solver, max(self.max_steps, self.own_steps))
+                if self.trials[-1].all_converged:
+                    return
+        most = max(_MOST, self.max_steps)
+        for solver in (Broyden(), Anderson(damping=0.5), self.deq.solver):
+            if any(trial.solver == solver and trial.hopeful(most) for trial in solved):
+                self._try(Broyden(memory=_MOST) if solver == Broyden() else solver, most)
+                if self.trials[-1].all_converged:
+                    return
 
     def _try(self, solver: Solver, max_steps: int) -> None:
         options = {"rtol": self.settings["rtol"], "atol": self.settings["atol"], "norm": self.settings["norm"]}
         rtol = self.rtol if options["rtol"] is None else options["rtol"]
+        products = max(_PRODUCTS * self.max_steps, 2 * self.given.solution.products)
         self.trials.append(
-            try_forward(self.subject, solver, rtol, max_steps, atol=options["atol"], norm=options["norm"])
+            try_forward(self.subject, solver, rtol, max_steps, products, atol=options["atol"], norm=options["norm"])
         )
 
     def _converging(self) -> list[Trial]:
@@ -572,10 +582,13 @@ class _Diagnosis:
 
     def _train(self, cell: Any) -> bool:
         subject = self._subject(cell, True)
+        state, steps = subject.z0, self.own_steps
 
         def find() -> Tensor:
-            solution = solve(subject.fn, subject.z0, solver=Broyden(), max_steps=self.own_steps)
-            return flat(subject.layout, solution.value)
+            nonlocal state, steps
+            state = solve(subject.fn, state, solver=Broyden(), max_steps=steps).value
+            steps = min(self.own_steps, _FOLLOWING)  # the fixed point moves little in a training step
+            return flat(subject.layout, state)
 
         return changes.train_with_penalty(cell, _PENALTY, subject.fn, find, subject.layout.view)
 

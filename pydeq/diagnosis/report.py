@@ -176,7 +176,8 @@ def _table(title: str, counted: str, last: str, trials: list[Trial], shown: Any)
     rows = [(title, "converged", counted, "residual", last, "")]
     for i, trial in enumerate(trials):
         name, solution = name_of(trial.solver), trial.solution
-        products = f", {solution.products} products" if solution.products else ""
+        limit = f" of {trial.max_products}" if trial.max_products is not None else ""
+        products = f", {solution.products}{limit} products" if solution.products else ""
         rows.append((
             f"{name}, the layer's" if i == 0 else name, trial.share, f"{solution.nfe} of {trial.max_steps}{products}",
             f"{trial.residual:.1g}", shown(trial).replace("nan", ""), trial.ends,

@@ -13,9 +13,12 @@ from pydeq.adjoints import Implicit
 from pydeq.cell.linearization import Linearization
 from pydeq.diagnosis.subject import Subject, exact_cotangent
 from pydeq.ops.constants import Status
+from pydeq.ops.termination import Rules
 from pydeq.solution import Solution
 from pydeq.solve.solve import solve
 from pydeq.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Solver
+from pydeq.solvers.base import Workspace
+from pydeq.solvers.newton_krylov import NewtonKrylovWorkspace
 from pydeq.state import as_tuple
 
 # Solvers that every diagnosis tries, forward.
@@ -26,16 +29,18 @@ USUAL: tuple[Solver, ...] = (
     Anderson(damping=0.5),
     Anderson(memory=20),
     Broyden(),
-    NewtonKrylov(),
 )
-# Further ones, in this order, while none converges.
+# Further ones, in this order, while none converges. NewtonKrylov costs the most, so it is the last one.
 FURTHER: tuple[Solver, ...] = (
     GMRES(restart=50),
     Picard(damping=0.2),
     Anderson(memory=10, damping=0.2),
     Anderson(memory=40),
     Anderson(memory=20, damping=0.5, ridge=1e-4),
+    NewtonKrylov(),
 )
+# A residual within this factor of the tolerance may still reach it.
+_NEAR = 10.0
 BACKWARD: tuple[Solver, ...] = (Picard(), Anderson(), Broyden(), GMRES())
 
 
@@ -49,6 +54,7 @@ class Trial:
         rtol: The relative tolerance.
         solution: What it found; ``solution.trace`` has all residuals.
         error: Backward: the relative distance to the exact solution, over the whole batch. NaN forward.
+        max_products: The number of products with the Jacobian that a forward solver was given; None for no limit.
     """
 
     solver: Solver
@@ -56,6 +62,7 @@ class Trial:
     rtol: float
     solution: Solution
     error: float = float("nan")
+    max_products: int | None = None
 
     @property
     def all_converged(self) -> bool:
@@ -90,6 +97,18 @@ class Trial:
             return float("nan")
         return float((column[-1] / column[0]) ** (1.0 / (len(column) - 1)))
 
+    def hopeful(self, max_steps: int) -> bool:
+        """Whether all samples may converge in ``max_steps`` evaluations: if a sample has converged in the last half of
+        this trial, or if the residual of the slowest one falls so fast."""
+        solution, trace = self.solution, self.solution.trace
+        half = solution.nfe // 2
+        if trace is None or not half or bool((solution.sample_nfe[solution.converged] > half).any()):
+            return True
+        running = trace[:, ~solution.converged].double().nan_to_num(torch.inf)
+        before, after = running[:half].amin(0), running.amin(0)
+        fall = (after / before) ** ((max_steps - solution.nfe) / (solution.nfe - half))
+        return bool((after * fall <= _NEAR * self.rtol).all())
+
     @property
     def ends(self) -> str:
         """How the samples ended that did not converge, as in "2 MAX_STEPS"."""
@@ -98,10 +117,49 @@ class Trial:
         return ", ".join(f"{count} {Status(code).name}" for code, count in pairs if code != Status.CONVERGED)
 
 
-def try_forward(subject: Subject, solver: Solver, rtol: float, max_steps: int, **options: Any) -> Trial:
-    """Solve the fixed-point problem with one solver."""
-    solution = solve(subject.fn, subject.z0, solver=solver, rtol=rtol, max_steps=max_steps, trace=True, **options)
-    return Trial(solver, max_steps, rtol, solution)
+def try_forward(
+    subject: Subject, solver: Solver, rtol: float, max_steps: int, max_products: int | None = None, **options: Any
+) -> Trial:
+    """Solve the fixed-point problem with one solver, which may take ``max_products`` products with the Jacobian."""
+    limited = solver
+    if isinstance(solver, NewtonKrylov) and max_products is not None:
+        limited = _LimitedNewtonKrylov(solver.products, solver.mode, max_products)
+    solution = solve(subject.fn, subject.z0, solver=limited, rtol=rtol, max_steps=max_steps, trace=True, **options)
+    return Trial(solver, max_steps, rtol, solution, max_products=max_products if limited is not solver else None)
+
+
+@dataclass(frozen=True)
+class _LimitedNewtonKrylov(NewtonKrylov):
+    """NewtonKrylov that ends when it has taken ``limit`` products in all."""
+
+    limit: int = 1
+
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        return _LimitedWorkspace(flat, rules, max_steps, self)
+
+
+class _LimitedWorkspace(NewtonKrylovWorkspace):
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: _LimitedNewtonKrylov) -> None:
+        super().__init__(flat, rules, max_steps, solver)
+        self.left = solver.limit
+
+    def search_from(self, rows: Tensor, fresh: Tensor) -> Tensor:
+        product, self.products = self.product, max(1, min(self.products, self.left))
+
+        def counted(v: Tensor) -> Tensor:
+            self.left -= 1
+            return product(v)
+
+        self.product = counted
+        try:
+            return super().search_from(rows, fresh)
+        finally:
+            self.product = product
+
+    def step(self, f: Tensor, k: int) -> None:
+        if self.left <= 0:
+            self.max_steps = k + 1  # samples that have not converged end as MAX_STEPS
+        super().step(f, k)
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,10 @@ class NewtonKrylov(Solver):
             raise ValueError(f"mode must be 'auto', 'jvp' or 'difference', got {self.mode!r}")
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
-        return _NewtonKrylovWorkspace(flat, rules, max_steps, self)
+        return NewtonKrylovWorkspace(flat, rules, max_steps, self)
 
 
-class _NewtonKrylovWorkspace(SearchWorkspace):
+class NewtonKrylovWorkspace(SearchWorkspace):
     """The workspace: 7 state vectors, and during a step those of GMRES; float32 for half states."""
 
     takes_products: ClassVar[bool] = True
