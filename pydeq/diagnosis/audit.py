@@ -35,6 +35,10 @@ _FALSE_CLAIM = 3.0
 _SAME = 0.01
 # A solver that is left with this residual has found nothing. Plain iteration must then not be this much better.
 _NOTHING, _WORSE = 0.1, 3.0
+# With a smaller residual, plain iteration must not be this much better, unless the solver stopped at its tolerance:
+# then it needs at most this share of its evaluations, or this few, if it starts from its result. Residuals below the last
+# number of rounding errors are all the same.
+_FAR_WORSE, _STOPS, _FEW, _ROUNDED = 100.0, 0.1, 5, 10.0
 # The largest relative error of a gradient that approximate solves explain; a smaller one is a fault from _DOUBTFUL on,
 # if the gradient is recognized as another one.
 _GRADIENT, _DOUBTFUL = 0.05, 0.005
@@ -105,13 +109,14 @@ def audit(
 ) -> Audit:
     """Check a solver of any library on a batch of fixed-point problems z = fn(z).
 
-    ``solve`` is called as ``solve(fn, z0)``, three times, with gradients on. Its claims are compared with evaluations
-    of fn that it does not see:
+    ``solve`` is called as ``solve(fn, z0)``, up to four times, with gradients on. Its claims are compared with
+    evaluations of fn that it does not see:
 
     - the result is like z0 and finite, and z0 is unchanged;
     - the claimed relative residual is ||fn(z) - z|| / ||fn(z)|| of each sample, and not larger by a factor of 3;
     - the claimed number of evaluations is the number of calls;
     - plain iteration with as many evaluations is not better by a factor of 3, where the residual is at least 0.1;
+    - nor by a factor of 100, where the solver has not met its tolerance: started from its result, it goes on;
     - a sample's result has the same bits if another sample starts somewhere else, if fn's result has, too;
     - gradients are those of the fixed point, for all tensors that require grad and that fn uses. They are compared with
       a solution of the adjoint system by GMRES.
@@ -273,11 +278,39 @@ class _Auditor:
                 f"after {watched.calls} evaluations the relative residual of sample {i} is {found.residual[i]:.3g};"
                 f" plain iteration reaches {found.plain_residual[i]:.3g} with as many"
             )
+        elif not draws:
+            self._check_unfinished(z, watched.calls)
         if draws or not z.numel():
             return found
         coupled = self._check_invariance(z, start)
         self._check_gradients(result.state, z, coupled)
         return found
+
+    def _check_unfinished(self, z: Tensor, calls: int) -> None:
+        """Look for a sample that plain iteration solves far better, and that has not met the solver's tolerance."""
+        found, subject = self.found, self.subject
+        assert found.residual is not None
+        assert found.plain_residual is not None
+        ratio = found.residual / (found.plain_residual + _ROUNDED * subject.eps)
+        if not len(z) or not bool((ratio >= _FAR_WORSE).any()):
+            return
+        i = int(ratio.nan_to_num(0.0).argmax())
+        # Where the other samples are solved already, the solver goes on only for this one.
+        solved = self._refined(z, coupled=True)
+        if solved is None:
+            return
+        start = solved.clone()
+        start[i] = z[i]
+        again = _Watched(self.fn, self.adapter)
+        try:
+            self._run(again, self.adapter.outside(subject.layout.view(start)))
+        except Exception:  # whatever a library raises
+            return
+        if again.calls > max(_FEW, _STOPS * calls):
+            found.faults.append(
+                f"after {calls} evaluations the relative residual of sample {i} is {found.residual[i]:.3g}, and the"
+                f" solver does not stop there; plain iteration reaches {found.plain_residual[i]:.3g} with as many"
+            )
 
     def _run(self, watched: _Watched, z0: Any) -> _Result:
         fn = _WatchedModule(watched, self.fn) if isinstance(self.fn, nn.Module) else watched
@@ -377,8 +410,8 @@ class _Auditor:
 
     def _other_kind(self, claimed: Tensor, residuals: list[Residual]) -> str:
         """What the claim is, where it is not the residual of each sample; "" if that is not known."""
-        if bool(self._same(claimed, torch.zeros_like(claimed)).all()):
-            return ""  # up to rounding, it is any small residual
+        if bool((claimed * _SAME <= 8.0 * self.subject.eps).all()):
+            return ""  # rounding alone makes it agree with other small residuals
         for one in residuals:
             absolute, together = one.together
             names: dict[str, Any] = {

@@ -93,6 +93,59 @@ def test_a_misplaced_history():
     assert found.residual[worst] > 3 * found.plain_residual[worst]
 
 
+def damped(fn, z0, damping, steps, rtol=0.0):
+    """Damped iteration, which ends for a sample that has met a relative tolerance."""
+    z, running = z0, torch.ones(len(z0), 1, dtype=torch.bool)
+    with torch.no_grad():
+        for _ in range(steps):
+            image = fn(z)
+            running = running & ((image - z).norm(dim=1) > rtol * image.norm(dim=1))[:, None]
+            if not running.any():
+                break
+            z = torch.where(running, z + damping * (image - z), z)
+    return z
+
+
+def test_a_method_that_is_far_worse_than_plain_iteration():
+    fn, z0 = problem()
+    found = only(pydeq.audit(lambda f, z: damped(f, z, 0.1, 60), fn, z0), "60 evaluations", "does not stop there")
+    residual = measured(fn, damped(fn, z0, 0.1, 60))[1].detach()
+    best = torch.stack([measured(fn, plain(fn, z0, k))[1] for k in range(60)]).amin(0).detach()
+    assert residual.max() < 0.1
+    assert (residual / best).max() > 100
+    torch.testing.assert_close(found.residual, residual)
+    torch.testing.assert_close(found.plain_residual, best)
+    # One that has a tolerance, and has not met it, and one that has met it.
+    only(pydeq.audit(lambda f, z: damped(f, z, 0.1, 60, 1e-4), fn, z0), "60 evaluations", "does not stop there")
+    found = pydeq.audit(lambda f, z: damped(f, z, 0.1, 200, 1e-2), fn, z0)
+    assert not found.faults, found
+    assert (found.residual / found.plain_residual).max() > 100
+
+
+def test_a_sample_at_its_tolerance_is_not_blamed_for_a_slow_one():
+    fn, z0 = problem()
+
+    def mixed(z):  # the first sample contracts slowly, the others fast
+        return torch.cat([0.99 * z[:1].roll(1, 1) + 1, fn(z)[1:]])
+
+    found = pydeq.audit(lambda f, z: damped(f, z, 0.5, 60, 1e-3), mixed, z0)
+    assert (found.residual / found.plain_residual)[1:].max() > 100
+    assert found.residual[0] > 1e-3
+    assert not found.faults, found
+
+
+def test_a_careful_claim_is_not_taken_for_another_residual():
+    """In float32, an absolute residual of the whole batch differs from a claim of 1e-6 by less than rounding."""
+    fn, z0 = problem(dtype=torch.float32)
+    for steps in range(20, 50, 4):
+        found = pydeq.audit(lambda f, z, k=steps: (plain(f, z, k).detach(), 1e-6), fn, z0)
+        assert not any("of the whole batch" in fault or "not the relative one" in fault for fault in found.faults), (
+            found
+        )
+        if float(found.residual.max()) < 1e-6:
+            assert not found.faults, found
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_an_absolute_residual_where_a_relative_one_was_said(scale):
     fn, z0 = problem(scale=scale)
