@@ -36,8 +36,8 @@ _SAME = 0.01
 # A solver that is left with this residual has found nothing. Plain iteration must then not be this much better.
 _NOTHING, _WORSE = 0.1, 3.0
 # With a smaller residual, plain iteration must not be this much better, unless the solver stopped at its tolerance:
-# then it needs at most this share of its evaluations, or this few, if it starts from its result. Residuals below the last
-# number of rounding errors are all the same.
+# then it needs at most this share of its evaluations, or this few, if it starts from its result. Residuals below the
+# last number of rounding errors are all the same.
 _FAR_WORSE, _STOPS, _FEW, _ROUNDED = 100.0, 0.1, 5, 10.0
 # The largest relative error of a gradient that approximate solves explain; a smaller one is a fault from _DOUBTFUL on,
 # if the gradient is recognized as another one.
