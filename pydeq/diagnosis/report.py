@@ -53,11 +53,13 @@ class Report:
         contraction: The Jacobian at the best state found: spectral radius, eigenvalues, norm.
         at_fixed_point: Whether that state is a fixed point.
         reachable: The smallest relative residual that the dtype allows; None if unknown.
-        gradient_error: The relative error of the gradient of the layer, or of the recommended one where the layer
-            does not converge, compared with the exact gradient; None if there is none to compare.
+        gradient_error: The relative error of the gradient of the recommended layer, compared with the exact gradient;
+            None if there is none to compare.
+        own_gradient_error: The same of the layer as it is; None also if it does not converge.
         parts: For states of several tensors, by name: the norm of a part, and its relative residual.
         memory: MiB that the solvers and the graph of an evaluation take, by name.
-        changes: What to change, in order; each one was tried.
+        changes: What to change, in order; each one was tried, and helped.
+        vain: Changes of the cell that were tried and did not help, in words.
         recommended: A ready layer with the same cell that converges on this batch, forward and backward; None if no
             setting does. Then ``changes`` says what to change in the cell.
 
@@ -77,10 +79,12 @@ class Report:
     state: str
     reachable: float | None = None
     gradient_error: float | None = None
+    own_gradient_error: float | None = None
     parts: dict[str, tuple[float, float]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    vain: list[str] = field(default_factory=list)
     recommended: DEQ | None = None
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
@@ -120,7 +124,10 @@ class Report:
             "cell": self.habits.sentences() or ["no random numbers, no state between calls; samples are independent"],
         }
         if self.gradient_error is not None:
-            rows["gradient"] = [f"relative error {self.gradient_error:.1g}, compared with the exact gradient"]
+            own, changed = self.own_gradient_error, any(c.layer is self.recommended for c in self.changes)
+            errors = [f"{own:.1g} of the layer as it is"] if own is not None else []
+            errors += [f"{self.gradient_error:.1g} of the recommended layer"] if changed else []
+            rows["gradient"] = [f"relative error {', '.join(errors)}, compared with the exact gradient"]
         if self.parts:
             rows["parts"] = [
                 f"{name}: norm {norm:.2g}, relative residual {residual:.1g}"
@@ -162,13 +169,19 @@ class Report:
             return [*lines, "Nothing has to change."]
         if self.recommended is None:
             lines.append("No setting that was tried converges for all samples, forward and backward: change the cell.")
+            if not any(change.layer for change in self.changes):
+                lines.append("No change of it that was tried does, either: see docs/guides/not-converging.md.")
         lines += ["What to change, in order:"] if self.changes else []
         for number, change in enumerate(self.changes, 1):
+            mark = "(report.recommended) " if change.layer is not None and change.layer is self.recommended else ""
             lines += textwrap.wrap(
-                f"{number}. {change.reason}", _WIDTH, subsequent_indent="   ", break_long_words=False
+                f"{number}. {mark}{change.reason}", _WIDTH, subsequent_indent="   ", break_long_words=False
             )
             lines += [f"       {line}" for line in change.code.splitlines()]
             lines += textwrap.wrap(f"tried: {change.result}", _WIDTH, initial_indent="   ", subsequent_indent="   ")
+        if self.vain:
+            text = f"Tried on the cell, without success: {'; '.join(self.vain)}."
+            lines += textwrap.wrap(text, _WIDTH, break_long_words=False)
         return lines
 
 

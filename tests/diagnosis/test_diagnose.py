@@ -1,6 +1,7 @@
 """A report says what was measured, and following it makes layers converge."""
 
 import copy
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -185,6 +186,73 @@ def test_more_evaluations_are_tried_where_the_residual_falls_fast_enough(radius,
     assert not trial.all_converged
     assert trial.hopeful(1000) == helps
     assert try_forward(subject, pydeq.Picard(), 1e-3, 1000).all_converged == helps
+
+
+class NormedResidual(nn.Module):
+    """A residual cell with GroupNorm, which hides the scale of the weights; they are initialized too large."""
+
+    def __init__(self, channels=8, groups=4, std=0.5):
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, channels) for _ in range(3))
+        for convolution in self.convolutions:
+            nn.init.normal_(convolution.weight, std=std)
+
+    def forward(self, z, x):
+        y = self.norms[0](self.convolutions[0](z).relu())
+        return self.norms[2]((z + self.norms[1](x + self.convolutions[1](y))).relu())
+
+
+def test_norms_that_hide_the_scale_need_a_small_bound():
+    torch.manual_seed(0)
+    cell, x = NormedResidual(), torch.randn(3, 8, 6, 6)
+    z0 = torch.zeros_like(x)
+
+    report = pydeq.diagnose(cell, z0, x, max_steps=50)
+    assert report.recommended is None
+    for change, pattern, values in (
+        (report.changes[0], r"bound=([\d.]+)\)", (0.9, 0.5, 0.3, 0.1)),
+        (report.changes[1], r"mul_\(([\d.]+)\)", (0.5, 0.1, 0.03, 0.01)),
+    ):
+        chosen = values.index(float(re.search(pattern, change.code)[1]))
+        assert chosen > 0
+        assert runs(change.layer, z0, (x,))[0]
+
+
+def test_changes_that_do_not_help_are_not_advised():
+    class Hidden(nn.Module):  # it expands, whatever its weights are
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, z, x):
+            return -1.2 * nn.functional.normalize(z, dim=1).roll(1, 1) * z.norm(dim=1, keepdim=True).exp() + x
+
+    z0, context = vectors(8)
+    report = pydeq.diagnose(Hidden(), z0 + 1.0, *context, max_steps=20)
+    assert all(change.layer is report.recommended for change in report.changes)
+    assert report.vain[:2] == ["a spectral norm of at most 0.9, 0.5, 0.3, 0.1", "weights times 0.5, 0.1, 0.03, 0.01"]
+    text = " ".join(repr(report).split())
+    assert "Tried on the cell, without success: a spectral norm of at most 0.9, 0.5, 0.3, 0.1;" in text
+    assert ("see docs/guides/not-converging.md" in text) == (report.recommended is None)
+
+
+def test_the_recommended_change_is_marked():
+    cell, z0, context = linear_cell(-1.5, 0.95)
+    report = pydeq.diagnose(pydeq.DEQ(cell, solver=pydeq.Picard()), z0, *context)
+    marked = [change for change in report.changes if change.layer is report.recommended]
+    assert len(marked) == repr(report).count("(report.recommended)") == 1
+    number = report.changes.index(marked[0]) + 1
+    assert f"\n{number}. (report.recommended) " in repr(report)
+    assert report.own_gradient_error is None  # the layer does not converge
+    assert "of the recommended layer, compared" in repr(report)
+
+
+def test_whose_gradient_is_off():
+    cell, z0, context = CELLS[0].build()
+    report = pydeq.diagnose(cell, z0, *context)
+    assert report.own_gradient_error == report.gradient_error
+    assert f"relative error {report.gradient_error:.1g} of the layer as it is, compared" in repr(report)
 
 
 def test_a_layer_that_converges_needs_no_change():
