@@ -21,6 +21,7 @@ def draw(report: Report, title: str, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.4 * len(report.panels), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -40,6 +41,7 @@ def draw(report: Report, title: str, path: Path) -> None:
                 positive = positive or any(value > 0.0 for value in y)
         if panel.log and positive:
             place.set_yscale("log")
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps and evaluations are counted
         place.set_title(panel.title, fontsize="medium")
         place.set_xlabel(panel.x)
         place.set_ylabel(panel.y)
