@@ -6,7 +6,7 @@ the caps of the image models; the small language model has smaller caps. Penalti
 the penalty of images is computed in every step, because the published frequencies are for trainings that are a hundred
 times longer.
 cpu-long: the same, longer and with a stem that sees every pixel: fifteen epochs of CIFAR-10 with augmentation, and
-Shakespeare until the validation loss stops falling.
+8000 steps of Shakespeare. The language models keep their size.
 smoke: digits and a computed text, to check that everything runs.
 """
 

@@ -411,7 +411,7 @@ class _Auditor:
     def _other_kind(self, claimed: Tensor, residuals: list[Residual]) -> str:
         """What the claim is, where it is not the residual of each sample; "" if that is not known."""
         if bool((claimed * _SAME <= 8.0 * self.subject.eps).all()):
-            return ""  # rounding alone makes it agree with other small residuals
+            return ""  # within rounding, all small residuals are equal
         for one in residuals:
             absolute, together = one.together
             names: dict[str, Any] = {

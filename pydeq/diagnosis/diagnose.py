@@ -600,7 +600,7 @@ class _Diagnosis:
         if best.helps:
             found.changes.append(best.change)
         else:
-            found.vain.append(name)
+            found.unhelpful.append(name)
 
     def _try_bound(self, found: Report, bound: float) -> _Attempt | None:
         return self._try_change(

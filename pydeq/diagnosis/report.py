@@ -59,7 +59,7 @@ class Report:
         parts: For states of several tensors, by name: the norm of a part, and its relative residual.
         memory: MiB that the solvers and the graph of an evaluation take, by name.
         changes: What to change, in order; each one was tried, and helped.
-        vain: Changes of the cell that were tried and did not help, in words.
+        unhelpful: Changes of the cell that were tried and did not help, in words.
         recommended: A ready layer with the same cell that converges on this batch, forward and backward; None if no
             setting does. Then ``changes`` says what to change in the cell.
 
@@ -84,7 +84,7 @@ class Report:
     memory: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-    vain: list[str] = field(default_factory=list)
+    unhelpful: list[str] = field(default_factory=list)
     recommended: DEQ | None = None
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
@@ -179,8 +179,8 @@ class Report:
             )
             lines += [f"       {line}" for line in change.code.splitlines()]
             lines += textwrap.wrap(f"tried: {change.result}", _WIDTH, initial_indent="   ", subsequent_indent="   ")
-        if self.vain:
-            text = f"Tried on the cell, without success: {'; '.join(self.vain)}."
+        if self.unhelpful:
+            text = f"Tried on the cell, without success: {'; '.join(self.unhelpful)}."
             lines += textwrap.wrap(text, _WIDTH, break_long_words=False)
         return lines
 

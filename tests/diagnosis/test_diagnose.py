@@ -231,7 +231,10 @@ def test_changes_that_do_not_help_are_not_advised():
     z0, context = vectors(8)
     report = pydeq.diagnose(Hidden(), z0 + 1.0, *context, max_steps=20)
     assert all(change.layer is report.recommended for change in report.changes)
-    assert report.vain[:2] == ["a spectral norm of at most 0.9, 0.5, 0.3, 0.1", "weights times 0.5, 0.1, 0.03, 0.01"]
+    assert report.unhelpful[:2] == [
+        "a spectral norm of at most 0.9, 0.5, 0.3, 0.1",
+        "weights times 0.5, 0.1, 0.03, 0.01",
+    ]
     text = " ".join(repr(report).split())
     assert "Tried on the cell, without success: a spectral norm of at most 0.9, 0.5, 0.3, 0.1;" in text
     assert ("see docs/guides/not-converging.md" in text) == (report.recommended is None)
