@@ -131,14 +131,17 @@ def _end_with_parent() -> None:
 
 
 def _tested(training: Training, result: Result) -> Evaluation:
-    """Evaluate the trained model on test data, at its own cap and at each hard stop."""
+    """Evaluate the trained model on test data, at its own cap and at each hard stop, without mixed precision.
+
+    Residuals and radii would otherwise end at bfloat16's rounding.
+    """
     config = training.config
     evaluation = replace(config.evaluation, stops=training.stops, batch=training.test_batch)
     config = replace(config, evaluation=evaluation)
     distribution = Distribution("none", config.device)
     try:
         task = task_of(config)(config, distribution)
-        evaluator = ModelEvaluator(task, result.model, result.model, evaluation, config.amp, distribution, config.seed)  # pyright: ignore[reportArgumentType]
+        evaluator = ModelEvaluator(task, result.model, result.model, evaluation, "none", distribution, config.seed)  # pyright: ignore[reportArgumentType]
         return evaluator("test")
     finally:
         distribution.close()
