@@ -1,4 +1,7 @@
-"""The same for JAX: a problem's map from its formula, counted also under jit, vmap and differentiation."""
+"""The same for JAX: a problem's map from its formula, counted also under jit, vmap and differentiation.
+
+A solver sees the whole batch as one state, or one sample: then ``jax.vmap`` maps it over the samples.
+"""
 
 from __future__ import annotations
 
@@ -42,38 +45,80 @@ class Maps:
     Args:
         fn: The map, of z and the constants.
         equation: The equation for a root finder, of z and the constants: r(z), otherwise z - fn(z).
-        z0, constants: JAX's arrays.
     """
 
     fn: Callable[[Any, Any], Any]
     equation: Callable[[Any, Any], Any]
-    z0: jax.Array
-    constants: dict[str, jax.Array]
 
 
-def maps(problem: Problem, counts: Counts | None) -> Maps:
-    """The functions of a problem that has a formula; with ``counts``, each execution adds to it."""
+# run(functions, z0, constants, tolerance) returns a value and whether it converged. tolerance [B] is the residual that
+# solves each sample; mapped over samples, it is a number, and z0 and the constants are those of one sample.
+Run = Callable[[Maps, Any, Any, Any], tuple[Any, Any]]
+
+
+def refusal_to_map(problem: Problem) -> str | None:
+    """Why a solver cannot be mapped over the samples; None if it can."""
+    if problem.coupled:
+        return "the samples depend on each other"
+    return "it has one sample, so that mapping changes nothing" if len(problem.z0) == 1 else None
+
+
+def jitted(
+    problem: Problem, run: Run, tolerance: Tensor, counts: Counts | None = None, mapped: bool = False
+) -> Callable[[], Claim]:
+    """Make a function that solves a problem with a formula; its first call compiles.
+
+    Args:
+        run: The solver.
+        tolerance: The residual that solves each sample, [B].
+        counts: Each solve adds to it; mapped over samples, evaluations of the whole batch.
+        mapped: Map ``run`` over the samples.
+    """
     formula, root = problem.formula, problem.root
     assert formula is not None
-    count = (lambda z: z) if counts is None else _counted(counts)
+    own = Counts()
+    count = (lambda z: z) if counts is None else _counted(own)
+    axes: dict[str, int | None] = dict.fromkeys(problem.constants) | dict(problem.sample_axes)
+
+    def call(equation: Callable[..., Any], z: Any, constants: Any) -> Any:
+        if not mapped:
+            return equation(jnp, z, **constants)
+        whole = {
+            name: value if axes[name] is None else jnp.expand_dims(value, axes[name])
+            for name, value in constants.items()
+        }
+        return equation(jnp, z[None], **whole)[0]
 
     def fn(z: Any, constants: Any) -> Any:
-        return formula(jnp, count(z), **constants)
+        return call(formula, count(z), constants)
 
     def equation(z: Any, constants: Any) -> Any:
-        return z - fn(z, constants) if root is None else root(jnp, count(z), **constants)
+        return z - fn(z, constants) if root is None else call(root, count(z), constants)
 
-    return Maps(fn, equation, array(problem.z0), {name: array(value) for name, value in problem.constants.items()})
+    def solver(z0: Any, constants: Any, tolerance: Any) -> Any:
+        return run(Maps(fn, equation), z0, constants, tolerance)
 
-
-def jitted(problem: Problem, functions: Maps, run: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[], Claim]:
-    """Solves by run(z0, constants), which returns a value and whether it converged; the first one compiles it."""
-    compiled = jax.jit(run)
+    with precision(problem):
+        compiled = jax.jit(jax.vmap(solver, in_axes=(0, axes, 0)) if mapped else solver)
+        arguments = (
+            array(problem.z0),
+            {name: array(value) for name, value in problem.constants.items()},
+            array(tolerance.to(problem.z0.dtype)),
+        )
 
     def solve() -> Claim:
         with precision(problem):
-            value, converged = compiled(functions.z0, functions.constants)
-            return uniform(tensor(value), bool(converged), problem)
+            value, converged = compiled(*arguments)
+            claim = uniform(tensor(value), bool(converged.all()), problem)
+            if mapped:
+                claim = Claim(claim.value, torch.from_numpy(np.array(converged)))
+        if counts is not None:
+            jax.effects_barrier()
+            share = len(problem.z0) if mapped else 1
+            counts.evaluations += own.evaluations // share
+            counts.products += own.products // share
+            own.evaluations = own.products = 0
+        return claim
 
     return solve
 

@@ -9,60 +9,69 @@ from typing import Any, Literal
 import jaxopt
 
 from benchmarks.peers.calling import allowed, allowed_of_equation, refusal_of_history
-from benchmarks.peers.calling_jax import jitted, maps, precision
+from benchmarks.peers.calling_jax import Maps, jitted, refusal_to_map
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Contender(Contender):
-    """A solver, by its class's name; the state is the whole batch.
+    """A solver, by its class's name; the state is the whole batch, or one sample.
 
-    Tolerance: its solvers test the norm of the whole batch's residual; it is to be below the smallest residual that
-    solves a sample. The cap limits iterations; those of Broyden with a line search call the map several times.
+    Tolerance: its solvers test the norm of the residual. Of the whole batch it is to be below the smallest residual
+    that solves a sample; mapped over samples, below that of each. The cap limits iterations; those of Broyden with a
+    line search call the map several times.
+
+    Args:
+        mapped: Map it over the samples by ``jax.vmap``.
     """
 
     solver: str
+    mapped: bool = False
     library: str = "jaxopt"
     language: Literal["torch", "numpy", "jax"] = "jax"
 
     def refusal(self, problem: Problem) -> str | None:
-        if self.solver == "Broyden" and "history_size" not in self.settings:
-            return super().refusal(problem) or refusal_of_history(problem)
-        return super().refusal(problem)
+        refusal = super().refusal(problem) or (refusal_to_map(problem) if self.mapped else None)
+        if refusal is None and self.solver == "Broyden" and "history_size" not in self.settings:
+            return refusal_of_history(problem)
+        return refusal
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
-        with precision(problem):
-            functions = maps(problem, counts)
-            fixed = self.solver != "Broyden"
-            tolerance = tighten * (allowed(problem) if fixed else allowed_of_equation(problem)).min().item()
+        fixed = self.solver != "Broyden"
+
+        def run(functions: Maps, z0: Any, constants: Any, tolerance: Any) -> Any:
+            tolerance = tighten * tolerance.min()
             solver = getattr(jaxopt, self.solver)(
                 functions.fn if fixed else functions.equation, tol=tolerance, maxiter=problem.max_calls, **self.settings
             )
-
-        def run(z: Any, constants: Any) -> Any:
-            value, state = solver.run(z, constants)
+            value, state = solver.run(z0, constants)
             return value, state.error <= tolerance
 
-        return jitted(problem, functions, run)
+        tolerance = allowed(problem) if fixed else allowed_of_equation(problem)
+        return jitted(problem, run, tolerance, counts, self.mapped)
 
 
 # Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
+_BEST = {
+    "anderson": {"history_size": 10, "ridge": 1e-8},
+    "broyden": {"stepsize": 1.0, "history_size": 100},
+}
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="jaxopt.fixed_point_iteration", title="fixed-point iteration", solver="FixedPointIteration"),
     _Contender(key="jaxopt.anderson.default", title="Anderson", solver="AndersonAcceleration"),
+    _Contender(key="jaxopt.anderson.best", title="Anderson", solver="AndersonAcceleration", settings=_BEST["anderson"]),
     _Contender(
-        key="jaxopt.anderson.best",
-        title="Anderson",
+        key="jaxopt.anderson.vmap.best",
+        title="Anderson, vmap",
         solver="AndersonAcceleration",
-        settings={"history_size": 10, "ridge": 1e-8},
+        settings=_BEST["anderson"],
+        mapped=True,
     ),
     _Contender(key="jaxopt.broyden.default", title="Broyden", solver="Broyden"),
+    _Contender(key="jaxopt.broyden.best", title="Broyden", solver="Broyden", settings=_BEST["broyden"]),
     _Contender(
-        key="jaxopt.broyden.best",
-        title="Broyden",
-        solver="Broyden",
-        settings={"stepsize": 1.0, "history_size": 100},
+        key="jaxopt.broyden.vmap.best", title="Broyden, vmap", solver="Broyden", settings=_BEST["broyden"], mapped=True
     ),
 )
 

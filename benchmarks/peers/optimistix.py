@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optimistix
 
 from benchmarks.peers.calling import allowed, allowed_of_equation
-from benchmarks.peers.calling_jax import array, jitted, maps, precision
+from benchmarks.peers.calling_jax import Maps, jitted, refusal_to_map
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -20,51 +20,63 @@ _DENSE = 2**27
 
 @dataclass(frozen=True, kw_only=True)
 class _Contender(Contender):
-    """A solver, by its class's name; the state is the whole batch.
+    """A solver, by its class's name; the state is the whole batch, or one sample.
 
     Tolerance: ``norm`` is the largest norm of a sample, over the residual that solves the sample; atol is ``tighten``,
-    rtol 0. Root finders want a last step as small as the residual, too.
+    rtol 0. Mapped over samples, norm is the norm of a sample, and atol the residual that solves it times ``tighten``.
+    Root finders want a last step as small as the residual, too.
+
+    Args:
+        mapped: Map it over the samples by ``jax.vmap``.
     """
 
     solver: str
+    mapped: bool = False
     library: str = "optimistix"
     language: Literal["torch", "numpy", "jax"] = "jax"
 
     def refusal(self, problem: Problem) -> str | None:
-        size = problem.z0.numel() ** 2 * problem.z0.element_size()
+        blocks = len(problem.z0) if self.mapped else 1
+        size = problem.z0.numel() ** 2 * problem.z0.element_size() // blocks
         if self.solver != "FixedPointIteration" and size > _DENSE:
             return f"it forms a dense Jacobian of {size / 2**20:.0f} MiB"
-        return super().refusal(problem)
+        return super().refusal(problem) or (refusal_to_map(problem) if self.mapped else None)
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         fixed = self.solver == "FixedPointIteration"
-        with precision(problem):
-            functions = maps(problem, counts)
-            tolerance = array((allowed(problem) if fixed else allowed_of_equation(problem)).to(problem.z0.dtype))
+        make = getattr(optimistix, self.solver)
+        find: Any = optimistix.fixed_point if fixed else optimistix.root_find
 
+        def run(functions: Maps, z0: Any, constants: Any, tolerance: Any) -> Any:
             def norm(x: Any) -> Any:
                 if x.ndim == 0:  # half the square of the norm of the whole batch, for Dogleg
                     return jnp.abs(x)
                 return (jnp.linalg.norm(x.reshape(len(tolerance), -1), axis=1) / tolerance).max()
 
-            solver = getattr(optimistix, self.solver)(rtol=0.0, atol=tighten, norm=norm, **self.settings)
-            find: Any = optimistix.fixed_point if fixed else optimistix.root_find
+            if self.mapped:
+                solver = make(rtol=0.0, atol=tighten * tolerance, norm=optimistix.two_norm, **self.settings)
+            else:
+                solver = make(rtol=0.0, atol=tighten, norm=norm, **self.settings)
             fn = functions.fn if fixed else functions.equation
-
-        def run(z: Any, constants: Any) -> Any:
-            solution = find(fn, solver, z, args=constants, max_steps=problem.max_calls, throw=False)
+            solution = find(fn, solver, z0, args=constants, max_steps=problem.max_calls, throw=False)
             return solution.value, solution.result == optimistix.RESULTS.successful
 
-        return jitted(problem, functions, run)
+        tolerance = allowed(problem) if fixed else allowed_of_equation(problem)
+        return jitted(problem, run, tolerance, counts, self.mapped)
 
 
-CONTENDERS: tuple[Contender, ...] = (
+_SOLVERS = {
+    "fixed_point_iteration.default": ("fixed-point iteration", "FixedPointIteration"),
+    "newton": ("Newton", "Newton"),
+    "chord": ("Chord", "Chord"),
+    "dogleg": ("Dogleg", "Dogleg"),
+}
+CONTENDERS: tuple[Contender, ...] = tuple(
     _Contender(
-        key="optimistix.fixed_point_iteration.default", title="fixed-point iteration", solver="FixedPointIteration"
-    ),
-    _Contender(key="optimistix.newton", title="Newton", solver="Newton"),
-    _Contender(key="optimistix.chord", title="Chord", solver="Chord"),
-    _Contender(key="optimistix.dogleg", title="Dogleg", solver="Dogleg"),
+        key=f"optimistix.{key}{'.vmap' * mapped}", title=f"{title}{', vmap' * mapped}", solver=solver, mapped=mapped
+    )
+    for mapped in (False, True)
+    for key, (title, solver) in _SOLVERS.items()
 )
 
 GRIDS: Grids = {"optimistix.fixed_point_iteration": [{"damp": 0.0}, {"damp": 0.5}]}

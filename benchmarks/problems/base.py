@@ -40,6 +40,7 @@ class Problem:
         step: B = step I, if B is of this form. Then the excess is taken from r(z): far from the origin, the difference
             fn(z) - z is lost to rounding.
         constants: Arrays of the formulas, by name.
+        sample_axes: The axis of the samples in each constant that has one, for solvers that map over samples.
         exact: The map in float64. By default it is made from ``formula``.
         solvable: Whether there is a fixed point.
         coupled: Whether the samples depend on each other.
@@ -59,6 +60,7 @@ class Problem:
     root: Formula | None = None
     step: float | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    sample_axes: Mapping[str, int] = field(default_factory=dict)
     exact: Map | None = None
     solvable: bool = True
     coupled: bool = False

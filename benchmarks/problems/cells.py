@@ -128,12 +128,13 @@ def stored_cell(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 
 def equations(stored: StoredCell) -> dict[str, Any]:
-    """The fields ``formula`` and ``constants`` of a problem; none for convolutions."""
+    """The fields ``formula``, ``constants`` and ``sample_axes`` of a problem; none for convolutions."""
     if isinstance(stored.config, IGNNConfig):
         injection, weight, sources, targets, values = stored.context
         nodes = injection.shape[1]
         graph = injection.new_zeros(nodes, nodes).index_put_((targets, sources), values, accumulate=True)
-        return {"formula": _graph, "constants": {"injection": injection, "weight": weight, "graph": graph}}
+        constants = {"injection": injection, "weight": weight, "graph": graph}
+        return {"formula": _graph, "constants": constants, "sample_axes": {"injection": 0}}
     if not isinstance(stored.config, DEQTransformerConfig):
         return {}
     injection, _, _, positions, mask = stored.context
@@ -152,7 +153,8 @@ def equations(stored: StoredCell) -> dict[str, Any]:
         "first": first.weight, "first_bias": first.bias, "second": second.weight, "second_bias": second.bias,
     }  # fmt: skip
     constants = {key: each.detach().contiguous() for key, each in constants.items()}
-    return {"formula": _pre_norm if stored.config.pre_norm else _post_norm, "constants": constants}
+    formula = _pre_norm if stored.config.pre_norm else _post_norm
+    return {"formula": formula, "constants": constants, "sample_axes": {"injection": 1}}
 
 
 def _graph(xp: Any, z: Any, injection: Any, weight: Any, graph: Any) -> Any:

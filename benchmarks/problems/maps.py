@@ -56,6 +56,7 @@ def tanh_map(dim: int, rho: float, seed: int, batch: int = BATCH) -> Problem:
         {"spectral_radius": rho, "spectral_norm": rho * norm},
         formula=_tanh_of_affine,
         constants={"weight": weight, "x": x},
+        sample_axes={"x": 0},
     )
 
 
@@ -78,6 +79,7 @@ def symmetric_linear(seed: int, dim: int = 50, rho: float = 0.95, batch: int = B
         {"spectral_radius": rho, "spectral_norm": rho},
         formula=_affine,
         constants={"weight": matrix, "x": x},
+        sample_axes={"x": 0},
     )
 
 
@@ -101,6 +103,7 @@ def elementwise(batch: int, dim: int) -> Problem:
         torch.zeros(batch, dim),
         formula=_tanh_of_scaled,
         constants={"slopes": slopes, "x": x},
+        sample_axes={"x": 0},
     )
 
 
@@ -119,4 +122,5 @@ def diagonal(batch: int, dim: int) -> Problem:
         torch.zeros(batch, dim),
         formula=_scaled,
         constants={"slopes": slopes, "x": x},
+        sample_axes={"x": 0},
     )

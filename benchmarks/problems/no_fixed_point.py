@@ -178,6 +178,7 @@ def cycles() -> Iterator[Problem]:
             rtol=1e-8,
             atol=1e-8,
             constants=constants,
+            sample_axes=dict.fromkeys(constants, 0),
         )
 
     x = _starts(8) + 1

@@ -290,6 +290,7 @@ def fixed_points() -> Iterator[Problem]:
             rtol=1e-8,
             atol=1e-8,
             constants={} if c is None else {"c": c[:, None]},
+            sample_axes={} if c is None else {"c": 0},
         )
 
     yield problem("double", "2 z", double, 1, 0.3, 0.15)

@@ -31,6 +31,7 @@ def _problem(name: str, title: str, formula: Any, shape: tuple[int, int], dtype:
         source=SOURCE,
         rtol=RTOL[dtype],
         constants={key: array.to(dtype) for key, array in constants.items()},
+        sample_axes={"rows": 0},
     )
 
 

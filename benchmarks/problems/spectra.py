@@ -61,6 +61,7 @@ def affine(
         family=FAMILY,
         source=SOURCE,
         constants={"transposed": matrix.mT.contiguous(), "x": x.to(dtype)},
+        sample_axes={"x": 0} | ({"transposed": 0} if matrix.ndim == 3 else {}),
         **fields,
     )
 

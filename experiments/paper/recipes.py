@@ -217,10 +217,10 @@ def _cpu(common: dict[str, Any], imagenet: str | None) -> Recipes:
 def _cpu_long(common: dict[str, Any], imagenet: str | None) -> Recipes:
     images = {
         "model.channels": 64, "model.stem_channels": [32], "data.augmentation": "crop_flip", "steps": 7500,
-        "amp": "bf16", "pretraining.steps": 750, "penalty.strength": 1.0, "evaluation.every_steps": 375,
+        "amp": "bf16", "pretraining.steps": 750, "evaluation.every_steps": 375,
     }  # fmt: skip
     language = {"steps": 8000, "schedule.warmup": 200, "pretraining.steps": 400, "evaluation.every_steps": 400}
-    return _on_two_cores("cpu-long", common, 3, (0.1, 0.3, 1.0, 3.0, 10.0), images, language)
+    return _on_two_cores("cpu-long", common, 3, (0.3, 1.0, 3.0, 10.0, 30.0), images, language)
 
 
 def _on_two_cores(

@@ -96,7 +96,9 @@ def cubic(dtype=torch.float64):
 
     z0 = torch.zeros(2, 4, dtype=dtype)
     constants = {"matrix": matrix, "b": b}
-    return from_formula("cubic", "cubic", formula, z0, root=root, constants=constants, rtol=1e-6, max_calls=400)
+    return from_formula(
+        "cubic", "cubic", formula, z0, root=root, constants=constants, sample_axes={"b": 0}, rtol=1e-6, max_calls=400
+    )
 
 
 def test_finds_roots_in_float64(contender):
