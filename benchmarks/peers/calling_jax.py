@@ -19,8 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from torch import Tensor
 
-from benchmarks.peers.calling import uniform
-from benchmarks.peers.contender import Claim, Counts
+from benchmarks.peers.contender import Claim, Contender, Counts
 from benchmarks.problems.base import Problem
 
 
@@ -63,64 +62,91 @@ def refusal_to_map(problem: Problem) -> str | None:
     return "it has one sample, so that mapping changes nothing" if len(problem.z0) == 1 else None
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What was compiled for a solver on a problem; with another tolerance, it is the same.
+
+    Args:
+        contender, problem: The solver and the problem.
+        solve: solve(tolerance) returns a value and whether it converged.
+        counts: Of its solves so far.
+    """
+
+    contender: Contender
+    problem: Problem
+    solve: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    counts: Counts
+
+
+# By a contender's key and whether it is counted, for the last problem: the contest takes one after the other.
+_kept: dict[tuple[str, bool], _Kept] = {}
+
+
 def jitted(
-    problem: Problem, run: Run, tolerance: Tensor, counts: Counts | None = None, mapped: bool = False
-) -> Callable[[], Claim]:
+    contender: Contender, problem: Problem, run: Run, tolerance: Tensor, counts: Counts | None = None,
+    mapped: bool = False,
+) -> Callable[[], Claim]:  # fmt: skip
     """Make a function that solves a problem with a formula; its first call compiles.
 
     Args:
-        run: The solver.
+        contender: The solver.
+        run: The same as a function of arrays.
         tolerance: The residual that solves each sample, [B].
         counts: Each solve adds to it; mapped over samples, evaluations of the whole batch.
         mapped: Map ``run`` over the samples.
     """
+    key = (contender.key, counts is not None)
+    kept = _kept.get(key)
+    if kept is None or kept.problem is not problem or kept.contender != contender:
+        kept = _kept[key] = _compiled(contender, problem, run, counts is not None, mapped)
+    with precision(problem):
+        allowed = array(tolerance.to(problem.z0.dtype))
+    share = len(problem.z0) if mapped else 1
+
+    def solve() -> Claim:
+        before = Counts(kept.counts.evaluations, kept.counts.products)
+        with precision(problem):
+            value, converged = kept.solve(allowed)
+            claims = torch.from_numpy(np.array(converged)).expand(len(problem.z0))
+            claim = Claim(tensor(value).reshape(problem.z0.shape), claims)
+        if counts is not None:
+            jax.effects_barrier()
+            counts.evaluations += (kept.counts.evaluations - before.evaluations) // share
+            counts.products += (kept.counts.products - before.products) // share
+        return claim
+
+    return solve
+
+
+def _compiled(contender: Contender, problem: Problem, run: Run, counted: bool, mapped: bool) -> _Kept:
     formula, root = problem.formula, problem.root
     assert formula is not None
-    own = Counts()
-    count = (lambda z: z) if counts is None else _counted(own)
-    axes: dict[str, int | None] = dict.fromkeys(problem.constants) | dict(problem.sample_axes)
+    counts = Counts()
 
     def call(equation: Callable[..., Any], z: Any, constants: Any) -> Any:
         if not mapped:
             return equation(jnp, z, **constants)
-        whole = {
-            name: value if axes[name] is None else jnp.expand_dims(value, axes[name])
-            for name, value in constants.items()
-        }
-        return equation(jnp, z[None], **whole)[0]
+        shares = {name: jnp.expand_dims(constants[name], axis) for name, axis in problem.sample_axes.items()}
+        return equation(jnp, z[None], **constants | shares)[0]
 
-    def fn(z: Any, constants: Any) -> Any:
-        return call(formula, count(z), constants)
+    def solver(z0: Any, constants: Any, tolerance: Any, one: Any) -> Any:
+        # Times one, a vector belongs to a sample; a column of the identity, which all samples share, would count once.
+        count = _counted(counts, one if mapped else None) if counted else lambda z: z
 
-    def equation(z: Any, constants: Any) -> Any:
-        return z - fn(z, constants) if root is None else call(root, count(z), constants)
+        def fn(z: Any, constants: Any) -> Any:
+            return call(formula, count(z), constants)
 
-    def solver(z0: Any, constants: Any, tolerance: Any) -> Any:
+        def equation(z: Any, constants: Any) -> Any:
+            return z - fn(z, constants) if root is None else call(root, count(z), constants)
+
         return run(Maps(fn, equation), z0, constants, tolerance)
 
+    axes: dict[str, int | None] = dict.fromkeys(problem.constants) | dict(problem.sample_axes)
     with precision(problem):
-        compiled = jax.jit(jax.vmap(solver, in_axes=(0, axes, 0)) if mapped else solver)
-        arguments = (
-            array(problem.z0),
-            {name: array(value) for name, value in problem.constants.items()},
-            array(tolerance.to(problem.z0.dtype)),
-        )
-
-    def solve() -> Claim:
-        with precision(problem):
-            value, converged = compiled(*arguments)
-            claim = uniform(tensor(value), bool(converged.all()), problem)
-            if mapped:
-                claim = Claim(claim.value, torch.from_numpy(np.array(converged)))
-        if counts is not None:
-            jax.effects_barrier()
-            share = len(problem.z0) if mapped else 1
-            counts.evaluations += own.evaluations // share
-            counts.products += own.products // share
-            own.evaluations = own.products = 0
-        return claim
-
-    return solve
+        compiled = jax.jit(jax.vmap(solver, in_axes=(0, axes, 0, 0)) if mapped else solver)
+        z0, constants = array(problem.z0), {name: array(value) for name, value in problem.constants.items()}
+        ones = jnp.ones(len(problem.z0), z0.dtype)
+    return _Kept(contender, problem, lambda tolerance: compiled(z0, constants, tolerance, ones), counts)
 
 
 # An identity that counts its executions: as evaluations, and where it is the derivative of one, as products.
@@ -128,8 +154,12 @@ def jitted(
 _count_p = Primitive("count")
 
 
-def _counted(counts: Counts) -> Callable[[Any], Any]:
-    return lambda z: _count_p.bind(z, counts=_Identity(counts), product=False, weight=1)
+def _counted(counts: Counts, factor: Any) -> Callable[[Any], Any]:
+    def count(z: Any) -> Any:
+        z = z if factor is None else factor * z
+        return _count_p.bind(z, counts=_Identity(counts), product=False, weight=1)
+
+    return count
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ class _Contender(Contender):
         fixed = self.solver != "Broyden"
 
         def run(functions: Maps, z0: Any, constants: Any, tolerance: Any) -> Any:
-            tolerance = tighten * tolerance.min()
+            tolerance = tolerance.min()
             solver = getattr(jaxopt, self.solver)(
                 functions.fn if fixed else functions.equation, tol=tolerance, maxiter=problem.max_calls, **self.settings
             )
@@ -49,7 +49,7 @@ class _Contender(Contender):
             return value, state.error <= tolerance
 
         tolerance = allowed(problem) if fixed else allowed_of_equation(problem)
-        return jitted(problem, run, tolerance, counts, self.mapped)
+        return jitted(self, problem, run, tighten * tolerance, counts, self.mapped)
 
 
 # Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.

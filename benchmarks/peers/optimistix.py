@@ -22,8 +22,8 @@ _DENSE = 2**27
 class _Contender(Contender):
     """A solver, by its class's name; the state is the whole batch, or one sample.
 
-    Tolerance: ``norm`` is the largest norm of a sample, over the residual that solves the sample; atol is ``tighten``,
-    rtol 0. Mapped over samples, norm is the norm of a sample, and atol the residual that solves it times ``tighten``.
+    Tolerance: ``norm`` is the largest norm of a sample, over the residual that solves the sample; atol is 1, rtol 0.
+    Mapped over samples, norm is the norm of a sample, and atol the residual that solves it.
     Root finders want a last step as small as the residual, too.
 
     Args:
@@ -54,15 +54,15 @@ class _Contender(Contender):
                 return (jnp.linalg.norm(x.reshape(len(tolerance), -1), axis=1) / tolerance).max()
 
             if self.mapped:
-                solver = make(rtol=0.0, atol=tighten * tolerance, norm=optimistix.two_norm, **self.settings)
+                solver = make(rtol=0.0, atol=tolerance, norm=optimistix.two_norm, **self.settings)
             else:
-                solver = make(rtol=0.0, atol=tighten, norm=norm, **self.settings)
+                solver = make(rtol=0.0, atol=1.0, norm=norm, **self.settings)
             fn = functions.fn if fixed else functions.equation
             solution = find(fn, solver, z0, args=constants, max_steps=problem.max_calls, throw=False)
             return solution.value, solution.result == optimistix.RESULTS.successful
 
         tolerance = allowed(problem) if fixed else allowed_of_equation(problem)
-        return jitted(problem, run, tolerance, counts, self.mapped)
+        return jitted(self, problem, run, tighten * tolerance, counts, self.mapped)
 
 
 _SOLVERS = {

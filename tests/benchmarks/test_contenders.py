@@ -163,13 +163,45 @@ def test_counts_equal_those_of_the_map(contender):
 
 
 def test_counts_a_jacobian_as_a_product_for_each_column(contender):
-    if contender.key not in ("optimistix.newton", "optimistix.chord"):
+    solver = contender.key.removesuffix(".vmap")
+    if solver not in ("optimistix.newton", "optimistix.chord"):
         return
     problem = PROBLEMS["tanh"]
     counts = Counts()
     contender.prepare(problem, counts=counts)()
-    jacobians = counts.evaluations if contender.key == "optimistix.newton" else 1
-    assert counts.products == jacobians * problem.z0.numel()
+    jacobians = counts.evaluations if solver == "optimistix.newton" else 1
+    # A product with the whole batch counts once: mapped over samples, a Jacobian has the columns of one sample.
+    columns = problem.z0.numel() // (len(problem.z0) if contender.mapped else 1)
+    assert counts.products == jacobians * columns
+
+
+def test_mapped_over_samples_each_sample_has_its_own_claim(contender):
+    """The second sample has no fixed point, and the first one has one."""
+    if not getattr(contender, "mapped", False):
+        return
+
+    def formula(xp, z, shift):
+        return 0.5 * z + shift * (1.0 + xp.abs(z))
+
+    constants = {"shift": torch.tensor([[0.1], [1.0]])}
+    z0 = torch.ones(2, 3)
+    problem = from_formula(
+        "half", "half", formula, z0, constants=constants, sample_axes={"shift": 0}, max_calls=60, rtol=1e-4
+    )
+    claim = contender.prepare(problem)()
+    assert claim.converged is not None
+    assert not claim.converged[1]
+    if contender.key != "jaxopt.anderson.vmap.best":  # whose norm of NaN is not below the tolerance either
+        assert claim.converged[0]
+        assert problem.excess(claim.value)[0] <= 1.0
+
+
+def test_one_sample_or_coupled_samples_are_not_mapped(contender):
+    if not getattr(contender, "mapped", False):
+        return
+    one = tanh_map(dim=8, rho=0.6, seed=7, batch=1)
+    assert "one sample" in contender.refusal(one)
+    assert "depend on each other" in contender.refusal(dataclasses.replace(PROBLEMS["tanh"], coupled=True))
 
 
 def test_claims_nothing_without_a_fixed_point(contender):

@@ -479,3 +479,24 @@ def test_sizes_reach_ten_million_and_a_batch_of_4096():
     shapes = [tuple(problem.z0.shape) for problem in problems(["sizes"])]
     assert (1, 10_000_000) in shapes
     assert (4096, 1_000) in shapes
+
+
+SEVERAL = [problem for problem in ALL if problem.formula is not None and len(problem.z0) > 1 and not problem.coupled]
+
+
+@by_key(list({problem.formula: problem for problem in SEVERAL}.values()))
+def test_a_sample_with_its_share_of_the_constants_is_the_same_as_in_the_batch(problem: Problem):
+    assert problem.formula is not None
+    # The same numbers for all samples would not tell whose share a constant is.
+    noise = torch.rand(problem.z0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = problem.z0.double() + 1.0 + noise
+    constants = {name: value.double() for name, value in problem.constants.items()}
+    whole = problem.formula(torch, z, **constants)
+    for sample in (0, len(z) - 1):
+        share = {
+            name: value.narrow(problem.sample_axes[name], sample, 1) if name in problem.sample_axes else value
+            for name, value in constants.items()
+        }
+        alone = problem.formula(torch, z[sample : sample + 1], **share)
+        assert alone.shape == whole[sample : sample + 1].shape
+        torch.testing.assert_close(alone[0], whole[sample], equal_nan=True)
