@@ -129,7 +129,9 @@ def clock(
 
 def _seconds(solve: Callable[[], Claim]) -> float:
     start = time.perf_counter()
-    solve()
+    claim = solve()
+    if claim.value.is_cuda:
+        torch.cuda.synchronize(claim.value.device)
     return time.perf_counter() - start
 
 
@@ -144,7 +146,7 @@ def _compare(problem: Problem, claim: Claim) -> tuple[float, bool | None, bool]:
     worst = excess.max().item() if excess.numel() else 0.0
     if claim.converged is None:
         return worst, None, False
-    converged = claim.converged.reshape(-1).expand(len(excess))
+    converged = claim.converged.cpu().reshape(-1).expand(len(excess))
     return worst, bool(converged.all()), bool((converged & (excess > FALSE_CLAIM)).any())
 
 

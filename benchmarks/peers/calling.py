@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +43,38 @@ class Calls:
             self.counts.evaluations += 1
         self.last = z
         return self.fn(z)
+
+
+class Compiler:
+    """``torch.compile`` for one problem after the other.
+
+    It compiles the same code only for a few problems, so a new problem forgets what the last one compiled. It may not
+    forget earlier: solvers that were compiled for a problem are timed in turns.
+    """
+
+    def __init__(self) -> None:
+        self._problem: Problem | None = None
+        self._map: Map | None = None
+
+    def compile(self, problem: Problem, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+        """Compile a function that calls the map of a problem, by a call with these arguments."""
+        if problem is not self._problem:
+            torch.compiler.reset()
+            self._problem, self._map = problem, None
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(function)
+            compiled(*arguments)
+        return compiled
+
+    def map(self, problem: Problem) -> Map:
+        """Compile the map of a problem, once."""
+        if problem is not self._problem or self._map is None:
+            self._map = self.compile(problem, lambda z: problem.fn(z), problem.z0)
+        return self._map
+
+
+COMPILER = Compiler()
 
 
 def equation(problem: Problem) -> Map:

@@ -67,6 +67,8 @@ class Contender(ABC):
 
     def refusal(self, problem: Problem) -> str | None:
         """Why it cannot be given this problem; None if it can."""
+        if self.language != "torch" and problem.z0.device.type != "cpu":
+            return "it is compared on the CPU only"
         if self.language == "jax" and problem.formula is None:
             return "the map is a torch module"
         return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.calling import Calls, passes
+from benchmarks.peers.calling import COMPILER, Calls, passes
 from benchmarks.peers.contender import Claim, Contender, Counts
 from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
@@ -37,11 +36,7 @@ class _Picard(Contender):
 
         step = iteration
         if self.compiled and counts is None:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                torch.compiler.reset()  # it compiles the same code only for a few problems
-                step = torch.compile(iteration)
-                step(problem.fn, problem.z0)
+            step = COMPILER.compile(problem, iteration, problem.fn, problem.z0)
 
         @torch.no_grad()
         def solve() -> Claim:

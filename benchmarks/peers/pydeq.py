@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pydeq
 from benchmarks.peers.base import Layer, LayerSettings, Method, Outcome, Peer
-from benchmarks.peers.calling import Calls
+from benchmarks.peers.calling import COMPILER, Calls
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
@@ -81,20 +81,26 @@ class _Contender(Contender):
     """A solver of pydeq, by its class's name. It hands on the iterate that it tested.
 
     Tolerance: rtol and atol are the problem's; pydeq allows their sum where the problem allows the larger one.
+
+    Args:
+        compiled: Compile the map by ``torch.compile``, when the solve is prepared. Counted solves are not compiled:
+            their evaluations are the same up to rounding.
     """
 
     solver: str
+    compiled: bool = False
     library: str = "pydeq"
     batched: bool = True
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         solver = getattr(pydeq, self.solver)(**self.settings)
         rtol, atol = tighten * problem.rtol, tighten * problem.atol
+        fn = COMPILER.map(problem) if self.compiled and counts is None else problem.fn
 
         def solve() -> Claim:
-            calls = None if counts is None else Calls(problem.fn, None, counts)
+            calls = None if counts is None else Calls(fn, None, counts)
             solution = pydeq.fixed_point(
-                calls or problem.fn, problem.z0, solver=solver, rtol=rtol, atol=atol, max_steps=problem.max_calls
+                calls or fn, problem.z0, solver=solver, rtol=rtol, atol=atol, max_steps=problem.max_calls
             )
             if calls is not None and counts is not None:
                 # Products by differences are calls already, but no evaluations to pydeq.
@@ -110,6 +116,14 @@ CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="pydeq.picard", title="Picard", solver="Picard"),
     _Contender(key="pydeq.anderson.default", title="Anderson", solver="Anderson"),
     _Contender(key="pydeq.anderson.best", title="Anderson", solver="Anderson", settings={"memory": 10}),
+    _Contender(key="pydeq.anderson.compiled", title="Anderson, compiled map", solver="Anderson", compiled=True),
+    _Contender(
+        key="pydeq.anderson.compiled.best",
+        title="Anderson, compiled map",
+        solver="Anderson",
+        settings={"memory": 10},
+        compiled=True,
+    ),
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
     _Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Problem:
             fn(z) - z is lost to rounding.
         constants: Arrays of the formulas, by name.
         sample_axes: The axis of the samples in each constant that has one, for solvers that map over samples.
-        exact: The map in float64. By default it is made from ``formula``.
+        exact: The map in float64, on the CPU. By default it is made from ``formula``.
+        on_device: ``fn`` on another device. By default it is made from ``formula``.
         solvable: Whether there is a fixed point.
         coupled: Whether the samples depend on each other.
     """
@@ -62,6 +63,7 @@ class Problem:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     sample_axes: Mapping[str, int] = field(default_factory=dict)
     exact: Map | None = None
+    on_device: Callable[[torch.device], Map] | None = None
     solvable: bool = True
     coupled: bool = False
 
@@ -71,7 +73,7 @@ class Problem:
         Raises:
             ValueError: If the problem has neither ``exact`` nor ``formula``.
         """
-        z = value.detach().double().reshape(self.z0.shape)
+        z = value.detach().cpu().double().reshape(self.z0.shape)
         if self.exact is not None:
             image = self.exact(z)
         elif self.formula is not None:
@@ -86,7 +88,25 @@ class Problem:
         return torch.where(distance == 0, 0.0, distance / allowed)
 
     def _double(self) -> dict[str, Tensor]:
-        return {name: array.double() for name, array in self.constants.items()}
+        return {name: array.cpu().double() for name, array in self.constants.items()}
+
+    def to(self, device: torch.device) -> Problem:
+        """Return the same problem on a device; :meth:`excess` stays on the CPU.
+
+        Raises:
+            ValueError: If the problem has neither ``on_device`` nor ``formula``.
+        """
+        if device == self.z0.device:
+            return self
+        constants = {name: array.to(device) for name, array in self.constants.items()}
+        formula = self.formula
+        if self.on_device is not None:
+            fn = self.on_device(device)
+        elif formula is not None:
+            fn = lambda z: formula(torch, z, **constants)  # noqa: E731
+        else:
+            raise ValueError(f"{self.key} has no map for another device")
+        return replace(self, fn=fn, z0=self.z0.to(device), constants=constants)
 
 
 def from_formula(key: str, title: str, formula: Formula, z0: Tensor, **fields: Any) -> Problem:

@@ -77,6 +77,11 @@ class StoredCell:
         context = tuple(each.to(dtype) if each.is_floating_point() else each for each in self.context)
         return replace(self, cell=copy.deepcopy(self.cell).to(dtype), context=context)
 
+    def on(self, device: torch.device) -> StoredCell:
+        """The same map on another device."""
+        context = tuple(each.to(device) for each in self.context)
+        return replace(self, cell=copy.deepcopy(self.cell).to(device), context=context)
+
 
 def names() -> list[str]:
     """The names of all files."""
@@ -200,19 +205,25 @@ def forward_problem(name: str, rtol: float, uneven: bool = False, dtype: torch.d
     what = "".join([", four hard samples" * uneven, ", bfloat16" * (dtype == torch.bfloat16)])
     return Problem(
         f"cell.{name}{kind}.rtol{rtol:g}", f"{stored.title}{what}", stored, stored.start(), stored.facts, "cell",
-        SOURCES[type(stored.config)], rtol, exact=stored.to(torch.float64), **equations(stored),
+        SOURCES[type(stored.config)], rtol, exact=stored.to(torch.float64), on_device=stored.on, **equations(stored),
     )  # fmt: skip
 
 
 def nodes_problem(name: str, rtol: float) -> Problem:
     """The equilibrium of a graph with the nodes as samples, which depend on each other."""
     graph = forward_problem(name, rtol)
-    fn, exact, formula = graph.fn, graph.exact, graph.formula
+    fn, exact, formula, on_device = graph.fn, graph.exact, graph.formula, graph.on_device
     assert exact is not None
     assert formula is not None
+    assert on_device is not None
+
+    def moved(device: torch.device) -> Map:
+        there = on_device(device)
+        return lambda z: there(z[None])[0]
+
     return replace(
         graph, key=f"cell.{name}.nodes.rtol{rtol:g}", title=f"{graph.title}, a node is a sample", coupled=True,
-        z0=graph.z0[0], fn=lambda z: fn(z[None])[0], exact=lambda z: exact(z[None])[0],
+        z0=graph.z0[0], fn=lambda z: fn(z[None])[0], exact=lambda z: exact(z[None])[0], on_device=moved,
         formula=lambda xp, z, **constants: formula(xp, z[None], **constants)[0],
     )  # fmt: skip
 
@@ -232,6 +243,7 @@ def adjoint_problem(name: str, rtol: float) -> Problem:
         f"adjoint.{name}.rtol{rtol:g}", f"adjoint of {stored.title}", adjoint_map(stored, z, v), torch.zeros_like(z),
         stored.facts, "adjoint", SOURCES[type(stored.config)], rtol,
         exact=adjoint_map(stored.to(torch.float64), z.double(), v.double()),
+        on_device=lambda device: adjoint_map(stored.on(device), z.to(device), v.to(device)),
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from benchmarks.allocations import peak_bytes
 from benchmarks.contest import standings
 from benchmarks.contest.judge import Verdict, clock, judge
@@ -39,7 +41,8 @@ def run(context: Context) -> None:
     with one_core():  # before JAX starts its threads
         solvers, notices = contenders([name for name in REQUIREMENTS if context.asks_library(name)])
         context.results.notices.extend(notices)
-        chosen = problems(context.problems_asked or context.profile.contest_problems)
+        device = torch.device(context.device)
+        chosen = [each.to(device) for each in problems(context.problems_asked or context.profile.contest_problems)]
         context.bar.start(len(chosen))
         for problem in chosen:
             context.bar.show(problem.key)
@@ -74,10 +77,11 @@ def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) ->
 
 
 def _peak(solver: Contender, problem: Problem, verdict: Verdict) -> int | None:
-    """The most bytes that a solve holds at once; None if the state is small, or memory is not torch's."""
+    """The most bytes of the CPU that a solve holds at once; None if the state is small or elsewhere."""
     counts = verdict.counts
     calls = counts.evaluations + counts.products
-    if solver.language != "torch" or problem.z0.numel() < LARGE or calls > PROFILED_CALLS:
+    small = problem.z0.numel() < LARGE or problem.z0.device.type != "cpu"
+    if solver.language != "torch" or small or calls > PROFILED_CALLS:
         return None
     return peak_bytes(solver.prepare(problem, verdict.tighten), buffers.clear)
 

@@ -500,3 +500,17 @@ def test_a_sample_with_its_share_of_the_constants_is_the_same_as_in_the_batch(pr
         alone = problem.formula(torch, z[sample : sample + 1], **share)
         assert alone.shape == whole[sample : sample + 1].shape
         torch.testing.assert_close(alone[0], whole[sample], equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sizes"])
+def test_a_problem_moves_to_a_device_with_all_that_its_map_needs(name):
+    """An operation on a tensor that stayed behind raises."""
+    for problem in (each for each in ALL if each.family == name):
+        moved = problem.to(torch.device("meta"))
+        image = moved.fn(moved.z0)
+        assert image.device.type == "meta"
+        assert image.shape == moved.z0.shape
+        assert {each.device.type for each in moved.constants.values()} <= {"meta"}
+        assert problem.to(problem.z0.device) is problem
+    # The residual is measured where the constants came from.
+    assert problem.excess(problem.z0).device.type == "cpu"
