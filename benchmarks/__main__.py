@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m benchmarks: --resume: {error}", file=sys.stderr)
         return 2
+    try:
+        partial.reuse(arguments.reuse or (), conditions)
+    except (OSError, ValueError) as error:
+        print(f"python -m benchmarks: --reuse: {error}", file=sys.stderr)
+        return 2
     results = Results(conditions)
     results.notices.extend(notices)
     for notice in notices:
@@ -153,6 +158,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_list("--problems", "PREFIX", "contest: only the problems of this family, or whose names begin like this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to solve (default: cpu)")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
+    parser.add_argument(
+        "--reuse",
+        action="append",
+        type=Path,
+        metavar="SUMMARY.json",
+        help="contest: take the problems of this run, of the same code on the same machine, instead of solving them",
+    )
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where to write (default: {OUT})")
     parser.add_argument(
         "--compare",

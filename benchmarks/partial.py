@@ -1,10 +1,13 @@
-"""The finished parts of a run, in files: if a run is stopped, ``--resume`` continues it."""
+"""The finished parts of a run, in files: if a run is stopped, ``--resume`` continues it.
+
+``--reuse`` takes the contest's problems from other runs: shares of the problems can run side by side, each on a core.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from benchmarks.results import Results
 
 # Facts that differ between two runs of the same code on the same machine.
 VOLATILE = ("date", "load_at_start", "uncommitted_changes", "memory_gib")
+# Facts that results of the contest depend on; it takes one core of any number.
+OF_CONTEST = ("profile", "commit", "peers", "device", "gpu", "cpu", "caches", "platform", "versions", "kernels")
 
 
 class Kept:
@@ -76,12 +81,38 @@ class Partial:
             raise ValueError(f"there is no unfinished run in {self._folder.parent}")
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(dict(facts)))
-        for name in sorted({*before, *now} - {*VOLATILE}):
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"{name} must be that of the unfinished run, {before.get(name)!r}, got {now.get(name)!r};"
-                    " run without --resume to start again"
-                )
+        different = _different(*({k: v for k, v in each.items() if k not in VOLATILE} for each in (before, now)))
+        if different is not None:
+            name, old, new = different
+            raise ValueError(
+                f"{name} must be that of the unfinished run, {old!r}, got {new!r}; run without --resume to start again"
+            )
+
+    def reuse(self, paths: Sequence[Path], facts: Mapping[str, Any]) -> None:
+        """Take the results of the contest's problems from the summaries of other runs.
+
+        Args:
+            paths: The summaries.
+            facts: As in :meth:`start`.
+
+        Raises:
+            OSError: If a summary cannot be read.
+            ValueError: If it is no summary, or was measured under other conditions.
+        """
+        kept = self.kept("contest")
+        for path in paths:
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                problems = _by_problem(content["entries"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not a summary") from error
+            now = json.loads(json.dumps(dict(facts)))
+            different = _different(*({k: v for k, v in each.items() if k in OF_CONTEST} for each in (content, now)))
+            if different is not None:
+                name, old, new = different
+                raise ValueError(f"{name} must be that of {path}, {old!r}, got {new!r}")
+            for problem, rows in problems.items():
+                kept(f"contest.{problem}", lambda rows=rows: rows)
 
     def load(self, suite: str) -> Results | None:
         """The results of a suite; None if it has not finished."""
@@ -100,6 +131,21 @@ class Partial:
         """Delete everything."""
         if self._folder.exists():
             shutil.rmtree(self._folder)
+
+
+def _by_problem(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        grouped.setdefault(entry["problem"], []).append(entry)
+    return grouped
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first fact by name that has changed, with both values."""
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            return name, before.get(name), now.get(name)
+    return None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -103,13 +103,14 @@ def clock(
     Args:
         sides: Solver, problem and the factor on its tolerance.
         repeats: Measurements of each side ...
-        seconds: ... or as many as it can do in this time, at least one.
+        seconds: ... or as many as it can do in this time. A solve that takes longer is measured once, after a warm-up.
 
     Returns:
         For each side, seconds of a solve and of the first call, which may compile; None if a solve raised.
     """
     turns: list[tuple[int, Callable[[], Claim], int]] = []
     first: dict[int, float] = {}
+    measured: dict[int, list[float]] = {}
     for index, (contender, problem, tighten) in enumerate(sides):
         try:
             solve = contender.prepare(problem, tighten)
@@ -117,8 +118,8 @@ def clock(
             again = _seconds(solve)
         except Exception:  # it did not raise when it was judged
             continue
-        turns.append((index, solve, min(repeats, max(1, int(seconds / max(again, 1e-9))))))
-    measured: dict[int, list[float]] = {index: [] for index, _, _ in turns}
+        measured[index] = [again] if again > seconds else []
+        turns.append((index, solve, min(repeats, int(seconds / max(again, 1e-9)))))
     with collected():
         for turn in range(repeats):
             for index, solve, count in turns if turn % 2 == 0 else reversed(turns):

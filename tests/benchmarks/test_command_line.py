@@ -91,6 +91,34 @@ def test_a_run_continues_only_under_the_same_conditions(tmp_path):
     assert partial.load("a") is None
 
 
+def test_problems_of_other_runs_are_reused_only_under_the_same_conditions(tmp_path):
+    facts = {"profile": "quick", "commit": "abc", "versions": {"torch": "2"}, "cores": 2, "date": "today"}
+    rows = [{"problem": problem, "seconds": 0.5, "contender": name} for problem in "ab" for name in ("x", "y")]
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first.write_text(json.dumps(facts | {"cores": 1, "date": "yesterday", "entries": rows[:2]}))
+    second.write_text(json.dumps(facts | {"entries": rows[2:]}))
+    partial = Partial(tmp_path / "partial")
+    partial.start(facts, resume=False)
+    partial.reuse([first, second], facts)
+    kept = partial.kept("contest")
+    assert kept("contest.a", lambda: "measured") == rows[:2]
+    assert kept("contest.b", lambda: "measured") == rows[2:]
+    assert kept("contest.c", lambda: "measured") == "measured"
+    for name, value in (("profile", "full"), ("commit", "def"), ("versions", {"torch": "3"})):
+        with pytest.raises(ValueError, match=rf"{name} must be that of .*first\.json"):
+            partial.reuse([first], facts | {name: value})
+    first.write_text("{}")
+    with pytest.raises(ValueError, match=r"first\.json is not a summary"):
+        partial.reuse([first], facts)
+
+
+def test_a_run_that_cannot_be_reused_is_named(tmp_path, capsys):
+    arguments = ["--profile", "smoke", "--only", "contest", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--reuse", str(tmp_path / "absent.json")]) == 2
+    assert "--reuse: " in (error := capsys.readouterr().err)
+    assert "absent.json" in error
+
+
 @pytest.fixture
 def suites(monkeypatch):
     """Three small suites; the second one fails in the way that the test chooses."""

@@ -218,6 +218,20 @@ def test_clock_times_every_side_and_leaves_out_what_raises() -> None:
         assert first > 0
 
 
+def test_clock_takes_a_slow_solve_once_after_a_warm_up() -> None:
+    solves = []
+
+    def slow(problem: Problem, tighten: float) -> Claim:
+        solves.append(tighten)
+        return says(2.0, True)(problem, tighten)
+
+    (measured,) = clock([(made_up(slow), halving(), 1.0)], 4, 1e-12)
+    assert measured is not None
+    assert measured[0].samples == 1
+    assert measured[0].median > 0
+    assert len(solves) == 2
+
+
 def entry(problem: str, library: str, seconds: float | None, evaluations: float = 10, status: str = "solved") -> Entry:
     return Entry(problem, "family", f"{library}.{seconds}", library, status, evaluations, 0, seconds)  # type: ignore[arg-type]
 
