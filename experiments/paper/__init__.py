@@ -10,6 +10,7 @@ from experiments.paper.experiment import Experiment
 from experiments.paper.figure7 import Figure7
 from experiments.paper.figure8 import Figure8
 from experiments.paper.grid import Grid, GridError
+from experiments.paper.inference import Inference
 from experiments.paper.length import Length
 from experiments.paper.measurement import Measurement, Training
 from experiments.paper.modes import Modes
@@ -20,7 +21,7 @@ from experiments.paper.table2 import Table2
 from experiments.paper.table3 import Table3
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (Table1(), Table2(), Table3(), Figure7(), Figure8(), Modes(), Length())
+    each.name: each for each in (Table1(), Table2(), Table3(), Figure7(), Figure8(), Modes(), Length(), Inference())
 }
 """By name."""
 

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from experiments.paper.measurement import Training
     from experiments.paper.recipes import Recipes
 
-NAMES = ("table1", "table2", "table3", "figure7", "figure8", "modes", "length")
+NAMES = ("table1", "table2", "table3", "figure7", "figure8", "modes", "length", "inference")
 PROFILE_NAMES = ("cpu", "cpu-long", "paper", "smoke")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     command.add_argument("names", nargs="+", choices=(*NAMES, "all"), metavar="NAME", help=(
-        f"{', '.join(NAMES)}, or all: the tables and figures of the paper, its penalty in two modes,"
-        " and trainings of different length"
+        f"{', '.join(NAMES)}, or all: the tables and figures of the paper, its penalty in two modes, trainings of"
+        " different length, and trained models with another solver and in milliseconds"
     ))  # fmt: skip
     command.add_argument("--profile", choices=PROFILE_NAMES, default="cpu", help=(
         "cpu: CIFAR-10 and Shakespeare at sizes that two cores train, the default; cpu-long: the same for many hours;"

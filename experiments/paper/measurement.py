@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Measurement:
         evaluations: The evaluations on validation data.
         test: The evaluation on test data, with the hard stops; None if the training diverged.
         environment: See :mod:`experiments.paper.environment`.
+        folder: Folder of the training, not stored; None for a measurement that was not read from one.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Measurement:
     evaluations: list[EvaluationRow]
     test: Evaluation | None
     environment: dict[str, Any]
+    folder: Path | None = field(default=None, compare=False)
 
     def at(self, stop: int | None) -> float | None:
         """Return the test metric, accuracies in percent, at a hard stop; None for the model's own cap."""
@@ -90,7 +92,7 @@ class Measurement:
 
     def save(self, folder: Path) -> None:
         """Write the measurement into a training's folder, atomically."""
-        content = {"format": FORMAT} | asdict(self)
+        content = {"format": FORMAT} | self._contents()
         write_whole(folder / FILE, json.dumps(content, indent=1) + "\n")
 
     def brief(self) -> dict[str, Any]:
@@ -98,7 +100,12 @@ class Measurement:
         rows = [row.flat() for row in self.evaluations]
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
         seen = {name: column for name, column in columns.items() if any(value is not None for value in column)}
-        return asdict(self) | {"evaluations": {name: _rounded(column) for name, column in seen.items()}}
+        return self._contents() | {"evaluations": {name: _rounded(column) for name, column in seen.items()}}
+
+    def _contents(self) -> dict[str, Any]:
+        contents = asdict(self)
+        del contents["folder"]
+        return contents
 
 
 def load(folder: Path, training: Training) -> Measurement | None:
@@ -113,11 +120,8 @@ def load(folder: Path, training: Training) -> Measurement | None:
         if content.pop("format") != FORMAT:
             return None  # an older format: measure again
         history = History.of({"steps": [], "evaluations": content["evaluations"]})
-        test = content["test"]
-        if test is not None:
-            stops = {name: {int(k): v for k, v in test[name].items()} for name in ("stops", "stop_residuals")}
-            test = Evaluation(**(test | stops))
-        found = Measurement(**(content | {"evaluations": history.evaluations, "test": test}))
+        test = None if content["test"] is None else evaluation_of(content["test"])
+        found = Measurement(**(content | {"evaluations": history.evaluations, "test": test, "folder": folder}))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -125,6 +129,14 @@ def load(folder: Path, training: Training) -> Measurement | None:
     if found.key != training.key:
         raise ValueError(f"{path} is of the training {found.key}, not {training.key}; remove it")
     return found
+
+
+def evaluation_of(content: dict[str, Any]) -> Evaluation:
+    """Build an evaluation from JSON, whose keys are text."""
+    stops: dict[str, Any] = {
+        name: {int(k): v for k, v in content[name].items()} for name in ("stops", "stop_residuals")
+    }
+    return Evaluation(**(content | stops))
 
 
 def _rounded(column: list[Any]) -> list[Any]:

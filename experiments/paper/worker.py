@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from experiments.paper.environment import environment
 from experiments.paper.measurement import Measurement, Training
@@ -96,7 +97,7 @@ def measure(training: Training, folder: Path, threads: int, tell: Tell) -> Measu
         begun = (folder / CONFIG).is_file()
         result = train(config, out=folder, resume=begun, observers=[Teller(key, tell)])
         begin = time.monotonic()
-        test = _tested(training, result) if result.status == "finished" else None
+        test = tested(training, result.model) if result.status == "finished" else None
         rows = result.history.evaluations
         steps = result.history.steps
         parameters = sum(each.numel() for each in result.model.parameters() if each.requires_grad)
@@ -130,8 +131,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _tested(training: Training, result: Result) -> Evaluation:
-    """Evaluate the trained model on test data, at its own cap and at each hard stop, without mixed precision.
+def tested(training: Training, model: nn.Module) -> Evaluation:
+    """Evaluate a trained model on test data, at its own cap and at each hard stop, without mixed precision.
 
     Residuals and radii would otherwise end at bfloat16's rounding.
     """
@@ -141,7 +142,7 @@ def _tested(training: Training, result: Result) -> Evaluation:
     distribution = Distribution("none", config.device)
     try:
         task = task_of(config)(config, distribution)
-        evaluator = ModelEvaluator(task, result.model, result.model, evaluation, "none", distribution, config.seed)  # pyright: ignore[reportArgumentType]
+        evaluator = ModelEvaluator(task, model, model, evaluation, "none", distribution, config.seed)  # pyright: ignore[reportArgumentType]
         return evaluator("test")
     finally:
         distribution.close()
