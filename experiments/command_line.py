@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.data.command import add_arguments as add_data_arguments
 from experiments.paper.command import add_arguments as add_reproduce_arguments
+from pydeq.cli import run
 
 
 def data(arguments: argparse.Namespace) -> int:
@@ -104,5 +105,4 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
-    arguments = parser().parse_args(argv)
-    return arguments.run(arguments)
+    return run(parser().parse_args(argv))

@@ -129,7 +129,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command of parsed arguments; return its exit status.
+
+    If the reader of the output ends first, as ``head`` does, so does the command, with status 1 and without a message.
+    """
+    try:
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
-    arguments = parser().parse_args(argv)
-    return arguments.run(arguments)
+    return run(parser().parse_args(argv))

@@ -22,6 +22,17 @@ def test_module_runs_the_command_line():
     assert result.stdout.startswith("pydeq ")
 
 
+@pytest.mark.parametrize("command", [["pydeq", "info"], ["experiments", "data", "list"]])
+def test_a_reader_that_ends_early_ends_the_command(command):
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert "Error" not in error
+    assert "Traceback" not in error
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"]])
 def test_bad_command_is_refused_with_the_choices(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -249,8 +249,11 @@ def test_a_learned_initial_state_is_warned_about_once(monkeypatch, shape):
     def call(adjoint):
         return pydeq.DEQ(cell, adjoint=adjoint)(start if shape == "leaf" else start.expand(3, 4))
 
-    with pytest.warns(UserWarning, match=r"Implicit gives z0 no gradient, and DistributedDataParallel waits for one"):
+    with pytest.warns(
+        UserWarning, match=r"Implicit gives z0 no gradient, and DistributedDataParallel waits for one"
+    ) as warned:
         call(pydeq.Implicit())
+    assert [each.filename for each in warned] == [__file__]
     call(pydeq.Implicit())
     for adjoint in (pydeq.Unrolled(), pydeq.Reversible()):
         assert torch.autograd.grad(call(adjoint).sum(), start)[0].abs().max() > 0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor, nn
 
 from pydeq.adjoints.base import Adjoint
+from pydeq.arguments import warn_user
 from pydeq.state import State, as_tuple
 
 _warned: set[type[Adjoint]] = set()
@@ -18,11 +17,10 @@ def warn_about_learned_start(z0: State, adjoint: Adjoint) -> None:
         return
     if any(part.requires_grad and _is_learned(part) for part in as_tuple(z0)):
         _warned.add(type(adjoint))
-        warnings.warn(
+        warn_user(
             f"z0 is a parameter, but a fixed point does not depend on where its solve starts: {type(adjoint).__name__}"
             " gives z0 no gradient, and DistributedDataParallel waits for one. Make z0 a buffer, use pydeq.Unrolled()"
-            " or pydeq.Reversible(), or set find_unused_parameters=True; this is said once",
-            stacklevel=3,
+            " or pydeq.Reversible(), or set find_unused_parameters=True; this is said once"
         )
 
 
