@@ -17,7 +17,7 @@ from rich.console import Console
 import pydeq
 from benchmarks import compare, peers
 from benchmarks.environment import facts, thread_counts
-from benchmarks.partial import Partial
+from benchmarks.partial import Partial, read_shares
 from benchmarks.problems import collection
 from benchmarks.profiles import PROFILES
 from benchmarks.progress import Board
@@ -50,15 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial = Partial(arguments.out / "partial")
     asked = {"peers_asked": arguments.peers, "problems_asked": arguments.problems}
     try:
+        shares = read_shares(arguments.reuse or (), conditions)
+    except (OSError, ValueError) as error:
+        print(f"python -m benchmarks: --reuse: {error}", file=sys.stderr)
+        return 2
+    try:
         partial.start(conditions | asked, arguments.resume)
     except ValueError as error:
         print(f"python -m benchmarks: --resume: {error}", file=sys.stderr)
         return 2
-    try:
-        partial.reuse(arguments.reuse or (), conditions)
-    except (OSError, ValueError) as error:
-        print(f"python -m benchmarks: --reuse: {error}", file=sys.stderr)
-        return 2
+    partial.reuse(shares)
     results = Results(conditions)
     results.notices.extend(notices)
     for notice in notices:
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     part.notices.append(f"{name} failed: {type(error).__name__}: {error}")
                     traces.append(traceback.format_exc())
                 else:
-                    part.seconds[name] = time.perf_counter() - begin
+                    reused = sum(share["seconds"].get(name, 0.0) for share in shares) if name == "contest" else 0.0
+                    part.seconds[name] = time.perf_counter() - begin + reused
                     partial.save(name, part)
                 results.add(part)
     except KeyboardInterrupt:
@@ -155,7 +157,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     libraries = tuple(peers.REQUIREMENTS)
     add_list("--only", "SUITE", f"run only this suite: {', '.join(SUITES)}")
     add_list("--peers", "LIBRARY", f"compare only with this library: {', '.join(libraries[1:])}")
-    add_list("--problems", "PREFIX", "contest: only the problems of this family, or whose names begin like this")
+    add_list(
+        "--problems", "PREFIX", "contest: only the problems of this family, or whose names begin like this; or all"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to solve (default: cpu)")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     parser.add_argument(
@@ -188,6 +192,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 f" {name!r}"
             )
     arguments.only = [name for name in SUITES if _in(only, name)]
+    if arguments.reuse and "contest" not in arguments.only:
+        parser.error("argument --reuse: it is for the contest, which --only leaves out")
     arguments.left_out = []
     if arguments.device == "cuda":
         if not torch.cuda.is_available():

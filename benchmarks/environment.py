@@ -21,6 +21,13 @@ from benchmarks.profiles import Profile
 _ROOT = Path(__file__).parent.parent
 
 
+# Libraries, besides torch and the peers, that figures depend on.
+LIBRARIES = (
+    "numpy", "scikit-learn", "pytest-benchmark", "scipy", "xitorch", "jax", "jaxopt", "optimistix", "deepinv",
+    "petsc4py",
+)  # fmt: skip
+
+
 def facts(profile: Profile, peers: Mapping[str, str], device: str = "cpu") -> dict[str, Any]:
     """All facts that a figure depends on, except the code of the suite.
 
@@ -48,7 +55,7 @@ def facts(profile: Profile, peers: Mapping[str, str], device: str = "cpu") -> di
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            **{name: installed_version(name) for name in ("numpy", "scikit-learn", "pytest-benchmark")},
+            **{name: installed_version(name) for name in LIBRARIES},
             **peers,
         },
         "kernels": dataclasses.asdict(pydeq.kernels()),

@@ -15,8 +15,11 @@ from benchmarks.results import Results
 
 # Facts that differ between two runs of the same code on the same machine.
 VOLATILE = ("date", "load_at_start", "uncommitted_changes", "memory_gib")
-# Facts that results of the contest depend on; it takes one core of any number.
-OF_CONTEST = ("profile", "commit", "peers", "device", "gpu", "cpu", "caches", "platform", "versions", "kernels")
+# Facts that results of the contest depend on. It always uses one core, so the number of cores does not matter.
+OF_CONTEST = (
+    "profile", "commit", "uncommitted_changes", "peers", "device", "gpu", "cpu", "caches", "platform", "versions",
+    "kernels",
+)  # fmt: skip
 
 
 class Kept:
@@ -88,29 +91,13 @@ class Partial:
                 f"{name} must be that of the unfinished run, {old!r}, got {new!r}; run without --resume to start again"
             )
 
-    def reuse(self, paths: Sequence[Path], facts: Mapping[str, Any]) -> None:
-        """Take the results of the contest's problems from the summaries of other runs.
-
-        Args:
-            paths: The summaries.
-            facts: As in :meth:`start`.
-
-        Raises:
-            OSError: If a summary cannot be read.
-            ValueError: If it is no summary, or was measured under other conditions.
-        """
+    def reuse(self, shares: Sequence[Mapping[str, Any]]) -> None:
+        """Take the results of the contest's problems from other runs, as read by :func:`read_shares`."""
         kept = self.kept("contest")
-        for path in paths:
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                problems = _by_problem(content["entries"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is not a summary") from error
-            now = json.loads(json.dumps(dict(facts)))
-            different = _different(*({k: v for k, v in each.items() if k in OF_CONTEST} for each in (content, now)))
-            if different is not None:
-                name, old, new = different
-                raise ValueError(f"{name} must be that of {path}, {old!r}, got {new!r}")
+        for share in shares:
+            problems: dict[str, list[Any]] = {}
+            for entry in share["entries"]:
+                problems.setdefault(entry["problem"], []).append(entry)
             for problem, rows in problems.items():
                 kept(f"contest.{problem}", lambda rows=rows: rows)
 
@@ -133,11 +120,31 @@ class Partial:
             shutil.rmtree(self._folder)
 
 
-def _by_problem(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in entries:
-        grouped.setdefault(entry["problem"], []).append(entry)
-    return grouped
+def read_shares(paths: Sequence[Path], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read the summaries of runs whose results of the contest are to be reused.
+
+    Args:
+        paths: The summaries.
+        facts: Of the present run, as in :meth:`Partial.start`.
+
+    Raises:
+        OSError: If a summary cannot be read.
+        ValueError: If it is no summary, or was measured under other conditions.
+    """
+    now, shares = json.loads(json.dumps(dict(facts))), []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or not {"entries", "seconds"} <= content.keys():
+            raise ValueError(f"{path} is not a summary")
+        different = _different(*({k: v for k, v in each.items() if k in OF_CONTEST} for each in (content, now)))
+        if different is not None:
+            name, old, new = different
+            raise ValueError(f"{name} must be that of {path}, {old!r}, got {new!r}")
+        shares.append(content)
+    return shares
 
 
 def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

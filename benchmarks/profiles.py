@@ -69,7 +69,7 @@ class Profile:
 
 SHAPES = ((32, 512), (32, 8192), (8, 65536))
 BEYOND_CACHE = (32, 262144)
-# A problem of each kind. With all libraries, of which two compile, a problem takes twenty to fifty seconds.
+# Root finding, a map without a fixed point, a trained cell. With all libraries, of which some compile, each takes long.
 CONTEST = (
     "burkardt.broyden_tridiagonal",
     "runaway.near_miss",

@@ -45,6 +45,8 @@ def diagnose(arguments: argparse.Namespace) -> int:
         print(report)
         if arguments.plot is not None:
             report.plot(arguments.plot)
+    except BrokenPipeError:
+        raise
     except Exception as error:  # of the user's code, most of the time
         print(f"pydeq diagnose: {_sentence(error)}", file=sys.stderr)
         return 2

@@ -22,9 +22,15 @@ def test_module_runs_the_command_line():
     assert result.stdout.startswith("pydeq ")
 
 
-@pytest.mark.parametrize("command", [["pydeq", "info"], ["experiments", "data", "list"]])
-def test_a_reader_that_ends_early_ends_the_command(command):
-    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+PROBLEM = "def problem():\n    import torch\n    return lambda z: 0.5 * z + 1.0, torch.zeros(2, 3)\n"
+
+
+@pytest.mark.parametrize("command", [["info"], ["diagnose", "made:problem"]])
+def test_a_reader_that_ends_early_ends_the_command(command, tmp_path):
+    (tmp_path / "made.py").write_text(PROBLEM)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pydeq", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    )
     process.stdout.close()
     error = process.stderr.read().decode()
     process.stderr.close()

@@ -111,16 +111,16 @@ def clock(
     turns: list[tuple[int, Callable[[], Claim], int]] = []
     first: dict[int, float] = {}
     measured: dict[int, list[float]] = {}
-    for index, (contender, problem, tighten) in enumerate(sides):
-        try:
-            solve = contender.prepare(problem, tighten)
-            first[index] = _seconds(solve)
-            again = _seconds(solve)
-        except Exception:  # it did not raise when it was judged
-            continue
-        measured[index] = [again] if again > seconds else []
-        turns.append((index, solve, min(repeats, int(seconds / max(again, 1e-9)))))
     with collected():
+        for index, (contender, problem, tighten) in enumerate(sides):
+            try:
+                solve = contender.prepare(problem, tighten)
+                first[index] = _seconds(solve)
+                again = _seconds(solve)
+            except Exception:  # it did not raise when it was judged
+                continue
+            measured[index] = [again] if again > seconds else []
+            turns.append((index, solve, min(repeats, int(seconds / max(again, 1e-9)))))
         for turn in range(repeats):
             for index, solve, count in turns if turn % 2 == 0 else reversed(turns):
                 if turn < count:

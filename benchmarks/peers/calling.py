@@ -48,8 +48,8 @@ class Calls:
 class Compiler:
     """``torch.compile`` for one problem after the other.
 
-    It compiles the same code only for a few problems, so a new problem forgets what the last one compiled. It may not
-    forget earlier: solvers that were compiled for a problem are timed in turns.
+    It compiles the same code only for a few problems, so a new problem resets it. It is not reset earlier: the compiled
+    solvers of a problem are timed alternately.
     """
 
     def __init__(self) -> None:

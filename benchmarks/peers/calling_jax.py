@@ -64,12 +64,12 @@ def refusal_to_map(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What was compiled for a solver on a problem; with another tolerance, it is the same.
+    """A compiled solver of one problem, for any tolerance.
 
     Args:
         contender, problem: The solver and the problem.
         solve: solve(tolerance) returns a value and whether it converged.
-        counts: Of its solves so far.
+        counts: Counts of all solves so far.
     """
 
     contender: Contender
@@ -90,7 +90,7 @@ def jitted(
 
     Args:
         contender: The solver.
-        run: The same as a function of arrays.
+        run: The solver, as a function of JAX's arrays.
         tolerance: The residual that solves each sample, [B].
         counts: Each solve adds to it; mapped over samples, evaluations of the whole batch.
         mapped: Map ``run`` over the samples.
@@ -130,7 +130,8 @@ def _compiled(contender: Contender, problem: Problem, run: Run, counted: bool, m
         return equation(jnp, z[None], **constants | shares)[0]
 
     def solver(z0: Any, constants: Any, tolerance: Any, one: Any) -> Any:
-        # Times one, a vector belongs to a sample; a column of the identity, which all samples share, would count once.
+        # All samples share the columns of the identity, so vmap would count them once. A factor of 1 for each sample
+        # makes it count them for each sample.
         count = _counted(counts, one if mapped else None) if counted else lambda z: z
 
         def fn(z: Any, constants: Any) -> Any:

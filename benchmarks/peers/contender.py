@@ -55,7 +55,6 @@ class Contender(ABC):
         title: For readers.
         language: Of the maps that it can call.
         settings: Options other than the library's own defaults.
-        batched: Whether it treats each sample by itself. Otherwise the batch is one system.
     """
 
     key: str
@@ -63,7 +62,6 @@ class Contender(ABC):
     title: str
     language: Literal["torch", "numpy", "jax"] = "torch"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    batched: bool = False
 
     def refusal(self, problem: Problem) -> str | None:
         """Why it cannot be given this problem; None if it can."""

@@ -73,7 +73,6 @@ class _Contender(Contender):
 
     anderson: bool
     library: str = "deepinv"
-    batched: bool = True
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         config = SimpleNamespace(**{**_ANDERSON, **self.settings}, full_backprop=False) if self.anderson else None

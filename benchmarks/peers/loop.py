@@ -27,7 +27,6 @@ class _Picard(Contender):
 
     compiled: bool = False
     library: str = "loop"
-    batched: bool = True
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         def iteration(fn: Map, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,6 @@ class _Floor(Contender):
 
     calls: int
     library: str = "loop"
-    batched: bool = True
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         @torch.no_grad()

@@ -36,11 +36,12 @@ class _Contender(Contender):
     language: Literal["torch", "numpy", "jax"] = "jax"
 
     def refusal(self, problem: Problem) -> str | None:
+        refusal = super().refusal(problem) or (refusal_to_map(problem) if self.mapped else None)
         blocks = len(problem.z0) if self.mapped else 1
         size = problem.z0.numel() ** 2 * problem.z0.element_size() // blocks
-        if self.solver != "FixedPointIteration" and size > _DENSE:
+        if refusal is None and self.solver != "FixedPointIteration" and size > _DENSE:
             return f"it forms a dense Jacobian of {size / 2**20:.0f} MiB"
-        return super().refusal(problem) or (refusal_to_map(problem) if self.mapped else None)
+        return refusal
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         fixed = self.solver == "FixedPointIteration"
@@ -49,8 +50,6 @@ class _Contender(Contender):
 
         def run(functions: Maps, z0: Any, constants: Any, tolerance: Any) -> Any:
             def norm(x: Any) -> Any:
-                if x.ndim == 0:  # half the square of the norm of the whole batch, for Dogleg
-                    return jnp.abs(x)
                 return (jnp.linalg.norm(x.reshape(len(tolerance), -1), axis=1) / tolerance).max()
 
             if self.mapped:
@@ -65,18 +64,21 @@ class _Contender(Contender):
         return jitted(self, problem, run, tighten * tolerance, counts, self.mapped)
 
 
-_SOLVERS = {
-    "fixed_point_iteration.default": ("fixed-point iteration", "FixedPointIteration"),
-    "newton": ("Newton", "Newton"),
-    "chord": ("Chord", "Chord"),
-    "dogleg": ("Dogleg", "Dogleg"),
-}
+_SOLVERS = (
+    ("fixed_point_iteration", ".default", "fixed-point iteration", "FixedPointIteration"),
+    ("newton", "", "Newton", "Newton"),
+    ("chord", "", "Chord", "Chord"),
+    ("dogleg", "", "Dogleg", "Dogleg"),
+)
 CONTENDERS: tuple[Contender, ...] = tuple(
     _Contender(
-        key=f"optimistix.{key}{'.vmap' * mapped}", title=f"{title}{', vmap' * mapped}", solver=solver, mapped=mapped
+        key=f"optimistix.{name}{'.vmap' * mapped}{settings}",
+        title=f"{title}{', vmap' * mapped}",
+        solver=solver,
+        mapped=mapped,
     )
     for mapped in (False, True)
-    for key, (title, solver) in _SOLVERS.items()
+    for name, settings, title, solver in _SOLVERS
 )
 
 GRIDS: Grids = {"optimistix.fixed_point_iteration": [{"damp": 0.0}, {"damp": 0.5}]}

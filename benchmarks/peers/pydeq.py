@@ -90,7 +90,6 @@ class _Contender(Contender):
     solver: str
     compiled: bool = False
     library: str = "pydeq"
-    batched: bool = True
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         solver = getattr(pydeq, self.solver)(**self.settings)
@@ -116,7 +115,7 @@ CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="pydeq.picard", title="Picard", solver="Picard"),
     _Contender(key="pydeq.anderson.default", title="Anderson", solver="Anderson"),
     _Contender(key="pydeq.anderson.best", title="Anderson", solver="Anderson", settings={"memory": 10}),
-    _Contender(key="pydeq.anderson.compiled", title="Anderson, compiled map", solver="Anderson", compiled=True),
+    _Contender(key="pydeq.anderson.compiled.default", title="Anderson, compiled map", solver="Anderson", compiled=True),
     _Contender(
         key="pydeq.anderson.compiled.best",
         title="Anderson, compiled map",

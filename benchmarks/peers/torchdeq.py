@@ -112,7 +112,6 @@ class _Contender(Contender):
 
     solver: str
     library: str = "torchdeq"
-    batched: bool = True
 
     def refusal(self, problem: Problem) -> str | None:
         if self.solver == "broyden" and "LBFGS_thres" not in self.settings:

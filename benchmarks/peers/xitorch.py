@@ -99,12 +99,11 @@ CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="xitorch.broyden2.default", title="broyden2", method="broyden2"),
     _Contender(key="xitorch.broyden2.best", title="broyden2", method="broyden2", settings={"alpha": -1.0}),
     _Contender(key="xitorch.linearmixing.default", title="linearmixing", method="linearmixing"),
-    _Contender(key="xitorch.anderson_acc.default", title="anderson_acc", method="anderson_acc", batched=True),
+    _Contender(key="xitorch.anderson_acc.default", title="anderson_acc", method="anderson_acc"),
     _Contender(
         key="xitorch.anderson_acc.best",
         title="anderson_acc",
         method="anderson_acc",
-        batched=True,
         settings={"msize": 10, "lmbda": 1e-8},
     ),
 )

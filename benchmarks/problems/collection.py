@@ -27,19 +27,19 @@ FAMILIES: dict[str, Callable[[], Iterable[Problem]]] = {
 
 def may_exist(name: str) -> bool:
     """Whether ``name`` is a family or fits the beginning of one; no problem is made to find out."""
-    return any(name[: len(family)] == family[: len(name)] for family in FAMILIES)
+    return name == "all" or any(name[: len(family)] == family[: len(name)] for family in FAMILIES)
 
 
 def problems(names: Sequence[str] | None = None) -> list[Problem]:
     """The problems of the named families, each once, in the order of ``FAMILIES``.
 
     Args:
-        names: A family, or the beginning of keys, such as ``more.chebyquad``. None means all.
+        names: A family, or the beginning of keys, such as ``more.chebyquad``. None, or "all" among them, means all.
 
     Raises:
         ValueError: If a name fits nothing.
     """
-    if names is None:
+    if names is None or "all" in names:
         return [problem for family in FAMILIES.values() for problem in family()]
     found: list[Problem] = []
     unused = set(names)

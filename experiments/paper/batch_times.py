@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -24,7 +25,8 @@ def batch_times(
 ) -> tuple[dict[str, Spread], dict[str, Spread]]:
     """Time the first batch of the training data, in milliseconds.
 
-    Inference is in float32; a training step has the precision of the training, and no update of the parameters.
+    Inference is in float32; a training step has the precision of the training, its penalty if it has one in some steps,
+    and no update of the parameters.
 
     Args:
         models: Trained models by label.
@@ -56,7 +58,7 @@ def batch_times(
 
     def step(label: str) -> Callable[[], float]:
         settings = configs[label].jacobian_penalty()
-        penalty = None if settings is None else settings.build()
+        penalty = None if settings is None else replace(settings, frequency=1.0, stop_epoch=None).build()
 
         def run() -> float:
             models[label].train()

@@ -86,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; continue with --resume --out {out}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (AlteredDataError, MissingDataError, FileExistsError, GridError, OSError, ValueError) as error:
         return _failed(str(error))
     return 0

@@ -4,15 +4,17 @@ penalty."""
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import ClassVar
 
 from benchmarks.timing import Spread, threads
 from experiments.paper.batch_times import batch_times
 from experiments.paper.experiment import Experiment, Measurements, Trainings, metric, residual, seeded
-from experiments.paper.measurement import Measurement, Training, evaluation_of
+from experiments.paper.measurement import ANDERSON_FILE, FORMAT, Measurement, Training, evaluation_of
 from experiments.paper.recipes import PENALIZED, PLAIN, Recipes
 from experiments.paper.report import Claim, Curve, Entry, Panel, Report, ReportTable, Row, claim
 from experiments.paper.worker import tested
@@ -29,7 +31,7 @@ FASTER = 2.0
 
 
 class Inference(Experiment):
-    """What a hard stop saves, and whether it depends on the solver; the paper stops Broyden's method only."""
+    """Accuracy and time at a hard stop, with two solvers; the paper stops Broyden's method only."""
 
     name: ClassVar[str] = "inference"
     title: ClassVar[str] = "trained models at a hard stop: the solver, and the time"
@@ -65,13 +67,12 @@ class Inference(Experiment):
         columns = ("model and method", *(f"stop {each}" for each in images.stops), f"relative residual at {stop}")
         spreads = _times(found, recipes)
         times = ReportTable(
-            "Milliseconds, medians with quartiles", ("what", "lower", "median", "upper", "to the first"),
+            "Milliseconds, medians with quartiles", ("what", "lower", "median", "upper", "speedup over the first row"),
             tuple(
-                Row(name, (
-                    Entry((found.low,), "number"), Entry((found.median,), "number"), Entry((found.high,), "number"),
-                    Entry((next(iter(group.values())).median / found.median,), "number"),
-                ))
-                for group in spreads for name, found in group.items()
+                Row(name, tuple(Entry((number,), "number") for number in (
+                    times.low, times.median, times.high, next(iter(group.values())).median / times.median,
+                )))
+                for group in spreads for name, times in group.items()
             ),
         )  # fmt: skip
         panel = Panel("Test accuracy at a hard stop", "evaluations of f allowed", "%", tuple(curves))
@@ -85,7 +86,7 @@ class Inference(Experiment):
         stop = recipes.images.stop
         broyden = metric(found[PENALIZED], stop).number
         anderson = Entry(tuple(_at(test, stop) for test in by_anderson[PENALIZED])).number
-        solves, steps = ([each.median for each in group.values()] for group in spreads)
+        solves, steps = ([each.median for each in group.values()] or [math.nan] for group in spreads)
         return [
             claim(
                 "inference.anderson",
@@ -119,22 +120,36 @@ def _by_anderson(measured: Measurement, training: Training) -> Evaluation | None
     """Test a trained model with Anderson's method; the result is kept in the training's folder."""
     if measured.test is None or measured.folder is None:
         return None
-    path = measured.folder / "test-anderson.json"
+    path = measured.folder / ANDERSON_FILE
     if path.exists():
-        return evaluation_of(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] == FORMAT and content["key"] == training.key:
+                return evaluation_of(content["test"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}; remove it to test again") from error
     config = training.config.with_values({"model.solver.forward": "anderson"})
     model = build(config.model)
     model.load_state_dict(load(measured.folder).state_dict())
     with threads(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the stops are set on purpose
         found = tested(training, model)
-    write_whole(path, json.dumps(asdict(found)) + "\n")
+    content = {"format": FORMAT, "key": training.key, "test": asdict(found)}
+    write_whole(path, json.dumps(content) + "\n")
     return found
 
 
 def _times(found: Measurements, recipes: Recipes) -> tuple[dict[str, Spread], dict[str, Spread]]:
-    models = {label: load(group[0].folder) for label, group in found.items() if group[0].folder is not None}
-    if len(models) < len(found):
-        raise ValueError("the measurements must be read from the folders of their trainings")
+    """Time the models of the first seed; nothing if one of them diverged."""
+    first = [group[0] for group in found.values()]
+    if any(each.test is None for each in first):
+        return {}, {}
+    models = {label: load(_folder(each)) for label, each in zip(found, first, strict=True)}
     configs = {PLAIN: recipes.images.plain, PENALIZED: recipes.images.penalized}
     return batch_times(models, configs, recipes.images.stop)
+
+
+def _folder(measured: Measurement) -> Path:
+    if measured.folder is None:
+        raise ValueError("the measurements must be read from the folders of their trainings")
+    return measured.folder

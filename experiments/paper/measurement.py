@@ -14,6 +14,8 @@ from pydeq.models.equilibrium import PenaltyConfig
 
 FORMAT = 1
 FILE = "measurement.json"
+ANDERSON_FILE = "test-anderson.json"
+"""The test by Anderson's method, which the experiment "inference" makes."""
 
 
 @dataclass(frozen=True)

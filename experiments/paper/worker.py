@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from experiments.paper.environment import environment
-from experiments.paper.measurement import Measurement, Training
+from experiments.paper.measurement import ANDERSON_FILE, Measurement, Training
 from experiments.training import Evaluation, EvaluationRow, History, Result, TrainingConfig, train
 from experiments.training.distribution import Distribution
 from experiments.training.evaluation import ModelEvaluator
@@ -107,6 +107,7 @@ def measure(training: Training, folder: Path, threads: int, tell: Tell) -> Measu
             test_seconds=time.monotonic() - begin, evaluations=rows, test=test,
             environment=environment(_device(result)),
         )  # fmt: skip
+    (folder / ANDERSON_FILE).unlink(missing_ok=True)  # of an earlier training
     measurement.save(folder)
     tell(Message(key, "done"))
     return measurement
@@ -142,6 +143,7 @@ def tested(training: Training, model: nn.Module) -> Evaluation:
     distribution = Distribution("none", config.device)
     try:
         task = task_of(config)(config, distribution)
+        model = model.to(distribution.device)
         evaluator = ModelEvaluator(task, model, model, evaluation, "none", distribution, config.seed)  # pyright: ignore[reportArgumentType]
         return evaluator("test")
     finally:

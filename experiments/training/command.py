@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; continue with --resume --out {out}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (CheckpointError, FolderInUseError, ModuleNotFoundError, OSError, ValueError) as error:
         return _failed(error)
     return 0 if result.status == "finished" else 1

@@ -13,7 +13,7 @@ pytest.importorskip("rich", reason="the benchmark suite's own requirements are n
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks.partial import Kept, Partial
+from benchmarks.partial import Kept, Partial, read_shares
 from benchmarks.profiles import PROFILES
 from benchmarks.progress import SILENT, Board, Estimate, about
 from benchmarks.results import Entry, Results
@@ -95,21 +95,22 @@ def test_problems_of_other_runs_are_reused_only_under_the_same_conditions(tmp_pa
     facts = {"profile": "quick", "commit": "abc", "versions": {"torch": "2"}, "cores": 2, "date": "today"}
     rows = [{"problem": problem, "seconds": 0.5, "contender": name} for problem in "ab" for name in ("x", "y")]
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    first.write_text(json.dumps(facts | {"cores": 1, "date": "yesterday", "entries": rows[:2]}))
-    second.write_text(json.dumps(facts | {"entries": rows[2:]}))
+    first.write_text(json.dumps(facts | {"cores": 1, "date": "yesterday", "entries": rows[:2], "seconds": {}}))
+    second.write_text(json.dumps(facts | {"entries": rows[2:], "seconds": {}}))
     partial = Partial(tmp_path / "partial")
     partial.start(facts, resume=False)
-    partial.reuse([first, second], facts)
+    partial.reuse(read_shares([first, second], facts))
     kept = partial.kept("contest")
     assert kept("contest.a", lambda: "measured") == rows[:2]
     assert kept("contest.b", lambda: "measured") == rows[2:]
     assert kept("contest.c", lambda: "measured") == "measured"
     for name, value in (("profile", "full"), ("commit", "def"), ("versions", {"torch": "3"})):
         with pytest.raises(ValueError, match=rf"{name} must be that of .*first\.json"):
-            partial.reuse([first], facts | {name: value})
-    first.write_text("{}")
-    with pytest.raises(ValueError, match=r"first\.json is not a summary"):
-        partial.reuse([first], facts)
+            read_shares([first], facts | {name: value})
+    for text in ("{}", "[]", "{"):
+        first.write_text(text)
+        with pytest.raises(ValueError, match=r"first\.json is not a summary"):
+            read_shares([first], facts)
 
 
 def test_a_run_that_cannot_be_reused_is_named(tmp_path, capsys):
@@ -117,6 +118,9 @@ def test_a_run_that_cannot_be_reused_is_named(tmp_path, capsys):
     assert command.main([*arguments, "--reuse", str(tmp_path / "absent.json")]) == 2
     assert "--reuse: " in (error := capsys.readouterr().err)
     assert "absent.json" in error
+    with pytest.raises(SystemExit):
+        command.main(["--only", "nfe", "--reuse", str(tmp_path / "absent.json")])
+    assert "it is for the contest" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 
 import benchmarks.peers
 from benchmarks.peers import REQUIREMENTS, Counts, contenders
+from benchmarks.peers.calling import Compiler
 from benchmarks.peers.loop import floor
 from benchmarks.problems.base import Problem, from_formula
 from benchmarks.problems.maps import diagonal, elementwise, symmetric_linear, tanh_map
@@ -173,6 +174,50 @@ def test_counts_a_jacobian_as_a_product_for_each_column(contender):
     # A product with the whole batch counts once: mapped over samples, a Jacobian has the columns of one sample.
     columns = problem.z0.numel() // (len(problem.z0) if contender.mapped else 1)
     assert counts.products == jacobians * columns
+
+
+def test_a_tighter_try_compiles_nothing(contender):
+    if contender.language != "jax":
+        return
+    traced = []
+
+    def formula(xp, z, x):
+        traced.append(1)
+        return 0.5 * xp.tanh(z) + x
+
+    x = torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    fields = {"constants": {"x": x}, "sample_axes": {"x": 0}, "rtol": 1e-4}
+    problem = from_formula("half", "half", formula, torch.zeros(2, 3), **fields)
+    values, traces = [], []
+    for tighten in (1.0, 0.01):
+        solve = contender.prepare(problem, tighten)
+        traced.clear()  # preparing a solve evaluates the map, too
+        values.append(solve().value)
+        traces.append(len(traced))
+    assert traces[0] > 0
+    assert traces[1] == 0
+    # The tolerance is another one all the same.
+    assert problem.excess(values[1]).max() <= 0.1
+    # Another problem is compiled anew.
+    other = dataclasses.replace(problem, constants={"x": 2 * x})
+    assert not torch.allclose(contender.prepare(other)().value, values[1])
+
+
+def test_a_new_problem_resets_the_compiler_and_the_same_one_does_not(monkeypatch):
+    resets, compiled = [], []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    compiler, (first, second) = Compiler(), PROBLEMS.values()
+    z = torch.ones_like(first.z0)
+    found = compiler.map(first)
+    torch.testing.assert_close(found(z), first.fn(z))
+    compiler.compile(first, lambda z: first.fn(z), z)
+    assert compiler.map(first) is found
+    assert (len(resets), len(compiled)) == (1, 2)
+    other = compiler.map(second)
+    torch.testing.assert_close(other(torch.ones_like(second.z0)), second.fn(torch.ones_like(second.z0)))
+    assert compiler.map(first) is not found
+    assert (len(resets), len(compiled)) == (3, 4)
 
 
 def test_mapped_over_samples_each_sample_has_its_own_claim(contender):

@@ -70,11 +70,24 @@ def test_the_trained_models_are_tested_with_anderson(smoke, trained):
         # It is kept, and not tested again.
         path = measurement.folder / "test-anderson.json"
         content = json.loads(path.read_text())
-        content["stops"]["3"] = 0.125
+        assert content["test"]["stop_residuals"]["3"] != measurement.test.stop_residuals[3]  # that of Broyden's method
+        content["test"]["stops"]["3"] = 0.125
         path.write_text(json.dumps(content))
         again = EXPERIMENTS["inference"].report(smoke, trained).tables[0]
         assert {row.label: row.entries for row in again.rows}[f"{label}, Anderson"][2].number == 12.5
+        path.write_text("{")
+        with pytest.raises(ValueError, match=r"test-anderson\.json is damaged"):
+            EXPERIMENTS["inference"].report(smoke, trained)
         path.unlink()
+
+
+@pytest.mark.usefixtures("times")
+def test_where_a_training_diverged_nothing_is_timed(smoke):
+    trainings = EXPERIMENTS["inference"].trainings(smoke, 1)
+    found = {label: [measured(each, None)] for label, (each,) in trainings.items()}
+    report = EXPERIMENTS["inference"].report(smoke, found)
+    assert {each.shown for each in report.claims} == {None}
+    assert "diverged" in str(report.tables[0])
 
 
 @pytest.mark.usefixtures("times")

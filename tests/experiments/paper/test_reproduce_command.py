@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -55,6 +57,16 @@ def test_paper_profile_says_that_it_needs_a_gpu(tmp_path, capsys):
     assert reproduce("table2", "--profile", "paper", "--device", "cpu", "--out", tmp_path / "new") == 1
     assert "takes days on a GPU" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_reader_that_ends_early_ends_the_command():
+    command = [sys.executable, "-u", "-m", "experiments", "reproduce", "table2", "--plan"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert "rror" not in error
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--jobs"])
