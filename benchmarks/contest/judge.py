@@ -55,7 +55,9 @@ class Verdict:
 
 
 def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verdict:
-    """Let a solver try a problem. If its value misses the tolerance, and it does not say so, it tries smaller ones.
+    """Let a solver try a problem. If its value misses the tolerance, it tries smaller ones.
+
+    It does not if it says that it has not converged, or says nothing and has used all its calls.
 
     Args:
         seconds: Wall-clock after which a try is given up; only maps in torch can be stopped.
@@ -90,7 +92,8 @@ def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verd
             return Verdict(status, tighten, counts, excess, took, "", false_claim)
         status = "solved" if excess <= 1.0 else "lied" if wrong else "unsolved"
         verdict = Verdict(status, tighten, counts, excess, took, "", false_claim)
-        if status == "solved" or claimed is False:
+        exhausted = claimed is None and counts.evaluations >= problem.max_calls
+        if status == "solved" or claimed is False or exhausted:
             break
     return verdict
 

@@ -86,6 +86,18 @@ def test_a_verdict_follows_from_the_value_and_the_claim(
     assert verdict.counts.evaluations == 3  # of the last try alone
 
 
+@pytest.mark.parametrize(("converged", "tries"), [(None, 1), (True, len(TIGHTENINGS))])
+def test_who_used_all_calls_and_says_nothing_does_not_try_again(converged: bool | None, tries: int) -> None:
+    asked: list[float] = []
+
+    def answer(problem: Problem, tighten: float) -> Claim:
+        asked.append(tighten)
+        return says(1.0, converged)(problem, tighten)
+
+    judge(made_up(answer, calls=10), halving(max_calls=10))
+    assert len(asked) == tries
+
+
 def test_the_excess_is_the_largest_of_the_samples() -> None:
     def answer(problem: Problem, tighten: float) -> Claim:
         value = torch.full_like(problem.z0, 2.0)
