@@ -56,6 +56,16 @@ def test_paper_profile_has_imagenet_where_it_is_told_where(tmp_path):
     assert {plain.data.root, penalized.data.root} == {str(tmp_path)}
 
 
+def test_the_strength_during_pretraining_follows_the_strength():
+    images = recipes_of("cpu-long").images
+    main = images.training().config.jacobian_penalty()
+    assert (main.strength, main.pretraining_strength) == (1.0, 1.0)
+    for strength in (0.1, 3.0):
+        other = images.training(strength=strength).config.jacobian_penalty()
+        assert other == replace(main, strength=strength, pretraining_strength=strength)
+    assert images.training(strength=0.0).config.jacobian_penalty().pretraining_strength == 0.0
+
+
 def test_a_strength_changes_nothing_else_of_the_published_penalty():
     images = recipes_of("paper").images
     published, other = (
