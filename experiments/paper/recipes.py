@@ -7,9 +7,9 @@ the penalty of images is computed in every step, because the published frequenci
 times longer.
 cpu-long: the same, longer and with a stem that sees every pixel: twelve epochs of CIFAR-10 with augmentation, and 8000
 steps of Shakespeare. Image models train in bfloat16, which takes half the time where the CPU has it. The language
-models keep their size and float32, which is as fast at this size. The images are penalized from the first step on. Where
-the penalty began after the pre-training, the radius had grown beyond 1 before, and the accuracy at a hard stop of 6 was
-1.2 points lower (pilots with seed 0). There, a strength of 0.3 was worse than 1.
+models keep their size and float32, which is as fast at this size. The images are penalized from the first step on.
+Where the penalty began after the pre-training, the radius had grown beyond 1 before, and the accuracy at a hard stop of
+6 was 1.2 points lower (pilots with seed 0). There, a strength of 0.3 was worse than 1.
 smoke: digits and a computed text, to check that everything runs.
 """
 
