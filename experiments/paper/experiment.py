@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from experiments.paper.measurement import Measurement, Training
-from experiments.paper.recipes import Recipes
+from experiments.paper.recipes import PENALIZED, PLAIN, ImageRecipes, Recipes
 from experiments.paper.report import Curve, Entry, Report, Unit
 
 Trainings = Mapping[str, Sequence[Training]]
@@ -50,6 +50,14 @@ class Experiment(ABC):
 def seeded(training: Training, seeds: int) -> list[Training]:
     """Return the training with the seeds 0, ..., ``seeds`` - 1."""
     return [training.with_seed(seed) for seed in range(seeds)]
+
+
+def plain_and_penalized(images: ImageRecipes, seeds: int) -> dict[str, list[Training]]:
+    """Return the main trainings of images: unpenalized at the generous cap, penalized at the small one."""
+    return {
+        PLAIN: seeded(images.training(cap="generous", strength=0.0), seeds),
+        PENALIZED: seeded(images.training(), seeds),
+    }
 
 
 def metric(group: Sequence[Measurement], stop: int | None, paper: float | str | None = None) -> Entry:

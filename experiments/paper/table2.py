@@ -13,9 +13,9 @@ from experiments.paper.experiment import (
     evaluations,
     metric,
     over_stops,
+    plain_and_penalized,
     radius,
     residual,
-    seeded,
     to_reach,
 )
 from experiments.paper.measurement import Measurement
@@ -39,11 +39,7 @@ class Table2(Experiment):
     title: ClassVar[str] = "image classifiers, with and without the penalty"
 
     def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
-        images = recipes.images
-        trainings = {
-            PLAIN: seeded(images.training(cap="generous", strength=0.0), seeds),
-            PENALIZED: seeded(images.training(), seeds),
-        }
+        trainings = plain_and_penalized(recipes.images, seeds)
         for name, (plain, penalized) in (recipes.imagenet or {}).items():
             trainings |= {f"{name}, {PLAIN}": [plain], f"{name}, {PENALIZED}": [penalized]}
         return trainings
