@@ -184,6 +184,11 @@ def test_counts_a_jacobian_as_a_product_for_each_column(contender):
     assert counts.products == jacobians * columns
 
 
+def test_only_libraries_on_torch_solve_on_another_device(contender):
+    refusal = contender.refusal(PROBLEMS["tanh"].to(torch.device("meta")))
+    assert (refusal == "it is compared on the CPU only") == (contender.language != "torch")
+
+
 def test_a_tighter_try_compiles_nothing(contender):
     if contender.language != "jax":
         return
@@ -206,7 +211,7 @@ def test_a_tighter_try_compiles_nothing(contender):
     assert traces[1] == 0
     # The tolerance is another one all the same.
     assert problem.excess(values[1]).max() <= 0.1
-    # Another problem is compiled anew.
+    # Another problem is compiled again.
     other = dataclasses.replace(problem, constants={"x": 2 * x})
     assert not torch.allclose(contender.prepare(other)().value, values[1])
 

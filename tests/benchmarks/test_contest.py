@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -242,6 +243,40 @@ def test_clock_takes_a_slow_solve_once_after_a_warm_up() -> None:
     assert measured[0].samples == 1
     assert measured[0].median > 0
     assert len(solves) == 2
+
+
+def run_contest(monkeypatch: pytest.MonkeyPatch, device: str, kept: Callable[..., Any]) -> list[torch.device]:
+    """Run the contest on one problem with one solver; returns the devices of the problems that were solved."""
+    devices = []
+
+    def compete(context: Any, problem: Problem, solvers: Any) -> list[Entry]:
+        devices.append(problem.z0.device)
+        return [Entry(problem.key, "family", "made.up", "pydeq", "solved", 3, 0, 0.5)]
+
+    monkeypatch.setattr(contest, "contenders", lambda names: ([made_up(says(2.0, True))], []))
+    monkeypatch.setattr(contest, "problems", lambda names: [halving()])
+    monkeypatch.setattr(contest, "compete", compete)
+    bar = SimpleNamespace(start=lambda total: None, show=lambda text: None, advance=lambda: None)
+    context = SimpleNamespace(
+        device=device, asks_library=lambda name: True, results=Results({}), problems_asked=None, bar=bar, kept=kept,
+        profile=SimpleNamespace(contest_problems=None),
+    )  # fmt: skip
+    contest.run(context)  # type: ignore[arg-type]
+    assert [each.contender for each in context.results.entries] == ["made.up"]
+    return devices
+
+
+def test_the_contest_solves_on_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cpu", "meta"):
+        assert run_contest(monkeypatch, device, lambda key, compute: compute()) == [torch.device(device)]
+
+
+def test_results_of_other_solvers_are_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"problem": "halving", "family": "family", "contender": "made.up", "library": "pydeq", "status": "solved"}
+    assert run_contest(monkeypatch, "cpu", lambda key, compute: [row]) == []
+    for rows in ([row | {"contender": "made.before"}], [row, row | {"contender": "made.before"}], []):
+        with pytest.raises(ValueError, match="halving was solved by other solvers"):
+            run_contest(monkeypatch, "cpu", lambda key, compute, rows=rows: rows)
 
 
 def entry(problem: str, library: str, seconds: float | None, evaluations: float = 10, status: str = "solved") -> Entry:
