@@ -1,6 +1,6 @@
 """The finished parts of a run, in files: if a run is stopped, ``--resume`` continues it.
 
-``--reuse`` takes the contest's problems from other runs: shares of the problems can run side by side, each on a core.
+``--reuse`` takes results of the contest from other runs, so that its problems can be split into runs side by side.
 """
 
 from __future__ import annotations
