@@ -22,7 +22,7 @@ from pydeq.layer import DEQ
 from pydeq.ops.constants import Status
 from pydeq.ops.kernels import kernels, package_version
 from pydeq.solution import ConvergenceError, ConvergenceWarning, CouplingWarning, Solution
-from pydeq.solvers import GMRES, Anderson, Broyden, CustomSolver, NewtonKrylov, Picard
+from pydeq.solvers import GMRES, Anderson, Broyden, CustomSolver, NewtonKrylov, Picard, TrustRegion
 from pydeq.supervision import fixed_point_correction
 
 __version__ = package_version()
@@ -46,6 +46,7 @@ __all__ = [
     "Shine",
     "Solution",
     "Status",
+    "TrustRegion",
     "Unrolled",
     "audit",
     "diagnose",

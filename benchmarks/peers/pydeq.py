@@ -15,6 +15,7 @@ from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
 from pydeq.solvers import buffers
+from pydeq.solvers.trust_region import MOST_ENTRIES
 
 
 def _solver(method: Method, max_calls: int) -> Any:
@@ -91,6 +92,10 @@ class _Contender(Contender):
     compiled: bool = False
     library: str = "pydeq"
 
+    def refusal(self, problem: Problem) -> str | None:
+        dense = self.solver == "TrustRegion" and problem.z0[0].numel() > MOST_ENTRIES
+        return super().refusal(problem) or ("it forms a dense Jacobian of each sample" if dense else None)
+
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         solver = getattr(pydeq, self.solver)(**self.settings)
         rtol, atol = tighten * problem.rtol, tighten * problem.atol
@@ -125,6 +130,7 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
     _Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov"),
+    _Contender(key="pydeq.trust_region", title="trust region", solver="TrustRegion"),
 )
 
 GRIDS: Grids = {

@@ -38,7 +38,7 @@ from pydeq.ops.constants import Status
 from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution
 from pydeq.solve.solve import solve
-from pydeq.solvers import Anderson, NewtonKrylov, Solver
+from pydeq.solvers import Anderson, Solver
 from pydeq.state import Layout, State, as_tuple, layout_of
 
 
@@ -81,8 +81,9 @@ class Implicit(Adjoint):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(self.solver)}")
-        if isinstance(self.solver, NewtonKrylov):
-            raise TypeError("solver must not be NewtonKrylov, since the adjoint system is linear: use pydeq.GMRES()")
+        if self.solver.takes != "images":
+            name = type(self.solver).__name__
+            raise TypeError(f"solver must not be {name}, since the adjoint system is linear: use pydeq.GMRES()")
         rtol = None if self.rtol is None else check_tolerance("rtol", self.rtol)
         set_fields(self, rtol=rtol, max_steps=check_max_steps("max_steps", self.max_steps))
 

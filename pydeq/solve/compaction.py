@@ -61,6 +61,11 @@ class Evaluator:
         assert self.products is not None
         return self.products.product(v)
 
+    def jacobian(self) -> Tensor:
+        """J at the newest evaluation, [B, D, D]."""
+        assert self.products is not None
+        return self.products.jacobian()
+
 
 class CompactingEvaluator(Evaluator):
     """Calls ``fn`` on the running samples only, with their rows of the context.
@@ -106,6 +111,12 @@ class CompactingEvaluator(Evaluator):
             return super().product(v)
         part = super().product(v.index_select(0, self.rows))
         return torch.zeros_like(v).index_copy_(0, self.rows, part)
+
+    def jacobian(self) -> Tensor:
+        if self.rows is None:
+            return super().jacobian()
+        part = super().jacobian()
+        return part.new_zeros(self.layout.batch, *part.shape[1:]).index_copy_(0, self.rows, part)
 
 
 def gather(entry: Any, rows: Tensor) -> Any:

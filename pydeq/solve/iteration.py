@@ -43,8 +43,8 @@ def iterate(
     evaluations = 0
     with agreement:
         workspace = solver.start(flat, rules, max_steps)
-        if workspace.takes_products:
-            workspace.product = evaluator.product
+        if solver.takes != "images":
+            workspace.product, workspace.jacobian = evaluator.product, evaluator.jacobian
         # With freeze=False an extra step changes the result, so the loop does not run ahead of the device. Compaction
         # has no images of finished samples to look back at.
         frozen = rules.freeze and not evaluator.counts_running

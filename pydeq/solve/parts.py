@@ -136,6 +136,11 @@ class _Scaled(Evaluator):
     def product(self, v: Tensor) -> Tensor:
         return self.down(self.inner.product(self.up(v)))
 
+    def jacobian(self) -> Tensor:
+        matrix = self.inner.jacobian()
+        scale = self.up(torch.ones_like(matrix[:, 0]))
+        return matrix * scale[:, None] / scale[:, :, None]
+
     def down(self, flat: Tensor) -> Tensor:
         """Divide states by the scale, [B, D]."""
         return self.tolerances.down(flat, self.scale)

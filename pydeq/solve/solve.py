@@ -21,7 +21,7 @@ from pydeq.solve.iteration import iterate
 from pydeq.solve.parts import iterate_by_parts
 from pydeq.solve.products import Products
 from pydeq.solve.ranks import ALONE, RankAgreement, check_ranks
-from pydeq.solvers import Anderson, NewtonKrylov, Solver
+from pydeq.solvers import Anderson, Solver
 from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State, layout_of
 
@@ -85,10 +85,10 @@ def solve_keeping_workspace(
     ranks = check_ranks(process_group, sharded)
     if check_norm(norm) == "parts" and (compact or ranks is not None):
         raise ValueError(f"norm='parts' does not work with {'compact=True' if compact else 'process_group'}")
-    if ranks is not None and isinstance(solver, NewtonKrylov):
+    if ranks is not None and solver.takes != "images":
         raise ValueError(
-            "NewtonKrylov does not work with process_group: each rank takes its own number of products, which call fn,"
-            " so the ranks would call fn unequally often; use pydeq.Broyden or pydeq.Anderson"
+            f"{type(solver).__name__} does not work with process_group: each rank takes its own number of products,"
+            " which call fn, so the ranks would call fn unequally often; use pydeq.Broyden or pydeq.Anderson"
         )
     if sharded and not solver.reduces:
         raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
@@ -104,8 +104,8 @@ def solve_keeping_workspace(
             evaluator = CompactingEvaluator(fn, context, layout, cast, batched_context)
         else:
             evaluator = Evaluator(fn, context, layout, cast)
-        if isinstance(solver, NewtonKrylov):
-            evaluator.products = Products(solver.mode, rules.eps)
+        if solver.takes != "images":
+            evaluator.products = Products(solver, rules.eps)
         flat = layout.flatten(z0)
         if norm == "parts":
             solution, workspace = iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)

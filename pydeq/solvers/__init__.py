@@ -7,5 +7,6 @@ from pydeq.solvers.custom import CustomSolver
 from pydeq.solvers.gmres import GMRES
 from pydeq.solvers.newton_krylov import NewtonKrylov
 from pydeq.solvers.picard import Picard
+from pydeq.solvers.trust_region import TrustRegion
 
-__all__ = ["GMRES", "Anderson", "Broyden", "CustomSolver", "NewtonKrylov", "Picard", "Solver"]
+__all__ = ["GMRES", "Anderson", "Broyden", "CustomSolver", "NewtonKrylov", "Picard", "Solver", "TrustRegion"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ class Workspace(ABC):
     reports_late: ClassVar[bool] = True
     """Whether a step on a GPU may return before it has reported."""
 
-    takes_products: ClassVar[bool] = False
-    """Whether steps call ``product``; a workspace that has it keeps fn."""
-
     product: Callable[[Tensor], Tensor]
-    """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation; set by the loop."""
+    """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation. The loop sets it for solvers that take it."""
+
+    jacobian: Callable[[], Tensor]
+    """() -> J, [B, D, D]; likewise."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
@@ -122,6 +122,10 @@ class Solver(ABC):
         >>> isinstance(pydeq.Anderson(), pydeq.solvers.Solver)
         True
     """
+
+    takes: ClassVar[Literal["images", "products", "jacobian"]] = "images"
+    """What steps need: images of fn, also products with its Jacobian, or also the whole Jacobian. Solvers that need
+    more than images have the field ``mode``: how products are formed."""
 
     reduces: ClassVar[bool] = False
     """Whether its steps use ``rules.reduction`` for all sums over a state, so that states may be sharded."""

@@ -118,12 +118,7 @@ class SearchWorkspace(Workspace):
         self.leapt |= rejected & self.leaping
         self.leaping &= ~rejected
 
-        # A shorter step.
-        ratio = found / self.size
-        promised = (1.0 - self.eta.square()) * self.length
-        factor = promised / (ratio.square() - 1.0 + 2.0 * promised)
-        factor = torch.where(finite & (factor > 0), factor, 0.0).clamp(_SHORTEST, _LONGEST)
-        self.length = torch.where(rejected, factor * self.length, self.length)
+        self.shorten(rejected, found, finite)
         trial = self._trial()
         searching = rejected & (self.rejected <= self.trials) & (trial != self.base.to(z.dtype)).any(1)
         next.copy_(torch.where(searching[:, None], trial, next))
@@ -157,6 +152,19 @@ class SearchWorkspace(Workspace):
         if not self.rules.freeze:  # a sample that is done waits at its value until others are, or have moved it
             next.copy_(torch.where(running[:, None], next, z))
         self.searching = searching
+
+    def shorten(self, rejected: Tensor, found: Tensor, finite: Tensor) -> None:
+        """Make the steps of samples shorter, before their next trial.
+
+        Args:
+            rejected: These samples, bool [B].
+            found: The residual norms at the rejected points, [B], and whether they are finite in ``finite``.
+        """
+        ratio = found / self.size
+        promised = (1.0 - self.eta.square()) * self.length
+        factor = promised / (ratio.square() - 1.0 + 2.0 * promised)
+        factor = torch.where(finite & (factor > 0), factor, 0.0).clamp(_SHORTEST, _LONGEST)
+        self.length = torch.where(rejected, factor * self.length, self.length)
 
     def some(self, rows: Tensor) -> bool:
         """Whether work for some samples, bool [B], is to be done: by default, whether there are any."""

@@ -66,6 +66,8 @@ class NewtonKrylov(Solver):
         tensor([1.4142])
     """
 
+    takes: ClassVar[Literal["images", "products", "jacobian"]] = "products"
+
     products: int | None = None
     mode: Literal["auto", "jvp", "difference"] = "auto"
 
@@ -81,8 +83,6 @@ class NewtonKrylov(Solver):
 
 class NewtonKrylovWorkspace(SearchWorkspace):
     """The workspace: 7 state vectors, and during a step those of GMRES; float32 for half states."""
-
-    takes_products: ClassVar[bool] = True
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: NewtonKrylov) -> None:
         super().__init__(flat, rules, max_steps, type(solver).__name__)

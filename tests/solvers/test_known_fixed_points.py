@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pydeq
-from pydeq import GMRES, Anderson, Broyden, NewtonKrylov, Picard
+from pydeq import GMRES, Anderson, Broyden, NewtonKrylov, Picard, TrustRegion
 from pydeq.ops.termination import Rules
 from pydeq.solvers import __all__ as listed
 from pydeq.testing import assert_close, linear_map, softsign_map, tanh_map
@@ -31,6 +31,8 @@ ALL = (
     GMRES(restart=5),
     NewtonKrylov(),
     NewtonKrylov(products=3, mode="difference"),
+    TrustRegion(),
+    TrustRegion(mode="difference"),
 )
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
