@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +124,11 @@ class Linearization:
 
     def reaches_z(self) -> bool:
         """Whether a part of z is in the graph of y: it is not if fn computes y with gradients off."""
-        return any(getattr(node, "variable", None) is part for node in self._nodes() for part in self.z)
+        return any(getattr(node, "variable", None) is part for node in self._nodes for part in self.z)
 
     def has_functions(self) -> bool:
         """Whether the graph of y has a node of a ``torch.autograd.Function``, such as that of compiled code."""
-        return any(hasattr(node, "_forward_cls") for node in self._nodes())
+        return any(hasattr(node, "_forward_cls") for node in self._nodes)
 
     def _at_once(self, v: Tensor) -> int:
         """The number of the K vectors to take in one product.
@@ -146,22 +147,23 @@ class Linearization:
     def _leaf_bytes(self) -> int:
         """The size of the leaves of the graph of y, without z."""
         leaves: dict[int, int] = {}
-        for node in self._nodes():
+        for node in self._nodes:
             leaf = getattr(node, "variable", None)
             if leaf is not None and all(leaf is not part for part in self.z):
                 leaves[id(leaf)] = leaf.numel() * leaf.element_size()
         return sum(leaves.values())
 
-    def _nodes(self) -> Iterator[Any]:
+    @functools.cached_property
+    def _nodes(self) -> list[Any]:
         """The nodes of the graph of y, each once."""
-        nodes: list[Any] = [part.grad_fn for part in self.y if part.grad_fn is not None]
+        nodes: list[Any] = list(dict.fromkeys(part.grad_fn for part in self.y if part.grad_fn is not None))
         seen = set(nodes)
-        while nodes:
-            node = nodes.pop()
-            yield node
-            new = {n for n, _ in node.next_functions if n is not None} - seen
-            seen |= new
-            nodes.extend(new)
+        for node in nodes:  # which grows
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    nodes.append(following)
+        return nodes
 
     def _parts(self, v: Tensor) -> tuple[Tensor, ...]:
         """[K, B, D] -> its parts, [K, B, *shape] each."""

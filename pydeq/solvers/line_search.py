@@ -16,7 +16,7 @@ finite and lambda ends below 0.1 again, or if all trials of a search fail, the s
 accepted at any residual, too. A solver may accept the last trial instead. The best iterate is kept in all cases.
 
 Each trial is one evaluation of fn, for all samples at once: one sample may be at its third trial while another one
-takes its next step.
+takes its next step. A subclass may change direction and promise instead of lambda, as a trust region does.
 
 Source: Eisenstat and Walker, Choosing the forcing terms in an inexact Newton method, SIAM J. Sci. Comput. 17 (1996),
 algorithm INB; Kelley, Solving Nonlinear Equations with Newton's Method, SIAM 2003, section 1.6; Chamberlain, Powell,
@@ -64,8 +64,8 @@ class SearchWorkspace(Workspace):
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, name: str) -> None:
         if capturing(flat.device):
             raise RuntimeError(
-                f"{name} cannot be captured into a CUDA graph: its line search waits for the device; solve outside of"
-                " the graph, or use pydeq.Anderson or pydeq.Broyden without a line search"
+                f"{name} cannot be captured into a CUDA graph: its search waits for the device; solve outside of the"
+                " graph, or use pydeq.Anderson or pydeq.Broyden without a line search"
             )
         super().__init__(flat, rules, max_steps)
         self.wide = wide_dtype(flat.dtype)
@@ -114,22 +114,22 @@ class SearchWorkspace(Workspace):
         accepted = running & finite & (~self.searching | (found <= bound) | (anyhow & ~back))
         rejected = running & self.searching & ~accepted
         lost = running & ~accepted & ~rejected
-        self.rejected += rejected.int()
-        self.leapt |= rejected & self.leaping
-        self.leaping &= ~rejected
-
-        self.shorten(rejected, found, finite)
-        trial = self._trial()
-        searching = rejected & (self.rejected <= self.trials) & (trial != self.base.to(z.dtype)).any(1)
-        next.copy_(torch.where(searching[:, None], trial, next))
-        failed = rejected & ~searching
-        if self.some(failed):  # a plain step
-            next.copy_(torch.where(failed[:, None], (self.base + self.residual).to(z.dtype), next))
+        searching = rejected
         if self.some(lost):  # the first step of a retry is a plain one
             next.copy_(torch.where((lost & (tried == 1))[:, None], self.best[1], next))
-        # A retry would take the same plain step.
-        tried.copy_(torch.where(searching, 0, torch.where(failed, 1, tried)))
-
+        if self.some(rejected):
+            self.rejected += rejected.int()
+            self.leapt |= rejected & self.leaping
+            self.leaping &= ~rejected
+            self.shorten(rejected, found, finite)
+            trial = self._trial()
+            searching = rejected & (self.rejected <= self.trials) & (trial != self.base.to(z.dtype)).any(1)
+            next.copy_(torch.where(searching[:, None], trial, next))
+            failed = rejected & ~searching
+            if self.some(failed):  # a plain step
+                next.copy_(torch.where(failed[:, None], (self.base + self.residual).to(z.dtype), next))
+            # A retry would take the same plain step.
+            tried.copy_(torch.where(searching, 0, torch.where(failed, 1, tried)))
         if self.some(accepted):
             rows = accepted[:, None]
             at = z.to(self.wide)
@@ -148,7 +148,7 @@ class SearchWorkspace(Workspace):
             next.copy_(torch.where(rows, torch.where(has_one[:, None], trial, f), next))
             plain = (accepted & ~has_one & (counters[:, Counter.SINCE_BEST] == 0)).int()
             tried.copy_(torch.where(accepted, plain, tried))
-            searching |= has_one
+            searching = searching | has_one
         if not self.rules.freeze:  # a sample that is done waits at its value until others are, or have moved it
             next.copy_(torch.where(running[:, None], next, z))
         self.searching = searching
@@ -158,7 +158,8 @@ class SearchWorkspace(Workspace):
 
         Args:
             rejected: These samples, bool [B].
-            found: The residual norms at the rejected points, [B], and whether they are finite in ``finite``.
+            found: The residual norms at the rejected points, [B].
+            finite: Whether these are finite, bool [B].
         """
         ratio = found / self.size
         promised = (1.0 - self.eta.square()) * self.length
