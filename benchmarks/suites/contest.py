@@ -26,13 +26,16 @@ from benchmarks.problems.base import Problem
 from benchmarks.problems.collection import problems
 from benchmarks.results import Entry, number, times
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.timing import Recorded, Spread, one_core, threads
+from benchmarks.timing import Recorded, Spread, one_core, spread, threads
 from pydeq.solvers import buffers
 
 JAX = ("jaxopt", "optimistix")
 SHOWN, SHOWN_CALLS = ("cell", "adjoint"), 60  # families with a plot of the residual, and calls in it
 LARGE = 1000  # entries of a batch from which the memory of a solve is measured: below, it is mostly not that of states
 PROFILED_CALLS = 200  # a profiler keeps every allocation of a solve
+# Seconds of a counted solve, and its multiple of the fastest one, beyond which a solver is not timed again: its time is
+# then that of the counted solve, with compilation.
+LATE, LATE_FACTOR = 5.0, 10.0
 FLOOR_CALLS = 20  # of a loop without a solver, whose time per call is the floor
 
 
@@ -65,13 +68,19 @@ def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) ->
     profile = context.profile
     with threads(1):
         verdicts = {solver.key: judge(solver, problem, profile.contest_seconds) for solver in solvers}
-        timed = [solver for solver in solvers if verdicts[solver.key].status == "solved"]
+        solved = [solver for solver in solvers if verdicts[solver.key].status == "solved"]
+        least = min((verdicts[solver.key].seconds for solver in solved), default=0.0)
+        late = {solver.key for solver in solved if verdicts[solver.key].seconds > max(LATE, LATE_FACTOR * least)}
+        timed = [solver for solver in solved if solver.key not in late]
         sides = [(solver, problem, verdicts[solver.key].tighten) for solver in timed]
         if timed:
             sides.append((loop.floor(FLOOR_CALLS), problem, 1.0))
         clocked = clock(sides, profile.contest_repeats, profile.contest_seconds / 10)
         peaks = {solver.key: _peak(solver, problem, verdicts[solver.key]) for solver in timed}
     measured = {side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None}
+    for key in late:
+        seconds = verdicts[key].seconds
+        measured[key] = spread([seconds]), seconds
     floor = measured.get(sides[-1][0].key) if sides else None
     call = floor[0].median / FLOOR_CALLS if floor else None
     entries = [_entry(solver, problem, verdicts[solver.key], measured.get(solver.key), call) for solver in solvers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -243,6 +244,30 @@ def test_clock_takes_a_slow_solve_once_after_a_warm_up() -> None:
     assert measured[0].samples == 1
     assert measured[0].median > 0
     assert len(solves) == 2
+
+
+def test_a_solver_that_is_far_too_slow_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "LATE", 0.05)
+    solves = []
+
+    def slow(problem: Problem, tighten: float) -> Claim:
+        solves.append(tighten)
+        time.sleep(0.1)
+        return says(2.0, True)(problem, tighten)
+
+    context: Any = SimpleNamespace(profile=SimpleNamespace(contest_seconds=2.0, contest_repeats=3))
+    late = dataclasses.replace(made_up(slow), key="late")
+    fast, once = contest.compete(context, halving(), [made_up(says(2.0, True)), late])
+    assert len(solves) == 1
+    assert once.seconds == once.first_seconds == once.seconds_low == once.seconds_high
+    assert once.seconds is not None
+    assert once.seconds >= 0.1
+    assert fast.seconds is not None
+    assert fast.seconds < 0.1
+    monkeypatch.setattr(contest, "LATE_FACTOR", 1e9)  # nobody is so much faster
+    solves.clear()
+    contest.compete(context, halving(), [made_up(says(2.0, True)), late])
+    assert len(solves) > 1
 
 
 def run_contest(monkeypatch: pytest.MonkeyPatch, device: str, kept: Callable[..., Any]) -> list[torch.device]:
