@@ -367,6 +367,7 @@ def test_a_wrong_number_of_steps_is_refused(steps):
     [
         ({"eval_max_steps": None}, {}, r"fixed number of evaluations, and this one has none: give the layer eval_max"),
         ({"solver": pydeq.NewtonKrylov()}, {}, r"NewtonKrylov cannot be exported.*deq\.solver = pydeq\.Broyden"),
+        ({"solver": pydeq.TrustRegion()}, {}, r"TrustRegion cannot be exported.*deq\.solver = pydeq\.Broyden"),
         ({"solver": pydeq.GMRES()}, {}, "GMRES cannot be exported"),
         ({"adjoint": pydeq.Reversible()}, {}, r"has its own iteration: deq\.adjoint = pydeq\.Implicit\(\) finds"),
         ({}, {"freeze": False}, r"freeze=False runs until the whole batch is done: export with freeze=True"),

@@ -39,6 +39,7 @@ from pydeq.ops.termination import default_rtol
 from pydeq.solution import Solution
 from pydeq.solve.solve import solve
 from pydeq.solvers import Anderson, Solver
+from pydeq.solvers.base import NewtonSolver
 from pydeq.state import Layout, State, as_tuple, layout_of
 
 
@@ -81,7 +82,7 @@ class Implicit(Adjoint):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(self.solver)}")
-        if self.solver.takes != "images":
+        if isinstance(self.solver, NewtonSolver):
             name = type(self.solver).__name__
             raise TypeError(f"solver must not be {name}, since the adjoint system is linear: use pydeq.GMRES()")
         rtol = None if self.rtol is None else check_tolerance("rtol", self.rtol)

@@ -16,9 +16,10 @@ from pydeq.ops.constants import Status
 from pydeq.ops.termination import Rules
 from pydeq.solution import Solution
 from pydeq.solve.solve import solve
-from pydeq.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Solver
+from pydeq.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Solver, TrustRegion
 from pydeq.solvers.base import Workspace
 from pydeq.solvers.newton_krylov import NewtonKrylovWorkspace
+from pydeq.solvers.trust_region import TrustRegionWorkspace
 from pydeq.state import as_tuple
 
 # Solvers that every diagnosis tries, forward.
@@ -124,6 +125,8 @@ def try_forward(
     limited = solver
     if isinstance(solver, NewtonKrylov) and max_products is not None:
         limited = _LimitedNewtonKrylov(solver.products, solver.mode, max_products)
+    elif isinstance(solver, TrustRegion) and max_products is not None:
+        limited = _LimitedTrustRegion(solver.mode, max_products)
     solution = solve(subject.fn, subject.z0, solver=limited, rtol=rtol, max_steps=max_steps, trace=True, **options)
     return Trial(solver, max_steps, rtol, solution, max_products=max_products if limited is not solver else None)
 
@@ -135,10 +138,10 @@ class _LimitedNewtonKrylov(NewtonKrylov):
     limit: int = 1
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
-        return _LimitedWorkspace(flat, rules, max_steps, self)
+        return _LimitedNewtonKrylovWorkspace(flat, rules, max_steps, self)
 
 
-class _LimitedWorkspace(NewtonKrylovWorkspace):
+class _LimitedNewtonKrylovWorkspace(NewtonKrylovWorkspace):
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: _LimitedNewtonKrylov) -> None:
         super().__init__(flat, rules, max_steps, solver)
         self.left = solver.limit
@@ -159,6 +162,33 @@ class _LimitedWorkspace(NewtonKrylovWorkspace):
     def step(self, f: Tensor, k: int) -> None:
         if self.left <= 0:
             self.max_steps = k + 1  # samples that have not converged end as MAX_STEPS
+        super().step(f, k)
+
+
+@dataclass(frozen=True)
+class _LimitedTrustRegion(TrustRegion):
+    """TrustRegion that ends where another Jacobian would take it beyond ``limit`` products in all."""
+
+    limit: int = 1
+
+    def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
+        return _LimitedTrustRegionWorkspace(flat, rules, max_steps, self)
+
+
+class _LimitedTrustRegionWorkspace(TrustRegionWorkspace):
+    def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: _LimitedTrustRegion) -> None:
+        super().__init__(flat, rules, max_steps, solver)
+        self.left = solver.limit
+
+        self.each = 1 + flat.shape[1]
+
+    def _renew(self, rows: Any, z: Tensor) -> None:
+        self.left -= self.each
+        super()._renew(rows, z)
+
+    def step(self, f: Tensor, k: int) -> None:
+        if self.left < self.each:
+            self.max_steps = k + 1
         super().step(f, k)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pydeq.ops.constants import RUNNING, Counter
+from pydeq.solve.dense_jacobian import DenseJacobian
 from pydeq.solve.products import Products
 from pydeq.solvers.base import Workspace
 from pydeq.state import Layout, State
@@ -34,6 +35,7 @@ class Evaluator:
         self.calls = 0
         self.views: list[State] = []  # views of the workspace's two buffers
         self.products: Products | None = None  # for solvers that take products with the Jacobian
+        self.dense: DenseJacobian | None = None  # for solvers that take the Jacobian
         # Tensors made in inference mode do not count their versions.
         self.watch = not torch.is_inference_mode_enabled()
 
@@ -61,10 +63,10 @@ class Evaluator:
         assert self.products is not None
         return self.products.product(v)
 
-    def jacobian(self) -> Tensor:
-        """J at the newest evaluation, [B, D, D]."""
-        assert self.products is not None
-        return self.products.jacobian()
+    def jacobian(self, z: Tensor) -> Tensor:
+        """The Jacobian of fn at z [B, D] for each sample, [B, D, D]."""
+        assert self.dense is not None
+        return self.dense.at(self.fn, z, self.layout, self.context)
 
 
 class CompactingEvaluator(Evaluator):
@@ -112,10 +114,11 @@ class CompactingEvaluator(Evaluator):
         part = super().product(v.index_select(0, self.rows))
         return torch.zeros_like(v).index_copy_(0, self.rows, part)
 
-    def jacobian(self) -> Tensor:
+    def jacobian(self, z: Tensor) -> Tensor:
         if self.rows is None:
-            return super().jacobian()
-        part = super().jacobian()
+            return super().jacobian(z)
+        assert self.dense is not None
+        part = self.dense.at(self.fn, z.index_select(0, self.rows), self.part, self.part_context)
         return part.new_zeros(self.layout.batch, *part.shape[1:]).index_copy_(0, self.rows, part)
 
 

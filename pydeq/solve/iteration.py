@@ -14,7 +14,7 @@ from pydeq.solution import CouplingWarning, Solution, relative
 from pydeq.solve.compaction import Evaluator
 from pydeq.solve.ranks import ALONE, Agreement
 from pydeq.solve.step_reports import Reports, open_reports
-from pydeq.solvers.base import Solver, Workspace
+from pydeq.solvers.base import NewtonSolver, Solver, Workspace
 from pydeq.state import State
 
 
@@ -43,7 +43,7 @@ def iterate(
     evaluations = 0
     with agreement:
         workspace = solver.start(flat, rules, max_steps)
-        if solver.takes != "images":
+        if isinstance(solver, NewtonSolver):
             workspace.product, workspace.jacobian = evaluator.product, evaluator.jacobian
         # With freeze=False an extra step changes the result, so the loop does not run ahead of the device. Compaction
         # has no images of finished samples to look back at.

@@ -136,8 +136,8 @@ class _Scaled(Evaluator):
     def product(self, v: Tensor) -> Tensor:
         return self.down(self.inner.product(self.up(v)))
 
-    def jacobian(self) -> Tensor:
-        matrix = self.inner.jacobian()
+    def jacobian(self, z: Tensor) -> Tensor:
+        matrix = self.inner.jacobian(self.up(z)).double()
         scale = self.up(torch.ones_like(matrix[:, 0]))
         return matrix * scale[:, None] / scale[:, :, None]
 

@@ -1,48 +1,42 @@
-"""The Jacobian of fn at its newest evaluation, or products with it, for a forward solver that needs them."""
+"""Products with the Jacobian of fn at its newest evaluation, for a forward solver that needs them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.linearization import linearize, recordable
-from pydeq.ops.reduction import norms, wide_dtype
-from pydeq.solvers import Solver
+from pydeq.ops.reduction import norms
 from pydeq.state import Layout, State
 
 
 class Products:
-    """Evaluate fn, and form products J v with its Jacobian at that point, or J.
+    """Evaluate fn, and form products J v with its Jacobian at that point.
 
     - "jvp": every evaluation keeps its graph, and J v is the derivative of u^T J v by u (:mod:`pydeq.cell`). fn needs
       second derivatives. No product calls fn.
-    - "vjp": every evaluation keeps its graph, and row i of J is e_i^T J. Only J itself is formed so.
     - "difference": J v = (fn(z + s v) - fn(z)) / s for each sample, with s ||v|| = sqrt(eps) max(||z||, ||fn(z)||).
       Every product calls fn.
-    - "auto": "jvp" for a solver that takes products, "vjp" for one that takes J, until fn turns out to have no such
-      derivatives; then "difference". An fn whose result has no graph back to z gets differences. The backward pass of
-      an ``autograd.Function``, or of compiled code, may leave no graph without an error, so both get differences where
-      second derivatives are needed.
+    - "auto": "jvp", until fn turns out to have no second derivatives; then "difference". The backward pass of an
+      ``autograd.Function``, or of compiled code, may leave no graph without an error, so they always get differences,
+      and so does an fn whose result has no graph back to z.
 
     Forward mode would do, too, but on a CPU it is the slowest of the three: torch decomposes the norms and attention.
 
     Args:
-        solver: One that takes more than images; its ``mode`` is one of the above.
+        mode: One of the above.
         eps: Machine epsilon of the coarsest dtype that fn computes in.
 
     Attributes:
-        count: Products so far, as many for J as a sample has entries. An evaluation with a graph that fails, under
-            "auto", counts as one: it calls fn.
+        count: Products so far. An evaluation with a graph that fails, under "auto", counts as one: it calls fn.
     """
 
-    def __init__(self, solver: Solver, eps: float) -> None:
-        self.name, self.whole = type(solver).__name__, solver.takes == "jacobian"
-        self.mode: str = solver.mode  # pyright: ignore[reportAttributeAccessIssue]
-        self.eps, self.count = eps, 0
+    def __init__(self, mode: Literal["auto", "jvp", "difference"], eps: float) -> None:
+        self.mode, self.eps, self.count = mode, eps, 0
 
     def evaluate(self, fn: Callable[..., Any], z: Tensor, view: State, layout: Layout, context: Sequence[Any]) -> Any:
         """Evaluate ``fn`` at the flat ``z``; ``view`` is z as a state."""
@@ -55,19 +49,18 @@ class Products:
         try:
             at = linearize(fn, layout.view(self._z), context)
         except (RuntimeError, NotImplementedError) as error:
-            if self.mode != "auto" or isinstance(error, torch.OutOfMemoryError):
+            if self.mode == "jvp" or isinstance(error, torch.OutOfMemoryError):
                 raise
             self.mode = "difference"
             self.count += 1
             return fn(view, *context)  # an error of fn itself is raised here
         reaches = at.reaches_z()
-        if self.mode != "auto" and not reaches:
+        if self.mode == "jvp" and not reaches:
             raise ValueError(
-                f"mode={self.mode!r} needs a graph from the result of fn to z, but fn computes with gradients off; take"
-                f" pydeq.{self.name}(mode='difference')"
+                "mode='jvp' needs a graph from the result of fn to z, but fn computes with gradients off; take"
+                " pydeq.NewtonKrylov(mode='difference')"
             )
-        self._functions = self.mode != "jvp" and at.has_functions()
-        if self.mode == "auto" and (not reaches or (self._functions and not self.whole)):
+        if self.mode == "auto" and (at.has_functions() or not reaches):
             self.mode = "difference"
         else:
             self._at = at
@@ -89,40 +82,15 @@ class Products:
                         self._exact = self._at.right_products()
                     return self._exact(recordable(v).to(self._z.dtype)).to(v.dtype)
             except (RuntimeError, NotImplementedError) as error:
-                self._differ(error, "second derivatives")
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                if self.mode == "jvp":
+                    raise RuntimeError(
+                        "NewtonKrylov's mode 'jvp' needs second derivatives of fn, which has none: use mode='auto' or"
+                        f" 'difference' ({error})"
+                    ) from error
+                self.mode, self._at, self._f = "difference", None, self._f.clone()
         return self._difference(v)
-
-    def jacobian(self) -> Tensor:
-        """J, [B, D, D]."""
-        batch, entries = self._z.shape
-        self.count += entries
-        unit = torch.eye(entries, dtype=self._z.dtype, device=self._z.device)
-        units = unit[:, None].expand(-1, batch, -1)  # [D, B, D]
-        at = self._at
-        if at is not None:
-            try:
-                with torch.inference_mode(False), Autocast.current(unit.device).off():
-                    if self._functions:  # they may not vectorize
-                        return torch.stack([at.flat_vjp(one) for one in units.contiguous()], dim=1)
-                    return at.flat_vjps(units.contiguous()).transpose(0, 1)
-            except (RuntimeError, NotImplementedError) as error:
-                self._differ(error, "derivatives")
-        return torch.stack([self._difference(one) for one in units.to(wide_dtype(unit.dtype))], dim=2)
-
-    def _differ(self, error: Exception, needed: str) -> None:
-        """Take differences from now on, as ``needed`` is what fn does not have.
-
-        Raises:
-            RuntimeError: If the mode is not "auto", or memory ran out.
-        """
-        if isinstance(error, torch.OutOfMemoryError):
-            raise error
-        if self.mode != "auto":
-            raise RuntimeError(
-                f"{self.name}'s mode {self.mode!r} needs {needed} of fn, which has none: use mode='auto' or"
-                f" 'difference' ({error})"
-            ) from error
-        self.mode, self._at, self._f = "difference", None, self._f.clone()
 
     def _difference(self, v: Tensor) -> Tensor:
         layout, z, f = self._layout, self._z.to(v.dtype), self._f.to(v.dtype)

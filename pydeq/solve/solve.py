@@ -17,12 +17,13 @@ from pydeq.ops.reduction import WHOLE, Reduction
 from pydeq.ops.termination import Rules, default_rtol
 from pydeq.solution import Solution
 from pydeq.solve.compaction import CompactingEvaluator, Evaluator
+from pydeq.solve.dense_jacobian import DenseJacobian
 from pydeq.solve.iteration import iterate
 from pydeq.solve.parts import iterate_by_parts
 from pydeq.solve.products import Products
 from pydeq.solve.ranks import ALONE, RankAgreement, check_ranks
-from pydeq.solvers import Anderson, Solver
-from pydeq.solvers.base import Workspace
+from pydeq.solvers import Anderson, NewtonKrylov, Solver, TrustRegion
+from pydeq.solvers.base import NewtonSolver, Workspace
 from pydeq.state import Layout, State, layout_of
 
 if TYPE_CHECKING:
@@ -85,10 +86,10 @@ def solve_keeping_workspace(
     ranks = check_ranks(process_group, sharded)
     if check_norm(norm) == "parts" and (compact or ranks is not None):
         raise ValueError(f"norm='parts' does not work with {'compact=True' if compact else 'process_group'}")
-    if ranks is not None and solver.takes != "images":
+    if ranks is not None and isinstance(solver, NewtonSolver):
         raise ValueError(
             f"{type(solver).__name__} does not work with process_group: each rank takes its own number of products,"
-            " which call fn, so the ranks would call fn unequally often; use pydeq.Broyden or pydeq.Anderson"
+            " which may call fn, so the ranks would call fn unequally often; use pydeq.Broyden or pydeq.Anderson"
         )
     if sharded and not solver.reduces:
         raise ValueError(f"solver must be one that takes sharded states, got {solver!r}")
@@ -104,15 +105,18 @@ def solve_keeping_workspace(
             evaluator = CompactingEvaluator(fn, context, layout, cast, batched_context)
         else:
             evaluator = Evaluator(fn, context, layout, cast)
-        if solver.takes != "images":
-            evaluator.products = Products(solver, rules.eps)
+        counted = None
+        if isinstance(solver, NewtonKrylov):
+            counted = evaluator.products = Products(solver.mode, rules.eps)
+        elif isinstance(solver, TrustRegion):
+            counted = evaluator.dense = DenseJacobian(solver.mode, rules.eps)
         flat = layout.flatten(z0)
         if norm == "parts":
             solution, workspace = iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)
         else:
             solution, workspace = iterate(evaluator, flat, solver, rules, max_steps, trace, agreement, states_at)
-        if evaluator.products is not None:
-            solution.products = evaluator.products.count
+        if counted is not None:
+            solution.products = counted.count
         return solution, workspace
 
 

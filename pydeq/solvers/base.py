@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,10 +40,10 @@ class Workspace(ABC):
     """Whether a step on a GPU may return before it has reported."""
 
     product: Callable[[Tensor], Tensor]
-    """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation. The loop sets it for solvers that take it."""
+    """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation; set by the loop for a NewtonSolver."""
 
-    jacobian: Callable[[], Tensor]
-    """() -> J, [B, D, D]; likewise."""
+    jacobian: Callable[[Tensor], Tensor]
+    """z -> the Jacobian of fn at z [B, D] for each sample, [B, D, D]; likewise."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
@@ -123,16 +123,16 @@ class Solver(ABC):
         True
     """
 
-    takes: ClassVar[Literal["images", "products", "jacobian"]] = "images"
-    """What steps need: images of fn, also products with its Jacobian, or also the whole Jacobian. Solvers that need
-    more than images have the field ``mode``: how products are formed."""
-
     reduces: ClassVar[bool] = False
     """Whether its steps use ``rules.reduction`` for all sums over a state, so that states may be sharded."""
 
     @abstractmethod
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         """Allocate the workspace of one solve from initial iterates [B, D]."""
+
+
+class NewtonSolver(Solver):
+    """A solver whose steps need more than images of fn: products with its Jacobian, or the Jacobian itself."""
 
 
 def check_vectors(device: torch.device, rules: Rules, needed: int, max_steps: int, **depth: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from pydeq.arguments import check_integer, set_fields, suggests_keywords
 from pydeq.ops.constants import RUNNING, Counter, Progress, Scalar, Status
 from pydeq.ops.termination import Rules
-from pydeq.solvers.base import Solver, Workspace, check_vectors
+from pydeq.solvers.base import NewtonSolver, Workspace, check_vectors
 from pydeq.solvers.gmres import GMRES
 from pydeq.solvers.line_search import SearchWorkspace
 
@@ -24,7 +24,7 @@ _PRODUCTS, _MOST_PRODUCTS = 40, 128
 
 @suggests_keywords
 @dataclass(frozen=True)
-class NewtonKrylov(Solver):
+class NewtonKrylov(NewtonSolver):
     """Newton's method on g(z) = f(z) - z = 0 with a line search: for maps that expand, and for root finding.
 
     ||g(z) + (J - I) d|| <= eta ||g(z)||,   z' = z + lambda d
@@ -65,8 +65,6 @@ class NewtonKrylov(Solver):
         >>> root.value
         tensor([1.4142])
     """
-
-    takes: ClassVar[Literal["images", "products", "jacobian"]] = "products"
 
     products: int | None = None
     mode: Literal["auto", "jvp", "difference"] = "auto"
