@@ -46,8 +46,8 @@ from pydeq.state import as_tuple
 _VANISHED = 1e-3
 # Evaluations of the last try, if nothing converges with fewer.
 _MOST = 1000
-# Products with the Jacobian that NewtonKrylov may take, per evaluation that the other solvers may take. A product costs
-# one evaluation to a few.
+# Products with the Jacobian that NewtonKrylov and TrustRegion may take, per evaluation that the other solvers may take.
+# A product costs one evaluation to a few.
 _PRODUCTS = 5
 # Another solver must need less than this fraction of the evaluations that the layer's own needs.
 _PREFERRED = 0.6

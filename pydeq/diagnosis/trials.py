@@ -167,7 +167,7 @@ class _LimitedNewtonKrylovWorkspace(NewtonKrylovWorkspace):
 
 @dataclass(frozen=True)
 class _LimitedTrustRegion(TrustRegion):
-    """TrustRegion that ends where another Jacobian would take it beyond ``limit`` products in all."""
+    """TrustRegion that ends when fewer of ``limit`` products in all are left than a Jacobian takes."""
 
     limit: int = 1
 
@@ -178,9 +178,8 @@ class _LimitedTrustRegion(TrustRegion):
 class _LimitedTrustRegionWorkspace(TrustRegionWorkspace):
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: _LimitedTrustRegion) -> None:
         super().__init__(flat, rules, max_steps, solver)
-        self.left = solver.limit
-
         self.each = 1 + flat.shape[1]
+        self.left = max(solver.limit, self.each)
 
     def _renew(self, rows: Any, z: Tensor) -> None:
         self.left -= self.each

@@ -37,7 +37,8 @@ class DenseJacobian:
         eps: Machine epsilon of the coarsest dtype that fn computes in.
 
     Attributes:
-        count: What all Jacobians cost so far: each one evaluation, and as many products as a sample has entries.
+        count: What all Jacobians cost so far: each one evaluation, and as many products as a sample has entries; and
+            the evaluation that showed that "auto" must take differences.
     """
 
     def __init__(self, mode: Literal["auto", "vjp", "difference"], eps: float) -> None:
@@ -57,7 +58,7 @@ class DenseJacobian:
             except (RuntimeError, NotImplementedError, _NoGraphError) as error:
                 if self.mode == "vjp" or isinstance(error, torch.OutOfMemoryError):
                     raise
-            self.mode = "difference"
+            self.mode, self.count = "difference", self.count + 1
         return self._by_columns(fn, z, layout, context)
 
     def _exact(self, fn: Callable[..., Any], z: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
@@ -87,10 +88,11 @@ class DenseJacobian:
 
         f, base = evaluate(z), z.to(wide)
         size, image = norms([base, f])
-        least = torch.where(size > 0, size, image) / layout.size**0.5
+        least = torch.maximum(torch.where(size > 0, size, image), self.eps * image) / layout.size**0.5
         # Powers of two: adding them rounds little.
         step = torch.maximum(base.double().abs(), torch.where(least > 0, least, 1.0)[:, None])
-        step = torch.exp2((self.eps**0.5 * step).log2().round()).to(wide)
+        smallest = torch.finfo(z.dtype).tiny
+        step = torch.exp2((self.eps**0.5 * step).clamp(min=smallest).log2().round()).to(wide)
         columns = []
         for i in range(layout.size):
             point = base.clone()

@@ -16,7 +16,7 @@ finite and lambda ends below 0.1 again, or if all trials of a search fail, the s
 accepted at any residual, too. A solver may accept the last trial instead. The best iterate is kept in all cases.
 
 Each trial is one evaluation of fn, for all samples at once: one sample may be at its third trial while another one
-takes its next step. A subclass may change direction and promise instead of lambda, as a trust region does.
+takes its next step.
 
 Source: Eisenstat and Walker, Choosing the forcing terms in an inexact Newton method, SIAM J. Sci. Comput. 17 (1996),
 algorithm INB; Kelley, Solving Nonlinear Equations with Newton's Method, SIAM 2003, section 1.6; Chamberlain, Powell,
@@ -26,7 +26,7 @@ Lemarechal and Pedersen, The watchdog technique, Math. Prog. Study 16 (1982).
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ _SMALL = 0.1
 # The damping of the plain step that checks samples: with a damping below 1, the image of every new best is saved at
 # once.
 _DAMPING = 0.5
+
+
+def end_search(counters: Tensor, searching: Any) -> None:
+    """Let samples that are DIVERGED by a last trial end as MAX_STEPS; ``searching`` says which had one, bool [B]."""
+    status = counters[:, Counter.STATUS]
+    trial = torch.as_tensor(searching, device=status.device)
+    status.masked_fill_(trial & (status == Status.DIVERGED), int(Status.MAX_STEPS))
 
 
 class SearchWorkspace(Workspace):
@@ -97,6 +104,7 @@ class SearchWorkspace(Workspace):
         # A plain step, which checks every sample.
         self.take(picard_step, f, k, k + 1 == self.max_steps, (_DAMPING, 0))
         if k + 1 == self.max_steps:
+            end_search(self.counters, self.searching)
             return
         status, tried = counters[:, Counter.STATUS], counters[:, Counter.TRIED]
         # A trial may go far beyond the first residual: the search comes back from it.

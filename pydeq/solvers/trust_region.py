@@ -18,6 +18,7 @@ from pydeq.ops.capture import capturing
 from pydeq.ops.constants import RUNNING, Counter, Progress, Scalar, Status
 from pydeq.ops.termination import Rules
 from pydeq.solvers.base import NewtonSolver, Workspace
+from pydeq.solvers.line_search import end_search
 
 MOST_ENTRIES = 1024
 """The most entries D of a sample: its matrices have D^2 entries, and a step takes O(D^3) operations."""
@@ -52,14 +53,14 @@ class TrustRegion(NewtonSolver):
     new one. Each sample has its own radius r: it grows where the linear model is good. Where ||g|| does not fall as
     promised, the point is rejected, and J is formed anew, or r shrinks. Steps that fit are Newton steps: near a
     solution with a nonsingular I - J, convergence is superlinear. A sample whose residual has not fallen by half in 30
-    evaluations starts again, once, without updates. At a local minimum of ||g||, where no step reduces it, the sample
-    takes a plain step.
+    evaluations starts again, once, without updates, if it used any. At a local minimum of ||g||, where no step reduces
+    it, the sample takes a plain step.
 
     For up to a few hundred unknowns, far from a solution, or where I - J is singular or badly scaled there. For larger
     states, and where ||g|| has local minima, there is :class:`pydeq.NewtonKrylov`. To find a root of F, solve for a
     fixed point of z + F(z).
 
-    ``max_steps`` limits the evaluations of f: one per trial point, and the first. ``solution.products`` counts what the
+    ``max_steps`` limits the evaluations of f at iterates and trial points. ``solution.products`` counts what the
     Jacobians cost, for the whole batch, apart from ``solution.nfe``: each one evaluation, and as many products as a
     sample has entries. The algebra runs on the host, also for states on a GPU.
 
@@ -114,7 +115,7 @@ class TrustRegionWorkspace(Workspace):
         searching: Whether the point being evaluated is a trial, bool [B].
         rejected: Rejected points of the search, [B].
         mark, idle: A residual norm that is to be halved, and the evaluations since it was reached; [B].
-        careful: Whether the sample has started again, to use new Jacobians only; bool [B].
+        updated, careful: Whether the sample has used updates, and whether it uses no more of them; bool [B].
     """
 
     reports_late: ClassVar[bool] = False
@@ -140,17 +141,18 @@ class TrustRegionWorkspace(Workspace):
         self.largest = torch.finfo(flat.dtype).max / 4
         self.begin = _host(flat).copy()
         self.mark, self.idle = np.full(batch, np.inf), np.zeros(batch, dtype=np.int64)
-        self.careful = np.zeros(batch, dtype=bool)
+        self.careful, self.updated = np.zeros(batch, dtype=bool), np.zeros(batch, dtype=bool)
 
     def step(self, f: Tensor, k: int) -> None:
-        last = k + 1 == self.max_steps
-        self.take(picard_step, f, k, last, (_DAMPING, 0))  # a plain step, which checks every sample
-        if last:
+        left = self.max_steps - 1 - k
+        self.take(picard_step, f, k, left == 0, (_DAMPING, 0))  # a plain step, which checks every sample
+        if left == 0:
+            end_search(self.counters, self.searching)
             return
         with np.errstate(all="ignore"):
-            self._search(f, self.z[k % 2], self.z[1 - k % 2])
+            self._search(f, self.z[k % 2], self.z[1 - k % 2], left)
 
-    def _search(self, f: Tensor, z: Tensor, next: Tensor) -> None:
+    def _search(self, f: Tensor, z: Tensor, next: Tensor, left: int) -> None:
         """Accept or reject the points ``z`` [B, D] with images ``f``, and write the next ones to ``next``."""
         counters, point, goal = self.counters.cpu().numpy(), _host(z), _host(next)
         status, tried = counters[:, Counter.STATUS], counters[:, Counter.TRIED]
@@ -181,42 +183,45 @@ class TrustRegionWorkspace(Workspace):
         self.rejected[accepted] = 0
         if renewed.any():
             self._renew(renewed, z)
-        searching = accepted | (rejected & (self.rejected <= _TRIALS))
-        if searching.any():
-            rows = searching.nonzero()[0]
-            trial = self._aim(rows).astype(point.dtype)
-            if z.dtype != torch.float64:
-                trial = _host(torch.from_numpy(trial).to(z.dtype))
-            usable = np.isfinite(trial).all(1) & (trial != self.base[rows]).any(1) & (self.promised[rows] < 1.0)
-            goal[rows[usable]] = trial[usable]
-            searching[rows[~usable]] = False
+        wanted = accepted | (rejected & (self.rejected <= _TRIALS))
+        searching = self._aim(wanted, goal, z.dtype)
+        renewed = wanted & ~searching & ~self.exact  # an update may be the reason
+        if renewed.any():
+            self._renew(renewed, z)
+            searching |= self._aim(renewed, goal, z.dtype)
         plain = (accepted | rejected) & ~searching
         if plain.any():
             goal[plain] = np.where(accepted[:, None], _host(f), self.base + self.residual)[plain]
         # A retry would take the same plain step.
         tried[accepted | rejected] = 0
         tried[plain & (rejected | (counters[:, Counter.SINCE_BEST] == 0))] = 1
-        again = self._stuck(running, accepted, found)
+        again = self._stuck(running, plain & rejected, accepted, found) & (left > _PATIENCE)
         if again.any():
             goal[again] = self.begin[again]
             searching[again] = False
             tried[again] = 0
+            self.careful |= again
         if not self.rules.freeze:  # a sample that is done waits at its value until others are, or have moved it
             goal[~running] = point[~running]
         self.searching = searching
         next.copy_(torch.from_numpy(goal))
-        if self.counters.is_cuda:
+        if self.counters.device.type != "cpu":
             self.counters.copy_(torch.from_numpy(counters))
 
-    def _stuck(self, running: Any, accepted: Any, found: Any) -> Any:
-        """Samples that are to start again, with new Jacobians only; bool [B]."""
+    def _stuck(self, running: Any, failed: Any, accepted: Any, found: Any) -> Any:
+        """Samples that make no progress, and have used updates; bool [B].
+
+        Args:
+            failed: Those whose search has failed: they go on from a plain step, without updates.
+        """
         better = accepted & (found < 0.5 * self.mark)
         self.mark = np.where(better, found, self.mark)
         self.idle = np.where(better, 0, self.idle + 1)
-        again = running & (self.idle >= _PATIENCE) & ~self.careful
-        self.careful |= again
-        self.mark[again] = np.inf
-        return again
+        stuck = running & self.updated & ~self.careful & (self.idle >= _PATIENCE)
+        self.careful |= failed
+        rest = ~running | failed | stuck  # a sample that waits may be moved later
+        self.mark[rest], self.idle[rest] = np.inf, 0
+        return stuck & ~failed
 
     def _adapt(self, found: Any, accepted: Any, rejected: Any) -> None:
         """Set the radius after trials with residual norms ``found``: those accepted and those rejected, bool [B]."""
@@ -236,6 +241,7 @@ class TrustRegionWorkspace(Workspace):
             system, length = self.system[updated], _norm(step)[:, None]
             wrong = (fall - _times(system, step)) / length
             self.system[updated] = system + wrong[:, :, None] * (step / length)[:, None]
+            self.updated |= updated
         self.base[rows], self.residual[rows], self.size[rows] = point[rows], residual[rows], found[rows]
         self.exact[rows] = False
 
@@ -246,7 +252,21 @@ class TrustRegionWorkspace(Workspace):
         self.system[rows] = np.eye(jacobian.shape[1]) - jacobian[rows]
         self.exact[rows] = True
 
-    def _aim(self, rows: Any) -> Any:
+    def _aim(self, wanted: Any, goal: Any, dtype: torch.dtype) -> Any:
+        """Write the trial points of the rows ``wanted``, bool [B], to ``goal`` [B, D]; returns which rows have one."""
+        rows = wanted.nonzero()[0]
+        if len(rows) == 0:
+            return np.zeros_like(wanted)
+        trial = self._trials(rows)
+        if dtype != torch.float64:
+            trial = _host(torch.from_numpy(trial).to(dtype))
+        usable = np.isfinite(trial).all(1) & (trial != self.base[rows]).any(1) & (self.promised[rows] < 1.0)
+        goal[rows[usable]] = trial[usable]
+        found = np.zeros_like(wanted)
+        found[rows[usable]] = True
+        return found
+
+    def _trials(self, rows: Any) -> Any:
         """The trial points of some rows, [n, D], NaN without one; sets ``reached`` and ``promised``."""
         system, residual, size = self.system[rows], self.residual[rows], self.size[rows]
         scale = np.abs(system).max(axis=(1, 2))

@@ -221,9 +221,22 @@ def test_a_count_that_is_no_number(count):
     only(found, "the claimed number of evaluations must be a number", type(count).__name__)
 
 
-def test_products_by_differences_are_calls():
+@pytest.mark.parametrize("solver", [pydeq.TrustRegion(), pydeq.NewtonKrylov()], ids=str)
+def test_calls_with_gradients_are_counted(solver):
     fn, z0 = problem()
-    solver = pydeq.NewtonKrylov(mode="difference")
+    found = pydeq.audit(lambda fn, z0: pydeq.fixed_point(fn, z0, solver=solver), fn, z0)
+    assert not found.faults, found
+    # Under "auto", a call shows that fn has no graph.
+    detached = lambda z: fn(z.detach())  # noqa: E731
+    found = pydeq.audit(lambda fn, z0: pydeq.fixed_point(fn, z0, solver=solver), detached, z0)
+    assert not [fault for fault in found.faults if "called fn" in fault], found
+
+
+@pytest.mark.parametrize(
+    "solver", [pydeq.NewtonKrylov(mode="difference"), pydeq.TrustRegion(mode="difference")], ids=str
+)
+def test_products_by_differences_are_calls(solver):
+    fn, z0 = problem()
     found = pydeq.audit(lambda fn, z0: pydeq.fixed_point(fn, z0, solver=solver), fn, z0)
     assert not found.faults, found
     solution = pydeq.fixed_point(fn, z0, solver=solver)
