@@ -91,13 +91,15 @@ def test_print_shows_the_settings():
     assert repr(HeavyBall(0.2)) == "HeavyBall(momentum=0.2)"
 
 
-def code(document: Path) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.S | re.M))
+def first_block(document: Path) -> str:
+    found = re.search(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.S | re.M)
+    assert found is not None
+    return found[1]
 
 
 def test_the_example_of_the_document():
     names: dict[str, Any] = {}
-    exec(code(DOCUMENT), names)
+    exec(first_block(DOCUMENT), names)
     solver = names["HeavyBall"](0.6)
     assert_close(names["solution"].image, torch.full((3,), 0.7390851332151607), condition=1e4)  # cos(x) = x
     assert isinstance(names["deq"].solver, names["HeavyBall"])
