@@ -108,6 +108,18 @@ def test_gradients(case):
     assert_all_close(found, expected, 1e-6, 1e-7)
 
 
+@each
+@pytest.mark.parametrize("solver", [pydeq.NewtonKrylov(), pydeq.TrustRegion()], ids=str)
+@pytest.mark.filterwarnings("ignore:products with the Jacobian are formed one by one:RuntimeWarning")
+def test_solvers_that_use_the_jacobian(case, solver):
+    cell, z0, context = case.build()
+    z, solution = layer(case, cell, solver=solver)(z0, *context, return_solution=True)
+    assert solution.converged.all()
+    assert solution.products > 0
+    assert_same_type(z, z0)
+    assert_all_close([parts(z)], [parts(unrolled(case, cell, z0, context))], 1e-7, 1e-8)
+
+
 def second(z, inputs):
     (g,) = torch.autograd.grad(loss(z), inputs[0], create_graph=True)
     g.square().sum().backward()

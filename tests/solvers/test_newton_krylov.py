@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch._C._distributed_c10d import HashStore
 
 import pydeq
 from pydeq import NewtonKrylov, Status
@@ -217,18 +215,6 @@ RATES = [0.5, 1.5, 3.0, 6.0, 0.9]
 
 
 @every_mode
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_sample_does_not_depend_on_its_batch(mode, dtype):
-    problem = softsign_map(RATES, 17, dtype=dtype)
-    ran = {"solver": NewtonKrylov(mode=mode), "rtol": 1e-5, "max_steps": 60}
-    solution = problem.solve(**ran)
-    assert solution.converged.all()
-    assert len(solution.sample_nfe.unique()) > 1  # they are at different places of their searches
-    for rows in ([0], [3], [4, 1], [2, 0, 3]):
-        assert_identical(problem.rows(rows).solve(**ran), solution, rows)
-
-
-@every_mode
 def test_threads_change_nothing(threads, mode):
     problem = softsign_map([0.9, 1.5], 20000)
     ran = {"solver": NewtonKrylov(mode=mode)}
@@ -236,32 +222,6 @@ def test_threads_change_nothing(threads, mode):
     solution = problem.solve(**ran)
     threads(2)
     assert_identical(problem.solve(**ran), solution)
-
-
-@every_mode
-def test_nan_stays_in_its_sample(mode):
-    problem = softsign_map(RATES, 9, dtype=DOUBLE)
-    ran = {"solver": NewtonKrylov(mode=mode), "rtol": 1e-8, "max_steps": 60}
-    alone = problem.rows([0, 2]).solve(**ran)
-    problem.context[0][1] = torch.nan
-    solution = problem.solve(**ran)
-    assert solution.status.tolist() == [Status.CONVERGED, Status.NONFINITE, *[Status.CONVERGED] * 3]
-    assert_identical(alone, solution, [0, 2])
-    assert torch.equal(solution.value[1], problem.z0[1])
-
-
-def test_a_trial_far_beyond_the_first_residual_is_taken_back():
-    """From -4 the Newton step for exp(z) = 1 leads to 49.6, where the residual is 3e21."""
-    seen: list[float] = []
-
-    def fn(z):
-        seen.append(float(z.detach()))
-        return z + torch.exp(z) - 1.0
-
-    solution = pydeq.fixed_point(fn, starts(-4.0), solver=NewtonKrylov(), **TIGHT)
-    assert math.exp(max(seen)) > 1e6 * 1e6
-    assert solution.converged.all()
-    assert abs(float(solution.value)) <= 1.1e-8
 
 
 def test_a_singular_jacobian_leads_to_a_plain_step():
@@ -429,129 +389,6 @@ def test_errors_of_fn_are_its_own():
 # States, layers, options
 
 
-@every_mode
-def test_tuples_are_like_one_tensor(mode):
-    problem = tanh_map(1.5, 12, dtype=DOUBLE)
-
-    def fn(z, x):
-        y = problem.fn(torch.cat([z[0].flatten(1), z[1]], 1), x)
-        return y[:, :8].reshape(-1, 2, 4), y[:, 8:]
-
-    z0 = torch.zeros(4, 2, 4, dtype=DOUBLE), torch.zeros(4, 4, dtype=DOUBLE)
-    ran = {"solver": NewtonKrylov(mode=mode), "rtol": 1e-9}
-    solution, expected = pydeq.fixed_point(fn, z0, *problem.context, **ran), problem.solve(**ran)
-    assert solution.products == expected.products
-    assert torch.equal(solution.value[0].flatten(1), expected.value[:, :8])
-    assert torch.equal(solution.value[1], expected.value[:, 8:])
-
-
-@every_mode
-def test_parts_of_different_scale(mode):
-    problem = tanh_map(1.5, 12, dtype=DOUBLE)
-    scale = torch.where(torch.arange(12) < 6, 1.0, 1e-4).to(DOUBLE)
-
-    def fn(z, x):
-        y = scale * problem.fn(torch.cat(z, 1) / scale, x)
-        return y[:, :6], y[:, 6:]
-
-    z0 = torch.zeros(4, 6, dtype=DOUBLE), torch.zeros(4, 6, dtype=DOUBLE)
-    solver = NewtonKrylov(mode=mode)
-    counter = CallCounter(fn)
-    solution = pydeq.fixed_point(counter, z0, *problem.context, solver=solver, rtol=1e-6, norm="parts")
-    assert solution.converged.all()
-    assert counter.calls == solution.nfe + (solution.products if mode == "difference" else 0)
-    for value, image in zip(solution.value, fn(solution.value, *problem.context), strict=True):
-        assert ((image - value).norm(dim=1) <= 1e-6 * image.norm(dim=1)).all()
-
-
-@every_mode
-def test_compaction_changes_nothing(mode):
-    problem = softsign_map([0.1, 0.1, 6.0, 3.0], 9, dtype=DOUBLE)
-    counter = CallCounter(problem.fn)
-    ran = {"solver": NewtonKrylov(mode=mode), "rtol": 1e-8, "max_steps": 60}
-    solution = pydeq.fixed_point(
-        counter, problem.z0, *problem.context, compact=True, batched_context=(True, True), **ran
-    )
-    assert min(counter.batches) < 4
-    assert_identical(problem.solve(**ran), solution)
-
-
-def test_without_freezing():
-    problem = softsign_map([0.1, 3.0], 9, dtype=DOUBLE)
-    ran = {"solver": NewtonKrylov(), "rtol": 1e-8, "max_steps": 60}
-    solution, frozen = problem.solve(freeze=False, **ran), problem.solve(**ran)
-    assert solution.converged.all()
-    assert torch.equal(solution.value, frozen.value)
-
-
-@pytest.mark.filterwarnings("ignore::pydeq.CouplingWarning")
-def test_samples_that_depend_on_each_other_converge_together():
-    rate = torch.tensor([[0.1], [3.0]], dtype=DOUBLE)
-
-    def fn(z):
-        return rate * z + 1.0 + torch.stack([0.5 * z[1], 0.0 * z[1]])
-
-    z0 = torch.zeros(2, 1, dtype=DOUBLE)
-    solution = pydeq.fixed_point(fn, z0, solver=NewtonKrylov(), rtol=1e-6, max_steps=100)
-    assert solution.converged.all()
-    assert_close(solution.value, torch.tensor([[0.75 / 0.9], [-0.5]], dtype=DOUBLE), condition=1e11)
-
-
-class Cell(nn.Module):
-    def __init__(self, dim, scale, dropout=0.0):
-        super().__init__()
-        self.linear = nn.Linear(dim, dim, dtype=DOUBLE)
-        self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.linear.weight, std=scale / dim**0.5)
-
-    def forward(self, z, x):
-        return self.dropout(torch.tanh(self.linear(z) + x))
-
-
-@every_mode
-def test_gradients_of_a_layer(mode):
-    """By the adjoint, at a fixed point that plain iteration does not reach: the same as by a dense solve."""
-    cell, x = Cell(8, 1.5), torch.randn(3, 8, dtype=DOUBLE, requires_grad=True)
-    adjoint = pydeq.Implicit(pydeq.GMRES(), rtol=1e-10)
-    deq = pydeq.DEQ(cell, solver=NewtonKrylov(mode=mode), adjoint=adjoint, rtol=1e-12)
-    z, solution = deq(torch.zeros(3, 8, dtype=DOUBLE), x, return_solution=True)
-    assert solution.converged.all()
-    assert solution.products > 0
-    weight = torch.randn_like(z)
-    (gradient,) = torch.autograd.grad((weight * z).sum(), x)
-    for b in range(3):
-        J = torch.func.jacrev(lambda z, b=b: cell(z, x[b].detach()))(z[b].detach())
-        slope = torch.func.jacrev(lambda x, b=b: cell(z[b].detach(), x))(x[b].detach())
-        expected = slope.T @ torch.linalg.solve((torch.eye(8, dtype=DOUBLE) - J).T, weight[b])
-        assert_close(gradient[b], expected.detach(), condition=1e7)
-
-
-def test_dropout_with_replayed_random_numbers():
-    cell = Cell(8, 1.5, 0.3)
-    deq = pydeq.DEQ(cell, solver=NewtonKrylov(), rtol=1e-8, freeze_rng=True)
-    z, solution = deq(torch.zeros(3, 8, dtype=DOUBLE), torch.randn(3, 8, dtype=DOUBLE), return_solution=True)
-    assert solution.converged.all()
-    assert (z == 0).any()
-
-
-@every_mode
-def test_autocast(mode):
-    problem = tanh_map(0.9, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        solution = problem.solve(solver=NewtonKrylov(mode=mode))
-    assert solution.converged.all()
-    assert solution.value.dtype == torch.float32
-    exact = problem.solve(solver=NewtonKrylov(mode=mode), rtol=1e-6)
-    assert float((solution.value - exact.value).norm() / exact.value.norm()) < 0.1
-
-
-def test_inference_mode_is_the_same():
-    problem = softsign_map([0.9, 3.0], 9)
-    expected = problem.solve(solver=NewtonKrylov(mode="jvp"))
-    with torch.inference_mode():
-        assert_identical(problem.solve(solver=NewtonKrylov(mode="jvp")), expected)
-
-
 def test_aux_has_no_graph():
     weight = torch.full((3,), 2.0, requires_grad=True)
 
@@ -564,41 +401,7 @@ def test_aux_has_no_graph():
     assert_close(solution.aux["twice"], 2.0 * solution.image)
 
 
-def test_torch_func_through_a_layer():
-    cell = Cell(4, 1.5).requires_grad_(False)
-    x = torch.randn(2, 4, dtype=DOUBLE)
-
-    def loss(x, solver):
-        adjoint = pydeq.Implicit(pydeq.GMRES(), rtol=1e-10)
-        deq = pydeq.DEQ(cell, solver=solver, adjoint=adjoint, rtol=1e-11, max_steps=200)
-        return deq(torch.zeros(2, 4, dtype=DOUBLE), x).square().sum()
-
-    for transform in (torch.func.grad, torch.func.jacfwd):
-        gradient = transform(loss)(x, NewtonKrylov())
-        assert_close(gradient, transform(loss)(x, pydeq.Broyden()), condition=1e7)
-
-
 # What it refuses
-
-
-def test_an_adjoint_system_is_linear():
-    with pytest.raises(TypeError, match=r"the adjoint system is linear: use pydeq\.GMRES\(\)"):
-        pydeq.Implicit(solver=NewtonKrylov())
-    for adjoint in (pydeq.Shine(), pydeq.Unrolled()):
-        with pytest.raises(TypeError, match="NewtonKrylov"):
-            pydeq.DEQ(nn.Linear(3, 3), solver=NewtonKrylov(), adjoint=adjoint)
-
-
-def test_ranks_that_solve_together():
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        for sharded in (False, True):
-            with pytest.raises(ValueError, match=r"does not work with process_group: .* use pydeq\.Broyden"):
-                pydeq.fixed_point(
-                    torch.cos, torch.ones(2, 3), solver=NewtonKrylov(), process_group=dist.group.WORLD, sharded=sharded
-                )
-    finally:
-        dist.destroy_process_group()
 
 
 def test_arguments():
