@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import standings
-from benchmarks.contest.judge import TIGHTENINGS, clock, judge
+from benchmarks.contest.judge import TIGHTENINGS, Verdict, clock, judge
 from benchmarks.peers.contender import Claim, Contender, Counts
 from benchmarks.problems.base import Problem, from_formula
 from benchmarks.results import Entry, Results
@@ -247,26 +246,29 @@ def test_clock_takes_a_slow_solve_once_after_a_warm_up() -> None:
 
 
 def test_a_solver_that_is_far_too_slow_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest, "LATE", 0.05)
     solves = []
 
-    def slow(problem: Problem, tighten: float) -> Claim:
+    def answer(problem: Problem, tighten: float) -> Claim:
         solves.append(tighten)
-        time.sleep(0.1)
         return says(2.0, True)(problem, tighten)
 
-    context: Any = SimpleNamespace(profile=SimpleNamespace(contest_seconds=2.0, contest_repeats=3))
-    late = dataclasses.replace(made_up(slow), key="late")
-    fast, once = contest.compete(context, halving(), [made_up(says(2.0, True)), late])
-    assert len(solves) == 1
-    assert once.seconds == once.first_seconds == once.seconds_low == once.seconds_high
-    assert once.seconds is not None
-    assert once.seconds >= 0.1
-    assert fast.seconds is not None
-    assert fast.seconds < 0.1
-    monkeypatch.setattr(contest, "LATE_FACTOR", 1e9)  # nobody is so much faster
-    solves.clear()
-    contest.compete(context, halving(), [made_up(says(2.0, True)), late])
+    def compete(seconds: float) -> list[Entry]:
+        def judged(solver: Contender, *arguments: Any) -> Verdict:
+            return replace(judge(solver, *arguments), seconds=seconds if solver.key == "late" else 1.0)
+
+        monkeypatch.setattr(contest, "judge", judged)
+        solves.clear()
+        context: Any = SimpleNamespace(profile=SimpleNamespace(contest_seconds=2.0, contest_repeats=3))
+        return contest.compete(context, halving(), [made_up(says(2.0, True)), replace(made_up(answer), key="late")])
+
+    fast, once = compete(11.0)  # beyond LATE, and beyond ten times the fastest
+    assert solves == [1.0]
+    assert once.seconds == once.first_seconds == once.seconds_low == once.seconds_high == 11.0
+    assert fast.seconds != 1.0  # it was timed
+    compete(9.0)
+    assert len(solves) > 1
+    monkeypatch.setattr(contest, "LATE", 20.0)
+    compete(11.0)
     assert len(solves) > 1
 
 
