@@ -129,7 +129,7 @@ class SearchWorkspace(Workspace):
             self.rejected += rejected.int()
             self.leapt |= rejected & self.leaping
             self.leaping &= ~rejected
-            self.shorten(rejected, found, finite)
+            self._shorten(rejected, found, finite)
             trial = self._trial()
             searching = rejected & (self.rejected <= self.trials) & (trial != self.base.to(z.dtype)).any(1)
             next.copy_(torch.where(searching[:, None], trial, next))
@@ -161,7 +161,7 @@ class SearchWorkspace(Workspace):
             next.copy_(torch.where(running[:, None], next, z))
         self.searching = searching
 
-    def shorten(self, rejected: Tensor, found: Tensor, finite: Tensor) -> None:
+    def _shorten(self, rejected: Tensor, found: Tensor, finite: Tensor) -> None:
         """Make the steps of samples shorter, before their next trial.
 
         Args:

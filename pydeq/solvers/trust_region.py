@@ -49,12 +49,12 @@ class TrustRegion(NewtonSolver):
 
     d = argmin ||g(z) + (J - I) d||  over  ||d|| <= r,   z' = z + d
 
-    The Jacobian J of f is formed at the start. After a step that halves ||g||, Broyden's update takes the place of a
-    new one. Each sample has its own radius r: it grows where the linear model is good. Where ||g|| does not fall as
-    promised, the point is rejected, and J is formed anew, or r shrinks. Steps that fit are Newton steps: near a
-    solution with a nonsingular I - J, convergence is superlinear. A sample whose residual has not fallen by half in 30
-    evaluations starts again, once, without updates, if it used any. At a local minimum of ||g||, where no step reduces
-    it, the sample takes a plain step.
+    The Jacobian J of f is formed at the start. After a step that halves ||g||, Broyden's update takes the place of
+    a new one. Each sample has its own radius r: it grows where the linear model is good. Where ||g|| does not fall
+    as promised, the point is rejected, and J is formed again, or r shrinks. A Newton step that is not longer than r
+    is taken whole. So near a solution with a nonsingular I - J, convergence is superlinear. A sample whose residual
+    has not fallen by half in 30 evaluations starts again, once, without updates, if it used any. At a local minimum
+    of ||g||, where no step reduces it, the sample takes a plain step.
 
     For up to a few hundred unknowns, far from a solution, or where I - J is singular or badly scaled there. For larger
     states, and where ||g|| has local minima, there is :class:`pydeq.NewtonKrylov`. To find a root of F, solve for a
