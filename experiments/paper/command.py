@@ -37,6 +37,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--seeds", type=int, metavar="N", help="seeds of the main rows; cpu: 2, cpu-long: 3, else 1, by default"
     )
     command.add_argument("--resume", action="store_true", help="continue trainings that were interrupted")
+    command.add_argument("--reuse", type=Path, action="append", default=[], metavar="DIR", help=(
+        "a folder of another run, whose measurements are taken instead of training again; may be given several times"
+    ))  # fmt: skip
     command.add_argument("--jobs", type=int, metavar="N", help=(
         "trainings at a time, each a process with one thread; by default as many as cores, at most 2, and on a GPU 1"
     ))  # fmt: skip
@@ -71,7 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = arguments.jobs or (1 if device == "cuda" else min(2, cores()))
     names = NAMES if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
     wanted = {name: EXPERIMENTS[name].trainings(recipes, seeds) for name in names}
-    grid = Grid(out, jobs, threads=1, resume=arguments.resume)
+    for folder in arguments.reuse:
+        if not (folder / "trainings").is_dir():
+            return _failed(f"--reuse must be the folder of a run, which has a folder trainings, got {folder}", 2)
+    grid = Grid(out, jobs, threads=1, resume=arguments.resume, reuse=arguments.reuse)
     try:
         if arguments.plan:
             return _plan(wanted, grid)

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.paper.measurement import Measurement, Training, load
+from experiments.paper.measurement import ANDERSON_FILE, FILE, Measurement, Training, load
 from experiments.paper.progress import GridProgress
 from experiments.paper.worker import Message, measure, work
+from experiments.training.run_folder import CONFIG, RESULT, TRAINED
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 POLL_SECONDS = 0.2
+
+# What is taken from a training of another run, if it is there: its measurements, and its model.
+REUSED = (CONFIG, RESULT, TRAINED, ANDERSON_FILE, FILE)
 
 
 class GridError(RuntimeError):
@@ -38,17 +43,20 @@ class Grid:
         jobs: Trainings at a time, each in its own process; with 1, in this process.
         threads: Torch's threads for each training.
         resume: Whether to continue interrupted trainings; otherwise they are an error.
+        reuse: Folders of other grids, whose measurements are taken instead of training again.
     """
 
-    def __init__(self, out: Path, jobs: int = 1, threads: int = 1, resume: bool = False) -> None:
-        self.out, self.jobs, self.threads, self.resume = out, jobs, threads, resume
+    def __init__(
+        self, out: Path, jobs: int = 1, threads: int = 1, resume: bool = False, reuse: Sequence[Path] = ()
+    ) -> None:
+        self.out, self.jobs, self.threads, self.resume, self.reuse = out, jobs, threads, resume, tuple(reuse)
 
     def folder(self, training: Training) -> Path:
         """Return the folder of a training."""
-        return self.out / "trainings" / training.key
+        return _folder(self.out, training)
 
     def find(self, trainings: Mapping[str, Training]) -> dict[str, Measurement]:
-        """Read the measurements that exist, by the trainings' keys.
+        """Read the measurements that exist, here or in a folder to reuse, by the trainings' keys.
 
         Args:
             trainings: Trainings by label.
@@ -58,10 +66,23 @@ class Grid:
         """
         found = {}
         for training in trainings.values():
-            measurement = load(self.folder(training), training)
-            if measurement is not None:
-                found[training.key] = measurement
+            for folder in (self.out, *self.reuse):
+                measurement = load(_folder(folder, training), training)
+                if measurement is not None:
+                    found[training.key] = measurement
+                    break
         return found
+
+    def _take(self, trainings: Iterable[Training]) -> None:
+        """Copy what the folders to reuse have of trainings that are not measured here."""
+        for training in trainings:
+            for folder in self.reuse:
+                own, other = self.folder(training), _folder(folder, training)
+                if load(own, training) is None and load(other, training) is not None:
+                    own.mkdir(parents=True, exist_ok=True)
+                    for name in REUSED:  # the measurement last: with it, the training counts as measured
+                        if (other / name).is_file():
+                            shutil.copyfile(other / name, own / name)
 
     def measure(self, trainings: Mapping[str, Training]) -> dict[str, Measurement]:
         """Return the measurements of all trainings, by their keys; train what is not measured yet.
@@ -75,6 +96,7 @@ class Grid:
             ValueError: If a measurement is damaged.
         """
         labels = {training.key: label for label, training in reversed(list(trainings.items()))}
+        self._take(trainings.values())
         found = self.find(trainings)
         waiting = {each.key: each for each in trainings.values() if each.key not in found}
         begun = [labels[key] for key, each in waiting.items() if (self.folder(each) / "checkpoints").is_dir()]
@@ -146,3 +168,7 @@ class Grid:
             messages.close()
             messages.cancel_join_thread()
         return failures
+
+
+def _folder(out: Path, training: Training) -> Path:
+    return out / "trainings" / training.key

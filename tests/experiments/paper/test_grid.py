@@ -63,6 +63,39 @@ def test_a_training_is_measured_once(tmp_path, training, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_measurements_of_another_run_are_taken(tmp_path, training, monkeypatch):
+    other = training.with_seed(1)
+    first = Grid(tmp_path / "first").measure({"it": training})[training.key]
+    weights = (Grid(tmp_path / "first").folder(training) / "model.safetensors").read_bytes()
+    grid = Grid(tmp_path / "second", reuse=[tmp_path / "first"])
+    assert set(grid.find({"it": training, "other": other})) == {training.key}
+    assert not (tmp_path / "second").exists()
+    trained = []
+
+    def counted(training, *arguments):
+        trained.append(training.key)
+        return measure(training, *arguments)
+
+    monkeypatch.setattr(grid_module, "measure", counted)
+    found = grid.measure({"it": training, "other": other})
+    assert trained == [other.key]
+    assert numbers(found[training.key]) == numbers(first)
+    assert found[training.key].folder == grid.folder(training)
+    assert (grid.folder(training) / "model.safetensors").read_bytes() == weights
+    assert not (grid.folder(training) / "checkpoints").exists()
+    # Now it does not need the other run.
+    assert numbers(Grid(tmp_path / "second").find({"it": training})[training.key]) == numbers(first)
+
+
+def test_a_damaged_measurement_of_another_run_is_refused(tmp_path, training):
+    path = Grid(tmp_path / "first").folder(training) / FILE
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"measurement\.json is damaged"):
+        Grid(tmp_path / "second", reuse=[tmp_path / "first"]).measure({"it": training})
+    assert not (tmp_path / "second").exists()
+
+
 def test_an_interrupted_training_goes_on_to_the_same_numbers(tmp_path, training):
     expected = Grid(tmp_path / "whole").measure({"it": training})[training.key]
     grid = Grid(tmp_path / "broken")

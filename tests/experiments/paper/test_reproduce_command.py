@@ -75,6 +75,11 @@ def test_counts_must_be_positive(option, capsys):
     assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_a_folder_to_reuse_must_be_that_of_a_run(tmp_path, capsys):
+    assert reproduce("table2", "--plan", "--reuse", tmp_path) == 2
+    assert "--reuse must be the folder of a run, which has a folder trainings, got " in capsys.readouterr().err
+
+
 def test_unknown_experiment(capsys):
     with pytest.raises(SystemExit, match="2"):
         reproduce("table4")
