@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.contest.standings import beaten, by_problem, failures, first_or_tied, solvable, time_of, work_of
+from benchmarks.contest.standings import TIE, beaten, by_problem, failures, first_or_tied, solvable, time_of, work_of
 from benchmarks.results import Entry, Results, number
 
 OWN = "pydeq"
@@ -84,9 +84,12 @@ def _ratio(cost: float, least: float) -> float:
 
 
 def common_problems(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """The entries of each problem that has a fixed point and that every library can be given."""
+    """The entries of each problem that has a fixed point and that every library can be given.
+
+    Libraries that can be given none of them, such as SciPy on a GPU, are left out.
+    """
     problems = [rows for rows in by_problem(entries).values() if solvable(rows)]
-    libraries = {row.library for rows in problems for row in rows}
+    libraries = {row.library for rows in problems for row in rows if row.status != "refused"}
     return [rows for rows in problems if {row.library for row in rows if row.status != "refused"} == libraries]
 
 
@@ -150,7 +153,7 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
             counts = found.setdefault(row.contender, {})
             counts[row.status] = counts.get(row.status, 0) + 1
             if row.status == "solved":
-                counts["fastest"] = counts.get("fastest", 0) + (time_of(row) == fastest < math.inf)
+                counts["fastest"] = counts.get("fastest", 0) + (time_of(row) <= TIE * fastest < math.inf)
                 counts["fewest"] = counts.get("fewest", 0) + (work_of(row) == fewest < math.inf)
     kinds = ("solved", "unsolved", "lied", "crashed", "refused", "fastest", "fewest")
     return [
