@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.contender import Claim, Contender, Counts
+from benchmarks.peers.contender import WITH_PRODUCTS, Claim, Contender, Counts
 from benchmarks.problems.base import Problem
 from benchmarks.results import Status
 from benchmarks.timing import Spread, collected, spread
@@ -69,7 +69,7 @@ def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verd
     verdict = Verdict("unsolved")
     for tighten in TIGHTENINGS:
         counts, begin = Counts(), time.perf_counter()
-        guard = _Guard(problem, seconds)
+        guard = _Guard(problem, contender.most_calls(problem), seconds)
         guarded = problem if contender.language == "jax" else guard.problem  # JAX traces maps, and does not call them
         try:
             # A solve gets all its calls and its time, whatever was evaluated to prepare it, such as its tolerance.
@@ -77,13 +77,14 @@ def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verd
             guard.reset()
             begin = time.perf_counter()
             claim = solve()
+            took = time.perf_counter() - begin
+            guard.judge(counts)
             excess, claimed, wrong = _compare(problem, claim)
         except GivenUpError as error:
             return Verdict("unsolved", tighten, counts, math.inf, time.perf_counter() - begin, str(error), false_claim)
         except Exception as error:  # whatever a library raises is its result
             reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
             return Verdict("crashed", tighten, counts, math.inf, time.perf_counter() - begin, reason, false_claim)
-        took = time.perf_counter() - begin
         if tighten == 1.0:
             false_claim = wrong
         status: Status
@@ -157,14 +158,17 @@ def _compare(problem: Problem, claim: Claim) -> tuple[float, bool | None, bool]:
 class _Guard:
     """Stops the maps of a problem after too many calls, or too long a time.
 
+    Args:
+        calls: The most calls of the map.
+
     Attributes:
         problem: The problem with maps that raise then.
     """
 
-    def __init__(self, problem: Problem, seconds: float) -> None:
+    def __init__(self, problem: Problem, calls: int, seconds: float) -> None:
         self.seconds = seconds
-        # A numerical Jacobian of n columns takes n calls.
-        self.allowed = EXTRA_CALLS * problem.max_calls + 10
+        self.allowed = EXTRA_CALLS * calls + 10
+        self.with_products = EXTRA_CALLS * WITH_PRODUCTS * problem.max_calls + 10
         self.reset()
 
         def fn(z: Tensor) -> Tensor:
@@ -181,6 +185,13 @@ class _Guard:
     def reset(self) -> None:
         """Start to count calls and time."""
         self.calls, self.deadline = 0, time.perf_counter() + self.seconds
+
+    def judge(self, counts: Counts) -> None:
+        """Raise if a solve made too many evaluations or products: JAX's maps cannot be stopped, nor can products."""
+        if counts.evaluations > self.allowed:
+            raise GivenUpError(f"more than {self.allowed:.0f} evaluations")
+        if counts.evaluations + counts.products > self.with_products:
+            raise GivenUpError(f"more than {self.with_products:.0f} evaluations and products")
 
     def _check(self) -> None:
         self.calls += 1

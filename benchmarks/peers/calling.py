@@ -77,39 +77,57 @@ class Compiler:
 COMPILER = Compiler()
 
 
-def equation(problem: Problem) -> Map:
-    """The equation for a root finder: r(z) if the problem was stated so, otherwise z - fn(z)."""
-    root, fn, constants = problem.root, problem.fn, problem.constants
-    if root is None:
-        return lambda z: z - fn(z)
-    return lambda z: root(torch, z, **constants)
+def map_of(problem: Problem, compiled: bool, counts: Counts | None) -> Map:
+    """The map for a solver in torch: counted if ``counts`` are given, otherwise compiled if asked.
+
+    A counted map is not compiled: its evaluations are the same up to rounding.
+    """
+    if counts is not None:
+        return Calls(problem.fn, None, counts)
+    return COMPILER.map(problem) if compiled else problem.fn
+
+
+def change(problem: Problem) -> Map:
+    """fn(z) - z for solvers of equations that start as if its Jacobian were minus the identity.
+
+    Of z - B r(z) with a number B it is computed as -B r(z). So all solvers that depend on scale and sign are given the
+    same.
+    """
+    root, fn, constants, step = problem.root, problem.fn, problem.constants, problem.step
+    if root is None or step is None:
+        return lambda z: fn(z) - z
+    return lambda z: -step * root(torch, z, **constants)
 
 
 def allowed(problem: Problem) -> Tensor:
     """The residual ||fn(z) - z|| that solves each sample, in float64 [B]: for libraries with absolute tolerances.
 
-    The relative tolerance is multiplied by the norm of a solution, from a rough solve by pydeq's Broyden. Where that
-    fails, it is multiplied by the norm of the first image.
+    The relative tolerance is multiplied by the norm of a solution, from a rough solve by pydeq's Broyden, or by its
+    NewtonKrylov. Where both fail, it is multiplied by the norm of the first image.
     """
     norm = _norms(problem.fn(problem.z0))
     if problem.rtol > 0.0:
-        solution = pydeq.fixed_point(
-            problem.fn, problem.z0, solver=pydeq.Broyden(), rtol=1e-3, max_steps=problem.max_calls
-        )
-        assert isinstance(solution.image, Tensor)
-        norm = torch.where(solution.converged, _norms(solution.image), norm)
+        found = torch.zeros(len(norm), dtype=torch.bool, device=norm.device)
+        for solver in (pydeq.Broyden(), pydeq.NewtonKrylov()):
+            solution = pydeq.fixed_point(problem.fn, problem.z0, solver=solver, rtol=1e-3, max_steps=problem.max_calls)
+            assert isinstance(solution.image, Tensor)
+            norm = torch.where(solution.converged & ~found, _norms(solution.image), norm)
+            found |= solution.converged
+            if found.all():
+                break
     return (problem.rtol * norm).clamp(min=problem.atol)
 
 
 def allowed_of_equation(problem: Problem) -> Tensor:
-    """The norm of ``equation`` that solves each sample, in float64 [B].
+    """The norm of r(z) that solves each sample, or of z - fn(z) where the problem was not stated so; float64 [B].
 
     As fn(z) = z - B r(z), a residual of r is in other units. The ratio of both at z0 converts them; it is exact if B is
     a number.
     """
     tolerance = allowed(problem)
     if problem.root is not None:
-        residual, root = _norms(problem.fn(problem.z0) - problem.z0), _norms(equation(problem)(problem.z0))
+        residual = _norms(problem.fn(problem.z0) - problem.z0)
+        root = _norms(problem.root(torch, problem.z0, **problem.constants))
         ratio = root / residual
         tolerance = tolerance * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
     return tolerance
@@ -117,8 +135,9 @@ def allowed_of_equation(problem: Problem) -> Tensor:
 
 def passes(residual: Tensor, image: Tensor, problem: Problem, tighten: float) -> Tensor:
     """Whether each sample meets the problem's own test, bool [B]."""
-    norm = image.flatten(1).norm(dim=1)
-    return residual.flatten(1).norm(dim=1) <= tighten * (problem.rtol * norm).clamp(min=problem.atol)
+    norm, distance = image.flatten(1).norm(dim=1), residual.flatten(1).norm(dim=1)
+    # Once both overflow, Inf is not more than Inf.
+    return distance.isfinite() & (distance <= tighten * (problem.rtol * norm).clamp(min=problem.atol))
 
 
 def uniform(value: Tensor, converged: bool, problem: Problem) -> Claim:

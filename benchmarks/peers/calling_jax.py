@@ -29,11 +29,15 @@ def precision(problem: Problem) -> AbstractContextManager[Any]:
 
 
 def array(tensor: Tensor) -> jax.Array:
+    if tensor.dtype == torch.bfloat16:  # which NumPy does not have
+        return jnp.asarray(tensor.float().numpy(), jnp.bfloat16)
     return jnp.asarray(tensor.numpy())
 
 
 def tensor(array: jax.Array) -> Tensor:
     """A copy on torch's side, once the array has been computed."""
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(np.array(array, np.float32)).bfloat16()
     return torch.from_numpy(np.array(array))
 
 
@@ -43,10 +47,12 @@ class Maps:
 
     Args:
         fn: The map, of z and the constants.
-        equation: The equation for a root finder, of z and the constants: r(z), otherwise z - fn(z).
+        difference: z - fn(z), of z and the constants: B r(z) if the problem was stated so, and B is a number.
+        equation: r(z) if the problem was stated so, otherwise z - fn(z): for root finders that do not depend on scale.
     """
 
     fn: Callable[[Any, Any], Any]
+    difference: Callable[[Any, Any], Any]
     equation: Callable[[Any, Any], Any]
 
 
@@ -86,7 +92,7 @@ def jitted(
     contender: Contender, problem: Problem, run: Run, tolerance: Tensor, counts: Counts | None = None,
     mapped: bool = False,
 ) -> Callable[[], Claim]:  # fmt: skip
-    """Make a function that solves a problem with a formula; its first call compiles.
+    """Make a function that solves a problem with a formula; its first call compiles, unless it is counted.
 
     Args:
         contender: The solver.
@@ -97,10 +103,10 @@ def jitted(
     """
     key = (contender.key, counts is not None)
     kept = _kept.get(key)
-    if kept is None or kept.problem is not problem or kept.contender != contender:
-        kept = _kept[key] = _compiled(contender, problem, run, counts is not None, mapped)
     with precision(problem):
         allowed = array(tolerance.to(problem.z0.dtype))
+    if kept is None or kept.problem is not problem or kept.contender != contender:
+        kept = _kept[key] = _compiled(contender, problem, run, allowed, counts is not None, mapped)
     share = len(problem.z0) if mapped else 1
 
     def solve() -> Claim:
@@ -118,7 +124,9 @@ def jitted(
     return solve
 
 
-def _compiled(contender: Contender, problem: Problem, run: Run, counted: bool, mapped: bool) -> _Kept:
+def _compiled(
+    contender: Contender, problem: Problem, run: Run, tolerance: jax.Array, counted: bool, mapped: bool
+) -> _Kept:
     formula, root = problem.formula, problem.root
     assert formula is not None
     counts = Counts()
@@ -140,13 +148,18 @@ def _compiled(contender: Contender, problem: Problem, run: Run, counted: bool, m
         def equation(z: Any, constants: Any) -> Any:
             return z - fn(z, constants) if root is None else call(root, count(z), constants)
 
-        return run(Maps(fn, equation), z0, constants, tolerance)
+        def difference(z: Any, constants: Any) -> Any:
+            return z - fn(z, constants) if problem.step is None else problem.step * equation(z, constants)
+
+        return run(Maps(fn, difference, equation), z0, constants, tolerance)
 
     axes: dict[str, int | None] = dict.fromkeys(problem.constants) | dict(problem.sample_axes)
     with precision(problem):
         compiled = jax.jit(jax.vmap(solver, in_axes=(0, axes, 0, 0)) if mapped else solver)
         z0, constants = array(problem.z0), {name: array(value) for name, value in problem.constants.items()}
         ones = jnp.ones(len(problem.z0), z0.dtype)
+        if counted:  # at once, so that the seconds of a counted solve are not those of the compiler
+            compiled = compiled.lower(z0, constants, tolerance, ones).compile()
     return _Kept(contender, problem, lambda tolerance: compiled(z0, constants, tolerance, ones), counts)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from benchmarks.problems.base import Problem
 
 # By the key of a contender without the name of its settings: the settings that a search tries, its defaults first.
 Grids = Mapping[str, Sequence[Mapping[str, Any]]]
+
+# The most evaluations and products of a solve, in multiples of the evaluations that the problem allows.
+WITH_PRODUCTS = 10
 
 
 @dataclass
@@ -55,6 +59,8 @@ class Contender(ABC):
         title: For readers.
         language: Of the maps that it can call.
         settings: Options other than the library's own defaults.
+        compiled: Give it the map compiled by ``torch.compile``, when the solve is prepared, for solvers in torch.
+        differences: Whether it calls the map for its Jacobians, too, as for differences.
     """
 
     key: str
@@ -62,6 +68,8 @@ class Contender(ABC):
     title: str
     language: Literal["torch", "numpy", "jax"] = "torch"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    compiled: bool = False
+    differences: bool = False
 
     def refusal(self, problem: Problem) -> str | None:
         """Why it cannot be given this problem; None if it can."""
@@ -69,7 +77,17 @@ class Contender(ABC):
             return "it is compared on the CPU only"
         if self.language == "jax" and problem.formula is None:
             return "the map is a torch module"
+        if self.language == "numpy" and problem.z0.dtype == torch.bfloat16:
+            return "NumPy has no bfloat16"
         return None
+
+    def most_calls(self, problem: Problem) -> int:
+        """The most calls of the map in a solve: more where those for a Jacobian cannot be told from evaluations."""
+        return problem.max_calls * (WITH_PRODUCTS if self.differences else 1)
+
+    def is_twin_of(self, compiled: Contender) -> bool:
+        """Whether it is the same solver with the same settings, on the map that is not compiled."""
+        return not self.compiled and replace(compiled, key=self.key, title=self.title, compiled=False) == self
 
     @abstractmethod
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:

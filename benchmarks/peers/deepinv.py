@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.calling import Calls, passes
+from benchmarks.peers.calling import map_of, passes
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -77,17 +77,17 @@ class _Contender(Contender):
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         config = SimpleNamespace(**{**_ANDERSON, **self.settings}, full_backprop=False) if self.anderson else None
 
+        iterator = _Iterator(map_of(problem, self.compiled, counts), problem, tighten)
+        loop = _FixedPoint(
+            iterator,
+            init_iterate_fn=lambda *_, **__: {"est": (problem.z0,), "cost": None},
+            check_conv_fn=iterator.converged,
+            max_iter=problem.max_calls,
+            anderson_acceleration_config=config,
+        )
+
         @torch.no_grad()
         def solve() -> Claim:
-            fn = problem.fn if counts is None else Calls(problem.fn, None, counts)
-            iterator = _Iterator(fn, problem, tighten)
-            loop = _FixedPoint(
-                iterator,
-                init_iterate_fn=lambda *_, **__: {"est": (problem.z0,), "cost": None},
-                check_conv_fn=iterator.converged,
-                max_iter=problem.max_calls,
-                anderson_acceleration_config=config,
-            )
             state, _ = loop()
             return Claim(state["est"][0], iterator.passed)
 
@@ -103,6 +103,13 @@ CONTENDERS: tuple[Contender, ...] = (
         title="fixed point with Anderson acceleration",
         anderson=True,
         settings={"beta": 1.0, "eps": 1e-8},
+    ),
+    _Contender(
+        key="deepinv.anderson.compiled.best",
+        title="fixed point with Anderson acceleration, compiled map",
+        anderson=True,
+        settings={"beta": 1.0, "eps": 1e-8},
+        compiled=True,
     ),
 )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.peers.calling import Calls, allowed, refusal_of_history, uniform
+from benchmarks.peers.calling import allowed, map_of, refusal_of_history, uniform
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
@@ -128,14 +128,13 @@ class _Contender(Contender):
             mode, tolerance = "rel", tighten * problem.rtol / len(problem.z0) ** 0.5
         settings, shape, calls = self.settings, problem.z0.shape, problem.max_calls
         x0 = problem.z0.reshape(shape[0], -1, 1) if problem.z0.dim() < 3 else problem.z0.flatten(2)
+        fn = map_of(problem, self.compiled, counts)
+
+        def f(x: Tensor) -> Tensor:
+            return fn(x.reshape(shape)).reshape(x.shape)
 
         @torch.no_grad()
         def solve() -> Claim:
-            fn = problem.fn if counts is None else Calls(problem.fn, None, counts)
-
-            def f(x: Tensor) -> Tensor:
-                return fn(x.reshape(shape)).reshape(x.shape)
-
             if self.solver == "broyden":
                 value, lowest = broyden(f, x0, calls - 1, tolerance, mode, **settings)
             else:
@@ -150,7 +149,15 @@ class _Contender(Contender):
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="deq.anderson.default", title="Anderson", solver="anderson"),
     _Contender(key="deq.anderson.best", title="Anderson", solver="anderson", settings={"lam": 1e-8}),
+    _Contender(
+        key="deq.anderson.compiled.best",
+        title="Anderson, compiled map",
+        solver="anderson",
+        settings={"lam": 1e-8},
+        compiled=True,
+    ),
     _Contender(key="deq.broyden", title="Broyden", solver="broyden"),
+    _Contender(key="deq.broyden.compiled", title="Broyden, compiled map", solver="broyden", compiled=True),
 )
 
 GRIDS: Grids = {

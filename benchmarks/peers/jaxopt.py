@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jaxopt
 
-from benchmarks.peers.calling import allowed, allowed_of_equation, refusal_of_history
+from benchmarks.peers.calling import allowed, refusal_of_history
 from benchmarks.peers.calling_jax import Maps, jitted, refusal_to_map
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
@@ -16,7 +16,7 @@ from benchmarks.problems.base import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class _Contender(Contender):
-    """A solver, by its class's name; the state is the whole batch, or one sample.
+    """A solver, by its class's name; the state is the whole batch, or one sample. Broyden starts along -F = f(z) - z.
 
     Tolerance: its solvers test the norm of the residual. Of the whole batch it is to be below the smallest residual
     that solves a sample; mapped over samples, below that of each. The cap limits iterations; those of Broyden with a
@@ -43,13 +43,15 @@ class _Contender(Contender):
         def run(functions: Maps, z0: Any, constants: Any, tolerance: Any) -> Any:
             tolerance = tolerance.min()
             solver = getattr(jaxopt, self.solver)(
-                functions.fn if fixed else functions.equation, tol=tolerance, maxiter=problem.max_calls, **self.settings
+                functions.fn if fixed else functions.difference,
+                tol=tolerance,
+                maxiter=problem.max_calls,
+                **self.settings,
             )
             value, state = solver.run(z0, constants)
             return value, state.error <= tolerance
 
-        tolerance = allowed(problem) if fixed else allowed_of_equation(problem)
-        return jitted(self, problem, run, tighten * tolerance, counts, self.mapped)
+        return jitted(self, problem, run, tighten * allowed(problem), counts, self.mapped)
 
 
 # Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.

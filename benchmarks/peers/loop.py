@@ -20,12 +20,9 @@ class _Picard(Contender):
 
     Tolerance: the problem's own test, times ``tighten``.
 
-    Args:
-        compiled: Compile an iteration by ``torch.compile``, when the solve is prepared. Counted solves are not
-            compiled: their evaluations are the same up to rounding.
+    If it is compiled, a whole iteration is.
     """
 
-    compiled: bool = False
     library: str = "loop"
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:

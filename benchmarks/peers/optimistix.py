@@ -24,7 +24,8 @@ class _Contender(Contender):
 
     Tolerance: ``norm`` is the largest norm of a sample, over the residual that solves the sample; atol is 1, rtol 0.
     Mapped over samples, norm is the norm of a sample, and atol the residual that solves it.
-    Root finders want a last step as small as the residual, too.
+    Root finders want a last step as small as the residual, too. They do not depend on the scale of r(z), which they are
+    given where the problem was stated so: a small B would only ask for a smaller step.
 
     Args:
         mapped: Map it over the samples by ``jax.vmap``.
@@ -48,14 +49,16 @@ class _Contender(Contender):
         make = getattr(optimistix, self.solver)
         find: Any = optimistix.fixed_point if fixed else optimistix.root_find
 
+        def wide(x: Any) -> Any:
+            return x.astype(jnp.result_type(float))  # which it keeps errors in, whatever the dtype of the state
+
         def run(functions: Maps, z0: Any, constants: Any, tolerance: Any) -> Any:
             def norm(x: Any) -> Any:
-                return (jnp.linalg.norm(x.reshape(len(tolerance), -1), axis=1) / tolerance).max()
+                if self.mapped:
+                    return wide(optimistix.two_norm(x))
+                return wide(jnp.linalg.norm(x.reshape(len(tolerance), -1), axis=1) / tolerance).max()
 
-            if self.mapped:
-                solver = make(rtol=0.0, atol=tolerance, norm=optimistix.two_norm, **self.settings)
-            else:
-                solver = make(rtol=0.0, atol=1.0, norm=norm, **self.settings)
+            solver = make(rtol=0.0, atol=tolerance if self.mapped else 1.0, norm=norm, **self.settings)
             fn = functions.fn if fixed else functions.equation
             solution = find(fn, solver, z0, args=constants, max_steps=problem.max_calls, throw=False)
             return solution.value, solution.result == optimistix.RESULTS.successful
@@ -69,6 +72,7 @@ _SOLVERS = (
     ("newton", "", "Newton", "Newton"),
     ("chord", "", "Chord", "Chord"),
     ("dogleg", "", "Dogleg", "Dogleg"),
+    ("levenberg_marquardt", "", "Levenberg-Marquardt", "LevenbergMarquardt"),
 )
 CONTENDERS: tuple[Contender, ...] = tuple(
     _Contender(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.peers.calling import Calls, ExhaustedError, allowed_of_equation, equation, uniform
+from benchmarks.peers.calling import Calls, ExhaustedError, allowed, change, uniform
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -24,7 +24,7 @@ except ValueError as error:  # of sizes that changed
 
 @dataclass(frozen=True, kw_only=True)
 class _Contender(Contender):
-    """A type of SNES, on the batch as one vector. Newton's products are differences, and so evaluations.
+    """A type of SNES, on the batch as one vector: it steps along -F, so F is z - f(z).
 
     Tolerance: SNES tests the norm of the whole batch; it is to be below the smallest residual that solves a sample.
     """
@@ -34,18 +34,18 @@ class _Contender(Contender):
     language: Literal["torch", "numpy", "jax"] = "numpy"
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
-        start, fn = problem.z0, equation(problem)
-        tolerance = tighten * allowed_of_equation(problem).min().item()
+        start, fn = problem.z0, change(problem)
+        tolerance = tighten * allowed(problem).min().item()
         # Steps of differences are for the dtype that the map computes in.
         options = {"mat_mffd_err": torch.finfo(start.dtype).eps ** 0.5, **self.settings}
 
         @torch.no_grad()
         def solve() -> Claim:
-            calls = Calls(fn, problem.max_calls, counts)
+            calls = Calls(fn, self.most_calls(problem), counts)
 
             def residual(snes: Any, x: Any, r: Any) -> None:
                 z = torch.from_numpy(x.getArray(readonly=True).copy()).to(start.dtype).reshape(start.shape)
-                r.setArray(calls(z).double().numpy().ravel())
+                r.setArray(-calls(z).double().numpy().ravel())
 
             # A solver that solves twice starts with what it learned the first time.
             snes: Any = PETSc.SNES().create(PETSc.COMM_SELF)
@@ -82,7 +82,7 @@ CONTENDERS: tuple[Contender, ...] = (
     _Contender(
         key="petsc.qn.best", title="quasi-Newton", type="qn", settings={"snes_qn_type": "broyden", "snes_qn_m": 30}
     ),
-    _Contender(key="petsc.newtonls", title="Newton-Krylov", type="newtonls"),
+    _Contender(key="petsc.newtonls", title="Newton-Krylov", type="newtonls", differences=True),
 )
 
 GRIDS: Grids = {

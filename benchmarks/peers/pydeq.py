@@ -81,15 +81,14 @@ PEER = _Pydeq()
 class _Contender(Contender):
     """A solver of pydeq, by its class's name. It hands on the iterate that it tested.
 
-    Tolerance: rtol and atol are the problem's; pydeq allows their sum where the problem allows the larger one.
+    Tolerance: pydeq allows rtol ||f(z)|| + atol where the problem allows the larger of the two, so where the problem
+    has both, it is given half of each.
 
-    Args:
-        compiled: Compile the map by ``torch.compile``, when the solve is prepared. Counted solves are not compiled:
-            their evaluations are the same up to rounding.
+    Products are those that it reports, and for NewtonKrylov the one that starts the products at each point: it is
+    counted when the gradient reaches z.
     """
 
     solver: str
-    compiled: bool = False
     library: str = "pydeq"
 
     def refusal(self, problem: Problem) -> str | None:
@@ -98,8 +97,12 @@ class _Contender(Contender):
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         solver = getattr(pydeq, self.solver)(**self.settings)
-        rtol, atol = tighten * problem.rtol, tighten * problem.atol
+        share = tighten * (0.5 if problem.rtol > 0 and problem.atol > 0 else 1.0)
+        rtol, atol = share * problem.rtol, share * problem.atol
         fn = COMPILER.map(problem) if self.compiled and counts is None else problem.fn
+
+        if counts is not None and self.solver == "NewtonKrylov":
+            fn = _watched(fn, counts)
 
         def solve() -> Claim:
             calls = None if counts is None else Calls(fn, None, counts)
@@ -113,6 +116,21 @@ class _Contender(Contender):
             return Claim(solution.value, solution.converged)
 
         return solve
+
+
+def _watched(fn: Map, counts: Counts) -> Map:
+    """A map that counts a product whenever a gradient reaches its argument."""
+
+    def add(_: Tensor) -> None:
+        counts.products += 1
+
+    def watched(z: Tensor) -> Tensor:
+        if z.requires_grad:
+            z = z.view_as(z)
+            z.register_hook(add)
+        return fn(z)
+
+    return watched
 
 
 # Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
@@ -129,8 +147,8 @@ CONTENDERS: tuple[Contender, ...] = (
         compiled=True,
     ),
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
-    _Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov"),
-    _Contender(key="pydeq.trust_region", title="trust region", solver="TrustRegion"),
+    _Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov", differences=True),
+    _Contender(key="pydeq.trust_region", title="trust region", solver="TrustRegion", differences=True),
 )
 
 GRIDS: Grids = {

@@ -11,22 +11,25 @@ import numpy as np
 import torch
 from scipy.optimize import root
 
-from benchmarks.peers.calling import Calls, ExhaustedError, allowed_of_equation, equation, uniform
+from benchmarks.peers.calling import Calls, ExhaustedError, allowed, change, uniform
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
-# The Jacobian of hybr has as many columns as the whole batch has entries.
-_DENSE = 2_000
+# The Jacobian of these has as many columns as the whole batch has entries.
+_DENSE_METHODS, _DENSE = ("hybr", "lm"), 2_000
+# Their tolerance by default.
+_XTOL = 1.49012e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Contender(Contender):
     """One method of ``root``, on the batch as one vector.
 
-    The methods by an approximate Jacobian start along F, so F is f(z) - z, or -r(z).
+    The methods by an approximate Jacobian start along F = f(z) - z.
 
     Tolerance: the norm (``tol_norm``, ``fnorm``) is the largest norm of a sample's F, over the one that solves the
-    sample. hybr has only a tolerance of the iterate's relative change: rtol.
+    sample. hybr has only a tolerance of the iterate's relative change: rtol, or its default if the problem has none. lm
+    has one of the relative change of ||F||, too.
     """
 
     method: str
@@ -34,23 +37,23 @@ class _Contender(Contender):
     language: Literal["torch", "numpy", "jax"] = "numpy"
 
     def refusal(self, problem: Problem) -> str | None:
-        if self.method == "hybr" and problem.z0.numel() > _DENSE:
+        if self.method in _DENSE_METHODS and problem.z0.numel() > _DENSE:
             return f"it forms a dense Jacobian of {problem.z0.numel()} columns"
         return super().refusal(problem)
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
-        shape, fn = problem.z0.shape, equation(problem)
+        shape, fn = problem.z0.shape, change(problem)
         start = problem.z0.numpy().ravel()
-        scale = 1.0 / (tighten * allowed_of_equation(problem).numpy())
+        scale = 1.0 / (tighten * allowed(problem).numpy())
         options = self._options(problem, tighten, lambda f: _largest(f, scale))
 
         @torch.no_grad()
         def solve() -> Claim:
-            calls = Calls(fn, problem.max_calls, counts)
+            calls = Calls(fn, self.most_calls(problem), counts)
 
             def residual(x: np.ndarray) -> np.ndarray:
                 z = torch.from_numpy(np.asarray(x, dtype=start.dtype)).reshape(shape)
-                return -calls(z).numpy().ravel()
+                return calls(z).numpy().ravel()
 
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
@@ -58,15 +61,19 @@ class _Contender(Contender):
                     result = root(residual, start.copy(), method=self.method, options=options)
                 except ExhaustedError:
                     return uniform(calls.last, False, problem)
-            return uniform(torch.from_numpy(result.x.astype(start.dtype)), bool(result.success), problem)
+            claim = uniform(torch.from_numpy(result.x.astype(start.dtype)), bool(result.success), problem)
+            # Success of a method of least squares may be a minimum of ||F||.
+            return Claim(claim.value, None) if self.method == "lm" else claim
 
         return solve
 
     def _options(self, problem: Problem, tighten: float, norm: Callable[[np.ndarray], float]) -> dict[str, Any]:
         settings = dict(self.settings)
-        if self.method == "hybr":
-            eps = torch.finfo(problem.z0.dtype).eps
-            return {"xtol": tighten * problem.rtol, "eps": eps, "maxfev": problem.max_calls, **settings}
+        if self.method in _DENSE_METHODS:
+            eps, xtol = torch.finfo(problem.z0.dtype).eps, tighten * (problem.rtol or _XTOL)
+            if self.method == "hybr":
+                return {"xtol": xtol, "eps": eps, "maxfev": self.most_calls(problem), **settings}
+            return {"xtol": xtol, "ftol": xtol, "eps": eps, "maxiter": self.most_calls(problem), **settings}
         if self.method == "df-sane":
             return {"ftol": 0.0, "fatol": 1.0, "fnorm": norm, "maxfev": problem.max_calls, **settings}
         search = {"line_search": settings.pop("line_search")} if "line_search" in settings else {}
@@ -97,15 +104,17 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     _Contender(key="scipy.diagbroyden.default", title="diagbroyden", method="diagbroyden"),
     _Contender(key="scipy.diagbroyden.best", title="diagbroyden", method="diagbroyden", settings={"alpha": 1.0}),
-    _Contender(key="scipy.krylov.default", title="newton_krylov", method="krylov"),
+    _Contender(key="scipy.krylov.default", title="newton_krylov", method="krylov", differences=True),
     _Contender(
         key="scipy.krylov.best",
         title="newton_krylov",
         method="krylov",
+        differences=True,
         settings={"method": "gmres", "inner_maxiter": 5},
     ),
     _Contender(key="scipy.df_sane", title="df-sane", method="df-sane"),
-    _Contender(key="scipy.hybr", title="hybr", method="hybr"),
+    _Contender(key="scipy.hybr", title="hybr", method="hybr", differences=True),
+    _Contender(key="scipy.lm", title="lm", method="lm", differences=True),
 )
 
 _SEARCHES = ("armijo", None)

@@ -17,7 +17,7 @@ from torchdeq.loss import jac_reg
 from torchdeq.solver import get_solver
 
 from benchmarks.peers.base import Layer, LayerSettings, Method, Outcome, Peer
-from benchmarks.peers.calling import Calls, allowed, refusal_of_history
+from benchmarks.peers.calling import allowed, map_of, refusal_of_history
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
@@ -124,10 +124,10 @@ class _Contender(Contender):
         tolerance *= tighten
         # Broyden's cap counts steps, one less than calls.
         cap = problem.max_calls - 1 if self.solver == "broyden" else problem.max_calls
+        fn = map_of(problem, self.compiled, counts)
 
         @torch.no_grad()
         def solve() -> Claim:
-            fn = problem.fn if counts is None else Calls(problem.fn, None, counts)
             value, _, info = run(fn, problem.z0, max_iter=cap, tol=tolerance, stop_mode=mode, **self.settings)
             return Claim(value, info[f"{mode}_lowest"] < tolerance)
 
@@ -139,12 +139,27 @@ CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="torchdeq.fixed_point_iter", title="fixed-point iteration", solver="fixed_point_iter"),
     _Contender(key="torchdeq.anderson.default", title="Anderson", solver="anderson"),
     _Contender(key="torchdeq.anderson.best", title="Anderson", solver="anderson", settings={"m": 10, "lam": 1e-8}),
+    _Contender(
+        key="torchdeq.anderson.compiled.best",
+        title="Anderson, compiled map",
+        solver="anderson",
+        settings={"m": 10, "lam": 1e-8},
+        compiled=True,
+    ),
     _Contender(key="torchdeq.broyden.default", title="Broyden", solver="broyden"),
+    _Contender(key="torchdeq.broyden.best", title="Broyden", solver="broyden", settings={"LBFGS_thres": 100}),
+    _Contender(
+        key="torchdeq.broyden.compiled.best",
+        title="Broyden, compiled map",
+        solver="broyden",
+        settings={"LBFGS_thres": 100},
+        compiled=True,
+    ),
 )
 
 GRIDS: Grids = {
     "torchdeq.anderson": [
         {"m": m, "lam": lam, "tau": tau} for m in (6, 3, 10) for lam in (1e-4, 1e-8) for tau in (1.0, 0.5)
     ],
-    "torchdeq.broyden": [{}, {"ls": True}, {"LBFGS_thres": 10}, {"LBFGS_thres": 30}],
+    "torchdeq.broyden": [{}, {"ls": True}, *({"LBFGS_thres": memory} for memory in (10, 30, 100))],
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from xitorch._utils.exceptions import ConvergenceWarning
 from xitorch.optimize import equilibrium, rootfinder
 
-from benchmarks.peers.calling import Calls, ExhaustedError, allowed_of_equation, equation, passes, uniform
+from benchmarks.peers.calling import COMPILER, Calls, ExhaustedError, allowed, change, passes, uniform
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -30,7 +30,10 @@ class _Terminator:
 class _Contender(Contender):
     """One method.
 
-    Tolerance: its option ``custom_terminator`` takes the problem's own test. For r(z) = 0, the norm of r at which each
+    By default its Broyden methods start along F, and linearmixing goes along -F. So ``rootfinder`` is given
+    F = f(z) - z, or z - f(z). ``equilibrium`` makes z - f(z) of the map: there, Broyden's best ``alpha`` is negative.
+
+    Tolerance: its option ``custom_terminator`` takes the problem's own test. For r(z) = 0, the norm of F at which each
     sample is solved.
     """
 
@@ -49,14 +52,18 @@ class _Contender(Contender):
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         settings = dict(self.settings)
         if problem.root is None:
-            run, fn = equilibrium, problem.fn
+            run, fn = equilibrium, COMPILER.map(problem) if self.compiled and counts is None else problem.fn
             sign = 1.0 if self.separate else -1.0
 
             def test(x: Tensor, y: Tensor) -> Tensor:
                 return passes(y, x + sign * y, problem, tighten)  # y is f(x) - x for anderson_acc, else x - f(x)
         else:
-            run, fn = rootfinder, equation(problem)
-            tolerance = tighten * allowed_of_equation(problem)
+            run, fn, along = rootfinder, change(problem), change(problem)
+            tolerance = tighten * allowed(problem)
+            if self.method == "linearmixing":
+                fn = lambda z: -along(z)  # noqa: E731
+            elif "alpha" in settings:
+                settings["alpha"] *= -1.0
 
             def test(x: Tensor, y: Tensor) -> Tensor:
                 return y.flatten(1).norm(dim=1) <= tolerance
@@ -105,6 +112,13 @@ CONTENDERS: tuple[Contender, ...] = (
         title="anderson_acc",
         method="anderson_acc",
         settings={"msize": 10, "lmbda": 1e-8},
+    ),
+    _Contender(
+        key="xitorch.anderson_acc.compiled.best",
+        title="anderson_acc, compiled map",
+        method="anderson_acc",
+        settings={"msize": 10, "lmbda": 1e-8},
+        compiled=True,
     ),
 )
 

@@ -34,7 +34,7 @@ SHOWN, SHOWN_CALLS = ("cell", "adjoint"), 60  # families with a plot of the resi
 LARGE = 1000  # entries of a batch from which the memory of a solve is measured: below, it is mostly not that of states
 PROFILED_CALLS = 200  # a profiler keeps every allocation of a solve
 # Seconds of a counted solve, and its multiple of the fastest one, beyond which a solver is not timed again: its time is
-# then that of the counted solve, with compilation.
+# then that of the counted solve.
 LATE, LATE_FACTOR = 5.0, 10.0
 FLOOR_CALLS = 20  # of a loop without a solver, whose time per call is the floor
 
@@ -67,26 +67,36 @@ def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) ->
     """Judge every solver on a problem, then time those that solved it, and a loop without a solver, alternately."""
     profile = context.profile
     with threads(1):
-        verdicts = {solver.key: judge(solver, problem, profile.contest_seconds) for solver in solvers}
+        verdicts = _verdicts(problem, solvers, profile.contest_seconds)
         solved = [solver for solver in solvers if verdicts[solver.key].status == "solved"]
         least = min((verdicts[solver.key].seconds for solver in solved), default=0.0)
-        # A counted solve does not compile the map of torch.
-        repeatable = [solver for solver in solved if not getattr(solver, "compiled", False)]
-        late = {solver.key for solver in repeatable if verdicts[solver.key].seconds > max(LATE, LATE_FACTOR * least)}
+        # A counted solve does not take the compiled map.
+        limit = max(LATE, LATE_FACTOR * least)
+        late = {solver.key for solver in solved if not solver.compiled and verdicts[solver.key].seconds > limit}
         timed = [solver for solver in solved if solver.key not in late]
         sides = [(solver, problem, verdicts[solver.key].tighten) for solver in timed]
         if timed:
             sides.append((loop.floor(FLOOR_CALLS), problem, 1.0))
         clocked = clock(sides, profile.contest_repeats, profile.contest_seconds / 10)
         peaks = {solver.key: _peak(solver, problem, verdicts[solver.key]) for solver in timed}
-    measured = {side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None}
+    measured: dict[str, tuple[Spread, float | None]] = {
+        side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None
+    }
     for key in late:
-        seconds = verdicts[key].seconds
-        measured[key] = spread([seconds]), seconds
+        measured[key] = spread([verdicts[key].seconds]), None
     floor = measured.get(sides[-1][0].key) if sides else None
     call = floor[0].median / FLOOR_CALLS if floor else None
     entries = [_entry(solver, problem, verdicts[solver.key], measured.get(solver.key), call) for solver in solvers]
     return [dataclasses.replace(entry, peak_bytes=peaks.get(entry.contender)) for entry in entries]
+
+
+def _verdicts(problem: Problem, solvers: Sequence[Contender], seconds: float) -> dict[str, Verdict]:
+    """Each solver's verdict by its key. Counted maps are not compiled: on a compiled map, it is that of the twin."""
+    verdicts: dict[str, Verdict] = {}
+    for solver in sorted(solvers, key=lambda each: each.compiled):
+        twin = next((each.key for each in solvers if solver.compiled and each.is_twin_of(solver)), None)
+        verdicts[solver.key] = judge(solver, problem, seconds) if twin is None else verdicts[twin]
+    return verdicts
 
 
 def _peak(solver: Contender, problem: Problem, verdict: Verdict) -> int | None:
@@ -100,7 +110,11 @@ def _peak(solver: Contender, problem: Problem, verdict: Verdict) -> int | None:
 
 
 def _entry(
-    solver: Contender, problem: Problem, verdict: Verdict, measured: tuple[Spread, float] | None, call: float | None
+    solver: Contender,
+    problem: Problem,
+    verdict: Verdict,
+    measured: tuple[Spread, float | None] | None,
+    call: float | None,
 ) -> Entry:
     """What a solver did; ``call`` is the time of a call of the map in torch, in a loop without a solver."""
     counts = verdict.counts
@@ -133,7 +147,7 @@ def _entry(
         false_claim=verdict.false_claim,
         title=_title(solver),
         problem_title=problem.title,
-        note=verdict.reason,
+        note="it raised when it was timed" if verdict.status == "solved" and measured is None else verdict.reason,
     )
 
 
@@ -143,7 +157,7 @@ def _precision(context: Context, chosen: Sequence[Problem], solvers: Sequence[Co
     for problem in shown:
         for solver in solvers:
             # A compiled map has the curve of the map itself.
-            if solver.language == "jax" or getattr(solver, "compiled", False) or solver.refusal(problem) is not None:
+            if solver.language == "jax" or solver.compiled or solver.refusal(problem) is not None:
                 continue
             fn = Recorded(problem.fn)
             with threads(1), contextlib.suppress(Exception):  # how it ends is in the tables
@@ -186,7 +200,8 @@ def _robustness(context: Context, entries: Sequence[Entry]) -> None:
             if entry.status == "solved":
                 rivals = grouped[entry.problem]
                 work.append(standings.work_of(entry) / min(map(standings.work_of, rivals)))
-                clocks.append(standings.time_of(entry) / min(map(standings.time_of, rivals)))
+                if entry.seconds is not None:
+                    clocks.append(entry.seconds / min(map(standings.time_of, rivals)))
                 if entry.overhead_seconds is not None:
                     overheads.append(1e6 * entry.overhead_seconds)
         rows.append(

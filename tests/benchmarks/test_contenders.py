@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import benchmarks.peers
+import pydeq
 from benchmarks.peers import REQUIREMENTS, Counts, contenders
-from benchmarks.peers.calling import Compiler
+from benchmarks.peers.calling import Compiler, passes
 from benchmarks.peers.loop import floor
 from benchmarks.problems.base import Problem, from_formula
 from benchmarks.problems.maps import diagonal, elementwise, symmetric_linear, tanh_map
@@ -110,16 +111,30 @@ def cubic(dtype=torch.float64):
     )
 
 
-def test_finds_roots_in_float64(contender):
+def test_finds_roots_in_float64(unmapped):
     problem = cubic()
-    if contender.refusal(problem):
+    if unmapped.refusal(problem):
         return
-    _, _, excess = solve(contender, problem)
+    _, _, excess = solve(unmapped, problem)
     assert torch.get_default_dtype() == torch.float32
-    assert excess <= 1.0 or contender.key in UNABLE
+    assert excess <= 1.0 or unmapped.key in UNABLE
 
 
-def test_absolute_tolerance(contender):
+def test_solves_in_bfloat16_or_refuses(unmapped):
+    def formula(xp, z, x):
+        return 0.5 * z + x
+
+    x = torch.linspace(-1.0, 1.0, 6, dtype=torch.bfloat16).reshape(2, 3)
+    fields = {"constants": {"x": x}, "sample_axes": {"x": 0}, "rtol": 3e-2, "max_calls": 100}
+    problem = from_formula("half", "half", formula, torch.zeros(2, 3, dtype=torch.bfloat16), **fields)
+    refusal = unmapped.refusal(problem)
+    assert (refusal == "NumPy has no bfloat16") == (unmapped.language == "numpy")
+    if refusal is None and unmapped.key.split(".")[1] in ("picard", "fixed_point_iteration"):
+        _, _, excess = solve(unmapped, problem)
+        assert excess <= 1.0
+
+
+def test_absolute_tolerance(unmapped):
     """The solution is 0, where no relative tolerance can be met."""
     slopes = torch.tensor([0.5, -0.3, 0.1])
 
@@ -129,9 +144,9 @@ def test_absolute_tolerance(contender):
     problem = from_formula(
         "zero", "zero", formula, torch.ones(2, 3), constants={"slopes": slopes}, atol=1e-3, rtol=0.0, max_calls=300
     )
-    _, _, excess = solve(contender, problem)
+    _, _, excess = solve(unmapped, problem)
     # hybr has only a relative tolerance, which is 0 here.
-    assert excess <= 1.0 or contender.key in UNABLE | {"scipy.hybr"}
+    assert excess <= 1.0 or unmapped.key in UNABLE | {"scipy.hybr"}
 
 
 def test_counts_equal_those_of_the_map(contender):
@@ -171,6 +186,51 @@ def test_counts_equal_those_of_the_map(contender):
     assert dataclasses.replace(counts) == Counts(2 * first.evaluations, 2 * first.products)
 
 
+def test_counts_the_product_that_starts_those_of_newton_krylov(contender):
+    if contender.key != "pydeq.newton_krylov":
+        return
+    problem, counts = PROBLEMS["linear"], Counts()
+    contender.prepare(problem, counts=counts)()
+    solution = pydeq.fixed_point(problem.fn, problem.z0, solver=pydeq.NewtonKrylov(), rtol=problem.rtol)
+    # On a linear map every step is accepted, so that each evaluation but the last has products.
+    assert counts.evaluations == solution.nfe
+    assert counts.products == solution.products + solution.nfe - 1
+
+
+def test_solvers_of_equations_get_the_scale_and_sign_of_the_map():
+    """A root of -7 r(z), stated as z + r(z) / 70, has the trials of a root of r(z), stated as z - r(z) / 10."""
+
+    def stated(factor, step):
+        def root(xp, z):
+            return factor * (z**3 + z - 1.0)
+
+        def formula(xp, z):
+            return z - step * root(xp, z)
+
+        z0 = torch.zeros(1, 3, dtype=torch.float64)
+        return from_formula("cubic", "cubic", formula, z0, root=root, step=step, rtol=0.0, atol=1e-8, max_calls=400)
+
+    problems = stated(1.0, 0.1), stated(-7.0, -0.1 / 7.0)
+    for contender in FOUND:
+        if contender.library in ("scipy", "xitorch") and contender.refusal(problems[0]) is None:
+            counts = [Counts(), Counts()]
+            values = [contender.prepare(p, 1.0, c)().value for p, c in zip(problems, counts, strict=True)]
+            assert counts[0] == counts[1], contender.key
+            torch.testing.assert_close(*values, equal_nan=True)
+
+
+def test_an_overflow_passes_no_test():
+    problem = dataclasses.replace(PROBLEMS["tanh"], z0=torch.zeros(2, 8))
+    far = torch.full((2, 8), 1e30)
+    assert not passes(far, far, problem, 1.0).any()
+
+
+def test_a_compiled_map_has_a_twin_that_is_not_compiled():
+    for contender in FOUND:
+        twins = [each.key for each in FOUND if each.is_twin_of(contender)]
+        assert len(twins) == 1, contender.key  # one that is not compiled is its own
+
+
 def test_counts_a_jacobian_as_a_product_for_each_column(contender):
     solver = contender.key.removesuffix(".vmap")
     if solver not in ("optimistix.newton", "optimistix.chord"):
@@ -189,8 +249,8 @@ def test_only_libraries_on_torch_solve_on_another_device(contender):
     assert (refusal == "it is compared on the CPU only") == (contender.language != "torch")
 
 
-def test_a_tighter_try_compiles_nothing(contender):
-    if contender.language != "jax":
+def test_a_tighter_try_compiles_nothing(unmapped):
+    if unmapped.language != "jax":
         return
     traced = []
 
@@ -203,7 +263,7 @@ def test_a_tighter_try_compiles_nothing(contender):
     problem = from_formula("half", "half", formula, torch.zeros(2, 3), **fields)
     values, traces = [], []
     for tighten in (1.0, 0.01):
-        solve = contender.prepare(problem, tighten)
+        solve = unmapped.prepare(problem, tighten)
         traced.clear()  # preparing a solve evaluates the map, too
         values.append(solve().value)
         traces.append(len(traced))
@@ -213,7 +273,7 @@ def test_a_tighter_try_compiles_nothing(contender):
     assert problem.excess(values[1]).max() <= 0.1
     # Another problem is compiled again.
     other = dataclasses.replace(problem, constants={"x": 2 * x})
-    assert not torch.allclose(contender.prepare(other)().value, values[1])
+    assert not torch.allclose(unmapped.prepare(other)().value, values[1])
 
 
 def test_a_new_problem_resets_the_compiler_and_the_same_one_does_not(monkeypatch):
@@ -267,7 +327,8 @@ def test_claims_nothing_without_a_fixed_point(unmapped):
         return z + 0.5 * xp.sqrt(1.0 + z * z)
 
     problem = from_formula("none", "no fixed point", formula, torch.zeros(2, 3), solvable=False, max_calls=40)
-    with contextlib.suppress(ValueError):  # of newton_krylov, once nothing is finite
+    # Of newton_krylov, once nothing is finite, and of Anderson's small systems.
+    with contextlib.suppress(ValueError, torch.linalg.LinAlgError):
         claim = unmapped.prepare(problem)()
         assert not (problem.excess(claim.value) <= 1.0).any()
         assert claim.converged is None or not claim.converged.any()

@@ -150,6 +150,51 @@ def test_a_solver_that_never_stops_is_given_up() -> None:
     assert (verdict.status, verdict.reason) == ("unsolved", "more than 0.05 s")
 
 
+def test_calls_for_a_jacobian_have_a_limit_of_their_own() -> None:
+    problem = halving(max_calls=10)
+    solver = made_up(says(2.0, True), calls=160, differences=True)  # 1.5 times ten times as many, and ten
+    assert judge(solver, problem).status == "solved"
+    verdict = judge(replace(solver, calls=161), problem)
+    assert (verdict.status, verdict.reason) == ("unsolved", "more than 160 calls")
+
+
+def test_what_cannot_be_stopped_is_judged_by_its_counts() -> None:
+    class Counted(MadeUp):
+        def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+            def solve() -> Claim:
+                assert counts is not None
+                counts.evaluations, counts.products = self.settings["evaluations"], self.settings["products"]
+                return self.answer(problem, tighten)
+
+            return solve
+
+    def verdict(evaluations: int, products: int) -> tuple[str, str]:
+        settings = {"evaluations": evaluations, "products": products}
+        made = Counted("made.up", "made", "Made up", "jax", settings, answer=says(2.0, True))
+        found = judge(made, halving(max_calls=10))
+        return found.status, found.reason
+
+    assert verdict(25, 135) == ("solved", "")
+    assert verdict(26, 0) == ("unsolved", "more than 25 evaluations")
+    assert verdict(25, 136) == ("unsolved", "more than 160 evaluations and products")
+
+
+def test_a_solver_on_a_compiled_map_has_the_verdict_of_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+
+    def counted(solver: Contender, *arguments: Any) -> Verdict:
+        judged.append(solver.key)
+        return judge(solver, *arguments)
+
+    monkeypatch.setattr(contest, "judge", counted)
+    one = made_up(says(2.0, True))
+    solvers = [replace(one, key="compiled", compiled=True), one, replace(one, key="alone", compiled=True, calls=4)]
+    verdicts = contest._verdicts(halving(), solvers, 1.0)
+    assert judged == ["made.up", "alone"]
+    assert verdicts["compiled"] is verdicts["made.up"]
+    assert verdicts["alone"].counts.evaluations == 4
+
+
 def test_calls_of_the_equation_are_limited_too() -> None:
     problem = halving(max_calls=4, root=lambda xp, z: 0.5 * z - 1.0)
 
@@ -263,7 +308,8 @@ def test_a_solver_that_is_far_too_slow_is_not_timed_again(monkeypatch: pytest.Mo
 
     fast, once = compete(11.0)  # beyond LATE, and beyond ten times the fastest
     assert solves == [1.0]
-    assert once.seconds == once.first_seconds == once.seconds_low == once.seconds_high == 11.0
+    assert once.seconds == once.seconds_low == once.seconds_high == 11.0
+    assert once.first_seconds is None
     assert fast.seconds != 1.0  # it was timed
     compete(9.0)
     assert len(solves) > 1
