@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import pydeq
 from experiments import data, training
+from experiments.training import trainer as trainer_module
 from experiments.training.distribution import Distribution
 from experiments.training.history import History
 from experiments.training.observers import Observer
@@ -196,6 +197,14 @@ class Spy(Observer):
 
     def ended(self, status, test):
         self.told.append((status, test))
+
+
+@pytest.mark.parametrize(("amp", "fast", "said"), [("bf16", False, 1), ("bf16", True, 0), ("none", False, 0)])
+def test_slow_bfloat16_is_said(monkeypatch, amp, fast, said):
+    monkeypatch.setattr(trainer_module, "has_fast_bfloat16", lambda device: fast)
+    spy = Spy()
+    training.train(small(amp=amp, steps=1), observers=[spy])
+    assert sum("this CPU has no fast bfloat16" in str(each) for each in spy.told) == said
 
 
 def test_a_training_that_diverges_ends_and_says_so(tmp_path):
