@@ -44,6 +44,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "trainings at a time, each a process with one thread; by default as many as cores, at most 2, and on a GPU 1"
     ))  # fmt: skip
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    command.add_argument("--amp", choices=("none", "bf16"), default="none", help=(
+        "precision of the image trainings of cpu-long: bf16 takes half the time on CPUs with AVX-512, and ten times as"
+        " long on others; they are other trainings than those without it"
+    ))  # fmt: skip
     command.add_argument("--imagenet", metavar="DIR", help="folder of ImageNet, for table2 of the paper profile")
     command.add_argument("--plan", action="store_true", help="list the trainings, and train nothing")
 
@@ -57,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from benchmarks.environment import cores
     from experiments.data import AlteredDataError, MissingDataError
-    from experiments.paper import EXPERIMENTS, Grid, GridError, recipes_of
+    from experiments.paper import EXPERIMENTS, Grid, recipes_of
 
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
@@ -66,9 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
         return _failed("--device must be cpu or auto: torch has no CUDA here, got cuda", 2)
     device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
     try:
-        recipes = recipes_of(arguments.profile, device, arguments.imagenet)
+        recipes = recipes_of(arguments.profile, device, arguments.imagenet, arguments.amp)
     except ModuleNotFoundError as error:
         return _failed(str(error))
+    except ValueError as error:
+        return _failed(str(error), 2)
     seeds = arguments.seeds or recipes.seeds
     out = arguments.out or Path("runs", f"reproduce-{recipes.name}")
     jobs = arguments.jobs or (1 if device == "cuda" else min(2, cores()))
@@ -87,16 +93,40 @@ def run(arguments: argparse.Namespace) -> int:
                 " use --profile cpu, or see the trainings with --plan"
             )
         out.mkdir(parents=True, exist_ok=True)
+        failed = _measure(wanted, grid)
         for name in names:
-            _reproduce(name, wanted[name], recipes, grid, device, seeds)
+            if len(grid.find(_flat(wanted[name]))) == len({each.key for each in _flat(wanted[name]).values()}):
+                _reproduce(name, wanted[name], recipes, grid, device, seeds)
+            else:
+                print(f"{name}: not all of its trainings are measured\n", flush=True)
+        if failed is not None:
+            return _failed(failed)
     except KeyboardInterrupt:
         print(f"interrupted; continue with --resume --out {out}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         raise
-    except (AlteredDataError, MissingDataError, FileExistsError, GridError, OSError, ValueError) as error:
+    except (AlteredDataError, MissingDataError, FileExistsError, OSError, ValueError) as error:
         return _failed(str(error))
     return 0
+
+
+def _measure(wanted: Mapping[str, Trainings], grid: Grid) -> str | None:
+    """Measure the trainings of all experiments, side by side; return why some failed."""
+    from experiments.paper import GridError
+
+    every: dict[str, Training] = {}
+    keys = set()
+    for name, trainings in wanted.items():
+        for label, each in _flat(trainings).items():
+            if each.key not in keys:
+                keys.add(each.key)
+                every[f"{name}: {label}"] = each
+    try:
+        grid.measure(every)
+    except GridError as error:
+        return str(error)
+    return None
 
 
 def _reproduce(name: str, trainings: Trainings, recipes: Recipes, grid: Grid, device: str, seeds: int) -> None:
@@ -137,8 +167,9 @@ def _plan(wanted: Mapping[str, Trainings], grid: Grid) -> int:
             config = each.config
             length = f"{config.steps} steps" if config.steps is not None else f"{config.epochs} epochs"
             state = "measured" if each.key in found else "begun" if grid.folder(each).is_dir() else "to do"
+            precision = "" if config.amp == "none" else f", {config.amp}"
             print(f"  {each.key}  {label}: {type(config.model).__name__.removesuffix('Config')} on {config.data.name},"
-                  f" {length}, cap {config.max_steps}; {state}")  # fmt: skip
+                  f" {length}, cap {config.max_steps}{precision}; {state}")  # fmt: skip
     print(f"{len(every)} different trainings, {len(found)} of them measured in {grid.out}")
     return 0
 

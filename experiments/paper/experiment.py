@@ -105,6 +105,20 @@ def to_reach(group: Sequence[Measurement], stops: Sequence[int], target: float) 
     return min([*reached, most if full >= target else math.inf])
 
 
+def least_to_reach(group: Sequence[Measurement], stops: Sequence[int], target: float) -> float:
+    """A lower bound of :func:`to_reach` over all numbers of evaluations: one more than the last tested one below it."""
+    reached = to_reach(group, stops, target)
+    if not math.isfinite(reached):
+        return reached
+    return 1.0 + max((float(stop) for stop in stops if stop < reached), default=0.0)
+
+
+def paired(a: Sequence[Measurement], b: Sequence[Measurement], stop: int | None) -> Entry:
+    """The metric of ``a`` minus that of ``b``, of each seed that both have."""
+    pairs = [(x.at(stop), y.at(stop)) for x, y in zip(a, b, strict=False)]
+    return Entry(tuple(None if x is None or y is None else x - y for x, y in pairs), "points")
+
+
 def over_training(label: str, group: Sequence[Measurement], column: str, style: str, color: int) -> Curve:
     """Curve of a column of the evaluations on validation data, mean over the seeds, against the steps."""
     curves = [each.curve(column) for each in group]

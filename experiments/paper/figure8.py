@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from experiments.paper.experiment import Experiment, Measurements, Trainings, metric, over_training, radius, residual
+from experiments.paper.experiment import (
+    Experiment,
+    Measurements,
+    Trainings,
+    metric,
+    over_training,
+    radius,
+    residual,
+    seeded,
+)
 from experiments.paper.published import FIGURE8
 from experiments.paper.recipes import DECAY, PENALIZED, PLAIN, Recipes
 from experiments.paper.report import Entry, Panel, Report, ReportTable, Row, claim
@@ -21,7 +30,11 @@ class Figure8(Experiment):
     title: ClassVar[str] = "weight decay against the penalty"
 
     def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
-        return {label: [training] for label, training in recipes.figure8.items()}
+        several = 1 if recipes.needs_gpu else seeds
+        return {
+            label: seeded(training, 1 if label.startswith(DECAY) else several)
+            for label, training in recipes.figure8.items()
+        }
 
     def report(self, recipes: Recipes, found: Measurements) -> Report:
         stop = recipes.figure8_stop

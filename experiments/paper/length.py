@@ -59,6 +59,7 @@ class Length(Experiment):
         claims = []
         for strength in STRENGTHS:
             first, last = gains[short, strength][at], gains[long, strength][at]
+            more = Entry(tuple(map(_difference, last.values, first.values)), "points")
             claims.append(claim(
                 f"length.shown_{strength:g}",
                 f"after {long} epochs the penalty of strength {strength:g} gains accuracy at a hard stop of {STOP}, by"
@@ -67,8 +68,9 @@ class Length(Experiment):
             ))  # fmt: skip
             claims.append(claim(
                 f"length.longer_{strength:g}",
-                f"and more than after {short} epochs",
-                {f"after {long}": last.number, f"after {short}": first.number}, last.number > first.number,
+                f"and more than after {short} epochs, by more than {SURE:g} standard errors of the difference",
+                {f"after {long}": last.number, f"after {short}": first.number, "standard error": more.error},
+                more.number > SURE * more.error,
             ))  # fmt: skip
         panels = [
             Panel(f"{epochs} epochs", "evaluations of f allowed", "test accuracy, %", tuple(

@@ -6,7 +6,7 @@ the caps of the image models; the small language model has smaller caps. Penalti
 the penalty of images is computed in every step, because the published frequencies are for trainings that are a hundred
 times longer.
 cpu-long: the same, longer and with a stem that sees every pixel: twelve epochs of CIFAR-10 with augmentation, and 8000
-steps of Shakespeare. Image models train in bfloat16, which takes half the time where the CPU has it. The language
+steps of Shakespeare. Image models may train in bfloat16, which takes half the time where the CPU has it. The language
 models keep their size and float32, which is as fast at this size. The images are penalized from the first step on.
 Where the penalty began after the pre-training, the radius had grown beyond 1 before, and the accuracy at a hard stop of
 6 was 1.2 points lower (pilots with seed 0). There, a strength of 0.3 was worse than 1.
@@ -17,16 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from experiments.paper.measurement import Training
 from experiments.training import TrainingConfig, load_training_config, training_config_from_mapping
 from pydeq.jacobian.estimator import Mode
 from pydeq.models.equilibrium import PenaltyConfig
 
+Precision = Literal["none", "bf16"]
+
 PLAIN, PENALIZED, DECAY = "unpenalized", "penalized", "weight decay"
 PLAIN_SMALL, PLAIN_GENEROUS = "unpenalized, small cap", "unpenalized, generous cap"
 PENALIZED_SMALL, PENALIZED_GENEROUS = "penalized, small cap", "penalized, generous cap"
+SMALLEST = "post-LN, smallest cap"
 
 
 @dataclass(frozen=True)
@@ -162,23 +165,26 @@ def published_penalty(config: TrainingConfig) -> PenaltyConfig:
     return penalty
 
 
-def recipes_of(profile: str, device: str = "auto", imagenet: str | None = None) -> Recipes:
+def recipes_of(profile: str, device: str = "auto", imagenet: str | None = None, amp: Precision = "none") -> Recipes:
     """Return the recipes of a profile.
 
     Args:
         profile: cpu, cpu-long, paper or smoke.
         device: auto, cpu or cuda.
         imagenet: Folder of ImageNet, for table 2 of the paper profile.
+        amp: Mixed precision of the image trainings of cpu-long: none or bf16.
 
     Raises:
-        ValueError: If there is no such profile.
+        ValueError: If there is no such profile, or it has no choice of the precision.
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-    return PROFILES[profile]({"device": device, "logging.plot": False, "logging.tensorboard": False}, imagenet)
+    if amp != "none" and profile != "cpu-long":
+        raise ValueError(f"amp must be none with profile {profile}: only cpu-long has a choice, got {amp!r}")
+    return PROFILES[profile]({"device": device, "logging.plot": False, "logging.tensorboard": False}, imagenet, amp)
 
 
-def _smoke(common: dict[str, Any], imagenet: str | None) -> Recipes:
+def _smoke(common: dict[str, Any], imagenet: str | None, amp: Precision) -> Recipes:
     solver = {
         "forward": "broyden", "backward": "broyden", "rtol": 1e-3, "max_steps": 4,
         "backward_rtol": 1e-4, "backward_max_steps": 3,
@@ -215,15 +221,15 @@ def _smoke(common: dict[str, Any], imagenet: str | None) -> Recipes:
     )  # fmt: skip
 
 
-def _cpu(common: dict[str, Any], imagenet: str | None) -> Recipes:
+def _cpu(common: dict[str, Any], imagenet: str | None, amp: Precision) -> Recipes:
     return _on_two_cores("cpu", common, 2, (0.3, 1.0, 3.0, 10.0), {}, {})
 
 
-def _cpu_long(common: dict[str, Any], imagenet: str | None) -> Recipes:
+def _cpu_long(common: dict[str, Any], imagenet: str | None, amp: Precision) -> Recipes:
     images = {
         "model.channels": 64, "model.stem_channels": [64], "data.augmentation": "crop_flip", "steps": 9000,
-        "amp": "bf16", "pretraining.steps": 750, "penalty.strength": 1.0, "penalty.pretraining_strength": 1.0,
-        "evaluation.every_steps": 375,
+        "amp": amp, "evaluation.every_steps": 375,
+        "pretraining.steps": 750, "penalty.strength": 1.0, "penalty.pretraining_strength": 1.0,
     }  # fmt: skip
     language = {"steps": 8000, "schedule.warmup": 200, "pretraining.steps": 400, "evaluation.every_steps": 400}
     return _on_two_cores("cpu-long", common, 3, (0.1, 0.3, 1.0, 3.0, 10.0), images, language)
@@ -283,7 +289,7 @@ def _on_two_cores(
     )  # fmt: skip
 
 
-def _paper(common: dict[str, Any], imagenet: str | None) -> Recipes:
+def _paper(common: dict[str, Any], imagenet: str | None, amp: Precision) -> Recipes:
     def published(name: str, values: Mapping[str, Any] | None = None) -> TrainingConfig:
         return load_training_config(name, common | {"evaluation.stops": []} | dict(values or {}))
 
@@ -297,7 +303,7 @@ def _paper(common: dict[str, Any], imagenet: str | None) -> Recipes:
     models = {
         "post-LN": post,
         "post-LN, smaller cap": capped(post, 20, 20),
-        "post-LN, smallest cap": capped(post, 15, 15),
+        SMALLEST: capped(post, 15, 15),
         "pre-LN": post.with_values({"model.pre_norm": True}),
         "post-LN, penalized": post_penalized,
         "pre-LN, penalized": pre_penalized,
@@ -365,7 +371,7 @@ def _lengths(
 def _language_models(
     penalized: TrainingConfig, generous: tuple[int, int], pre_caps: tuple[int, int]
 ) -> dict[str, TrainingConfig]:
-    """Make the trainings of post-LN and pre-LN, with and without a penalty.
+    """Make the trainings of post-LN and pre-LN, with and without a penalty, and of post-LN without one at its cap.
 
     Args:
         penalized: Post-LN with a penalty.
@@ -375,6 +381,7 @@ def _language_models(
     plain = replace(capped(penalized, *generous), penalty=None, jitter=(0, 0))
     return {
         "post-LN": plain,
+        SMALLEST: capped(plain, *caps(penalized)),
         "pre-LN": plain.with_values({"model.pre_norm": True}),
         "post-LN, penalized": penalized,
         "pre-LN, penalized": capped(penalized, *pre_caps).with_values({"model.pre_norm": True}),

@@ -11,16 +11,19 @@ from experiments.paper.experiment import (
     Measurements,
     Trainings,
     evaluations,
+    least_to_reach,
     metric,
     over_stops,
+    paired,
     plain_and_penalized,
     radius,
     residual,
+    seeded,
     to_reach,
 )
 from experiments.paper.measurement import Measurement
 from experiments.paper.published import TABLE2, TABLE2_NFE
-from experiments.paper.recipes import PENALIZED, PLAIN, Recipes
+from experiments.paper.recipes import PENALIZED, PENALIZED_GENEROUS, PLAIN, PLAIN_SMALL, Recipes
 from experiments.paper.report import Claim, Panel, Report, ReportTable, Row, claim
 
 WIDE_MARGIN = 2.0
@@ -31,15 +34,28 @@ NEAR = 0.7
 
 SPEEDUP = 2.5
 
+CONTROL = 1.0
+"""Points of accuracy by which the penalty itself must gain, at the same cap; the paper has no such comparison."""
+
 
 class Table2(Experiment):
-    """Accuracies of multiscale, or small convolutional, equilibrium models."""
+    """Accuracies of multiscale, or small convolutional, equilibrium models.
+
+    The paper's two models differ in the caps of training, too. So both are also trained at the other's cap, but not in
+    the paper profile, where that takes days.
+    """
 
     name: ClassVar[str] = "table2"
     title: ClassVar[str] = "image classifiers, with and without the penalty"
 
     def trainings(self, recipes: Recipes, seeds: int) -> Trainings:
-        trainings = plain_and_penalized(recipes.images, seeds)
+        images = recipes.images
+        trainings = plain_and_penalized(images, seeds)
+        if not recipes.needs_gpu:
+            trainings |= {
+                PLAIN_SMALL: seeded(images.training(strength=0.0), seeds),
+                PENALIZED_GENEROUS: [images.training(cap="generous")],
+            }
         for name, (plain, penalized) in (recipes.imagenet or {}).items():
             trainings |= {f"{name}, {PLAIN}": [plain], f"{name}, {PENALIZED}": [penalized]}
         return trainings
@@ -62,6 +78,9 @@ class Table2(Experiment):
             row(f"{PENALIZED}, at its own cap", penalized, None, ""),
             row(f"{PENALIZED}, stopped at {stop}", penalized, stop, "penalized"),
         ]
+        for label in (PLAIN_SMALL, PENALIZED_GENEROUS):
+            if label in found:
+                rows += [row(label, found[label], None, ""), row(f"{label}, stopped at {stop}", found[label], stop, "")]
         columns = ("model", "evaluations (paper)", "accuracy, % (paper)", "relative residual", "spectral radius")
         tables = [
             ReportTable("Test accuracy (in parentheses the paper's, of MDEQ-large on CIFAR-10)", columns, tuple(rows))
@@ -76,9 +95,11 @@ class Table2(Experiment):
                 for kind, which in ((PLAIN, "full"), (PENALIZED, "penalized"))
             ]
             tables.append(ReportTable(f"{name}: test accuracy (in parentheses the paper's)", columns, tuple(pair)))
-        panel = Panel("Test accuracy at a hard stop", "evaluations of f allowed", "%", (
-            over_stops(PLAIN, plain, images.stops, "o-", 0), over_stops(PENALIZED, penalized, images.stops, "o-", 1),
-        ))  # fmt: skip
+        styles = {PLAIN: ("o-", 0), PENALIZED: ("o-", 1), PLAIN_SMALL: ("o--", 0), PENALIZED_GENEROUS: ("o--", 1)}
+        curves = (
+            over_stops(label, found[label], images.stops, *style) for label, style in styles.items() if label in found
+        )
+        panel = Panel("Test accuracy at a hard stop", "evaluations of f allowed", "%", tuple(curves))
         return Report(tables, self._claims(recipes, found), [panel], notes)
 
     def _claims(self, recipes: Recipes, found: Measurements) -> list[Claim]:
@@ -86,14 +107,14 @@ class Table2(Experiment):
         stop, stops = images.stop, images.stops
         full, stopped, own = metric(plain, None).number, metric(plain, stop).number, metric(penalized, stop).number
         spent = evaluations(plain, None).number
-        needed, reached = (to_reach(group, stops, full - NEAR) for group in (plain, penalized))
+        needed, reached = least_to_reach(plain, stops, full - NEAR), to_reach(penalized, stops, full - NEAR)
         if math.isinf(reached):  # it comes so near at no number of evaluations
             best = max(metric(penalized, each).number for each in (*stops, None))
             fewer = fewer_both = {"penalized, at its best": best, "needed": full - NEAR}
         else:
             fewer = {"penalized": reached, "unpenalized": spent, "ratio": spent / reached}
             fewer_both = {"penalized": reached, "unpenalized": needed, "ratio": needed / reached}
-        return [
+        claims = [
             claim(
                 "table2.margin",
                 f"at a hard stop of {stop} the penalized model is at least {WIDE_MARGIN} points better than the"
@@ -113,7 +134,16 @@ class Table2(Experiment):
             ),
             claim(
                 "table2.evaluations_both",
-                f"and at {SPEEDUP} times fewer than the unpenalized one itself needs to come so near",
+                f"and at {SPEEDUP} times fewer than the unpenalized one itself needs at least to come so near",
                 fewer_both, needed >= SPEEDUP * reached,
             ),
         ]  # fmt: skip
+        if PLAIN_SMALL in found:
+            gain, other = paired(penalized, found[PLAIN_SMALL], stop), metric(found[PLAIN_SMALL], stop).number
+            claims.append(claim(
+                "table2.control",
+                f"at a hard stop of {stop} the penalty itself gains at least {CONTROL} points: the unpenalized model is"
+                " trained at the same small cap",
+                {"penalized": own, "unpenalized, small cap": other, "gain": gain.number}, gain.number >= CONTROL,
+            ))  # fmt: skip
+        return claims

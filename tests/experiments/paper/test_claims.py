@@ -1,11 +1,13 @@
 """What experiments say of measurements whose numbers are known."""
 
+from dataclasses import replace
+
 import pytest
 from measurements import claims, measured
 
 from experiments.paper import EXPERIMENTS, recipes_of
 from experiments.paper.modes import DIFFERENCE, VJP
-from experiments.paper.recipes import PENALIZED, PENALIZED_SMALL, PLAIN, PLAIN_GENEROUS, PLAIN_SMALL
+from experiments.paper.recipes import PENALIZED, PENALIZED_SMALL, PLAIN, PLAIN_GENEROUS, PLAIN_SMALL, SMALLEST
 
 STOP = 3
 
@@ -50,6 +52,42 @@ def test_table2_counts_the_evaluations_that_are_needed(smoke, images):
     assert found["table2.evaluations_both"]
 
 
+def test_table2_takes_for_granted_that_the_unpenalized_model_needs_no_more_than_was_tested(smoke, images):
+    plain, penalized = images
+    # It needs between 4 and 6 evaluations, which were not tested; the penalized one 2: at least twice as many.
+    found = table2(smoke, [measured(plain, 0.9, {1: 0.1, 2: 0.1, 3: 0.1})], [measured(penalized, 0.9, {1: 0.1})])
+    assert found["table2.evaluations"]  # 6 in full
+    assert not found["table2.evaluations_both"]
+
+
+@pytest.mark.parametrize(("others", "shown"), [((0.78, 0.80), True), ((0.80, 0.80), False), ((0.78, None), None)])
+def test_table2_compares_with_the_unpenalized_model_of_the_same_cap(smoke, images, others, shown):
+    plain, penalized = images
+    control = smoke.images.training(strength=0.0)
+    assert control.config.max_steps == penalized.config.max_steps
+    found = {
+        PLAIN: [measured(plain, 0.9)],
+        PENALIZED: [measured(penalized.with_seed(seed), 0.9, {STOP: 0.80 + 0.01 * seed}) for seed in (0, 1)],
+        PLAIN_SMALL: [measured(control.with_seed(seed), value) for seed, value in enumerate(others)],
+    }
+    report = EXPERIMENTS["table2"].report(smoke, found)
+    by_name = {each.name: each for each in report.claims}
+    assert by_name["table2.control"].shown is shown
+    if shown:
+        assert by_name["table2.control"].measured["gain"] == pytest.approx(1.5)
+    labels = [row.label for row in report.tables[0].rows]
+    assert f"{PLAIN_SMALL}, stopped at {STOP}" in labels
+
+
+def test_controls_have_the_seeds_of_what_they_control(smoke):
+    trainings = EXPERIMENTS["table2"].trainings(smoke, 3)
+    assert [each.config.seed for each in trainings[PLAIN_SMALL]] == [0, 1, 2]
+    for name in ("figure7", "figure8"):
+        keys = {each.key for group in EXPERIMENTS[name].trainings(smoke, 3).values() for each in group}
+        shared = {each.key for group in trainings.values() for each in group}
+        assert len(keys - shared) == {"figure7": 0, "figure8": 1}[name]  # the weight decay
+
+
 def test_table2_where_the_penalized_model_never_comes_near(smoke, images):
     plain, penalized = images
     report = EXPERIMENTS["table2"].report(smoke, {PLAIN: [measured(plain, 0.9)], PENALIZED: [measured(penalized, 0.5)]})
@@ -76,7 +114,8 @@ def test_what_diverged_decides_nothing(smoke, images):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "shown"), [((0.5, 0.9, 0.8), True), ((0.9, 0.8, 0.7), False), ((0.7, 0.8, 0.9), False)]
+    ("accuracies", "shown"),
+    [((0.5, 0.9, 0.8), True), ((0.5, 0.9, 0.895), False), ((0.9, 0.8, 0.7), False), ((0.7, 0.8, 0.9), False)],
 )
 def test_table3_looks_for_an_optimum_in_the_middle(smoke, accuracies, shown):
     strengths = smoke.images.strengths
@@ -104,6 +143,19 @@ def test_figure7_compares_the_quarters_of_trainings(smoke):
     assert found == dict.fromkeys(found, False)
 
 
+def test_figure7_leaves_out_the_pretraining_and_takes_all_seeds(smoke):
+    small = smoke.figure7[PLAIN_SMALL]
+    small = replace(small, config=small.config.with_values({"pretraining.steps": 10, "pretraining.layers": 2}))
+    found = {label: [measured(smoke.figure7[label], 0.5)] for label in (PLAIN_GENEROUS, PENALIZED_SMALL)}
+    radii = (9.0, 0.8, 1.0, 1.0), (9.0, 1.0, 1.0, 1.2)  # the first evaluation is at step 10
+    found[PLAIN_SMALL] = [measured(small.with_seed(seed), 0.5, radii=radii[seed]) for seed in (0, 1)]
+    report = EXPERIMENTS["figure7"].report(smoke, found)
+    growing = next(each for each in report.claims if each.name == "figure7.growing")
+    assert growing.measured == pytest.approx({"first quarter": 0.9, "last quarter": 1.1})
+    row = next(row for row in report.tables[0].rows if row.label == PLAIN_SMALL)
+    assert row.entries[2].values == (1.0, 1.2)
+
+
 def test_figure8_compares_with_the_best_weight_decay(smoke):
     decayed = next(label for label in smoke.figure8 if label not in (PLAIN, PENALIZED))
 
@@ -122,11 +174,12 @@ def test_figure8_compares_with_the_best_weight_decay(smoke):
 def test_table1_wants_lower_perplexities(smoke):
     language = smoke.language
 
-    def found(penalized):
+    def found(penalized, stopped=29.2):
         return claims(EXPERIMENTS["table1"], smoke, {
             name: [measured(
-                language.training(name), penalized if name.endswith("penalized") else 24.0, {language.stop: 29.2},
-                kind="perplexity",
+                language.training(name),
+                penalized if name.endswith("penalized") else 27.0 if name == SMALLEST else 24.0,
+                {language.stop: stopped}, kind="perplexity",
             )]
             for name in language.models
         })  # fmt: skip
@@ -134,8 +187,11 @@ def test_table1_wants_lower_perplexities(smoke):
     assert set(found(24.9).values()) == {True}
     assert found(27.0) == {
         f"table1.{name}.{which}": which == "stopped" for name in ("post-ln", "pre-ln") for which in ("stopped", "full")
-    }
+    } | {"table1.post-ln.control": False}
     assert set(found(30.0).values()) == {False}
+    # A stop that costs nothing leaves nothing to make up for.
+    assert found(24.0, stopped=25.0)["table1.post-ln.full"] is None
+    assert found(24.9, stopped=25.0)["table1.post-ln.stopped"] is False
 
 
 @pytest.mark.parametrize(
@@ -183,7 +239,8 @@ def test_length_compares_trainings_of_the_same_seed(smoke):
         "length.shown_0.5": True, "length.longer_0.5": True, "length.shown_2": False, "length.longer_2": False,
     }  # fmt: skip
     assert by_name["length.shown_0.5"].measured == pytest.approx({"points": 21.0, "standard error": 1.0})
-    assert by_name["length.longer_0.5"].measured == pytest.approx({"after 2": 21.0, "after 1": 2.0})
+    longer = {"after 2": 21.0, "after 1": 2.0, "standard error": 0.0}
+    assert by_name["length.longer_0.5"].measured == pytest.approx(longer)
     assert "+21.0 ± 1.0" in str(report.tables[1])
     (curve, *_) = report.panels[1].curves
     assert curve.bars[3] == pytest.approx((50.0, 60.0))
