@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -99,6 +100,11 @@ def _layer(cell: Callable[[Tensor, Tensor], Tensor], adjoint: Adjoint, rtol: flo
     return pydeq.DEQ(cell, solver=pydeq.Broyden(), adjoint=adjoint, rtol=rtol, max_steps=FORWARD_STEPS)
 
 
+def _share(own: float, others: float) -> float:
+    """own / others, where infinite numbers are those of solvers that did not get there."""
+    return math.inf if math.isinf(own) else own / others
+
+
 def _solvers(context: Context, cases: list[Case]) -> None:
     """Products that each solver needs until the slowest sample's adjoint is done."""
     results, batch, rows = context.results, context.profile.adjoints_batch, []
@@ -126,7 +132,7 @@ def _solvers(context: Context, cases: list[Case]) -> None:
             results.figure(f"{name}.converged", converged, "1")
             results.figure(f"{name}.residual", found.relative_residual.max().item(), "1")
             results.figure(f"{name}.time", clock.scaled(1e3), "ms")
-            needed[key] = found.nfe
+            needed[key] = found.nfe if converged == 1.0 else math.inf
             rows.append(
                 (
                     case.title,
@@ -144,7 +150,7 @@ def _solvers(context: Context, cases: list[Case]) -> None:
             f"Products of GMRES as a share of the fewer of Anderson's and Broyden's, to rtol {RTOL:g}: {case.title}",
             "<=",
             1.0,
-            needed["gmres"] / min(needed["anderson"], needed["broyden"]),
+            _share(needed["gmres"], min(needed["anderson"], needed["broyden"])),
             "x",
         )
     results.table(

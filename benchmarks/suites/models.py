@@ -129,9 +129,15 @@ def _measure(
     measured = alternate(sides, context.profile.training_repeats, seconds=SECONDS)
     for each, peer in context.peers.items():
         with _counted(model) as calls, solved_by(peer, model):
+            torch.manual_seed(1)  # the masks of the timed steps
             step(model, loss, kind)
+
+        def forget(peer: Peer = peer) -> None:
+            peer.forget()
+            model.zero_grad()  # the profiler takes what it frees of an earlier step for memory of this one
+
         with solved_by(peer, model):
-            peak = peak_bytes(lambda: step(model, loss, kind), peer.forget) / 2**20
+            peak = peak_bytes(lambda: step(model, loss, kind), forget) / 2**20
         seconds = spread(measured[each])
         results.figure(f"{name}.{each}.time", seconds.scaled(1e3), "ms")
         results.figure(f"{name}.{each}.evaluations", calls[0], "calls")
@@ -200,7 +206,8 @@ class _Solved(nn.Module):
         def cell(z: Tensor, x: Any) -> Tensor:
             y: Any = self.cell(layout.view(z), *context)
             parts = y if isinstance(y, tuple) else (y,)
-            return torch.cat([part.flatten(1) for part in parts], 1)
+            flat = [part.flatten(1) for part in parts]
+            return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
         layer = self.peer.layer(cell, self.settings)
         return layout.view(layer.solve(layout.flatten(z0), torch.empty(0))), None

@@ -132,7 +132,8 @@ def _time(context: Context, task: Task, rtol: float, problem: Problem, runs: Run
         for name in context.peers:
             case = f"{task.key}.rtol{rtol:g}.{method.solver}.{name}"
             found = [runs[task.key, rtol, seed, method.solver, name] for seed in range(context.profile.nfe_seeds)]
-            calls = [run.calls for run in found]
+            # Who gives up early is not cheaper.
+            calls = [run.calls if run.converged else max(run.calls, task.max_calls) for run in found]
             all_met = all(run.converged for run in found)
             average = statistics.fmean(calls)
             context.results.figure(f"nfe.{case}", Spread(average, min(calls), max(calls), len(calls)), "calls")

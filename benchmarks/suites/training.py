@@ -163,7 +163,13 @@ def _measure(
         step()  # the first penalty of a cell also tries once whether its graph can be differentiated twice
         counted.calls = counted.products = 0
         step()
-        peak = peak_bytes(steps[side], peer.forget) / 2**20
+
+        def forget(peer: Peer = peer) -> None:
+            peer.forget()
+            cell.zero_grad()  # the profiler takes what it frees of an earlier step for memory of this one
+            x.grad = z0.grad = None
+
+        peak = peak_bytes(steps[side], forget) / 2**20
         seconds = spread(measured[side])
         inside = (counted.calls * evaluation + counted.products * product) / seconds.median
         results.figure(f"{name}.{side}.step", seconds, "s")
