@@ -148,7 +148,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--profile",
         choices=PROFILES,
         default="quick",
-        help="smoke: three minutes; quick (the default): about twelve minutes on two cores; full: longer",
+        help="smoke: three minutes; quick (the default): about ten minutes on two cores; full: longer",
     )
 
     def add_list(option: str, metavar: str, help_: str) -> None:

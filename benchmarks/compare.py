@@ -32,6 +32,8 @@ NOISY = (*TIMES, "GB/s", "ratio")
 COUNTS = ("calls", "products")
 SIZES = ("MiB", "state vectors")
 SHOWN = 30
+# Of small models that each run trains anew, and a difference of two medians: no change of them tells anything.
+UNJUDGED = re.compile(r"digits\..*\.calls|adjoints\.digits_.*|.*\.added")
 
 # From best to worst; the states of one group are equal.
 STATUSES: tuple[tuple[Status, ...], ...] = (
@@ -109,12 +111,14 @@ class Comparison:
         changes: Figures in both.
         appeared, disappeared: Names of figures in only one.
         warnings: Why the comparison may mislead.
+        failures: What failed in the second run and not in the first one: suites, and figures without a value.
     """
 
     changes: tuple[Change, ...]
     appeared: tuple[str, ...]
     disappeared: tuple[str, ...]
     warnings: tuple[str, ...]
+    failures: tuple[str, ...] = ()
 
     def those(self, verdict: Verdict) -> list[Change]:
         """The changes with this verdict, the largest first."""
@@ -136,13 +140,17 @@ def compare(before: Results, after: Results) -> Comparison:
         old, new = before.facts.get(name), after.facts.get(name)
         if old != new:
             raise ValueError(f"{name} must be the same in both files, got {old!r} and {new!r}")
+    old, new = (each.facts.get("profile_sizes") for each in (before, after))
+    if old and new and old != new:
+        different = sorted(name for name in old if old[name] != new.get(name))
+        raise ValueError(f"the profile must have the same sizes in both files; different are {', '.join(different)}")
     warnings = []
     machine = [name for name in ("cpu", "gpu", "cores", "threads") if before.facts.get(name) != after.facts.get(name)]
     if machine:
         warnings.append(f"The machines differ ({', '.join(machine)}), so times are not compared.")
     if before.facts.get("versions", {}).get("torch") != after.facts.get("versions", {}).get("torch"):
         warnings.append("The versions of torch differ.")
-    names = {*_peers(before), *_peers(after)} - {BASELINE}
+    names = {*_peers(before), *_peers(after), "loop", "torch"} - {BASELINE}
     old, new = ({each.name: each for each in _measured(results, names)} for results in (before, after))
     if machine:
         old, new = ({name: each for name, each in found.items() if each.unit not in NOISY} for found in (old, new))
@@ -151,7 +159,15 @@ def compare(before: Results, after: Results) -> Comparison:
         tuple(name for name in new if name not in old),
         tuple(name for name in old if name not in new),
         tuple(warnings),
+        tuple(_failures(before, after)),
     )
+
+
+def _failures(before: Results, after: Results) -> Iterator[str]:
+    known = {notice.split(" failed:")[0] for notice in before.notices if " failed:" in notice}
+    yield from (n for n in after.notices if " failed:" in n and n.split(" failed:")[0] not in known)
+    had = {figure.name for figure in before.figures if figure.value is not None}
+    yield from (f"{f.name} has no value any more" for f in after.figures if f.value is None and f.name in had)
 
 
 def _peers(results: Results) -> set[str]:
@@ -159,7 +175,8 @@ def _peers(results: Results) -> set[str]:
 
 
 def _is_ratio(name: str) -> bool:
-    return name.endswith(f"_over_{BASELINE}")
+    """Whether a figure is another library's number over pydeq's; not that of one of pydeq's modes."""
+    return name.endswith(f"_over_{BASELINE}") and f"{BASELINE}_" not in name
 
 
 def _measured(results: Results, others: set[str]) -> Iterator[Measured]:
@@ -170,6 +187,8 @@ def _measured(results: Results, others: set[str]) -> Iterator[Measured]:
         lower, floor = _rule(figure.name, figure.unit)
         if not _is_ratio(figure.name) and others.intersection(parts):
             lower = None  # another library's
+        if UNJUDGED.fullmatch(figure.name):
+            lower = None
         text = f"{number(figure.value)}{'' if figure.unit == '1' else f' {figure.unit}'}"
         unit = "ratio" if _is_ratio(figure.name) else figure.unit
         yield Measured(figure.name, figure.value, figure.low, figure.high, unit, lower, floor, text)
@@ -213,6 +232,8 @@ def show(console: Console, found: Comparison) -> None:
     """Print what changed, the largest changes first, and how many figures were compared."""
     for warning in found.warnings:
         console.print(Text(warning, style="yellow"))
+    for failure in found.failures:
+        console.print(Text(failure, style="red"))
     styles: dict[Verdict, str] = {"worse": "red", "better": "green"}
     for verdict, style in styles.items():
         changes = found.those(verdict)
@@ -266,7 +287,7 @@ def main(paths: Sequence[Path]) -> int:
     """Print the comparison of two files.
 
     Returns:
-        1 if a figure got worse, 2 if the files cannot be compared, else 0.
+        1 if a figure got worse or a suite failed, 2 if the files cannot be compared, else 0.
     """
     console = Console()
     if not console.is_terminal:
@@ -281,4 +302,4 @@ def main(paths: Sequence[Path]) -> int:
         commit, date = (run.facts.get(name) or "unknown" for name in ("commit", "date"))
         console.print(f"{title}: {path}, commit {commit[:10]}, {date}", highlight=False)
     show(console, found)
-    return 1 if found.those("worse") else 0
+    return 1 if found.those("worse") or found.failures else 0

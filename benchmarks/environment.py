@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
+import json
 import os
 import platform
 import re
@@ -39,9 +41,11 @@ def facts(profile: Profile, peers: Mapping[str, str], device: str = "cpu") -> di
     commit, changed = commit_and_changes()
     return {
         "profile": profile.name,
+        "profile_sizes": json.loads(json.dumps(dataclasses.asdict(profile))),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": changed,
+        "changes": changes() if changed else None,
         "device": device,
         **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "cpu": cpu_name(),
@@ -98,6 +102,21 @@ def commit_and_changes(*paths: str) -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *paths))
     except (OSError, subprocess.SubprocessError):
         return None, None
+
+
+def changes() -> str | None:
+    """A hash of all that differs from the commit; None if this is not a checkout."""
+    digest = hashlib.sha256()
+    try:
+        for arguments in (("diff", "HEAD", "--binary"), ("ls-files", "-o", "--exclude-standard", "-z")):
+            output = subprocess.run(("git", "-C", str(_ROOT), *arguments), capture_output=True, check=True, timeout=30)
+            digest.update(output.stdout)
+        for name in output.stdout.decode().split("\0"):
+            if name and (_ROOT / name).is_file():
+                digest.update((_ROOT / name).read_bytes())
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return digest.hexdigest()[:16]
 
 
 def cpu_name() -> str:

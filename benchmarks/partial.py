@@ -14,11 +14,11 @@ from typing import Any
 from benchmarks.results import Results
 
 # Facts that differ between two runs of the same code on the same machine.
-VOLATILE = ("date", "load_at_start", "uncommitted_changes", "memory_gib")
+VOLATILE = ("date", "load_at_start", "memory_gib")
 # Facts that results of the contest depend on. It always uses one core, so the number of cores does not matter.
 OF_CONTEST = (
-    "profile", "commit", "uncommitted_changes", "peers", "device", "gpu", "cpu", "caches", "platform", "versions",
-    "kernels",
+    "profile", "commit", "uncommitted_changes", "changes", "peers", "device", "gpu", "cpu", "caches", "platform",
+    "versions", "kernels",
 )  # fmt: skip
 
 

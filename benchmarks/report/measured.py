@@ -5,9 +5,10 @@ Their templates are ``measured.md``, ``rows.md``, ``contest.md`` and ``targets.m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from benchmarks.profiles import BEYOND_CACHE
@@ -44,6 +45,10 @@ class _Summary:
     def figure(self, name: str) -> dict[str, Any]:
         self.read.add(name)
         return self.figures[name]
+
+    def has(self, name: str) -> bool:
+        """Whether a figure was measured."""
+        return name in self.figures
 
     def value(self, name: str) -> float:
         return self.figure(name)["value"]
@@ -128,8 +133,14 @@ def _peer(facts: Mapping[str, Any]) -> str:
 
 
 def _targets(facts: Mapping[str, Any]) -> list[Target]:
-    names = [field.name for field in fields(Target)]
-    return [Target(**{name: entry[name] for name in names}) for entry in facts["targets"]]
+    return list(map(_target, facts["targets"]))
+
+
+def _target(entry: Mapping[str, Any]) -> Target:
+    found = Target(**{field.name: entry[field.name] for field in fields(Target)})
+    if found.measured is None and entry.get("met") is False:  # JSON has no infinite numbers
+        found = replace(found, measured=math.inf if found.relation == "<=" else -math.inf)
+    return found
 
 
 def _render(found: _Summary, facts: Mapping[str, Any], link: str) -> str:

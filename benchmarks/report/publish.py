@@ -20,7 +20,7 @@ from benchmarks.results import row_by_row
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/experiments/paper.md")
-PLOTS = ("evaluations.png", "overhead.png", "profile.png")
+PLOTS, CONTEST_PLOTS = ("evaluations.png", "overhead.png"), ("profile.png",)
 
 
 def publish(path: Path, root: Path = ROOT) -> Path:
@@ -35,8 +35,13 @@ def publish(path: Path, root: Path = ROOT) -> Path:
     else:
         device, alone = facts["device"], not facts["figures"]  # a run of the contest alone
         name = f"contest-{device}.json" if alone else f"{device}.json"
-        facts = measured.without_curves(facts) if alone else measured.shown(facts)
-        for plot in map(path.with_name, PLOTS):
+        if alone:
+            facts, plots = measured.without_curves(facts), CONTEST_PLOTS
+        else:  # the document's contest is the one that was run alone
+            facts, plots = measured.shown(facts), PLOTS
+            facts.pop("entries", None)
+            facts["targets"] = [each for each in facts["targets"] if not each["name"].startswith("contest.")]
+        for plot in map(path.with_name, plots):
             if plot.exists():
                 shutil.copyfile(plot, root / "docs" / plot.name)
     copy = root / "benchmarks" / "results" / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
 
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip("rich", reason="the benchmark suite's own requirements are n
 from rich.console import Console
 
 from benchmarks import __main__ as command
+from benchmarks import environment
 from benchmarks.partial import Kept, Partial, read_shares
 from benchmarks.profiles import PROFILES
 from benchmarks.progress import SILENT, Board, Estimate, about
@@ -84,11 +86,31 @@ def test_a_run_continues_only_under_the_same_conditions(tmp_path):
     partial.start(facts | {"date": "tomorrow", "load_at_start": 2.0}, resume=True)
     assert partial.load("a") == filled()
     assert partial.load("b") is None
-    for name, value in (("profile", "full"), ("commit", "def"), ("cpu", "slow")):
+    for name, value in (("profile", "full"), ("commit", "def"), ("cpu", "slow"), ("changes", "0123")):
         with pytest.raises(ValueError, match=f"{name} must be that of the unfinished run"):
             partial.start(facts | {name: value}, resume=True)
     partial.start(facts, resume=False)
     assert partial.load("a") is None
+
+
+def test_changes_are_told_apart(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True)
+
+    monkeypatch.setattr(environment, "_ROOT", tmp_path)
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-q", "-m", "a")
+    found = [environment.changes()]
+    (tmp_path / "a.py").write_text("2")
+    found.append(environment.changes())
+    (tmp_path / "b.py").write_text("1")
+    found.append(environment.changes())
+    (tmp_path / "b.py").write_text("2")
+    found.append(environment.changes())
+    assert len(set(found)) == 4
+    assert environment.changes() == found[-1]
 
 
 def test_problems_of_other_runs_are_reused_only_under_the_same_conditions(tmp_path):

@@ -59,6 +59,12 @@ def test_times_change_beyond_their_quartiles_and_a_floor(before, after, expected
         ("time.p.torchdeq_over_pydeq", "1", 4.0, 2.0, "worse"),
         ("nfe.p.anderson.torchdeq", "calls", 100.0, 200.0, "not judged"),
         ("residual.p.pydeq", "1", 1e-6, 1e-5, "not judged"),
+        ("training.c.penalty.step.pydeq_difference_over_pydeq", "1", 1.0, 0.5, "not judged"),
+        ("digits.plain.pydeq.calls", "calls", 9.0, 12.0, "not judged"),
+        ("adjoints.digits_plain.rtol1e-06.gmres.products", "products", 9.0, 12.0, "not judged"),
+        ("jacobian.conv.layer.vjp.added", "ms", 0.1, 0.5, "not judged"),
+        ("import.torch", "s", 1.0, 3.0, "not judged"),
+        ("overhead.small.step.loop", "ms", 1.0, 3.0, "not judged"),
     ],
 )
 def test_units_say_what_is_better(name, unit, before, after, expected):
@@ -137,6 +143,24 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path, capsys):
             bad.write_text(content)
         assert command.main(["--compare", str(good), str(bad)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_fails_in_the_second_run_is_worse(tmp_path, capsys):
+    good, nothing = run(timed(1.0, 0.9, 1.1)), run(timed(None))
+    assert compare_files(tmp_path, good, nothing) == 1
+    assert "time.pydeq has no value any more" in capsys.readouterr().out
+    failed = run(timed(1.0, 0.9, 1.1, name="other.pydeq"))
+    failed.notices.append("nfe failed: RuntimeError: no luck")
+    assert compare_files(tmp_path, good, failed) == 1
+    assert "nfe failed: RuntimeError: no luck" in capsys.readouterr().out
+    assert compare_files(tmp_path, failed, failed) == 0  # it failed before
+
+
+def test_profiles_of_one_name_and_other_sizes_are_refused(tmp_path, capsys):
+    before, after = (run(timed(1.0), profile_sizes={"digits_epochs": n, "nfe_seeds": 3}) for n in (5, 2))
+    assert compare_files(tmp_path, before, after) == 2
+    assert "different are digits_epochs" in capsys.readouterr().err
+    assert compare_files(tmp_path, before, before) == 0
 
 
 def test_published_results_can_be_compared(capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import measured
 from benchmarks.report.documents import main, rewrite
 from benchmarks.report.publish import DOCUMENTS, publish
 from benchmarks.results import Entry as ContestEntry
@@ -62,6 +63,28 @@ def test_publishing_keeps_what_documents_show(tmp_path):
     assert (tmp_path / "docs" / "overhead.png").read_bytes() == b"a plot"
 
 
+def test_a_run_that_leaves_a_model_out_can_be_published(tmp_path):
+    facts = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
+    fewer = [each for each in facts["figures"] if not each["name"].startswith("models.mdeq_large.")]
+    assert len(fewer) < len(facts["figures"])
+    shown = measured.shown(facts | {"figures": fewer})
+    assert {each["name"] for each in shown["figures"]} == {each["name"] for each in fewer}
+
+
+@pytest.mark.parametrize(
+    ("target", "met"),
+    [
+        ({"measured": None, "met": None}, None),
+        ({"measured": None, "met": False}, False),  # infinite, which JSON cannot say
+        ({"measured": 0.5, "met": True}, True),
+    ],
+)
+def test_a_target_that_was_missed_by_far_was_measured(target, met):
+    entry = {"name": "a", "statement": "a", "relation": "<=", "limit": 1.0, "unit": "1"} | target
+    (found,) = measured._targets({"targets": [entry]})
+    assert found.met is met
+
+
 def with_entries():
     """The published results with a small contest: (problem, library, status, evaluations, seconds)."""
     rows = (
@@ -91,10 +114,19 @@ def with_entries():
 def test_publishing_keeps_the_contest(tmp_path):
     for folder in ("out", "docs", "benchmarks/results"):
         (tmp_path / folder).mkdir(parents=True)
-    facts = with_entries()
-    (tmp_path / "out" / "summary.json").write_text(json.dumps(facts), encoding="utf-8")
+    summary, facts = tmp_path / "out" / "summary.json", with_entries()
     (tmp_path / "out" / "profile.png").write_bytes(b"profiles")
-    published = json.loads(publish(tmp_path / "out" / "summary.json", tmp_path).read_text(encoding="utf-8"))
+    # Documents show a contest that was run alone, so that its picture and its numbers are of one run.
+    target = {**facts["targets"][0], "name": "contest.failures"}
+    summary.write_text(json.dumps(facts | {"targets": [*facts["targets"], target]}), encoding="utf-8")
+    other = json.loads(publish(summary, tmp_path).read_text(encoding="utf-8"))
+    assert "entries" not in other
+    assert other["targets"] == facts["targets"]
+    assert not (tmp_path / "docs" / "profile.png").exists()
+    summary.write_text(json.dumps(facts | {"figures": []}), encoding="utf-8")
+    path = publish(summary, tmp_path)
+    assert path.name == "contest-cpu.json"
+    published = json.loads(path.read_text(encoding="utf-8"))
     assert "tables" not in published
     assert published["entries"][3] == {
         "problem": "c", "family": "f", "contender": "torchdeq.anderson", "library": "torchdeq", "status": "lied",
