@@ -21,6 +21,7 @@ import pydeq
 from benchmarks.profiles import Profile
 
 _ROOT = Path(__file__).parent.parent
+_CODE = (".py", ".cpp", ".h", ".cu", ".cuh", ".in", ".safetensors")
 
 
 # Libraries, besides torch and the peers, that figures depend on.
@@ -45,7 +46,7 @@ def facts(profile: Profile, peers: Mapping[str, str], device: str = "cpu") -> di
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": changed,
-        "changes": changes() if changed else None,
+        "code": code(),
         "device": device,
         **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "cpu": cpu_name(),
@@ -104,18 +105,15 @@ def commit_and_changes(*paths: str) -> tuple[str | None, bool | None]:
         return None, None
 
 
-def changes() -> str | None:
-    """A hash of all that differs from the commit; None if this is not a checkout."""
+def code() -> str:
+    """A hash of the code that measures and is measured: of pydeq, its kernels and this suite, without its reports."""
     digest = hashlib.sha256()
-    try:
-        for arguments in (("diff", "HEAD", "--binary"), ("ls-files", "-o", "--exclude-standard", "-z")):
-            output = subprocess.run(("git", "-C", str(_ROOT), *arguments), capture_output=True, check=True, timeout=30)
-            digest.update(output.stdout)
-        for name in output.stdout.decode().split("\0"):
-            if name and (_ROOT / name).is_file():
-                digest.update((_ROOT / name).read_bytes())
-    except (OSError, subprocess.SubprocessError):
-        return None
+    folders = (_ROOT / name for name in ("pydeq", "csrc", "benchmarks"))
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _CODE):
+        name = path.relative_to(_ROOT)
+        if name.parts[:2] not in (("benchmarks", "report"), ("benchmarks", "out")):
+            digest.update(str(name).encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from benchmarks.results import Results
 
-# Facts that differ between two runs of the same code on the same machine.
-VOLATILE = ("date", "load_at_start", "memory_gib")
+# Facts that differ between two runs of the same code on the same machine. What the commit has besides the code, such as
+# documents, does not matter.
+VOLATILE = ("date", "load_at_start", "memory_gib", "commit", "uncommitted_changes")
 # Facts that results of the contest depend on. It always uses one core, so the number of cores does not matter.
 OF_CONTEST = (
-    "profile", "commit", "uncommitted_changes", "changes", "peers", "device", "gpu", "cpu", "caches", "platform",
-    "versions", "kernels",
+    "profile", "code", "peers", "device", "gpu", "cpu", "caches", "platform", "versions", "kernels",
 )  # fmt: skip
 
 

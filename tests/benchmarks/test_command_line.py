@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
 
 import pytest
 
@@ -77,44 +76,44 @@ def test_values_are_computed_once(tmp_path):
 
 
 def test_a_run_continues_only_under_the_same_conditions(tmp_path):
-    facts = {"profile": "quick", "commit": "abc", "cpu": "fast", "date": "today", "load_at_start": 0.1}
+    facts = {"profile": "quick", "code": "abc", "cpu": "fast", "date": "today", "load_at_start": 0.1}
     partial = Partial(tmp_path / "partial")
     with pytest.raises(ValueError, match="no unfinished run"):
         partial.start(facts, resume=True)
     partial.start(facts, resume=False)
     partial.save("a", filled())
-    partial.start(facts | {"date": "tomorrow", "load_at_start": 2.0}, resume=True)
+    partial.start(facts | {"date": "tomorrow", "load_at_start": 2.0, "commit": "of documents"}, resume=True)
     assert partial.load("a") == filled()
     assert partial.load("b") is None
-    for name, value in (("profile", "full"), ("commit", "def"), ("cpu", "slow"), ("changes", "0123")):
+    for name, value in (("profile", "full"), ("code", "def"), ("cpu", "slow")):
         with pytest.raises(ValueError, match=f"{name} must be that of the unfinished run"):
             partial.start(facts | {name: value}, resume=True)
     partial.start(facts, resume=False)
     assert partial.load("a") is None
 
 
-def test_changes_are_told_apart(tmp_path, monkeypatch):
-    def git(*arguments):
-        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True)
-
+def test_code_is_told_from_documents_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "_ROOT", tmp_path)
-    git("init", "-q")
-    (tmp_path / "a.py").write_text("1")
-    git("add", "a.py")
-    git("commit", "-q", "-m", "a")
-    found = [environment.changes()]
-    (tmp_path / "a.py").write_text("2")
-    found.append(environment.changes())
-    (tmp_path / "b.py").write_text("1")
-    found.append(environment.changes())
-    (tmp_path / "b.py").write_text("2")
-    found.append(environment.changes())
-    assert len(set(found)) == 4
-    assert environment.changes() == found[-1]
+    found = [environment.code()]
+    for name in ("pydeq/a.py", "csrc/b/c.cu", "benchmarks/suites/d.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+        found.append(environment.code())
+        path.write_text("2")
+        found.append(environment.code())
+    (tmp_path / "pydeq/a.py").rename(tmp_path / "pydeq/e.py")
+    found.append(environment.code())
+    assert len(set(found)) == len(found)
+    for name in ("docs/a.md", "benchmarks/report/a.py", "benchmarks/out/a.py", "pydeq/libpydeq_cpu.so"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    assert environment.code() == found[-1]
 
 
 def test_problems_of_other_runs_are_reused_only_under_the_same_conditions(tmp_path):
-    facts = {"profile": "quick", "commit": "abc", "versions": {"torch": "2"}, "cores": 2, "date": "today"}
+    facts = {"profile": "quick", "code": "abc", "versions": {"torch": "2"}, "cores": 2, "date": "today"}
     rows = [{"problem": problem, "seconds": 0.5, "contender": name} for problem in "ab" for name in ("x", "y")]
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     first.write_text(json.dumps(facts | {"cores": 1, "date": "yesterday", "entries": rows[:2], "seconds": {}}))
@@ -126,7 +125,7 @@ def test_problems_of_other_runs_are_reused_only_under_the_same_conditions(tmp_pa
     assert kept("contest.a", lambda: "measured") == rows[:2]
     assert kept("contest.b", lambda: "measured") == rows[2:]
     assert kept("contest.c", lambda: "measured") == "measured"
-    for name, value in (("profile", "full"), ("commit", "def"), ("versions", {"torch": "3"})):
+    for name, value in (("profile", "full"), ("code", "def"), ("versions", {"torch": "3"})):
         with pytest.raises(ValueError, match=rf"{name} must be that of .*first\.json"):
             read_shares([first], facts | {name: value})
     for text in ("{}", "[]", "{"):
