@@ -15,7 +15,7 @@ class Profile:
         overhead_shapes: (B, D) of the overhead per iteration.
         overhead_repeats: Timed solves of each side ...
         overhead_seconds: ... or only three, if they take longer than this.
-        kernel_shapes: (B, D) of the kernel timings; the last one exceeds any cache.
+        kernel_shapes: (B, D) of the kernel timings; the last one exceeds most caches.
         kernel_rounds: Timed calls of each kernel; shapes that exceed the caches take a fifth of them.
         nfe_dims, nfe_rhos: State sizes and spectral radii of the tanh maps.
         nfe_seeds: Maps of each kind.

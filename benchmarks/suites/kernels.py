@@ -78,8 +78,8 @@ def run(context: Context) -> None:
             found = [share for name, at, share in shares if name == operation and at == count]
             context.results.target(
                 f"kernels.{operation}.copy_share.t{count}",
-                f"{operation}, {count} thread{'s' if count > 1 else ''}: share of a copy's bandwidth if the"
-                f" data exceeds the caches, {BEYOND_CACHE}",
+                f"{operation}, {count} thread{'s' if count > 1 else ''}: share of a copy's bandwidth"
+                f" at the largest shape, {BEYOND_CACHE}",
                 ">=",
                 SHARE,
                 found[0] if found else None,

@@ -150,7 +150,7 @@ def test_parts_of_a_summary(tmp_path):
     assert "pydeq is first or tied in time on 1 of 2 problems" in contest.replace("\n", " ")
     assert "| pydeq Anderson | pydeq | 2 of 2 | 0 | 0 | 1 | 2 |\n" in contest
     assert "| torchdeq Anderson | torchdeq | 1 of 2 | 1 | 0 | 1 | 0 |\n" in contest
-    assert "| a\\|b | torchdeq Anderson | 12.3 | pydeq Anderson | 20 | 1.62 |\n" in contest
+    assert "| a\\|b | torchdeq: torchdeq Anderson | 12.3 | pydeq Anderson | 20 | 1.62 |\n" in contest
     missed = [target for target in facts["targets"] if not target["met"]]
     assert targets.count("\n| ") == len(missed) + 1
     assert all(f"| {target['statement']} | " in targets for target in missed)
