@@ -182,7 +182,8 @@ def test_results_of_an_experiment_as_a_section(tmp_path):
     assert "| model | accuracy (paper) |\n|---|---|\n| plain | 61.0 ± 1.0 (93.6) |\n" in text
     assert "\nSmaller than the paper's.\n" in text
     assert "- SHOWN: they are near: difference 0.5\n- NOT MEASURED: they are far: difference -\n" in text
-    assert "2 trainings of 4 minutes in all" in text
+    assert "2 trainings, 4 minutes in all" in text
+    assert "commit unknown, 2026-01-02" in text
     assert "old" not in text
     assert rewrite(document) == text
 
