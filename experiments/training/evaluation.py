@@ -58,8 +58,10 @@ class ModelEvaluator:
         with self._looking():
             loss, metric, nfe, residual, converged = self._run(split, None)
             found = Evaluation(loss, metric, nfe, residual, converged=converged)
+            solver: Any = self.model.config.solver  # pyright: ignore[reportAttributeAccessIssue]
+            own = solver.eval_max_steps or solver.max_steps
             for stop in self.config.stops:
-                if stop == self.model.config.solver.max_steps:  # the same solves  # pyright: ignore[reportAttributeAccessIssue]
+                if stop == own:  # the same solves
                     found.stops[stop], found.stop_residuals[stop] = metric, residual
                 else:
                     _, found.stops[stop], _, found.stop_residuals[stop], _ = self._run(split, stop)

@@ -155,6 +155,24 @@ def test_evaluations_are_what_the_model_gives():
     assert result.test.radius_max == pytest.approx(float(exact.max()), rel=0.25)  # eight products
 
 
+@pytest.mark.filterwarnings("ignore::pydeq.ConvergenceWarning")
+@pytest.mark.parametrize(("eval_max_steps", "own"), [(None, 8), (3, 3)])
+def test_a_stop_that_is_the_models_own_cap_is_not_solved_again(monkeypatch, eval_max_steps, own):
+    config = small("conv", evaluation__stops=[3, 8], model__solver__rtol=1e-12)
+    config = config.with_values({"model.solver.eval_max_steps": eval_max_steps})
+    each, runs = trainer(config), []
+    run = each.evaluate._run
+    monkeypatch.setattr(each.evaluate, "_run", lambda split, stop: runs.append(stop) or run(split, stop))
+    found = each.evaluate("test")
+    assert runs == [None, 11 - own]  # the other one of 3 and 8
+    assert found.nfe == own
+    assert found.stop_residuals[own] == found.residual
+    with each.evaluate._looking():  # in evaluation mode
+        for stop in (3, 8):
+            assert found.stop_residuals[stop] == run("test", stop)[3]
+    assert found.stop_residuals[3] != found.stop_residuals[8]
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize("model", ["conv", "transformer"])
 def test_mixed_precision(model, amp):
