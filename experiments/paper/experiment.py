@@ -115,8 +115,13 @@ def least_to_reach(group: Sequence[Measurement], stops: Sequence[int], target: f
 
 def paired(a: Sequence[Measurement], b: Sequence[Measurement], stop: int | None) -> Entry:
     """The metric of ``a`` minus that of ``b``, of each seed that both have."""
-    pairs = [(x.at(stop), y.at(stop)) for x, y in zip(a, b, strict=False)]
-    return Entry(tuple(None if x is None or y is None else x - y for x, y in pairs), "points")
+    pairs = zip(a, b, strict=False)
+    return Entry(tuple(difference(x.at(stop), y.at(stop)) for x, y in pairs), "points")
+
+
+def difference(a: float | None, b: float | None) -> float | None:
+    """a - b; None if one of them is."""
+    return None if a is None or b is None else a - b
 
 
 def over_training(label: str, group: Sequence[Measurement], column: str, style: str, color: int) -> Curve:

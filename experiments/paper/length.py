@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from experiments.paper.experiment import Experiment, Measurements, Trainings, metric, over_stops, radius, seeded
+from experiments.paper.experiment import (
+    Experiment,
+    Measurements,
+    Trainings,
+    difference,
+    metric,
+    over_stops,
+    paired,
+    radius,
+    seeded,
+)
 from experiments.paper.recipes import Recipes
 from experiments.paper.report import Entry, Panel, Report, ReportTable, Row, claim
 
@@ -59,7 +69,7 @@ class Length(Experiment):
         claims = []
         for strength in STRENGTHS:
             first, last = gains[short, strength][at], gains[long, strength][at]
-            more = Entry(tuple(map(_difference, last.values, first.values)), "points")
+            more = Entry(tuple(map(difference, last.values, first.values)), "points")
             claims.append(claim(
                 f"length.shown_{strength:g}",
                 f"after {long} epochs the penalty of strength {strength:g} gains accuracy at a hard stop of {STOP}, by"
@@ -84,12 +94,7 @@ class Length(Experiment):
 
 def _gains(found: Measurements, epochs: int, strength: float, stop: int) -> Entry:
     """Accuracy with the penalty minus accuracy without it, of each seed."""
-    pairs = zip(found[_label(epochs, strength)], found[_label(epochs, 0.0)], strict=True)
-    return Entry(tuple(_difference(penalized.at(stop), plain.at(stop)) for penalized, plain in pairs), "points")
-
-
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+    return paired(found[_label(epochs, strength)], found[_label(epochs, 0.0)], stop)
 
 
 def _label(epochs: int, strength: float) -> str:
