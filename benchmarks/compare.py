@@ -32,7 +32,7 @@ NOISY = (*TIMES, "GB/s", "ratio")
 COUNTS = ("calls", "products")
 SIZES = ("MiB", "state vectors")
 SHOWN = 30
-# Of small models that each run trains anew, and a difference of two medians: no change of them tells anything.
+# Counts of small models that each run trains again, and differences of two medians: a change of these means nothing.
 UNJUDGED = re.compile(r"digits\..*\.calls|adjoints\.digits_.*|.*\.added")
 
 # From best to worst; the states of one group are equal.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
 import os
 import platform
 import re
@@ -42,7 +41,7 @@ def facts(profile: Profile, peers: Mapping[str, str], device: str = "cpu") -> di
     commit, changed = commit_and_changes()
     return {
         "profile": profile.name,
-        "profile_sizes": json.loads(json.dumps(dataclasses.asdict(profile))),
+        "profile_sizes": dataclasses.asdict(profile),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": changed,

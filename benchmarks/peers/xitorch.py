@@ -58,11 +58,10 @@ class _Contender(Contender):
             def test(x: Tensor, y: Tensor) -> Tensor:
                 return passes(y, x + sign * y, problem, tighten)  # y is f(x) - x for anderson_acc, else x - f(x)
         else:
-            run, fn, along = rootfinder, change(problem), change(problem)
+            run, along = rootfinder, change(problem)
             tolerance = tighten * allowed(problem)
-            if self.method == "linearmixing":
-                fn = lambda z: -along(z)  # noqa: E731
-            elif "alpha" in settings:
+            fn = (lambda z: -along(z)) if self.method == "linearmixing" else along
+            if "alpha" in settings and self.method != "linearmixing":
                 settings["alpha"] *= -1.0
 
             def test(x: Tensor, y: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def publish(path: Path, root: Path = ROOT) -> Path:
         name = f"contest-{device}.json" if alone else f"{device}.json"
         if alone:
             facts, plots = measured.without_curves(facts), CONTEST_PLOTS
-        else:  # the document's contest is the one that was run alone
+        else:  # documents show the contest of a run that has no other suite
             facts, plots = measured.shown(facts), PLOTS
             facts.pop("entries", None)
             facts["targets"] = [each for each in facts["targets"] if not each["name"].startswith("contest.")]

@@ -116,7 +116,7 @@ def test_publishing_keeps_the_contest(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     summary, facts = tmp_path / "out" / "summary.json", with_entries()
     (tmp_path / "out" / "profile.png").write_bytes(b"profiles")
-    # Documents show a contest that was run alone, so that its picture and its numbers are of one run.
+    # Documents show the contest of a run without other suites, so that its picture and its numbers are of one run.
     target = {**facts["targets"][0], "name": "contest.failures"}
     summary.write_text(json.dumps(facts | {"targets": [*facts["targets"], target]}), encoding="utf-8")
     other = json.loads(publish(summary, tmp_path).read_text(encoding="utf-8"))
