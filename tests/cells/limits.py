@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import nn
+
 
 class Limit(NamedTuple):
     """The error of plain torch for a cell in a column of the matrix.
@@ -59,6 +62,20 @@ LIMITS: dict[str, dict[str, Limit]] = {
         ONCE_DIFFERENTIABLE: _SETUP,
     },
 }
+
+
+def lstm_limit() -> Limit | None:
+    """The limit of nn.LSTM under autocast on a processor without AVX-512, where oneDNN has no LSTM in bfloat16."""
+    error = "could not create a primitive descriptor for the LSTM"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        try:
+            nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
+        except RuntimeError as raised:
+            if error in str(raised):
+                return Limit(RuntimeError, error, "only where the processor has it")
+            raise
+    return None
+
 
 # What the penalty cannot do in a mode, by mode: what its error says.
 REFUSED: dict[str, dict[str, str]] = {

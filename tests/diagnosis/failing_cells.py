@@ -33,8 +33,8 @@ def images(channels: int, size: int) -> tuple[Tensor, tuple[Tensor]]:
     return torch.zeros(BATCH, channels, size, size), (torch.randn(BATCH, channels, size, size),)
 
 
-def tokens(width: int = 8, length: int = 6) -> tuple[Tensor, tuple[Tensor]]:
-    return torch.zeros(BATCH, length, width), (torch.randn(BATCH, length, width),)
+def tokens(batch: int = BATCH, length: int = 6, width: int = 8) -> tuple[Tensor, tuple[Tensor]]:
+    return torch.zeros(batch, length, width), (torch.randn(batch, length, width),)
 
 
 def linear(width: int, radius: float, bias: bool = True) -> nn.Linear:
@@ -165,7 +165,8 @@ def pre_norm():
 
     feed = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
-    return scaled(Map(cell, attention=SelfAttention(), feed=feed, norms=norms), 2.0), *tokens()
+    # Most samples converge: with a small batch, it depends on the processor's rounding whether all do.
+    return scaled(Map(cell, attention=SelfAttention(), feed=feed, norms=norms), 2.3), *tokens(batch=32)
 
 
 @failing("a perceptron with a residual of 1")
