@@ -147,10 +147,26 @@ CONTENDERS: tuple[Contender, ...] = (
         compiled=True,
     ),
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
-    _Contender(key="pydeq.newton_krylov", title="Newton-Krylov", solver="NewtonKrylov", differences=True),
-    _Contender(key="pydeq.trust_region", title="trust region", solver="TrustRegion", differences=True),
+    _Contender(key="pydeq.newton_krylov.default", title="Newton-Krylov", solver="NewtonKrylov", differences=True),
+    _Contender(
+        key="pydeq.newton_krylov.best",
+        title="Newton-Krylov",
+        solver="NewtonKrylov",
+        settings={"mode": "difference"},
+        differences=True,
+    ),
+    _Contender(key="pydeq.trust_region.default", title="trust region", solver="TrustRegion", differences=True),
+    _Contender(
+        key="pydeq.trust_region.best",
+        title="trust region",
+        solver="TrustRegion",
+        settings={"mode": "difference"},
+        differences=True,
+    ),
 )
 
 GRIDS: Grids = {
     "pydeq.anderson": [{"memory": memory, "damping": damping} for memory in (5, 3, 10) for damping in (1.0, 0.5)],
+    "pydeq.newton_krylov": [{"mode": "difference"}],
+    "pydeq.trust_region": [{"mode": "difference"}],
 }
