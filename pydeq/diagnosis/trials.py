@@ -178,12 +178,12 @@ class _LimitedTrustRegion(TrustRegion):
 class _LimitedTrustRegionWorkspace(TrustRegionWorkspace):
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: _LimitedTrustRegion) -> None:
         super().__init__(flat, rules, max_steps, solver)
-        self.each = 1 + flat.shape[1]
+        self.each = flat.shape[1] + (solver.mode != "difference")
         self.left = max(solver.limit, self.each)
 
-    def _renew(self, rows: Any, z: Tensor) -> None:
+    def _renew(self, z: Tensor, f: Tensor) -> None:
         self.left -= self.each
-        super()._renew(rows, z)
+        super()._renew(z, f)
 
     def step(self, f: Tensor, k: int) -> None:
         if self.left < self.each:

@@ -188,3 +188,75 @@ NEWEST_SHARE: Final = 0.1
 """A direction of GMRES has at least this fraction of the newest basis vector; along it the map is not known yet."""
 BREAKDOWN_EPSILONS: Final = 16
 """A difference of at most this many machine epsilons, relative to the minuend, is a rounding error, not a direction."""
+
+
+class TrustNumber(IntEnum):
+    """Rows of the numbers of a trust-region search, float64 [len(TrustNumber), B]."""
+
+    RESIDUAL = 0
+    """||g(x)|| at the accepted point x."""
+    RADIUS = 1
+    """The radius r of the trust region."""
+    REACHED = 2
+    """The length ||d|| of the step to the trial point."""
+    PROMISED = 3
+    """The share of ||g(x)|| that d leaves by the linear model."""
+    MARK = 4
+    """A residual norm that is to be halved."""
+
+
+class TrustCount(IntEnum):
+    """Rows of the counts of a trust-region search, int64 [len(TrustCount), B]."""
+
+    REJECTED = 0
+    """Points that the search from x has rejected."""
+    IDLE = 1
+    """Evaluations since ``TrustNumber.MARK`` was reached."""
+
+
+class TrustFlag(IntEnum):
+    """Rows of the flags of a trust-region search, bool [len(TrustFlag), B]. The last five are of one step only."""
+
+    EXACT = 0
+    """The matrix of the sample is I - J at x, and not an update of another one."""
+    SEARCHING = 1
+    """The point being evaluated is a trial, and not a plain step."""
+    UPDATED = 2
+    """The sample has used updates."""
+    CAREFUL = 3
+    """The sample uses no more updates."""
+    RUNNING = 4
+    """The sample runs."""
+    ACCEPTED = 5
+    """The point that was evaluated is the new x."""
+    REFUSED = 6
+    """The point that was evaluated is a trial that is not accepted."""
+    WANTED = 7
+    """The sample needs a trial point."""
+    RENEWED = 8
+    """The sample needs the Jacobian at x before the search goes on."""
+
+
+TRUST_ENTRIES: Final = 32
+"""The kernel takes samples of at most so many entries: for larger ones, LAPACK is faster than its plain loops."""
+TRUST_FIRST: Final = 100.0
+"""The first radius, in multiples of ||z|| + ||g(z)||."""
+TRUST_GOOD: Final = 0.75
+TRUST_POOR: Final = 0.25
+TRUST_BAD: Final = 0.1
+"""By the share of the promised reduction of ||g||^2 that a step reached: at least GOOD, the radius grows to twice the
+step; below POOR, it shrinks to a half of the step; below BAD, to a quarter."""
+TRUST_SLACK: Final = 0.1
+"""A step may be longer or shorter than the radius by this share."""
+TRUST_SECULAR_STEPS: Final = 50
+"""Newton steps for the multiplier at most; two or three are usual."""
+TRUST_RANK: Final = 2.220446049250313e-16
+"""Singular values below this share of the largest one are taken as 0."""
+TRUST_SLOW: Final = 0.5
+"""After a step that leaves more than this share of ||g||, the next one gets a new Jacobian instead of an update."""
+TRUST_PATIENCE: Final = 30
+"""Evaluations in which ||g|| must fall by half; if not, the sample starts again, with new Jacobians only."""
+TRUST_ARMIJO: Final = 1e-4
+"""The share of the promised reduction for which a point is accepted."""
+TRUST_TRIALS: Final = 40
+"""Rejected points before a search gives up."""

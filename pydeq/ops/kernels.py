@@ -321,6 +321,11 @@ def cuda_driver() -> tuple[int, int] | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
+def trust_region_search() -> Callable[..., int] | None:
+    """The kernel of :class:`pydeq.ops.trust_region_search.TrustRegionSearch`; None without CPU kernels."""
+    return None if _library is None else _library.search_trust_region
+
+
 def await_report(address: int, steps: int, stream: int, device: int, idle: bool) -> int:
     """Wait until ``steps`` steps have reported at ``address``; return how many samples run.
 

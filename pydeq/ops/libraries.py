@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class CpuLibrary:
         )
         self.has_reported = _function(library, "pydeq_has_reported", c_bool, c_void_p, c_int64)
         self.advise_huge_pages = _function(library, "pydeq_advise_huge_pages", None, c_void_p, c_size_t)
+        self.search_trust_region = _function(
+            library, "pydeq_search_trust_region", c_int64, c_int64, *[c_void_p] * 12, c_int64, c_int64, c_int64,
+            c_double, c_bool, c_bool,
+        )  # fmt: skip
+        """See :meth:`pydeq.ops.trust_region_search.TrustRegionSearch.advance`."""
 
     def instruction_set(self) -> str:
         """The instruction set of the kernels that run."""

@@ -8,7 +8,9 @@ processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,3 +59,11 @@ def norms(vectors: Sequence[Tensor], reduction: Reduction = WHOLE) -> Tensor:
 def norm(x: Tensor) -> Tensor:
     """Norms of the rows of [B, D], float64 [B]."""
     return norms([x])[0]
+
+
+def host_norm(x: Any) -> Any:
+    """Norms of the rows of an array [B, D] in float64, which overflow and underflow no earlier than the entries do."""
+    scale = np.abs(x).max(axis=1, initial=0.0)
+    scale[~(scale > 0)] = 1.0
+    scaled = x / scale[:, None]
+    return scale * np.sqrt((scaled * scaled).sum(axis=1))

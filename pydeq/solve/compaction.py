@@ -63,10 +63,10 @@ class Evaluator:
         assert self.products is not None
         return self.products.product(v)
 
-    def jacobian(self, z: Tensor) -> Tensor:
-        """The Jacobian of fn at z [B, D] for each sample, [B, D, D]."""
+    def jacobian(self, z: Tensor, f: Tensor) -> Tensor:
+        """The Jacobian of fn at z, whose image is f, for each sample; [B, D] -> [B, D, D]."""
         assert self.dense is not None
-        return self.dense.at(self.fn, z, self.layout, self.context)
+        return self.dense.at(self.fn, z, f, self.layout, self.context)
 
 
 class CompactingEvaluator(Evaluator):
@@ -114,12 +114,13 @@ class CompactingEvaluator(Evaluator):
         part = super().product(v.index_select(0, self.rows))
         return torch.zeros_like(v).index_copy_(0, self.rows, part)
 
-    def jacobian(self, z: Tensor) -> Tensor:
+    def jacobian(self, z: Tensor, f: Tensor) -> Tensor:
         if self.rows is None:
-            return super().jacobian(z)
+            return super().jacobian(z, f)
         assert self.dense is not None
-        part = self.dense.at(self.fn, z.index_select(0, self.rows), self.part, self.part_context)
-        return part.new_zeros(self.layout.batch, *part.shape[1:]).index_copy_(0, self.rows, part)
+        z, f = z.index_select(0, self.rows), f.index_select(0, self.rows)
+        part = self.dense.at(self.fn, z, f, self.part, self.part_context)
+        return part.new_zeros(self.layout.batch, *part.shape[1:]).index_copy_(0, self.rows.to(part.device), part)
 
 
 def gather(entry: Any, rows: Tensor) -> Any:

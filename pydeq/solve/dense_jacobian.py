@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.linearization import Linearization, linearize
-from pydeq.ops.reduction import norms, wide_dtype
+from pydeq.ops.reduction import host_norm
 from pydeq.state import Layout
 
 # The most bytes of rows of the identity that J is multiplied by at once.
@@ -28,7 +29,7 @@ class DenseJacobian:
 
     - "vjp": fn is evaluated with gradients on, and row i of J is e_i^T J.
     - "difference": column i of J is (fn(z + s e_i) - fn(z)) / s for each sample, with s = sqrt(eps) max(|z_i|,
-      ||z|| / sqrt(D)), or with fn(z) in the place of z where that is 0.
+      ||z|| / sqrt(D)), or with fn(z) in the place of z where that is 0. fn(z) is known.
     - "auto": "vjp", until fn raises with gradients on, its result has no graph back to z, or it has no derivatives;
       then "difference".
 
@@ -37,29 +38,30 @@ class DenseJacobian:
         eps: Machine epsilon of the coarsest dtype that fn computes in.
 
     Attributes:
-        count: What all Jacobians cost so far: each one evaluation, and as many products as a sample has entries; and
-            the evaluation that showed that "auto" must take differences.
+        count: What all Jacobians cost so far: each as many products or differences as a sample has entries; with "vjp",
+            one more evaluation; and the evaluation that showed that "auto" must take differences.
     """
 
     def __init__(self, mode: Literal["auto", "vjp", "difference"], eps: float) -> None:
         self.mode, self.eps, self.count = mode, eps, 0
 
-    def at(self, fn: Callable[..., Any], z: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
-        """J at the flat ``z``, [B, D, D].
+    def at(self, fn: Callable[..., Any], z: Tensor, f: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
+        """J at the flat ``z``, whose image is ``f``; [B, D, D], on any device, in the dtype of z or in float64.
 
         Raises:
             ValueError: With mode "vjp", if the result of fn has no graph back to z.
             RuntimeError: With mode "vjp", if fn has no derivatives.
         """
-        self.count += 1 + layout.size
+        self.count += layout.size
         if self.mode != "difference":
+            self.count += 1
             try:
                 return self._exact(fn, z, layout, context)
             except (RuntimeError, NotImplementedError, _NoGraphError) as error:
                 if self.mode == "vjp" or isinstance(error, torch.OutOfMemoryError):
                     raise
-            self.mode, self.count = "difference", self.count + 1
-        return self._by_columns(fn, z, layout, context)
+            self.mode = "difference"
+        return self._by_columns(fn, z, f, layout, context)
 
     def _exact(self, fn: Callable[..., Any], z: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
         at = linearize(fn, layout.view(z), context)
@@ -79,28 +81,31 @@ class DenseJacobian:
                 f" ({error})"
             ) from error
 
-    def _by_columns(self, fn: Callable[..., Any], z: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
-        wide = wide_dtype(z.dtype)
+    def _by_columns(
+        self, fn: Callable[..., Any], z: Tensor, f: Tensor, layout: Layout, context: Sequence[Any]
+    ) -> Tensor:
+        """J in float64, on the host. The small sums are NumPy's: an operation on few numbers takes torch longer."""
         cast = torch.is_autocast_enabled(layout.device.type)
+        base, image, entry = _array(z), _array(f), np.arange(layout.size)
+        points = np.repeat(base[None], layout.size, axis=0)  # [D, B, D]
+        points[entry, :, entry] += self._steps(base, image, torch.finfo(z.dtype).tiny).T
+        rounded = torch.from_numpy(points).to(z)
+        images = torch.empty(points.shape, dtype=torch.float64, device=z.device)
+        for i, point in enumerate(rounded.unbind()):  # fn may return the same memory each time
+            images[i] = layout.flatten(layout.check(fn(layout.view(point), *context), cast))
+        steps = _array(rounded)[entry, :, entry] - base.T
+        return torch.from_numpy(((_array(images) - image) / steps[:, :, None]).transpose(1, 2, 0))
 
-        def evaluate(z: Tensor) -> Tensor:
-            return layout.flatten(layout.check(fn(layout.view(z), *context), cast)).to(wide, copy=True)
+    def _steps(self, z: Any, f: Any, smallest: float) -> Any:
+        """The steps of the differences at points z with images f, [B, D]: powers of two, which round less."""
+        size, image = host_norm(z), host_norm(f)
+        least = np.maximum(np.where(size > 0, size, image), self.eps * image) / max(1, z.shape[1]) ** 0.5
+        steps = np.maximum(np.abs(z), np.where(least > 0, least, 1.0)[:, None])
+        return np.exp2(np.round(np.log2(np.maximum(self.eps**0.5 * steps, smallest))))
 
-        f, base = evaluate(z), z.to(wide)
-        size, image = norms([base, f])
-        least = torch.maximum(torch.where(size > 0, size, image), self.eps * image) / layout.size**0.5
-        # Powers of two: adding them rounds little.
-        step = torch.maximum(base.double().abs(), torch.where(least > 0, least, 1.0)[:, None])
-        smallest = torch.finfo(z.dtype).tiny
-        step = torch.exp2((self.eps**0.5 * step).clamp(min=smallest).log2().round()).to(wide)
-        columns = []
-        for i in range(layout.size):
-            point = base.clone()
-            point[:, i] += step[:, i]
-            point = point.to(z.dtype)
-            # The step as it was rounded.
-            columns.append((evaluate(point) - f) / (point[:, i].to(wide) - base[:, i])[:, None])
-        return torch.stack(columns, dim=2)
+
+def _array(x: Tensor) -> Any:
+    return x.double().cpu().numpy()
 
 
 def _by_rows(at: Linearization) -> Tensor:

@@ -136,9 +136,9 @@ class _Scaled(Evaluator):
     def product(self, v: Tensor) -> Tensor:
         return self.down(self.inner.product(self.up(v)))
 
-    def jacobian(self, z: Tensor) -> Tensor:
-        matrix = self.inner.jacobian(self.up(z)).double()
-        scale = self.up(torch.ones_like(matrix[:, 0]))
+    def jacobian(self, z: Tensor, f: Tensor) -> Tensor:
+        matrix = self.inner.jacobian(self.up(z), self.up(f)).double()
+        scale = self.up(torch.ones_like(z)).to(matrix)
         return matrix * scale[:, None] / scale[:, :, None]
 
     def down(self, flat: Tensor) -> Tensor:

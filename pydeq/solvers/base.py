@@ -42,8 +42,8 @@ class Workspace(ABC):
     product: Callable[[Tensor], Tensor]
     """v -> J v for v [B, D], J the Jacobian of fn at the newest evaluation; set by the loop for a NewtonSolver."""
 
-    jacobian: Callable[[Tensor], Tensor]
-    """z -> the Jacobian of fn at z [B, D] for each sample, [B, D, D]; likewise."""
+    jacobian: Callable[[Tensor, Tensor], Tensor]
+    """(z, fn(z)) -> the Jacobian of fn at z for each sample, [B, D] -> [B, D, D]; likewise."""
 
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, *own: tuple[int, ...]) -> None:
         batch = flat.shape[0]
