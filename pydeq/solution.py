@@ -49,8 +49,8 @@ class Solution:
         image: fn(value), kept from the solve; like z0.
         nfe: The number of calls of fn; on a GPU at most one more than the slowest sample needed.
         products: The number of products with the Jacobian of fn, each for the whole batch; only
-            :class:`pydeq.NewtonKrylov` and :class:`pydeq.TrustRegion` take any. Products by differences call fn, which
-            ``nfe`` does not count.
+            :class:`pydeq.NewtonKrylov` and :class:`pydeq.TrustRegion` take any. Differences, and TrustRegion's
+            evaluations for products, count here, too: ``nfe`` does not have these calls of fn.
         trace: Relative residuals of the evaluations, [nfe, B], NaN after a sample stopped; None unless asked for.
         states: The states asked for by ``states_at``, each like z0; those of a :class:`pydeq.DEQ` have gradients, and
             its output is the last one.

@@ -14,12 +14,13 @@ namespace {
 
 using constants::TRUST_ENTRIES;
 
+// The larger one; NaN if there is one.
+inline double larger(double a, double b) { return a >= b || a != a ? a : b; }
+
 // ||x||, which overflows and vanishes no earlier than the entries.
 inline double vector_norm(const double* x, int64_t n) {
   double largest = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (!(std::fabs(x[i]) <= largest)) largest = std::fabs(x[i]);  // a NaN stays
-  }
+  for (int64_t i = 0; i < n; ++i) largest = larger(largest, std::fabs(x[i]));
   if (!(largest > 0.0)) return largest;
   double sum = 0.0;
   for (int64_t i = 0; i < n; ++i) sum += (x[i] / largest) * (x[i] / largest);
@@ -82,9 +83,10 @@ inline void orthogonalize(int64_t n, double* w, double* v) {
           ab += a[i] * b[i];
         }
         if (!(std::fabs(ab) > small * std::sqrt(aa) * std::sqrt(bb))) continue;
-        rotated = true;
         const double ratio = (bb - aa) / (2.0 * ab);
-        const double t = (ratio < 0.0 ? -1.0 : 1.0) / (std::fabs(ratio) + std::hypot(1.0, ratio));
+        const double t = (ratio < 0.0 ? -1.0 : 1.0) / (std::fabs(ratio) + std::sqrt(1.0 + ratio * ratio));
+        if (std::fabs(t) < DBL_MIN || aa == 0.0 || bb == 0.0) continue;  // columns of which one counts as 0
+        rotated = true;
         const double c = 1.0 / std::sqrt(1.0 + t * t), s = c * t;
         for (int64_t i = 0; i < n; ++i) {
           const double ai = a[i], xi = x[i];

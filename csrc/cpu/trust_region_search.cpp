@@ -13,8 +13,6 @@ namespace {
 
 using namespace constants;
 
-enum Stage : int64_t { first, again, after_updates, done };
-
 // One step of all samples; see the reference for shapes.
 struct Search {
   const double *z, *f, *image;
@@ -30,12 +28,12 @@ struct Search {
   bool freeze, single;
 
   int64_t advance(int64_t stage) {
-    if (stage == first) {
+    if (stage == TRUST_STAGE_FIRST) {
       bool needs = false;
       for (int64_t b = 0; b < batch; ++b) needs |= judge_sample(b);
-      if (needs) return again;
+      if (needs) return TRUST_STAGE_AGAIN;
     }
-    if (stage <= again) {
+    if (stage <= TRUST_STAGE_AGAIN) {
       bool needs = false;
       for (int64_t b = 0; b < batch; ++b) {
         if (flag(TRUST_FLAG_WANTED, b)) aim(b);
@@ -43,14 +41,14 @@ struct Search {
         flag(TRUST_FLAG_RENEWED, b) = renewed;
         needs |= renewed;
       }
-      if (needs) return after_updates;
+      if (needs) return TRUST_STAGE_AFTER_UPDATES;
     } else {
       for (int64_t b = 0; b < batch; ++b) {
         if (flag(TRUST_FLAG_RENEWED, b)) aim(b);
       }
     }
     for (int64_t b = 0; b < batch; ++b) finish(b);
-    return done;
+    return TRUST_STAGE_DONE;
   }
 
  private:
@@ -148,9 +146,7 @@ struct Search {
     double scaled[TRUST_ENTRIES * TRUST_ENTRIES], right[TRUST_ENTRIES], y[TRUST_ENTRIES], rest[TRUST_ENTRIES];
     const double size = number(TRUST_NUMBER_RESIDUAL, b);
     double scale = 0.0;
-    for (int64_t i = 0; i < n * n; ++i) {
-      if (!(std::fabs(system(b)[i]) <= scale)) scale = std::fabs(system(b)[i]);
-    }
+    for (int64_t i = 0; i < n * n; ++i) scale = larger(scale, std::fabs(system(b)[i]));
     const double unit = size / scale;
     if (!(finite(scale) && finite(unit) && unit > 0.0)) return;
     for (int64_t i = 0; i < n * n; ++i) {
@@ -216,7 +212,7 @@ struct Search {
 }  // namespace
 }  // namespace pydeq
 
-// Goes on from `stage`; returns the next one, which is `done` unless Jacobians are needed.
+// Goes on from `stage`; returns the next one, which is TRUST_STAGE_DONE unless Jacobians are needed.
 PYDEQ_EXPORT int64_t pydeq_search_trust_region(int64_t stage, const double* z, const double* f, const double* image,
                                                double* next, const double* scalars, int32_t* counters,
                                                int64_t* progress, double* vectors, double* systems, double* numbers,

@@ -99,6 +99,10 @@ class Progress(IntEnum):
     """Samples among them whose next evaluation is not expected to be their last."""
 
 
+HOST_FUNCTIONS: Final = 1
+"""The version of the C functions' arguments, see ``pydeq/ops/libraries.py``: raise it when they change."""
+
+
 class Answer(IntEnum):
     """Answers to a wait for a step's report, other than a number of running samples."""
 
@@ -188,6 +192,19 @@ NEWEST_SHARE: Final = 0.1
 """A direction of GMRES has at least this fraction of the newest basis vector; along it the map is not known yet."""
 BREAKDOWN_EPSILONS: Final = 16
 """A difference of at most this many machine epsilons, relative to the minuend, is a rounding error, not a direction."""
+
+
+class TrustStage(IntEnum):
+    """Stages of a step of a trust-region search."""
+
+    FIRST = 0
+    """A step begins."""
+    AGAIN = 1
+    """The samples flagged ``TrustFlag.RENEWED`` have their Jacobians."""
+    AFTER_UPDATES = 2
+    """They have them in the place of updates, from which no trial point came."""
+    DONE = 3
+    """The next points are written."""
 
 
 class TrustNumber(IntEnum):

@@ -2,7 +2,7 @@
 
 Environment:
 
-    PYDEQ_KERNELS=off         run the plain-torch references, without a warning
+    PYDEQ_KERNELS=off         run the references in Python, without a warning
     PYDEQ_REQUIRE_KERNELS=1   missing kernels are an ImportError, not a warning
     PYDEQ_ISA=avx2            run the kernels compiled for this instruction set, not for the CPU's best one
     PYDEQ_CUDA_PATH=split     take every step on a GPU by this path (auto, block, cluster, split; read at import), see

@@ -35,11 +35,9 @@ from pydeq.ops.constants import (
     TrustCount,
     TrustFlag,
     TrustNumber,
+    TrustStage,
 )
 from pydeq.ops.reduction import host_norm
-
-FIRST, AGAIN, DONE = 0, 1, 3
-"""Stages: where a step begins; after the Jacobians that it needs; 2, after those in the place of updates; its end."""
 
 
 @dataclass(slots=True)
@@ -105,11 +103,12 @@ class TrustRegionSearch:
             arrays = (self.vectors, self.system, self.numbers, self.counts, self.flags)
             self._state = (*(array.ctypes.data for array in arrays), batch, entries)
 
-    def advance(self, at: Evaluated, stage: int) -> int:
+    def advance(self, at: Evaluated, stage: int = TrustStage.FIRST) -> int:
         """Accept or reject the points that were evaluated, and find the next ones, from ``stage`` on.
 
         Returns:
-            ``DONE``; or the stage to go on with once the samples flagged RENEWED have their Jacobians, by ``renew``.
+            ``TrustStage.DONE``; or the stage to go on with, once the samples flagged RENEWED have their Jacobians, by
+            ``renew``.
         """
         if self._kernel is None:
             with np.errstate(all="ignore"):
@@ -130,14 +129,14 @@ class TrustRegionSearch:
 
     def advance_reference(self, at: Evaluated, stage: int) -> int:
         """``advance`` without the kernel."""
-        if stage == FIRST and self._judge(at):
-            return AGAIN
-        if stage <= AGAIN and self._aim_all(at):
-            return AGAIN + 1
-        if stage > AGAIN:
+        if stage == TrustStage.FIRST and self._judge(at):
+            return TrustStage.AGAIN
+        if stage <= TrustStage.AGAIN and self._aim_all(at):
+            return TrustStage.AFTER_UPDATES
+        if stage == TrustStage.AFTER_UPDATES:
             self._aim(self.flags[TrustFlag.RENEWED], at)
         self._finish(at)
-        return DONE
+        return TrustStage.DONE
 
     def _judge(self, at: Evaluated) -> bool:
         """Accept and reject points; whether Jacobians are needed."""

@@ -38,8 +38,8 @@ class DenseJacobian:
         eps: Machine epsilon of the coarsest dtype that fn computes in.
 
     Attributes:
-        count: What all Jacobians cost so far: each as many products or differences as a sample has entries; with "vjp",
-            one more evaluation; and the evaluation that showed that "auto" must take differences.
+        count: What all Jacobians cost so far: D differences for each, or D products and one evaluation; and the
+            evaluation that showed that "auto" must take differences.
     """
 
     def __init__(self, mode: Literal["auto", "vjp", "difference"], eps: float) -> None:
@@ -88,13 +88,16 @@ class DenseJacobian:
         cast = torch.is_autocast_enabled(layout.device.type)
         base, image, entry = _array(z), _array(f), np.arange(layout.size)
         points = np.repeat(base[None], layout.size, axis=0)  # [D, B, D]
-        points[entry, :, entry] += self._steps(base, image, torch.finfo(z.dtype).tiny).T
+        with np.errstate(all="ignore"):  # samples that are lost
+            points[entry, :, entry] += self._steps(base, image, torch.finfo(z.dtype).tiny).T
         rounded = torch.from_numpy(points).to(z)
         images = torch.empty(points.shape, dtype=torch.float64, device=z.device)
         for i, point in enumerate(rounded.unbind()):  # fn may return the same memory each time
             images[i] = layout.flatten(layout.check(fn(layout.view(point), *context), cast))
-        steps = _array(rounded)[entry, :, entry] - base.T
-        return torch.from_numpy(((_array(images) - image) / steps[:, :, None]).transpose(1, 2, 0))
+        with np.errstate(all="ignore"):
+            steps = _array(rounded)[entry, :, entry] - base.T
+            columns = (_array(images) - image) / steps[:, :, None]
+        return torch.from_numpy(columns.transpose(1, 2, 0))
 
     def _steps(self, z: Any, f: Any, smallest: float) -> Any:
         """The steps of the differences at points z with images f, [B, D]: powers of two, which round less."""
@@ -105,7 +108,7 @@ class DenseJacobian:
 
 
 def _array(x: Tensor) -> Any:
-    return x.double().cpu().numpy()
+    return x.double().cpu().resolve_neg().numpy()
 
 
 def _by_rows(at: Linearization) -> Tensor:

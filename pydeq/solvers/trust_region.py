@@ -14,9 +14,9 @@ from torch import Tensor
 from pydeq.arguments import suggests_keywords
 from pydeq.ops import picard_step
 from pydeq.ops.capture import capturing
-from pydeq.ops.constants import TrustFlag
+from pydeq.ops.constants import TrustFlag, TrustStage
 from pydeq.ops.termination import Rules
-from pydeq.ops.trust_region_search import DONE, FIRST, Evaluated, TrustRegionSearch
+from pydeq.ops.trust_region_search import Evaluated, TrustRegionSearch
 from pydeq.solvers.base import NewtonSolver, Workspace
 from pydeq.solvers.line_search import end_search
 
@@ -44,8 +44,8 @@ class TrustRegion(NewtonSolver):
     fixed point of z + F(z).
 
     ``max_steps`` limits the evaluations of f at iterates and trial points. ``solution.products`` counts what the
-    Jacobians cost, for the whole batch, apart from ``solution.nfe``: each as many products or differences as a sample
-    has entries and, with products, one more evaluation. The algebra runs on the host, also for states on a GPU.
+    Jacobians cost, for the whole batch, apart from ``solution.nfe``: D differences for each, or D products and
+    one evaluation, where a sample has D entries. The algebra runs on the host, also for states on a GPU.
 
     Samples must not depend on each other. Evaluations on all ranks of a process group, CUDA graphs, and adjoint
     systems, which are linear, are refused.
@@ -53,8 +53,9 @@ class TrustRegion(NewtonSolver):
     Args:
         mode: "vjp": the rows of J are vector-Jacobian products, formed together where the operators of f can be
             vectorized. "difference": the columns of J are differences, and each costs one evaluation of f. Take it
-            where the backward pass of f is not its derivative. "auto" takes products, and differences if f raises with
-            gradients on, computes with gradients off, or has no derivatives.
+            where the backward pass of f is not its derivative, or where an evaluation is cheaper than a product.
+            "auto" takes products, and differences if f raises with gradients on, computes with gradients off, or has no
+            derivatives.
 
     Raises:
         ValueError: If mode is none of these; in a solve, if a sample has more than 1024 entries, or if the result of f
@@ -124,8 +125,8 @@ class TrustRegionWorkspace(Workspace):
             left=left,
             freeze=self.rules.freeze,
         )
-        stage = self.search.advance(at, FIRST)
-        while stage != DONE:
+        stage = self.search.advance(at)
+        while stage != TrustStage.DONE:
             self._renew(z, f)
             stage = self.search.advance(at, stage)
         if goal is not next:
@@ -144,5 +145,5 @@ class TrustRegionWorkspace(Workspace):
 
 
 def _host(x: Tensor) -> Tensor:
-    """A tensor in float64 on the CPU: the same one if it is."""
-    return x.to("cpu", torch.float64)
+    """A tensor in float64 on the CPU, with its numbers as they are in memory: the same one if it is."""
+    return x.to("cpu", torch.float64).resolve_neg()

@@ -1,9 +1,10 @@
 """Sums over states: norms that neither overflow nor underflow early, whole or in parts."""
 
+import numpy as np
 import pytest
 import torch
 
-from pydeq.ops.reduction import Reduction, inner, norm, norms
+from pydeq.ops.reduction import Reduction, host_norm, inner, norm, norms
 from pydeq.state import DTYPES
 from pydeq.testing import assert_close
 
@@ -37,6 +38,7 @@ def test_norm(dtype):
     assert_close(norm(x)[:2], exact, size=300)
     for row, unit in ((2, smallest), (3, largest)):
         assert_close(norm(x)[row] / unit, torch.tensor(300.0, dtype=torch.float64).sqrt(), size=300)
+    assert_close(torch.from_numpy(host_norm(x.double().numpy())), norm(x), size=300)
 
 
 def test_norm_of_what_is_not_finite():
@@ -44,6 +46,9 @@ def test_norm_of_what_is_not_finite():
     x[0, 1], x[1, 2] = torch.nan, torch.inf
     assert norm(x).isfinite().tolist() == [False, False, True]
     assert norm(torch.ones(3, 0, dtype=torch.float64)).tolist() == [0.0, 0.0, 0.0]
+    with np.errstate(invalid="ignore"):
+        assert np.isfinite(host_norm(x.numpy())).tolist() == [False, False, True]
+    assert host_norm(np.ones((3, 0))).tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,9 +21,10 @@ from pydeq.ops.constants import (
     Scalar,
     Status,
     TrustFlag,
+    TrustStage,
 )
-from pydeq.ops.trust_region_search import AGAIN, DONE, FIRST, Evaluated, TrustRegionSearch
-from pydeq.testing import assert_identical, softsign_map
+from pydeq.ops.trust_region_search import Evaluated, TrustRegionSearch
+from pydeq.testing import softsign_map
 
 pytestmark = pytest.mark.kernels
 BATCH = 64
@@ -38,11 +39,12 @@ def searches(entries, dtype, generator):
     search.residual[:] = search.image - search.base
     search.size[:] = np.linalg.norm(search.residual, axis=1)
     system = generator.standard_normal((BATCH, entries, entries))
-    kind = generator.integers(0, 5, BATCH)
+    kind = generator.integers(0, 6, BATCH)
     system[kind == 1] *= 1e-3
     system[kind == 2, :, 0] = system[kind == 2, :, -1]  # singular, from two entries on
     system[kind == 3] = 0.0
     system[kind == 4, 0, 0] = np.inf
+    system[kind == 5] *= 10.0 ** (-200.0 * generator.integers(0, 2, (BATCH, 1, entries)))[kind == 5]
     search.system[:] = system
     search.radius[:] = search.size * 10.0 ** generator.uniform(-3, 3, BATCH)
     search.reached[:] = search.radius * generator.uniform(0.1, 1.1, BATCH)
@@ -52,7 +54,10 @@ def searches(entries, dtype, generator):
     search.idle[:] = generator.integers(0, 2 * TRUST_PATIENCE, BATCH)
     for name in (TrustFlag.EXACT, TrustFlag.SEARCHING, TrustFlag.UPDATED, TrustFlag.CAREFUL):
         search.flags[name] = generator.random(BATCH) < 0.6
-    return search, (kind == 2) | (kind == 3)  # an update of the latter is of rank 1
+    # The first sample accepts a trial, and updates a matrix from which no trial point comes.
+    search.system[0, 0, 0], search.promised[0] = np.inf, 0.0
+    search.flags[TrustFlag.SEARCHING, 0], search.flags[TrustFlag.CAREFUL, 0] = True, False
+    return search, (kind == 2) | (kind == 3) | (kind == 5)  # an update of zero is of rank 1
 
 
 def evaluated(search, generator, freeze, left):
@@ -62,6 +67,7 @@ def evaluated(search, generator, freeze, left):
     factor = 10.0 ** generator.uniform(-2, 1, (BATCH, 1))
     f = z + factor * search.size[:, None] * generator.standard_normal((BATCH, entries)) / entries**0.5
     f[generator.random(BATCH) < 0.05] = np.nan
+    f[0] = z[0] + 1e-3 * search.residual[0]
     points = torch.from_numpy(np.stack([z, f, *generator.standard_normal((2, BATCH, entries))]))
     points = points.to(search.dtype).double()
     scalars = torch.zeros(BATCH, len(Scalar), dtype=torch.float64)
@@ -70,6 +76,7 @@ def evaluated(search, generator, freeze, left):
     counters = torch.zeros(BATCH, len(Counter), dtype=torch.int32)
     statuses = [RUNNING] * 8 + [int(Status.DIVERGED), int(Status.CONVERGED)]
     counters[:, Counter.STATUS] = torch.from_numpy(generator.choice(statuses, BATCH)).int()
+    counters[0, Counter.STATUS] = RUNNING
     counters[:, Counter.TRIED] = torch.from_numpy(generator.integers(0, 3, BATCH)).int()
     counters[:, Counter.SINCE_BEST] = torch.from_numpy(generator.integers(0, 2, BATCH)).int()
     progress = torch.zeros(len(Progress), dtype=torch.int64)
@@ -88,7 +95,10 @@ def assert_same(kernel, reference, at, expected, singular):
         assert (search.reached[aimed] <= (1.1 + 1e-6) * search.radius[aimed]).all()
         search.reached[singular], points[torch.from_numpy(singular)] = 0.0, 0.0
     np.testing.assert_allclose(kernel.numbers, reference.numbers, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(kernel.system, reference.system, rtol=1e-9, atol=1e-300)
+    finite = np.isfinite(reference.system).all(axis=(1, 2))
+    for mine, other in zip(kernel.system[finite], reference.system[finite], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-12 * np.abs(other).max())
+    assert (np.isfinite(kernel.system).all(axis=(1, 2)) == finite).all()
     scale = np.abs(kernel.base).max() + 1.0
     rounding = 1e-6 if kernel.dtype == torch.float32 else 0.0
     np.testing.assert_allclose(at.next.numpy(), expected.next.numpy(), rtol=1e-5 + rounding, atol=1e-8 * scale)
@@ -113,19 +123,18 @@ def test_a_step_is_that_of_the_reference(entries, seed, dtype, freeze, left):
     reference._kernel = None
     at = evaluated(kernel, generator, freeze, left)
     expected = copy.deepcopy(at)
-    stage = FIRST
+    stage = TrustStage.FIRST
     stages = []
-    while stage != DONE:
+    while stage != TrustStage.DONE:
         stages.append(stage)
         stage, other = kernel.advance(at, stage), reference.advance(expected, stage)
         assert stage == other
-        if stage != DONE:
+        if stage != TrustStage.DONE:
             jacobian = torch.from_numpy(generator.standard_normal((BATCH, entries, entries)))
             jacobian[generator.random(BATCH) < 0.1] = torch.nan
             kernel.renew(jacobian)
             reference.renew(jacobian)
-    assert stages[0] == FIRST
-    assert AGAIN in stages  # of 64 samples, some need a Jacobian
+    assert stages == [TrustStage.FIRST, TrustStage.AGAIN, TrustStage.AFTER_UPDATES]  # some samples need each
     assert_same(kernel, reference, at, expected, singular)
 
 
@@ -135,34 +144,25 @@ def test_a_step_is_that_of_the_reference(entries, seed, dtype, freeze, left):
     batch=st.integers(1, 4),
     seed=st.integers(0, 1000),
     dtype=st.sampled_from([torch.float64, torch.float32]),
+    mode=st.sampled_from(["vjp", "difference"]),
 )
-def test_solves_are_those_of_the_reference(rate, dim, batch, seed, dtype):
+def test_solves_are_those_of_the_reference(rate, dim, batch, seed, dtype, mode):
     problem = softsign_map(rate, dim, batch=batch, seed=seed, dtype=dtype)
     rtol = 1e-9 if dtype == torch.float64 else 1e-4
-    options = {"solver": pydeq.TrustRegion(), "rtol": rtol, "max_steps": 60, "trace": True}
+    options = {"solver": pydeq.TrustRegion(mode), "rtol": rtol, "max_steps": 60, "trace": True}
     found = problem.solve(**options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrustRegionSearch, "advance", TrustRegionSearch.advance_reference)
-        with np.errstate(all="ignore"):
-            expected = problem.solve(**options)
+        patch.setattr("pydeq.ops.kernels.trust_region_search", lambda: None)
+        expected = problem.solve(**options)
     assume(expected.converged.all())
     assert found.converged.all()
     assert found.nfe <= expected.nfe + 2
     torch.testing.assert_close(found.value, expected.value, rtol=100 * rtol, atol=100 * rtol)
     assert found.trace is not None
     assert expected.trace is not None
-    torch.testing.assert_close(found.trace[:3], expected.trace[:3], rtol=1e-3, atol=1e-9)
-
-
-def test_samples_do_not_depend_on_the_batch():
-    problem = softsign_map([3.0, 6.0, 1.5], 9, dtype=torch.float64)
-    options = {"solver": pydeq.TrustRegion(), "rtol": 1e-8, "max_steps": 60}
-    together = problem.solve(**options)
-    for row in range(3):
-        one = pydeq.fixed_point(
-            problem.fn, problem.z0[row : row + 1], *(x[row : row + 1] for x in problem.context), **options
-        )
-        assert_identical(one, together, [row])
+    rows = min(3, len(found.trace), len(expected.trace))
+    close = {"rtol": 1e-3, "atol": 1e-6 if dtype == torch.float32 else 1e-9}
+    torch.testing.assert_close(found.trace[:rows].nan_to_num(), expected.trace[:rows].nan_to_num(), **close)
 
 
 @pytest.mark.parametrize(

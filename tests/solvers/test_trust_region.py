@@ -293,6 +293,17 @@ def test_maps_with_few_derivatives(tanh):
             pydeq.fixed_point(fn, problem.z0, *problem.context, solver=TrustRegion("vjp"))
 
 
+def test_differences_of_a_function_that_returns_the_same_memory():
+    problem = tanh_map(1.5, 12, dtype=DOUBLE)
+    result = torch.empty_like(problem.z0)
+
+    def fn(z, x):
+        return result.copy_(problem.fn(z, x))
+
+    ran = {"solver": TrustRegion("difference"), "rtol": 1e-9}
+    assert_identical(pydeq.fixed_point(fn, problem.z0, *problem.context, **ran), problem.solve(**ran))
+
+
 # States, layers, options
 
 
