@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_PROFILE ?= quick
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 DIST ?= dist
 bin := $(VENV)/bin
 sources := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(wildcard pydeq/ops/*.py)
@@ -14,7 +15,7 @@ formatted := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test.installed $(VENV)/pydeq.installed
-	PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m pytest $(PYTEST_ARGS)
+	PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/bench.installed $(VENV)/pydeq.installed
 	PYDEQ_REQUIRE_KERNELS=1 $(bin)/python -m benchmarks --profile $(BENCH_PROFILE)

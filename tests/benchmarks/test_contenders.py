@@ -187,7 +187,7 @@ def test_counts_equal_those_of_the_map(contender):
 
 
 def test_counts_the_product_that_starts_those_of_newton_krylov(contender):
-    if contender.key != "pydeq.newton_krylov":
+    if contender.key != "pydeq.newton_krylov.default":
         return
     problem, counts = PROBLEMS["linear"], Counts()
     contender.prepare(problem, counts=counts)()
