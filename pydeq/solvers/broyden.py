@@ -21,8 +21,6 @@ from pydeq.solvers.inverse_jacobian import InverseJacobian
 
 # Initial capacity for inner products of steps; it doubles.
 _COLUMNS = 16
-# Steps allocated at once: enough that small states use huge pages, and few enough that little memory is unused.
-_BLOCK = 3
 
 
 @suggests_keywords
@@ -90,12 +88,12 @@ class BroydenWorkspace(Workspace):
         self.evaluations = k + 1
         if not last and k <= self.memory:
             if k == len(self.steps):
-                self.steps.extend(self.scratch.rows(k, min(_BLOCK, self.capacity - k), self.wide))
+                self.steps.extend(self.scratch.more_rows(k, self.capacity - k, self.wide))
                 if len(self.steps) > self.thetas.shape[1]:
                     self._widen(2 * self.thetas.shape[1])
             if k == self.memory and k + 2 < self.max_steps:  # the next step restarts
                 self.restart = empty(f, *f.shape, dtype=self.wide)
-        own = self.iterate, self.steps, self.restart, self.gram, self.thetas, self.memory
+        own = self.iterate, self.steps[: k + 1], self.restart, self.gram, self.thetas, self.memory
         self.take(broyden_step, f, k, last, own)
 
     def inverse_jacobian(self) -> InverseJacobian:

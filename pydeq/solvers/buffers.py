@@ -20,6 +20,9 @@ _LARGE, _KEPT_FROM, _KEPT_BYTES = 1 << 21, 1 << 17, 1 << 26
 # All rows of a history are read at the same entries. A cache finds a line by its place within a page, so rows that
 # start at the same place would evict each other. So each row starts 17 lines later in its page than the row before.
 _PAGE, _LINE, _LINES_APART, _STAGGERED_FROM = 4096, 64, 17, 1 << 16
+# Rows of a growing history that are allocated at once: enough that small states use huge pages, and few enough that
+# little memory is unused. More, where they are so small that the memory counts less than the allocations.
+_ROWS, _SMALL_ROWS, _SMALL_BYTES = 3, 16, 1 << 13
 
 # Threads share it without a lock, since a deque's operations are atomic. A fork could leave a lock locked.
 _kept: deque[Tensor] = deque()
@@ -78,6 +81,11 @@ class Scratch:
         if count * self._like.itemsize < _KEPT_FROM:
             return self._like.new_empty(*shape)
         return self._take(count, self._like.dtype).view(shape)
+
+    def more_rows(self, first: int, most: int, dtype: torch.dtype) -> list[Tensor]:
+        """Some rows of a history that grows, ``most`` at most: ``rows`` with a count that keeps allocations few."""
+        fit = _SMALL_BYTES // max(1, self._like.numel() * dtype.itemsize)
+        return self.rows(first, min(most, max(_ROWS, min(fit, _SMALL_ROWS))), dtype)
 
     def rows(self, first: int, count: int, dtype: torch.dtype) -> list[Tensor]:
         """Rows ``first`` to ``first + count - 1`` of a history that grows, uninitialized, each like ``like``."""

@@ -15,9 +15,6 @@ from pydeq.ops.termination import Rules
 from pydeq.solvers.base import Solver, Workspace, check_vectors
 from pydeq.solvers.buffers import empty
 
-# Basis vectors allocated at once: enough that small states use huge pages, few enough that little memory is unused.
-_BLOCK = 3
-
 
 @suggests_keywords
 @dataclass(frozen=True)
@@ -82,10 +79,9 @@ class _GMRESWorkspace(Workspace):
     def step(self, f: Tensor, k: int) -> None:
         left = self.max_steps - 1 - k
         if left and k < self.restart and k == len(self.basis):
-            count = min(_BLOCK, self.capacity - k)
-            self.basis.extend(self.scratch.rows(k, count, self.wide))
+            self.basis.extend(self.scratch.more_rows(k, self.capacity - k, self.wide))
         own = (
-            self.iterate, self.begin, self.basis, self.gram, self.images, self.directions, self.coordinates,
+            self.iterate, self.begin, self.basis[: k + 1], self.gram, self.images, self.directions, self.coordinates,
             self.lengths, left == 1, self.restart,
         )  # fmt: skip
         self.take(gmres_step, f, k, left == 0, own)

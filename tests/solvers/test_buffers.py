@@ -45,6 +45,14 @@ def test_rows_are_apart_and_whole(shape, dtype):
     assert all(bool((row == i).all()) for i, row in enumerate(rows))
 
 
+@pytest.mark.parametrize(("size", "count"), [(1, 16), (64, 16), (100, 10), (500, 3), (1 << 14, 3)])
+def test_many_small_rows_are_allocated_at_once(size, count):
+    """16, or as many as fit in 8 KiB, or 3; and no more than are wanted."""
+    scratch = buffers.Scratch(torch.zeros(1, size))
+    assert len(scratch.more_rows(0, 100, torch.float64)) == count
+    assert len(scratch.more_rows(count, 2, torch.float64)) == 2
+
+
 def test_large_rows_start_at_different_places_of_their_pages():
     rows = buffers.Scratch(torch.zeros(LARGE)).rows(0, 8, torch.float32)
     first = rows[0].data_ptr()
