@@ -391,7 +391,7 @@ def test_vanishing_denominators_stay_in_their_sample(original, new, tanh):
 
 
 def test_broyden_holds_the_vectors_that_it_has_used():
-    f = Tanh(rho=0.9, shape=(50,))
+    f = Tanh(rho=0.9, shape=(500,))
     process = broyden_process(f, f.z0, 10_000, False, 10_001, False)
     for steps in range(1, 12):
         process.advance()
