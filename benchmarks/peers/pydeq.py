@@ -136,6 +136,7 @@ def _watched(fn: Map, counts: Counts) -> Map:
 # Those named ``best`` are chosen by ``python -m benchmarks.peers.search`` from GRIDS.
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="pydeq.picard", title="Picard", solver="Picard"),
+    _Contender(key="pydeq.picard.compiled", title="Picard, compiled map", solver="Picard", compiled=True),
     _Contender(key="pydeq.anderson.default", title="Anderson", solver="Anderson"),
     _Contender(key="pydeq.anderson.best", title="Anderson", solver="Anderson", settings={"memory": 10}),
     _Contender(key="pydeq.anderson.compiled.default", title="Anderson, compiled map", solver="Anderson", compiled=True),
@@ -147,6 +148,7 @@ CONTENDERS: tuple[Contender, ...] = (
         compiled=True,
     ),
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
+    _Contender(key="pydeq.broyden.compiled", title="Broyden, compiled map", solver="Broyden", compiled=True),
     _Contender(key="pydeq.newton_krylov.default", title="Newton-Krylov", solver="NewtonKrylov", differences=True),
     _Contender(
         key="pydeq.newton_krylov.best",
