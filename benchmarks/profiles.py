@@ -69,10 +69,9 @@ class Profile:
 
 SHAPES = ((32, 512), (32, 8192), (8, 65536))
 BEYOND_CACHE = (32, 262144)
-# Root finding, a map without a fixed point, a trained cell. With all libraries, of which some compile, each takes long.
+# Root finding, and a trained cell. With all libraries, of which some compile, each takes about a minute.
 CONTEST = (
     "burkardt.broyden_tridiagonal",
-    "runaway.near_miss",
     "cell.ignn_cora.rtol1e-05",
 )
 
