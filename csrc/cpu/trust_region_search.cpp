@@ -65,7 +65,7 @@ struct Search {
 
   void write(int64_t b, const double* x) const { std::copy(x, x + entries, next + b * entries); }
 
-  // Accepts or rejects the sample's point; whether it needs a Jacobian.
+  // Accepts or rejects the sample's point. Returns whether the sample needs its Jacobian.
   bool judge_sample(int64_t b) {
     const bool searching = flag(TRUST_FLAG_SEARCHING, b), exact = flag(TRUST_FLAG_EXACT, b);
     if (searching && counter(COUNTER_STATUS, b) == STATUS_DIVERGED) {
@@ -140,7 +140,7 @@ struct Search {
     flag(TRUST_FLAG_EXACT, b) = false;
   }
 
-  // Writes the sample's trial point, and flags it as searching, if there is a point that promises something.
+  // Writes the sample's trial point, if there is one that promises a reduction, and flags the sample as SEARCHING.
   void aim(int64_t b) const {
     const int64_t n = entries;
     double scaled[TRUST_ENTRIES * TRUST_ENTRIES], right[TRUST_ENTRIES], y[TRUST_ENTRIES], rest[TRUST_ENTRIES];

@@ -255,7 +255,7 @@ class TrustFlag(IntEnum):
 
 
 TRUST_ENTRIES: Final = 32
-"""The kernel takes samples of at most so many entries: for larger ones, LAPACK is faster than its plain loops."""
+"""The most entries of a sample that the kernel takes. For larger samples there is LAPACK, which is faster."""
 TRUST_FIRST: Final = 100.0
 """The first radius, in multiples of ||z|| + ||g(z)||."""
 TRUST_GOOD: Final = 0.75

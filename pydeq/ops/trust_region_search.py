@@ -139,7 +139,7 @@ class TrustRegionSearch:
         return TrustStage.DONE
 
     def _judge(self, at: Evaluated) -> bool:
-        """Accept and reject points; whether Jacobians are needed."""
+        """Accept and reject points. Return whether a sample needs its Jacobian."""
         flags, counters, found = self.flags, at.counters.numpy(), at.scalars.numpy()[:, Scalar.RESIDUAL]
         status, searching, exact = counters[:, Counter.STATUS], flags[TrustFlag.SEARCHING], flags[TrustFlag.EXACT]
         # A trial may go far beyond the first residual: the search comes back from it.
@@ -173,9 +173,9 @@ class TrustRegionSearch:
         return bool(renewed.any())
 
     def _aim_all(self, at: Evaluated) -> bool:
-        """Write the trial points of all samples that need one; whether an update may be the reason that one has none.
+        """Write the trial points of all samples that need one. Return whether a sample needs its Jacobian for one.
 
-        These samples are flagged RENEWED then.
+        It does if its matrix is an update and no trial point comes from it. It is then flagged RENEWED.
         """
         flags = self.flags
         self._aim(flags[TrustFlag.WANTED], at)

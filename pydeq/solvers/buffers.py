@@ -83,7 +83,7 @@ class Scratch:
         return self._take(count, self._like.dtype).view(shape)
 
     def more_rows(self, first: int, most: int, dtype: torch.dtype) -> list[Tensor]:
-        """Some rows of a history that grows, ``most`` at most: ``rows`` with a count that keeps allocations few."""
+        """The next rows of a history that grows, at most ``most``; more at once where they are small."""
         fit = _SMALL_BYTES // max(1, self._like.numel() * dtype.itemsize)
         return self.rows(first, min(most, max(_ROWS, min(fit, _SMALL_ROWS))), dtype)
 

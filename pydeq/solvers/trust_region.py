@@ -145,5 +145,5 @@ class TrustRegionWorkspace(Workspace):
 
 
 def _host(x: Tensor) -> Tensor:
-    """A tensor in float64 on the CPU, with its numbers as they are in memory: the same one if it is."""
+    """``x`` in float64 on the CPU, without torch's lazy negation; ``x`` itself if it is so already."""
     return x.to("cpu", torch.float64).resolve_neg()
