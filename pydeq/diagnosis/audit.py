@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pydeq.cell.adapter import Adapter
+from pydeq.cell.linearization import points_in
 from pydeq.cell.prepared import module_of
 from pydeq.cell.scope import solve_scope
 from pydeq.diagnosis.subject import (
@@ -200,6 +201,9 @@ class _Watched:
         self.calls += 1
         self.calls_with_gradients += torch.is_grad_enabled()
         image = self.fn(z)
+        if torch._C._are_functorch_transforms_active():  # a solver that evaluates several points at once
+            self.calls += max(points_in(leaf) for leaf in tree_leaves(z) if isinstance(leaf, Tensor)) - 1
+            return image
         structure = self.adapter.structure
         with torch.no_grad():
             try:

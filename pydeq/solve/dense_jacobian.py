@@ -16,8 +16,8 @@ from pydeq.state import Layout
 
 # The most bytes of rows of the identity that J is multiplied by at once.
 _BYTES = 64 * 1024 * 1024
-# On a CPU, to vectorize so few products costs more than it saves.
-_FEW = 6
+# On a CPU, to vectorize so few products costs more than it saves, or so few differences.
+_FEW, _FEW_DIFFERENCES = 6, 3
 
 
 class _NoGraphError(ValueError):
@@ -29,7 +29,8 @@ class DenseJacobian:
 
     - "vjp": fn is evaluated with gradients on, and row i of J is e_i^T J.
     - "difference": column i of J is (fn(z + s e_i) - fn(z)) / s for each sample, with s = sqrt(eps) max(|z_i|,
-      ||z|| / sqrt(D)), or with fn(z) in the place of z where that is 0. fn(z) is known.
+      ||z|| / sqrt(D)), or with fn(z) in the place of z where that is 0. fn(z) is known. The other evaluations are
+      vectorized by ``torch.vmap``, so that fn runs once; one by one if fn does not vectorize.
     - "auto": "vjp", until fn raises with gradients on, its result has no graph back to z, or it has no derivatives;
       then "difference".
 
@@ -39,11 +40,12 @@ class DenseJacobian:
 
     Attributes:
         count: What all Jacobians cost so far: D differences for each, or D products and one evaluation; and the
-            evaluation that showed that "auto" must take differences.
+            evaluations that showed that "auto" must take differences, and that they must be taken one by one.
     """
 
     def __init__(self, mode: Literal["auto", "vjp", "difference"], eps: float) -> None:
         self.mode, self.eps, self.count = mode, eps, 0
+        self._vectorizes = True  # as far as is known
 
     def at(self, fn: Callable[..., Any], z: Tensor, f: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
         """J at the flat ``z``, whose image is ``f``; [B, D, D], on any device, in the dtype of z or in float64.
@@ -91,13 +93,31 @@ class DenseJacobian:
         with np.errstate(all="ignore"):  # samples that are lost
             points[entry, :, entry] += self._steps(base, image, torch.finfo(z.dtype).tiny).T
         rounded = torch.from_numpy(points).to(z)
-        images = torch.empty(points.shape, dtype=torch.float64, device=z.device)
-        for i, point in enumerate(rounded.unbind()):  # fn may return the same memory each time
-            images[i] = layout.flatten(layout.check(fn(layout.view(point), *context), cast))
+
+        def evaluate(point: Tensor) -> Tensor:
+            return layout.flatten(layout.check(fn(layout.view(point), *context), cast))
+
+        images = self._evaluate_all(evaluate, rounded)
         with np.errstate(all="ignore"):
             steps = _array(rounded)[entry, :, entry] - base.T
             columns = (_array(images) - image) / steps[:, :, None]
         return torch.from_numpy(columns.transpose(1, 2, 0))
+
+    def _evaluate_all(self, evaluate: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+        """The images of points [D, B, D]."""
+        if self._vectorizes and (len(points) > _FEW_DIFFERENCES or points.is_cuda):
+            most = max(1, _BYTES // max(1, points[0].nbytes))
+            try:
+                return torch.cat([torch.vmap(evaluate)(some) for some in points.split(most)])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever operations on a batched tensor raise; an error of fn itself is raised below
+                self._vectorizes = False
+                self.count += 1
+        images = torch.empty(points.shape, dtype=torch.float64, device=points.device)
+        for i, point in enumerate(points.unbind()):  # fn may return the same memory each time
+            images[i] = evaluate(point)
+        return images
 
     def _steps(self, z: Any, f: Any, smallest: float) -> Any:
         """The steps of the differences at points z with images f, [B, D]: powers of two, which round less."""

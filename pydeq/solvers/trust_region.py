@@ -52,8 +52,9 @@ class TrustRegion(NewtonSolver):
 
     Args:
         mode: "vjp": the rows of J are vector-Jacobian products, formed together where the operators of f can be
-            vectorized. "difference": the columns of J are differences, and each costs one evaluation of f. Take it
-            where the backward pass of f is not its derivative, or where an evaluation is cheaper than a product.
+            vectorized. "difference": the columns of J are differences, and each costs one evaluation of f; they are
+            one call of f where ``torch.vmap`` can vectorize it. Take it where the backward pass of f is not its
+            derivative, or where an evaluation is cheaper than a product.
             "auto" takes products, and differences if f raises with gradients on, computes with gradients off, or has no
             derivatives.
 

@@ -225,7 +225,8 @@ def test_what_holds_for_every_solve(rate, dim, batch, seed, max_steps, dtype, mo
     jacobians, rest = divmod(solution.products, dim + (mode == "vjp"))  # fn(z) is known for differences
     assert rest == 0
     assert jacobians < solution.nfe
-    assert counter.calls == solution.nfe + (solution.products if mode == "difference" else jacobians)
+    one_by_one = mode == "difference" and dim <= 3
+    assert counter.calls == solution.nfe + (solution.products if one_by_one else jacobians)
     assert solution.nfe == int(solution.sample_nfe.max()) <= max_steps
     image = problem.fn(solution.value, *problem.context)
     assert torch.equal(image, solution.image)
@@ -283,9 +284,13 @@ def test_maps_with_few_derivatives(tanh):
         jacobians, rest = divmod(solution.products, 13)
         assert rest == 0
         assert counter.calls == solution.nfe + jacobians
-    else:  # the call that shows that there is no graph, and 12 differences for each
-        assert solution.products % 12 == 1
+    elif tanh == through_numpy:  # calls that show that there is no graph, and no vmap; 12 differences for each
+        assert solution.products % 12 == 2
         assert counter.calls == solution.nfe + solution.products
+    else:  # the call that shows that there is no graph, and one for the 12 differences of each
+        jacobians, rest = divmod(solution.products, 12)
+        assert rest == 1
+        assert counter.calls == solution.nfe + 1 + jacobians
     expected = problem.solve(solver=TrustRegion("vjp"), rtol=1e-9)
     assert_close(solution.value, expected.value, condition=1e9)
     if tanh != Once.apply:
@@ -302,6 +307,79 @@ def test_differences_of_a_function_that_returns_the_same_memory():
 
     ran = {"solver": TrustRegion("difference"), "rtol": 1e-9}
     assert_identical(pydeq.fixed_point(fn, problem.z0, *problem.context, **ran), problem.solve(**ran))
+
+
+def looked_at(z):
+    """z, but vmap cannot look at its values."""
+    assert bool(z.isfinite().all())
+    return z
+
+
+@pytest.mark.parametrize("dim", [1, 3, 4, 40])
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "compiled", "checked"])
+def test_differences_are_one_call(kind, dim):
+    problem = tanh_map(1.5, dim, dtype=DOUBLE)
+    x, *context = problem.context
+    z0 = problem.z0
+
+    def fn(z, x):
+        return problem.fn(z, x, *context)
+
+    if kind == "tuple":
+        z0 = z0[:, :1], z0[:, 1:]
+
+    def counted(z, x):
+        whole = fn(torch.cat(z, 1) if kind == "tuple" else z, x)
+        if kind == "checked":
+            whole = looked_at(whole)
+        return (whole[:, :1], whole[:, 1:]) if kind == "tuple" else whole
+
+    counter = CallCounter(torch.compile(counted, backend="eager") if kind == "compiled" else counted)
+    solution = pydeq.fixed_point(counter, z0, x, solver=TrustRegion("difference"), rtol=1e-9)
+    assert solution.converged.all()
+    found = torch.cat(solution.value, 1) if kind == "tuple" else solution.value
+    expected = problem.solve(solver=TrustRegion("vjp"), rtol=1e-9).value
+    assert_close(found, expected, condition=1e9)
+    jacobians, failed = divmod(solution.products, dim)
+    if dim <= 3:  # so few are not vectorized
+        assert counter.calls == solution.nfe + solution.products
+    elif kind == "checked":  # each is a call, after one that vmap refused
+        assert failed == 1
+        assert counter.calls == solution.nfe + solution.products
+    else:
+        assert failed == 0
+        assert counter.calls == solution.nfe + jacobians
+
+
+def test_vectorized_differences_are_those_taken_one_by_one():
+    problem = tanh_map(1.5, 12, dtype=DOUBLE)
+    ran = {"solver": TrustRegion("difference"), "rtol": 1e-9}
+    together = problem.solve(**ran)
+    alone = pydeq.fixed_point(lambda z, *c: looked_at(problem.fn(z, *c)), problem.z0, *problem.context, **ran)
+    assert together.nfe == alone.nfe
+    assert_close(together.value, alone.value, condition=1e6)
+
+
+def test_an_error_of_a_function_is_raised():
+    def fn(z):
+        if z.shape == (2, 5) and not torch._C._functorch.is_batchedtensor(z):
+            return 0.5 * z
+        raise ArithmeticError("none of mine")
+
+    counter = CallCounter(fn)
+    solution = pydeq.fixed_point(counter, torch.ones(2, 5), solver=TrustRegion("difference"), atol=1e-4)
+    assert solution.converged.all()  # only vmap meets the error
+    calls = 0
+
+    def later(z):
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise ArithmeticError("none of mine")
+        return 0.5 * z
+
+    with pytest.raises(ArithmeticError, match="none of mine"):
+        pydeq.fixed_point(later, torch.ones(2, 5), solver=TrustRegion("difference"))
 
 
 # States, layers, options
