@@ -162,7 +162,7 @@ CONTENDERS: tuple[Contender, ...] = (
         key="pydeq.trust_region.best",
         title="trust region",
         solver="TrustRegion",
-        settings={"mode": "difference"},
+        settings={"mode": "difference", "vectorize": True},
         differences=True,
     ),
 )
@@ -170,5 +170,5 @@ CONTENDERS: tuple[Contender, ...] = (
 GRIDS: Grids = {
     "pydeq.anderson": [{"memory": memory, "damping": damping} for memory in (5, 3, 10) for damping in (1.0, 0.5)],
     "pydeq.newton_krylov": [{"mode": "difference"}],
-    "pydeq.trust_region": [{"mode": "difference"}],
+    "pydeq.trust_region": [{"mode": "difference", "vectorize": vectorize} for vectorize in (False, True)],
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore  # recognizes mapped tensors
+from torch._C import _functorch  # pyright: ignore  # recognizes transformed tensors
 from torch.autograd.graph import _engine_run_backward
 from torch.utils._pytree import tree_map_only
 
@@ -207,14 +207,11 @@ def vectorize(
         return products
 
 
-def points_in(z: Tensor) -> int:
-    """The number of points that a call with z evaluates: under ``torch.vmap``, one for each element; otherwise 1."""
-    points = 1
-    while _functorch.is_batchedtensor(z):
-        inner = _functorch.get_unwrapped(z)
-        points *= inner.shape[_functorch.maybe_get_bdim(z)]
-        z = inner
-    return points
+def unwrapped(x: Tensor) -> Tensor:
+    """The tensor in the wrappers of torch.func's transforms, with all elements that ``torch.vmap`` maps over."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 # On a CPU: the largest result of an operator in a vectorized product, a part of a core's cache. Measured: eight

@@ -66,6 +66,8 @@ class Compiler:
             return _without_history(cell) if is_compiled(cell) else cell
 
         def call(*args: Any, **keywords: Any) -> Any:
+            if torch._C._are_functorch_transforms_active():  # see ``interpreting``
+                return cell(*args, **keywords)
             before = eval_frame.set_eval_frame(hook)
             try:
                 return cell(*args, **keywords)
@@ -84,6 +86,14 @@ def interpreted(fn: F) -> F:
             return fn(*args, **kwargs)
 
     return skipped(call)  # pyright: ignore[reportReturnType]
+
+
+def interpreting() -> AbstractContextManager[Any]:
+    """Context manager in which compiled functions run as they were written.
+
+    Dynamo cannot compile under the transforms of torch.func, and would never again run what it has compiled before.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def in_compiled_autograd() -> bool:

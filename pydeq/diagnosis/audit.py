@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pydeq.cell.adapter import Adapter
-from pydeq.cell.linearization import points_in
+from pydeq.cell.linearization import unwrapped
 from pydeq.cell.prepared import module_of
 from pydeq.cell.scope import solve_scope
 from pydeq.diagnosis.subject import (
@@ -194,6 +194,7 @@ class _Watched:
 
     def __init__(self, fn: Callable[[Any], Any], adapter: Adapter) -> None:
         self.fn, self.adapter = fn, adapter
+        self.entries = max(1, sum(part.numel() for part in as_tuple(adapter.z0)))
         self.calls = self.calls_with_gradients = 0
         self.states: list[tuple[Tensor, Tensor, Residual]] = []  # sums of z and of its image
 
@@ -201,8 +202,10 @@ class _Watched:
         self.calls += 1
         self.calls_with_gradients += torch.is_grad_enabled()
         image = self.fn(z)
-        if torch._C._are_functorch_transforms_active():  # a solver that evaluates several points at once
-            self.calls += max(points_in(leaf) for leaf in tree_leaves(z) if isinstance(leaf, Tensor)) - 1
+        leaves = [leaf for leaf in tree_leaves(z) if isinstance(leaf, Tensor)]
+        mapped = sum(unwrapped(leaf).numel() for leaf in leaves)
+        if mapped > sum(leaf.numel() for leaf in leaves):  # under torch.vmap, over samples or over points
+            self.calls += max(1, mapped // self.entries) - 1
             return image
         structure = self.adapter.structure
         with torch.no_grad():

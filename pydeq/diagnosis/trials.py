@@ -126,7 +126,7 @@ def try_forward(
     if isinstance(solver, NewtonKrylov) and max_products is not None:
         limited = _LimitedNewtonKrylov(solver.products, solver.mode, max_products)
     elif isinstance(solver, TrustRegion) and max_products is not None:
-        limited = _LimitedTrustRegion(solver.mode, max_products)
+        limited = _LimitedTrustRegion(solver.mode, solver.vectorize, max_products)
     solution = solve(subject.fn, subject.z0, solver=limited, rtol=rtol, max_steps=max_steps, trace=True, **options)
     return Trial(solver, max_steps, rtol, solution, max_products=max_products if limited is not solver else None)
 
@@ -178,7 +178,7 @@ class _LimitedTrustRegion(TrustRegion):
 class _LimitedTrustRegionWorkspace(TrustRegionWorkspace):
     def __init__(self, flat: Tensor, rules: Rules, max_steps: int, solver: _LimitedTrustRegion) -> None:
         super().__init__(flat, rules, max_steps, solver)
-        self.each = flat.shape[1] + (solver.mode != "difference")
+        self.each = flat.shape[1] + (solver.mode != "difference" or solver.vectorize)
         self.left = max(solver.limit, self.each)
 
     def _renew(self, z: Tensor, f: Tensor) -> None:

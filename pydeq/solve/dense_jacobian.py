@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pydeq.cell.autocast import Autocast
 from pydeq.cell.linearization import Linearization, linearize
+from pydeq.cell.torch_compile import interpreting
 from pydeq.ops.reduction import host_norm
 from pydeq.state import Layout
 
@@ -29,30 +30,30 @@ class DenseJacobian:
 
     - "vjp": fn is evaluated with gradients on, and row i of J is e_i^T J.
     - "difference": column i of J is (fn(z + s e_i) - fn(z)) / s for each sample, with s = sqrt(eps) max(|z_i|,
-      ||z|| / sqrt(D)), or with fn(z) in the place of z where that is 0. fn(z) is known. The other evaluations are
-      vectorized by ``torch.vmap``, so that fn runs once; one by one if fn does not vectorize.
+      ||z|| / sqrt(D)), or with fn(z) in the place of z where that is 0. fn(z) is known.
     - "auto": "vjp", until fn raises with gradients on, its result has no graph back to z, or it has no derivatives;
       then "difference".
 
     Args:
         mode: One of the above.
         eps: Machine epsilon of the coarsest dtype that fn computes in.
+        vectorize: Call fn once for all differences, under ``torch.vmap``. fn(z) is then evaluated there again, since
+            mapped operations may round in another way.
 
     Attributes:
-        count: What all Jacobians cost so far: D differences for each, or D products and one evaluation; and the
-            evaluations that showed that "auto" must take differences, and that they must be taken one by one.
+        count: What all Jacobians cost so far: D differences for each, or D products and one evaluation, or D + 1
+            evaluations in one call; and the evaluation that showed that "auto" must take differences.
     """
 
-    def __init__(self, mode: Literal["auto", "vjp", "difference"], eps: float) -> None:
-        self.mode, self.eps, self.count = mode, eps, 0
-        self._vectorizes = True  # as far as is known
+    def __init__(self, mode: Literal["auto", "vjp", "difference"], eps: float, vectorize: bool = False) -> None:
+        self.mode, self.eps, self.vectorize, self.count = mode, eps, vectorize, 0
 
     def at(self, fn: Callable[..., Any], z: Tensor, f: Tensor, layout: Layout, context: Sequence[Any]) -> Tensor:
         """J at the flat ``z``, whose image is ``f``; [B, D, D], on any device, in the dtype of z or in float64.
 
         Raises:
             ValueError: With mode "vjp", if the result of fn has no graph back to z.
-            RuntimeError: With mode "vjp", if fn has no derivatives.
+            RuntimeError: With mode "vjp", if fn has no derivatives; with ``vectorize``, if it cannot be mapped.
         """
         self.count += layout.size
         if self.mode != "difference":
@@ -89,7 +90,8 @@ class DenseJacobian:
         """J in float64, on the host. The small sums are NumPy's: an operation on few numbers takes torch longer."""
         cast = torch.is_autocast_enabled(layout.device.type)
         base, image, entry = _array(z), _array(f), np.arange(layout.size)
-        points = np.repeat(base[None], layout.size, axis=0)  # [D, B, D]
+        together = self.vectorize and (layout.size > _FEW_DIFFERENCES or z.is_cuda)
+        points = np.repeat(base[None], layout.size + together, axis=0)  # [D, B, D], and z itself
         with np.errstate(all="ignore"):  # samples that are lost
             points[entry, :, entry] += self._steps(base, image, torch.finfo(z.dtype).tiny).T
         rounded = torch.from_numpy(points).to(z)
@@ -97,27 +99,19 @@ class DenseJacobian:
         def evaluate(point: Tensor) -> Tensor:
             return layout.flatten(layout.check(fn(layout.view(point), *context), cast))
 
-        images = self._evaluate_all(evaluate, rounded)
+        if together:
+            self.count += 1
+            images = _array(_map(evaluate, rounded))
+            images, image = images[:-1], images[-1]
+        else:
+            found = torch.empty(points.shape, dtype=torch.float64, device=z.device)
+            for i, point in enumerate(rounded.unbind()):  # fn may return the same memory each time
+                found[i] = evaluate(point)
+            images = _array(found)
         with np.errstate(all="ignore"):
             steps = _array(rounded)[entry, :, entry] - base.T
-            columns = (_array(images) - image) / steps[:, :, None]
+            columns = (images - image) / steps[:, :, None]
         return torch.from_numpy(columns.transpose(1, 2, 0))
-
-    def _evaluate_all(self, evaluate: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-        """The images of points [D, B, D]."""
-        if self._vectorizes and (len(points) > _FEW_DIFFERENCES or points.is_cuda):
-            most = max(1, _BYTES // max(1, points[0].nbytes))
-            try:
-                return torch.cat([torch.vmap(evaluate)(some) for some in points.split(most)])
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever operations on a batched tensor raise; an error of fn itself is raised below
-                self._vectorizes = False
-                self.count += 1
-        images = torch.empty(points.shape, dtype=torch.float64, device=points.device)
-        for i, point in enumerate(points.unbind()):  # fn may return the same memory each time
-            images[i] = evaluate(point)
-        return images
 
     def _steps(self, z: Any, f: Any, smallest: float) -> Any:
         """The steps of the differences at points z with images f, [B, D]: powers of two, which round less."""
@@ -125,6 +119,19 @@ class DenseJacobian:
         least = np.maximum(np.where(size > 0, size, image), self.eps * image) / max(1, z.shape[1]) ** 0.5
         steps = np.maximum(np.abs(z), np.where(least > 0, least, 1.0)[:, None])
         return np.exp2(np.round(np.log2(np.maximum(self.eps**0.5 * steps, smallest))))
+
+
+def _map(evaluate: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """The images of all points, [K, B, D], by one call."""
+    try:
+        with interpreting():
+            return torch.vmap(evaluate)(points)
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise RuntimeError(
+            f"vectorize=True needs a map that torch.vmap can map, or use vectorize=False ({error})"
+        ) from error
 
 
 def _array(x: Tensor) -> Any:

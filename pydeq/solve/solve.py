@@ -109,7 +109,7 @@ def solve_keeping_workspace(
         if isinstance(solver, NewtonKrylov):
             counted = evaluator.products = Products(solver.mode, rules.eps)
         elif isinstance(solver, TrustRegion):
-            counted = evaluator.dense = DenseJacobian(solver.mode, rules.eps)
+            counted = evaluator.dense = DenseJacobian(solver.mode, rules.eps, solver.vectorize)
         flat = layout.flatten(z0)
         if norm == "parts":
             solution, workspace = iterate_by_parts(evaluator, flat, solver, rules, max_steps, trace, states_at)

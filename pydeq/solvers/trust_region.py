@@ -44,24 +44,30 @@ class TrustRegion(NewtonSolver):
     fixed point of z + F(z).
 
     ``max_steps`` limits the evaluations of f at iterates and trial points. ``solution.products`` counts what the
-    Jacobians cost, for the whole batch, apart from ``solution.nfe``: D differences for each, or D products and
-    one evaluation, where a sample has D entries. The algebra runs on the host, also for states on a GPU.
+    Jacobians cost, for the whole batch, apart from ``solution.nfe``: D differences for each, D + 1 evaluations with
+    ``vectorize``, or D products and one evaluation, where a sample has D entries. The algebra runs on the host, also
+    for states on a GPU.
 
     Samples must not depend on each other. Evaluations on all ranks of a process group, CUDA graphs, and adjoint
     systems, which are linear, are refused.
 
     Args:
         mode: "vjp": the rows of J are vector-Jacobian products, formed together where the operators of f can be
-            vectorized. "difference": the columns of J are differences, and each costs one evaluation of f; they are
-            one call of f where ``torch.vmap`` can vectorize it. Take it where the backward pass of f is not its
-            derivative, or where an evaluation is cheaper than a product.
+            vectorized. "difference": the columns of J are differences, and each costs one evaluation of f. Take it
+            where the backward pass of f is not its derivative, or where an evaluation is cheaper than a product.
             "auto" takes products, and differences if f raises with gradients on, computes with gradients off, or has no
             derivatives.
+        vectorize: With mode "difference", call f once for all differences, under ``torch.vmap``. That takes the memory
+            of D + 1 evaluations, and f must be one that ``torch.vmap`` can map: without random numbers, values that
+            decide what is computed, or results kept for later. States of up to 3 entries on a CPU are not mapped, which
+            is faster.
 
     Raises:
-        ValueError: If mode is none of these; in a solve, if a sample has more than 1024 entries, or if the result of f
-            has no graph to z with mode "vjp".
-        RuntimeError: In a solve with mode "vjp", if f has no derivatives; in a CUDA graph.
+        TypeError: If ``vectorize`` is not a bool.
+        ValueError: If mode is none of these, or ``vectorize`` is set with another mode than "difference"; in a solve,
+            if a sample has more than 1024 entries, or if the result of f has no graph to z with mode "vjp".
+        RuntimeError: In a solve with mode "vjp", if f has no derivatives; with ``vectorize``, if f cannot be mapped; in
+            a CUDA graph.
 
     Source: Moré, The Levenberg-Marquardt algorithm: implementation and theory, Numerical Analysis, Springer 1978; Conn,
     Gould and Toint, Trust-Region Methods, SIAM 2000, chapters 6 and 7; Powell, A hybrid method for nonlinear equations,
@@ -74,10 +80,15 @@ class TrustRegion(NewtonSolver):
     """
 
     mode: Literal["auto", "vjp", "difference"] = "auto"
+    vectorize: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "vjp", "difference"):
             raise ValueError(f"mode must be 'auto', 'vjp' or 'difference', got {self.mode!r}")
+        if not isinstance(self.vectorize, bool):
+            raise TypeError(f"vectorize must be a bool, got {type(self.vectorize).__name__}")
+        if self.vectorize and self.mode != "difference":
+            raise ValueError(f"vectorize is for mode='difference', got mode={self.mode!r}")
 
     def start(self, flat: Tensor, rules: Rules, max_steps: int) -> Workspace:
         return TrustRegionWorkspace(flat, rules, max_steps, self)

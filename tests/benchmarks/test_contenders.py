@@ -173,8 +173,8 @@ def test_counts_equal_those_of_the_map(contender):
         points = []
 
         def counted(z):
-            # Only differences for a whole Jacobian are mapped, one for each entry of a sample.
-            points.append(z[0].numel() if torch._C._functorch.is_batchedtensor(z) else 1)
+            # Only differences for a whole Jacobian are mapped: z itself, and a point for each entry of a sample.
+            points.append(1 + z[0].numel() if torch._C._functorch.is_batchedtensor(z) else 1)
             return fn(z)
 
         fn = problem.fn

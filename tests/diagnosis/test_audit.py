@@ -233,7 +233,13 @@ def test_calls_with_gradients_are_counted(solver):
 
 
 @pytest.mark.parametrize(
-    "solver", [pydeq.NewtonKrylov(mode="difference"), pydeq.TrustRegion(mode="difference")], ids=str
+    "solver",
+    [
+        pydeq.NewtonKrylov(mode="difference"),
+        pydeq.TrustRegion(mode="difference"),
+        pydeq.TrustRegion(mode="difference", vectorize=True),
+    ],
+    ids=str,
 )
 def test_products_by_differences_are_calls(solver):
     fn, z0 = problem()
@@ -242,6 +248,23 @@ def test_products_by_differences_are_calls(solver):
     solution = pydeq.fixed_point(fn, z0, solver=solver)
     assert solution.products > 0
     assert found.evaluations == solution.nfe + solution.products
+
+
+def test_a_solver_that_maps_over_samples():
+    fn, z0 = problem()
+
+    def solve(fn, z0):
+        image, count = z0, 0
+        while count < 200:
+            z, image, count = image, torch.vmap(lambda one: fn(one[None])[0])(image), count + 1
+            residual = (image - z).norm(dim=1) / image.norm(dim=1)
+            if bool((residual <= 1e-3).all()):
+                break
+        return z, residual.detach(), count
+
+    found = pydeq.audit(solve, fn, z0)
+    assert not [fault for fault in found.faults if "called fn" in fault], found
+    assert found.evaluations == solve(fn, z0)[2]
 
 
 def test_a_factor_on_complex_gradients():

@@ -23,9 +23,9 @@ RATES = [0.5, 1.5, 3.0, 6.0, 0.9]
 
 def calls_beside(solver, solution, entries):
     """How often products, or Jacobians, called fn."""
-    if isinstance(solver, TrustRegion):  # a call for all differences, and for all products
-        return solution.products // (entries + (solver.mode != "difference"))
-    return solution.products if solver.mode == "difference" else 0
+    if solver.mode == "difference":
+        return solution.products
+    return solution.products // (1 + entries) if isinstance(solver, TrustRegion) else 0
 
 
 # Samples

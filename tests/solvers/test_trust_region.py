@@ -225,8 +225,7 @@ def test_what_holds_for_every_solve(rate, dim, batch, seed, max_steps, dtype, mo
     jacobians, rest = divmod(solution.products, dim + (mode == "vjp"))  # fn(z) is known for differences
     assert rest == 0
     assert jacobians < solution.nfe
-    one_by_one = mode == "difference" and dim <= 3
-    assert counter.calls == solution.nfe + (solution.products if one_by_one else jacobians)
+    assert counter.calls == solution.nfe + (solution.products if mode == "difference" else jacobians)
     assert solution.nfe == int(solution.sample_nfe.max()) <= max_steps
     image = problem.fn(solution.value, *problem.context)
     assert torch.equal(image, solution.image)
@@ -284,13 +283,9 @@ def test_maps_with_few_derivatives(tanh):
         jacobians, rest = divmod(solution.products, 13)
         assert rest == 0
         assert counter.calls == solution.nfe + jacobians
-    elif tanh == through_numpy:  # calls that show that there is no graph, and no vmap; 12 differences for each
-        assert solution.products % 12 == 2
+    else:  # the call that shows that there is no graph, and 12 differences for each
+        assert solution.products % 12 == 1
         assert counter.calls == solution.nfe + solution.products
-    else:  # the call that shows that there is no graph, and one for the 12 differences of each
-        jacobians, rest = divmod(solution.products, 12)
-        assert rest == 1
-        assert counter.calls == solution.nfe + 1 + jacobians
     expected = problem.solve(solver=TrustRegion("vjp"), rtol=1e-9)
     assert_close(solution.value, expected.value, condition=1e9)
     if tanh != Once.apply:
@@ -309,77 +304,102 @@ def test_differences_of_a_function_that_returns_the_same_memory():
     assert_identical(pydeq.fixed_point(fn, problem.z0, *problem.context, **ran), problem.solve(**ran))
 
 
-def looked_at(z):
-    """z, but vmap cannot look at its values."""
-    assert bool(z.isfinite().all())
-    return z
+TOGETHER = TrustRegion("difference", vectorize=True)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dim", [1, 3, 4, 40])
-@pytest.mark.parametrize("kind", ["tensor", "tuple", "compiled", "checked"])
-def test_differences_are_one_call(kind, dim):
-    problem = tanh_map(1.5, dim, dtype=DOUBLE)
-    x, *context = problem.context
-    z0 = problem.z0
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "parts", "aux", "inference", "autocast"])
+def test_differences_in_one_call(kind, dim, batch):
+    if kind in ("tuple", "parts") and dim == 1:
+        pytest.skip("a state of one entry has one part")
+    problem = tanh_map(1.5, dim, batch=batch, dtype=DOUBLE)
 
     def fn(z, x):
-        return problem.fn(z, x, *context)
+        whole = problem.fn(torch.cat(z, 1) if isinstance(z, tuple) else z, x)
+        whole = (whole[:, :1], whole[:, 1:]) if isinstance(z, tuple) else whole
+        return (whole, whole) if kind == "aux" else whole
 
-    if kind == "tuple":
-        z0 = z0[:, :1], z0[:, 1:]
-
-    def counted(z, x):
-        whole = fn(torch.cat(z, 1) if kind == "tuple" else z, x)
-        if kind == "checked":
-            whole = looked_at(whole)
-        return (whole[:, :1], whole[:, 1:]) if kind == "tuple" else whole
-
-    counter = CallCounter(torch.compile(counted, backend="eager") if kind == "compiled" else counted)
-    solution = pydeq.fixed_point(counter, z0, x, solver=TrustRegion("difference"), rtol=1e-9)
+    z0 = (problem.z0[:, :1], problem.z0[:, 1:]) if kind in ("tuple", "parts") else problem.z0
+    options = {"rtol": 1e-9, "has_aux": kind == "aux", "norm": "parts" if kind == "parts" else "all"}
+    counter = CallCounter(fn)
+    with torch.inference_mode(kind == "inference"), torch.autocast("cpu", enabled=kind == "autocast"):
+        solution = pydeq.fixed_point(counter, z0, *problem.context, solver=TOGETHER, **options)
     assert solution.converged.all()
-    found = torch.cat(solution.value, 1) if kind == "tuple" else solution.value
+    found = torch.cat(solution.value, 1) if isinstance(z0, tuple) else solution.value
     expected = problem.solve(solver=TrustRegion("vjp"), rtol=1e-9).value
     assert_close(found, expected, condition=1e9)
-    jacobians, failed = divmod(solution.products, dim)
-    if dim <= 3:  # so few are not vectorized
-        assert counter.calls == solution.nfe + solution.products
-    elif kind == "checked":  # each is a call, after one that vmap refused
-        assert failed == 1
-        assert counter.calls == solution.nfe + solution.products
-    else:
-        assert failed == 0
-        assert counter.calls == solution.nfe + jacobians
+    if kind == "aux":
+        assert torch.equal(solution.aux, solution.image)
+    jacobians, rest = divmod(solution.products, dim if dim <= 3 else dim + 1)  # so few are not mapped
+    assert rest == 0
+    assert counter.calls == solution.nfe + (jacobians if dim > 3 else solution.products)
 
 
-def test_vectorized_differences_are_those_taken_one_by_one():
-    problem = tanh_map(1.5, 12, dtype=DOUBLE)
-    ran = {"solver": TrustRegion("difference"), "rtol": 1e-9}
-    together = problem.solve(**ran)
-    alone = pydeq.fixed_point(lambda z, *c: looked_at(problem.fn(z, *c)), problem.z0, *problem.context, **ran)
+def test_differences_in_one_call_are_those_taken_one_by_one():
+    problem = softsign_map([0.5, 3.0, 8.0], 12, dtype=DOUBLE)
+    ran = {"rtol": 1e-9, "max_steps": 80}
+    together = problem.solve(solver=TOGETHER, **ran)
+    alone = problem.solve(solver=TrustRegion("difference"), **ran)
     assert together.nfe == alone.nfe
     assert_close(together.value, alone.value, condition=1e6)
+    compact = pydeq.fixed_point(
+        problem.fn, problem.z0, *problem.context, solver=TOGETHER, compact=True,
+        batched_context=(True,) * len(problem.context), **ran,
+    )  # fmt: skip
+    assert_close(compact.value, alone.value, condition=1e6)
 
 
-def test_an_error_of_a_function_is_raised():
+def test_a_map_that_cannot_be_mapped():
     def fn(z):
-        if z.shape == (2, 5) and not torch._C._functorch.is_batchedtensor(z):
-            return 0.5 * z
-        raise ArithmeticError("none of mine")
+        return 0.5 * z if bool(z.isfinite().all()) else z
 
-    counter = CallCounter(fn)
-    solution = pydeq.fixed_point(counter, torch.ones(2, 5), solver=TrustRegion("difference"), atol=1e-4)
-    assert solution.converged.all()  # only vmap meets the error
-    calls = 0
+    with pytest.raises(RuntimeError, match=r"vectorize=True needs a map that torch.vmap can map, .*vectorize=False"):
+        pydeq.fixed_point(fn, torch.ones(2, 5), solver=TOGETHER)
+    assert pydeq.fixed_point(fn, torch.ones(2, 5), solver=TrustRegion("difference"), atol=1e-4).converged.all()
 
-    def later(z):
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise ArithmeticError("none of mine")
-        return 0.5 * z
 
-    with pytest.raises(ArithmeticError, match="none of mine"):
-        pydeq.fixed_point(later, torch.ones(2, 5), solver=TrustRegion("difference"))
+@pytest.mark.parametrize("inside", [False, True], ids=["the map", "inside of the map"])
+def test_a_compiled_map_stays_compiled(inside):
+    problem = tanh_map(1.5, 12, dtype=DOUBLE)
+    ran = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            ran.append(1)
+            return graph(*args)
+
+        return run
+
+    compiled = torch.compile(problem.fn, backend=backend)
+    fn = (lambda z, x: compiled(z, x)) if inside else compiled
+    with torch.no_grad():
+        fn(problem.z0, *problem.context)
+    ran.clear()
+    solution = pydeq.fixed_point(fn, problem.z0, *problem.context, solver=TOGETHER, rtol=1e-9)
+    assert_close(solution.value, problem.solve(solver=TrustRegion("vjp"), rtol=1e-9).value, condition=1e9)
+    assert len(ran) == solution.nfe  # all evaluations but the mapped ones
+    with torch.no_grad():
+        fn(problem.z0, *problem.context)
+    assert len(ran) == solution.nfe + 1
+
+
+def test_a_compiled_layer_stays_compiled():
+    torch.manual_seed(0)
+    cell = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double()
+    deq = pydeq.DEQ(lambda z, x: cell(z) + x, solver=TOGETHER, rtol=1e-9)
+    x = torch.randn(3, 8, dtype=DOUBLE)
+    expected = deq(torch.zeros_like(x), x)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(deq, backend=backend)
+    for _ in range(2):
+        assert_close(compiled(torch.zeros_like(x), x), expected, condition=1e6)
+    assert len(graphs) == 2  # the cell for the solve, and for the evaluation with gradients
 
 
 # States, layers, options
@@ -519,3 +539,8 @@ def test_functions_without_a_derivative():
 def test_arguments():
     with pytest.raises(ValueError, match="mode must be 'auto', 'vjp' or 'difference', got 'jvp'"):
         TrustRegion(mode="jvp")  # pyright: ignore[reportArgumentType]
+    for mode in ("auto", "vjp"):
+        with pytest.raises(ValueError, match=f"vectorize is for mode='difference', got mode='{mode}'"):
+            TrustRegion(mode, vectorize=True)
+    with pytest.raises(TypeError, match="vectorize must be a bool, got int"):
+        TrustRegion("difference", vectorize=1)  # pyright: ignore[reportArgumentType]
