@@ -129,8 +129,9 @@ def _map(evaluate: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        reason = str(error).split("\n", 1)[0]
         raise RuntimeError(
-            f"vectorize=True needs a map that torch.vmap can map, or use vectorize=False ({error})"
+            f"vectorize=True needs a map that torch.vmap can map, or use vectorize=False ({reason})"
         ) from error
 
 
