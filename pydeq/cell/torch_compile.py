@@ -118,10 +118,18 @@ def _without_history(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
-            args, keywords = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, keywords))
+            args = tuple([_detached(argument) for argument in args])
+            keywords = {name: _detached(argument) for name, argument in keywords.items()}
         return fn(*args, **keywords)
 
     return call
+
+
+def _detached(argument: Any) -> Any:
+    """``argument`` with all of its tensors detached. A walk through a tree takes longer than a small compiled cell."""
+    if isinstance(argument, torch.Tensor):
+        return argument.detach() if argument.requires_grad else argument
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, argument)
 
 
 def reusable_graphs() -> AbstractContextManager[Any]:
