@@ -8,6 +8,7 @@ import torch as _torch  # noqa: F401  # The compiled library needs torch's libra
 from pydeq import nn, ops
 from pydeq.adjoints import Implicit, JacobianFree, Phantom, Reversible, Shine, Unrolled
 from pydeq.arguments import did_you_mean as _did_you_mean
+from pydeq.compiled_solve import CompiledSolve
 from pydeq.diagnosis import audit, diagnose
 from pydeq.export import export_mode
 from pydeq.fixed_point import fixed_point
@@ -32,6 +33,7 @@ __all__ = [
     "GMRES",
     "Anderson",
     "Broyden",
+    "CompiledSolve",
     "ConvergenceError",
     "ConvergenceWarning",
     "CouplingWarning",

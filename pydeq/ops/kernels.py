@@ -321,6 +321,17 @@ def cuda_driver() -> tuple[int, int] | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
+def compiled_solve(name: str) -> Callable[..., int]:
+    """The C function of this name of :mod:`pydeq.ops.compiled_loop`.
+
+    Raises:
+        RuntimeError: If there are no CPU kernels.
+    """
+    if _library is None:
+        raise RuntimeError(f"CompiledSolve needs pydeq's compiled kernels, and there are none ({_cpu_reason})")
+    return _library.compiled_solves[name]
+
+
 def trust_region_search() -> Callable[..., int] | None:
     """The kernel of :class:`pydeq.ops.trust_region_search.TrustRegionSearch`; None without CPU kernels."""
     return None if _library is None else _library.search_trust_region

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch  # before a library is loaded: it finds torch's symbols only if torch is loaded already
 
+from pydeq.ops.compiled_loop import SOLVERS, Loop
 from pydeq.ops.constants import Answer
 from pydeq.ops.interface import differences
 
@@ -65,6 +66,10 @@ class CpuLibrary:
             c_double, c_bool, c_bool,
         )  # fmt: skip
         """See :meth:`pydeq.ops.trust_region_search.TrustRegionSearch.advance`."""
+        self.compiled_solves = {
+            name: _function(library, name, c_int64, ctypes.POINTER(Loop), *own) for name, own in SOLVERS.items()
+        }
+        """See :mod:`pydeq.ops.compiled_loop`."""
 
     def instruction_set(self) -> str:
         """The instruction set of the kernels that run."""
