@@ -110,7 +110,8 @@ def clock(
         seconds: ... or as many as it can do in this time. A solve that takes longer is measured once, after a warm-up.
 
     Returns:
-        For each side, seconds of a solve and of the first call, which may compile; None if a solve raised.
+        For each side, seconds of a solve and of the first call, which may compile; None if a solve raised, or if it is
+        compiled and its value misses the tolerance: it was judged without the compiler.
     """
     turns: list[tuple[int, Callable[[], Claim], int]] = []
     first: dict[int, float] = {}
@@ -121,6 +122,8 @@ def clock(
                 solve = contender.prepare(problem, tighten)
                 first[index] = _seconds(solve)
                 again = _seconds(solve)
+                if contender.compiled and problem.solvable and _compare(problem, solve())[0] > 1.0:
+                    continue
             except Exception:  # it did not raise when it was judged
                 continue
             measured[index] = [again] if again > seconds else []

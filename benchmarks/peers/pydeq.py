@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import pydeq
@@ -16,6 +17,9 @@ from benchmarks.problems.base import Problem
 from benchmarks.timing import Map
 from pydeq.solvers import buffers
 from pydeq.solvers.trust_region import MOST_ENTRIES
+
+# Entries of a batch beyond which a compiled solve is no use: it saves what happens between evaluations.
+MOST_COMPILED = 10_000
 
 
 def _solver(method: Method, max_calls: int) -> Any:
@@ -86,19 +90,39 @@ class _Contender(Contender):
 
     Products are those that it reports, and for NewtonKrylov the one that starts the products at each point: it is
     counted when the gradient reaches z.
+
+    Args:
+        solver: The name of its class.
+        whole: Compile not only the map but the whole solve, by pydeq.CompiledSolve.
     """
 
     solver: str
+    whole: bool = False
     library: str = "pydeq"
 
+    def is_twin_of(self, compiled: Contender) -> bool:
+        plain = replace(compiled, whole=False) if isinstance(compiled, _Contender) else compiled
+        return not self.whole and super().is_twin_of(plain)
+
     def refusal(self, problem: Problem) -> str | None:
-        dense = self.solver == "TrustRegion" and problem.z0[0].numel() > MOST_ENTRIES
-        return super().refusal(problem) or ("it forms a dense Jacobian of each sample" if dense else None)
+        if found := super().refusal(problem):
+            return found
+        if self.solver == "TrustRegion" and problem.z0[0].numel() > MOST_ENTRIES:
+            return "it forms a dense Jacobian of each sample"
+        if self.whole and problem.z0.device.type != "cpu":
+            return "it is for the CPU"
+        if self.whole and problem.z0.numel() > MOST_COMPILED:
+            return "an evaluation takes longer than the loop around it"
+        if self.whole and problem.z0.dtype not in (torch.float64, torch.float32):
+            return "it is for float64 and float32"
+        return None
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         solver = getattr(pydeq, self.solver)(**self.settings)
         share = tighten * (0.5 if problem.rtol > 0 and problem.atol > 0 else 1.0)
         rtol, atol = share * problem.rtol, share * problem.atol
+        if self.whole and counts is None:
+            return _compiled_solve(problem, solver=solver, rtol=rtol, atol=atol)
         fn = COMPILER.map(problem) if self.compiled and counts is None else problem.fn
 
         if counts is not None and self.solver == "NewtonKrylov":
@@ -116,6 +140,36 @@ class _Contender(Contender):
             return Claim(solution.value, solution.converged)
 
         return solve
+
+
+def _compiled_solve(problem: Problem, **options: Any) -> Callable[[], Claim]:
+    """A solve whose first call compiles; the map of a problem is compiled once for all solvers."""
+    made: list[pydeq.CompiledSolve] = []
+
+    def solve() -> Claim:
+        if not made:
+            made.append(_MAPS.of(problem).replace(**options))
+        solution = made[0](problem.z0)
+        return Claim(solution.value, solution.converged)
+
+    return solve
+
+
+class _Maps:
+    """The compiled map of the newest problem."""
+
+    def __init__(self) -> None:
+        self._problem: Problem | None = None
+        self._solve: pydeq.CompiledSolve | None = None
+
+    def of(self, problem: Problem) -> pydeq.CompiledSolve:
+        if problem is not self._problem or self._solve is None:
+            self._problem = problem
+            self._solve = pydeq.CompiledSolve(problem.fn, problem.z0, max_steps=problem.max_calls)
+        return self._solve
+
+
+_MAPS = _Maps()
 
 
 def _watched(fn: Map, counts: Counts) -> Map:
@@ -137,6 +191,7 @@ def _watched(fn: Map, counts: Counts) -> Map:
 CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="pydeq.picard", title="Picard", solver="Picard"),
     _Contender(key="pydeq.picard.compiled", title="Picard, compiled map", solver="Picard", compiled=True),
+    _Contender(key="pydeq.picard.whole", title="Picard, compiled solve", solver="Picard", compiled=True, whole=True),
     _Contender(key="pydeq.anderson.default", title="Anderson", solver="Anderson"),
     _Contender(key="pydeq.anderson.best", title="Anderson", solver="Anderson", settings={"memory": 10}),
     _Contender(key="pydeq.anderson.compiled.default", title="Anderson, compiled map", solver="Anderson", compiled=True),
@@ -147,8 +202,24 @@ CONTENDERS: tuple[Contender, ...] = (
         settings={"memory": 10},
         compiled=True,
     ),
+    _Contender(
+        key="pydeq.anderson.whole.default",
+        title="Anderson, compiled solve",
+        solver="Anderson",
+        compiled=True,
+        whole=True,
+    ),
+    _Contender(
+        key="pydeq.anderson.whole.best",
+        title="Anderson, compiled solve",
+        solver="Anderson",
+        settings={"memory": 10},
+        compiled=True,
+        whole=True,
+    ),
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
     _Contender(key="pydeq.broyden.compiled", title="Broyden, compiled map", solver="Broyden", compiled=True),
+    _Contender(key="pydeq.broyden.whole", title="Broyden, compiled solve", solver="Broyden", compiled=True, whole=True),
     _Contender(key="pydeq.newton_krylov.default", title="Newton-Krylov", solver="NewtonKrylov", differences=True),
     _Contender(
         key="pydeq.newton_krylov.best",

@@ -118,6 +118,7 @@ def _entry(
 ) -> Entry:
     """What a solver did; ``call`` is the time of a call of the map in torch, in a loop without a solver."""
     counts = verdict.counts
+    untimed = verdict.status == "solved" and measured is None
     counted = counts.evaluations + counts.products > 0
     seconds, first = measured or (None, None)
     overhead = None
@@ -134,7 +135,7 @@ def _entry(
         family=problem.family,
         contender=solver.key,
         library=solver.library,
-        status=verdict.status,
+        status="unsolved" if untimed and solver.compiled else verdict.status,
         evaluations=counts.evaluations if counted else None,
         products=counts.products if counted else None,
         seconds=seconds and seconds.median,
@@ -147,7 +148,7 @@ def _entry(
         false_claim=verdict.false_claim,
         title=_title(solver),
         problem_title=problem.title,
-        note="it raised when it was timed" if verdict.status == "solved" and measured is None else verdict.reason,
+        note="it raised, or missed the tolerance, when it was timed" if untimed else verdict.reason,
     )
 
 

@@ -195,6 +195,17 @@ def test_a_solver_on_a_compiled_map_has_the_verdict_of_its_twin(monkeypatch: pyt
     assert verdicts["alone"].counts.evaluations == 4
 
 
+def test_a_compiled_solve_that_misses_the_tolerance_is_not_timed() -> None:
+    right = replace(made_up(says(2.0, True)), key="right", compiled=True)
+    wrong = replace(made_up(says(1.9, True)), key="wrong", compiled=True)
+    found, missing = clock([(right, halving(), 1.0), (wrong, halving(), 1.0)], 3, 1.0)
+    assert found is not None
+    assert missing is None
+    entry = contest._entry(wrong, halving(), judge(replace(right, compiled=False), halving()), missing, None)
+    assert (entry.status, entry.seconds) == ("unsolved", None)
+    assert "missed the tolerance" in entry.note
+
+
 def test_calls_of_the_equation_are_limited_too() -> None:
     problem = halving(max_calls=4, root=lambda xp, z: 0.5 * z - 1.0)
 
