@@ -112,9 +112,7 @@ def jitted(
     def solve() -> Claim:
         before = Counts(kept.counts.evaluations, kept.counts.products)
         with precision(problem):
-            value, converged = kept.solve(allowed)
-            claims = torch.from_numpy(np.array(converged)).expand(len(problem.z0))
-            claim = Claim(tensor(value).reshape(problem.z0.shape), claims)
+            claim = _Claim(*jax.block_until_ready(kept.solve(allowed)), shape=problem.z0.shape)
         if counts is not None:
             jax.effects_barrier()
             counts.evaluations += (kept.counts.evaluations - before.evaluations) // share
@@ -122,6 +120,23 @@ def jitted(
         return claim
 
     return solve
+
+
+class _Claim(Claim):
+    """A claim in JAX's arrays, converted when it is read: JAX's users have no use for tensors of torch."""
+
+    def __init__(self, value: jax.Array, converged: jax.Array, shape: torch.Size) -> None:
+        object.__setattr__(self, "_arrays", (value, converged))
+        object.__setattr__(self, "_shape", shape)
+
+    @property
+    def value(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tensor(self._arrays[0]).reshape(self._shape)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def converged(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        claims = torch.from_numpy(np.array(self._arrays[1]))  # pyright: ignore[reportAttributeAccessIssue]
+        return claims.expand(self._shape[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _compiled(

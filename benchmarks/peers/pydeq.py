@@ -163,9 +163,11 @@ class _Maps:
         self._solve: pydeq.CompiledSolve | None = None
 
     def of(self, problem: Problem) -> pydeq.CompiledSolve:
-        if problem is not self._problem or self._solve is None:
-            self._problem = problem
+        if problem is not self._problem:
+            self._problem, self._solve = problem, None  # None stays if it cannot be compiled
             self._solve = pydeq.CompiledSolve(problem.fn, problem.z0, max_steps=problem.max_calls)
+        if self._solve is None:
+            raise RuntimeError("pydeq.CompiledSolve did not take the map")
         return self._solve
 
 

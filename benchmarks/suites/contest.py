@@ -78,7 +78,8 @@ def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) ->
         if timed:
             sides.append((loop.floor(FLOOR_CALLS), problem, 1.0))
         clocked = clock(sides, profile.contest_repeats, profile.contest_seconds / 10)
-        peaks = {solver.key: _peak(solver, problem, verdicts[solver.key]) for solver in timed}
+        ran = [side[0] for side, found in zip(sides, clocked, strict=True) if found is not None]
+        peaks = {solver.key: _peak(solver, problem, verdicts[solver.key]) for solver in timed if solver in ran}
     measured: dict[str, tuple[Spread, float | None]] = {
         side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None
     }
