@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from pydeq.arguments import check_max_steps, shown, unknown_keyword
 from pydeq.cell.adapter import Adapter
 from pydeq.cell.ahead_of_time import AheadOfTimeMap
-from pydeq.cell.torch_compile import Compiler, skipped
+from pydeq.cell.torch_compile import Compiler, skipped, uncompiled
 from pydeq.ops import kernels
+from pydeq.ops.capture import exporting
 from pydeq.ops.compiled_loop import MAP_FAILED, Input, Loop
 from pydeq.ops.constants import Counter, Scalar
 from pydeq.solution import Solution
@@ -20,38 +23,45 @@ from pydeq.solve.iteration import warn_of_coupling
 from pydeq.solve.solve import stopping_rules
 from pydeq.solvers import Anderson, Broyden, Picard, Solver
 from pydeq.solvers.buffers import empty
-from pydeq.state import layout_of
+from pydeq.state import Layout, layout_of
 
+_OPTIONS = ("solver", "rtol", "atol", "max_steps", "stall")
 _LINE = 64  # bytes of a cache line, at which each buffer starts
 _SCALARS, _COUNTERS = len(Scalar), len(Counter)  # an enum takes long to count its members
 
 
 class CompiledSolve:
-    """A solve of z = fn(z, *context) without Python: fn compiled ahead of time, and the loop in C++.
+    """A solve of z = fn(z, *context) in compiled code: fn compiled ahead of time, and the loop in C++.
 
-    ``CompiledSolve(fn, z0, *context)`` compiles for states and context of these shapes, which takes 10 to 20 s and a
-    C++ compiler. Calls then take the same arguments without fn, and return what :func:`pydeq.fixed_point` returns::
+    ``CompiledSolve(fn, z0, *context)`` compiles for states and context of these shapes, and evaluates fn once. This
+    takes 10 to 20 s and a C++ compiler. The object is then called with the same arguments without fn, and returns what
+    :func:`pydeq.fixed_point` returns::
 
         solve = pydeq.CompiledSolve(fn, z0, x, solver=pydeq.Anderson(), rtol=1e-6)
         solution = solve(z0, x)
 
     An evaluation of a small map takes torch 20 to 100 us, and the loop around it as long; compiled, both together take
-    a few. So this is for small systems that are solved often. Where an evaluation takes milliseconds, it saves little.
+    a few. So this is for small systems on a CPU that are solved thousands of times. Where an evaluation takes
+    milliseconds, it saves little.
 
-    Everything that fn takes from elsewhere is fixed when it is compiled, as by torch.export, but the values of tensors
-    are read anew at each call: those of the parameters and buffers of a module, and of tensors that a function refers
-    to, as long as they change in place. There is no gradient; :class:`pydeq.DEQ` has one.
+    What fn reads from elsewhere than its arguments is fixed when it is compiled: numbers and flags, such as
+    ``training``, keep their values, and so do submodules, autocast and torch's number of threads. No error says that
+    they have changed. Only the values of tensors are read at each call. The parameters and buffers of modules that fn
+    is, or refers to by a variable, may also be replaced by others of the same shape. All other tensors must change in
+    place.
 
-    For states on the CPU, of float64 or float32. Threads may share it. It cannot be copied or pickled.
+    Results have no gradient, also if inputs require grad: train with :class:`pydeq.DEQ`. No warning says that samples
+    did not converge. Threads may share the object, and take turns. A solve cannot be interrupted. The object cannot be
+    copied or saved, and its machine code stays in the process.
 
     Args:
-        fn: As in :func:`pydeq.fixed_point`. torch.export must be able to record it: values must not decide what it
-            computes. It must not draw random numbers or modify tensors.
-        z0: An initial state.
-        context: Passed on to fn. Entries that are not tensors are fixed.
+        fn: As in :func:`pydeq.fixed_point`, without keywords. torch.export must be able to record it: values must not
+            decide what it computes. It must not draw random numbers or modify tensors.
+        z0: An initial state, of float64 or float32, on the CPU.
+        context: Passed on to fn. Numbers and other values that are not tensors are fixed.
         solver: :class:`pydeq.Anderson` by default; it, :class:`pydeq.Picard`, or :class:`pydeq.Broyden` without a line
             search.
-        rtol, atol, max_steps, stall: See :func:`pydeq.fixed_point`.
+        rtol, atol, max_steps, stall: See :func:`pydeq.fixed_point`, whose other options it does not have.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong type or out of range; if fn draws random numbers or
@@ -77,28 +87,39 @@ class CompiledSolve:
         atol: float = 0.0,
         max_steps: int = 50,
         stall: bool = True,
+        **unknown: NoReturn,
     ) -> None:
+        for name in unknown:
+            raise unknown_keyword("CompiledSolve", name, _OPTIONS)
         if not callable(fn):
             raise TypeError(f"fn must be callable, got {type(fn).__name__}")
         adapter = Adapter(z0)
         layout = self._layout = layout_of(adapter.z0)
-        self._converts = adapter.structure is not None
+        self._structure = adapter.structure
         if layout.device.type != "cpu":
-            raise ValueError(f"CompiledSolve is for states on the CPU, got {layout.device}: use pydeq.fixed_point")
+            raise ValueError(
+                f"CompiledSolve is for states on the CPU, got {layout.device}: use pydeq.fixed_point there"
+            )
         if layout.dtype not in (torch.float64, torch.float32):
             raise ValueError(f"CompiledSolve is for states of float64 or float32, got {layout.dtype}")
         self._prepare(Anderson() if solver is None else solver, rtol, atol, max_steps, stall)
+        cell = uncompiled(fn)
         with Compiler():
-            self._map = map = AheadOfTimeMap(adapter.inside(fn), fn, layout, context)
+            self._map = map = AheadOfTimeMap(adapter.inside(cell), cell, layout, context)
+        self._lock = threading.Lock()
         self._inputs = (Input * len(map.inputs))(*[_input(*each) for each in map.inputs])
         self._complete()
         self.replace(max_steps=1)(z0, *context)  # a map that does not run raises here
 
-    def _prepare(self, solver: Solver, rtol: float | None, atol: float, max_steps: int, stall: bool) -> None:
+    def _prepare(
+        self, solver: Solver, rtol: float | None, atol: float, max_steps: int, stall: bool, eps: float | None = None
+    ) -> None:
         """Check the options of the solve, and plan its memory."""
         layout = self._layout
         self._max_steps = check_max_steps("max_steps", max_steps)
-        self._rules = stopping_rules(layout, rtol, atol, stall=stall)
+        rules = stopping_rules(layout, rtol, atol, stall=stall)
+        # Autocast counts when the map is compiled, not in ``replace``.
+        self._rules = rules if eps is None else dataclasses.replace(rules, eps=eps)
         self._plan = _plan(solver, layout.batch, layout.size, layout.dtype, self._max_steps)
         self._function = kernels.compiled_solve(self._plan.function)
         self.solver = solver
@@ -113,7 +134,7 @@ class CompiledSolve:
         )  # fmt: skip
 
     def replace(self, **options: Any) -> CompiledSolve:
-        """The same solve with other options, by the same compiled map.
+        """The same solve with other options, by the same compiled map, for the same shapes.
 
         Args:
             options: Any of ``solver``, ``rtol``, ``atol``, ``max_steps`` and ``stall``; the others stay.
@@ -122,17 +143,13 @@ class CompiledSolve:
             TypeError, ValueError: If an option is unknown, of the wrong type, or out of range.
         """
         rules = self._rules
-        kept = {
-            "solver": self.solver, "rtol": rules.rtol, "atol": rules.atol, "max_steps": self._max_steps,
-            "stall": rules.stall,
-        }  # fmt: skip
-        for name in options.keys() - kept.keys():
-            raise unknown_keyword("CompiledSolve.replace", name, kept)
+        values: tuple[Any, ...] = self.solver, rules.rtol, rules.atol, self._max_steps, rules.stall
+        for name in options.keys() - set(_OPTIONS):
+            raise unknown_keyword("CompiledSolve.replace", name, _OPTIONS)
         other = object.__new__(CompiledSolve)
-        other._layout, other._converts, other._map, other._inputs = (
-            self._layout, self._converts, self._map, self._inputs,
-        )  # fmt: skip
-        other._prepare(**(kept | options))
+        for name in ("_layout", "_structure", "_map", "_inputs", "_lock"):
+            setattr(other, name, getattr(self, name))
+        other._prepare(**(dict(zip(_OPTIONS, values, strict=True)) | options), eps=rules.eps)
         other._complete()
         return other
 
@@ -145,11 +162,17 @@ class CompiledSolve:
     def _solve(self, z0: Any, context: Sequence[Any]) -> Solution:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("a CompiledSolve does not work under torch.func transforms: use pydeq.DEQ, which does")
-        layout = self._layout
-        adapter = Adapter(z0) if self._converts else None
+        if exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError("a CompiledSolve cannot be exported: use pydeq.DEQ, which can, see pydeq.export_mode")
+        layout, structure = self._layout, self._structure
+        adapter = None if structure is None else Adapter(z0)
         state = z0 if adapter is None else adapter.z0
+        if adapter is not None and structure is not None and _spec(adapter) != structure.spec:
+            raise ValueError("z0 must have the type, and its dicts the order of keys, that it had at compilation")
         if (given := layout_of(state)) != layout:
-            raise ValueError(f"z0 must be as at compilation, {layout}, got {given}: compile for it")
+            raise ValueError(
+                f"z0 must be as at compilation, {_shown(layout)}, got {_shown(given)}: make another CompiledSolve"
+            )
         flat = layout.flatten(state)
         tensors = self._map.tensors(flat, context)
         loop = Loop.from_buffer_copy(self._template)
@@ -162,9 +185,12 @@ class CompiledSolve:
         loop.best, loop.scalars, loop.counters = best.data_ptr(), scalars.data_ptr(), counters.data_ptr()
         start = memory.data_ptr()
         loop.z, loop.other, *own = [None if at is None else start + at for at in self._plan.places]
-        nfe = self._function(loop, *own, *self._plan.settings)
+        with self._lock, torch._C._DisableAutocast():
+            nfe = self._function(loop, *own, *self._plan.settings)
         if nfe < 0:
-            why = self._map.error() if nfe == MAP_FAILED else "pydeq's library was built from other sources"
+            why = (
+                self._map.error() if nfe == MAP_FAILED else "pydeq's library is of another version: install pydeq again"
+            )
             raise RuntimeError(f"the compiled map failed: {why}")
         if loop.woken:
             warn_of_coupling(loop.woken, batch)
@@ -178,7 +204,11 @@ class CompiledSolve:
         raise TypeError("a CompiledSolve holds machine code, and cannot be copied or pickled: compile it again")
 
     def __repr__(self) -> str:
-        return f"CompiledSolve({self.solver!r}, {self._layout})"
+        rules = self._rules
+        return (
+            f"CompiledSolve({_shown(self._layout)}, solver={self.solver!r}, rtol={rules.rtol:g}, atol={rules.atol:g},"
+            f" max_steps={self._max_steps})"
+        )
 
 
 class _Plan:
@@ -222,6 +252,16 @@ def _plan(solver: Solver, batch: int, size: int, dtype: torch.dtype, max_steps: 
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(solver)}")
     raise TypeError(f"CompiledSolve takes Anderson, Picard, and Broyden without a line search, got {solver!r}")
+
+
+def _spec(adapter: Adapter) -> Any:
+    return None if adapter.structure is None else adapter.structure.spec
+
+
+def _shown(layout: Layout) -> str:
+    """The shapes and the dtype of states."""
+    shapes = ", ".join(str((layout.batch, *shape)) for shape in layout.shapes)
+    return f"{shapes} of {layout.dtype}"
 
 
 def _input(dims: int, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: int) -> Input:

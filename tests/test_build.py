@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import pydeq
-from pydeq.ops import kernels
+from pydeq.ops import kernels, libraries
 from pydeq.ops.constants import CudaPath
 from pydeq.ops.interface import differences, interface
 from pydeq.ops.libraries import CPU, CUDA, CpuLibrary, StaleLibraryError
@@ -346,6 +346,13 @@ def test_a_library_of_other_sources_is_refused():
     expected = r"libpydeq_cpu.so was built from other .*different: constants, gmres_step, newton_step.* Build it"
     with pytest.raises(StaleLibraryError, match=expected):
         CpuLibrary(PACKAGE / CPU, changed)
+
+
+@needs_kernels
+def test_a_library_without_a_function_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(libraries, "SOLVERS", {"pydeq_solve_unheard_of": ()})
+    with pytest.raises(StaleLibraryError, match=r"different: the functions of the library.* Build it"):
+        CpuLibrary(PACKAGE / CPU, kernels._interface())
 
 
 @needs_kernels

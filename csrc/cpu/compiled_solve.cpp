@@ -88,6 +88,9 @@ class Map {
     for (int64_t i = 0; ok_ && i < loop_.count; ++i) {
       const Handle& from = inputs_[i == 0 && k % 2 == 1 ? loop_.count : i];
       ok_ = aoti_torch_new_tensor_handle(from.handle, &given_[i]) == 0;
+      if (!ok_) {
+        while (i-- > 0) aoti_torch_delete_tensor_object(given_[i]);
+      }
     }
     void* data = nullptr;
     ok_ = ok_ && loop_.run(loop_.model, given_.data(), loop_.count, &image_.handle, 1, nullptr, nullptr) == 0 &&
@@ -199,7 +202,11 @@ template <class Take>
 int64_t solve(Loop* loop, Take take) {
   if (loop->bytes != sizeof(Loop)) return -2;
   loop->woken = 0;
-  return Solve<Take>(*loop, take).run();
+  try {
+    return Solve<Take>(*loop, take).run();
+  } catch (...) {  // no exception may reach ctypes
+    return -1;
+  }
 }
 
 }  // namespace
@@ -229,12 +236,15 @@ PYDEQ_EXPORT int64_t pydeq_solve_anderson(pydeq::Loop* loop, void* residuals, vo
 PYDEQ_EXPORT int64_t pydeq_solve_broyden(pydeq::Loop* loop, void* steps, void* restart, double* gram, double* thetas,
                                          int64_t capacity, int64_t memory) {
   const int64_t batch = loop->batch, row = batch * loop->state * loop->item();
-  std::memset(gram, 0, batch * capacity * capacity * sizeof(double));
-  std::memset(thetas, 0, batch * capacity * sizeof(double));
   std::vector<void*> rows(capacity);
   for (int64_t i = 0; i < capacity; ++i) rows[i] = static_cast<char*>(steps) + i * row;
   return pydeq::solve(loop, [&](const pydeq::StepArgs& step, int64_t k) {
     const int64_t stored = k < capacity ? k + 1 : capacity;
+    // Row k is first written in this step. Zeroed one by one, rows that no step reaches take no memory.
+    for (int64_t b = 0; k < capacity && b < batch; ++b) {
+      std::memset(gram + (b * capacity + k) * capacity, 0, stored * sizeof(double));
+      thetas[b * capacity + k] = 0.0;
+    }
     const pydeq::BroydenStepArgs args{step, nullptr, rows.data(), stored, k < memory ? nullptr : restart,
                                       gram, thetas,  capacity,    memory};
     PYDEQ_CALL_KERNEL(broyden_step, args);

@@ -7,12 +7,15 @@ the map itself, such as parameters. So the code holds no copies, and sees later 
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
+import json
+import re
 import tempfile
 import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +30,6 @@ _NUMBERS = {
     torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6,
     torch.float64: 7, torch.complex64: 9, torch.complex128: 10, torch.bool: 11, torch.bfloat16: 15,
 }  # fmt: skip
-# The threads of torch at the call, not those at compilation.
-_OPTIONS = {"cpp.dynamic_threads": True}
 
 
 class AheadOfTimeMap:
@@ -38,70 +39,77 @@ class AheadOfTimeMap:
         fn: The map, of states of this layout.
         cell: The user's callable in ``fn``, whose parameters are looked for.
         layout: Of the states.
-        context: Passed on after z; other values are read from each solve's context.
+        context: Passed on after z. Its tensors are read from each solve's context, and everything else is fixed.
 
     Attributes:
-        run: The address of the C function that evaluates the map.
+        run: The address of the C function that evaluates the map; for one thread at a time.
         model: Its first argument.
         inputs: Descriptions of the inputs: dimensions, sizes, strides, and torch's number of the dtype.
 
     Raises:
         RuntimeError: If torch cannot export or compile the map.
-        ValueError: If the map draws random numbers, or writes to tensors that it does not return.
+        TypeError: If the context has something that is not a tensor and cannot be compared, such as an array.
+        ValueError: If the map draws random numbers, or modifies tensors.
     """
 
     def __init__(self, fn: Callable[..., Any], cell: Any, layout: Layout, context: Sequence[Any]) -> None:
         leaves, self._spec = tree_flatten(tuple(context))
         self._fixed = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]  # what is not a tensor
         self._flat = len(leaves) == len(context) and all(isinstance(entry, Tensor) for entry in context)
+        for (value,) in filter(None, self._fixed):
+            if hasattr(value, "__array__"):
+                raise TypeError(f"context must have tensors, numbers or other plain values, got {type(value).__name__}")
         flat = torch.zeros(layout.batch, layout.size, dtype=layout.dtype, device=layout.device)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        root = _Flat(fn, cell, layout, self._spec, self._fixed)
-        program = _export(root, (flat, *map(_plain, tensors)))
-        given = iter(range(1 + len(tensors)))
+        examples = [flat, *(_example(leaf) for leaf in leaves if isinstance(leaf, Tensor))]
+        root = _Flat(fn, _modules_of(cell), layout, self._spec, self._fixed)
+        program = _export(root, tuple(examples))
+        given = iter(range(len(examples)))
         self._own: list[Callable[[], Tensor]] = []  # the tensors that the map itself holds
-        self._order: list[int] = []  # for each input its place among z, the context's tensors and the map's own
+        names = ["z0", *(f"tensor {i} of the context" for i in range(len(examples) - 1))]
+        order = []  # for each input its place among z, the context's tensors and the map's own
         for spec in program.graph_signature.input_specs:
             if spec.kind.name == "USER_INPUT":
-                self._order.append(next(given))
+                order.append(next(given))
                 continue
-            self._order.append(1 + len(tensors) + len(self._own))
+            order.append(len(examples) + len(self._own))
             self._own.append(_finder(root, program, spec))
-        first = self._order.index(0)  # the loop has z as the first input
-        self._order.insert(0, self._order.pop(first))
-        self._examples = [(tuple(t.shape), t.dtype) for t in tensors]
-        self._own_examples = [(tuple(t.shape), t.dtype) for t in (find() for find in self._own)]
-        inputs = [flat, *map(_plain, tensors), *(_plain(find()) for find in self._own)]
+            names.append(f"fn's {_short(spec.target or '')}")
+        examples += [_example(find()) for find in self._own]
+        first = order.index(0)  # the loop has z as the first input
+        self._order = [order.pop(first), *order]
+        self._expected = [
+            (name, tuple(each.shape), each.dtype, each.stride()) for name, each in zip(names, examples, strict=True)
+        ]
+        self.inputs = [_describe(examples[i]) for i in self._order]
         _check(program)
-        self._load(_compiled(program.graph_module, [inputs[i] for i in self._order], first))
-        self.inputs = [_describe(inputs[i]) for i in self._order]
+        self._load(_compiled(program.graph_module, [examples[i] for i in self._order], first))
 
     def tensors(self, z: Tensor, context: Sequence[Any]) -> list[Tensor]:
         """The inputs of the compiled map for a state [B, D] and a context.
 
         Raises:
-            ValueError: If the context differs from the one that the map was compiled for in more than values.
+            ValueError: If the context, or what the map holds, is not as at compilation in more than values.
         """
-        tensors = []
+        found = [z]
         if self._flat and len(context) == len(self._fixed):
             leaves = context
         else:
             leaves, spec = tree_flatten(tuple(context))
             if spec != self._spec:
-                raise ValueError(f"the context must be as at compilation, {_shown(self._spec)}, got {_shown(spec)}")
+                raise ValueError(
+                    f"the context must have the structure that it had at compilation, {self._spec}, got {spec}"
+                )
         for leaf, fixed in zip(leaves, self._fixed, strict=True):
             if fixed is None:
-                tensors.append(leaf)
-            elif isinstance(leaf, Tensor) or leaf != fixed[0]:
-                raise ValueError(f"the context had {fixed[0]!r} at compilation, got {leaf!r}: compile for it")
-        for tensor, (shape, dtype) in zip(tensors, self._examples, strict=True):
-            if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype is not dtype:
-                raise ValueError(f"the context had a tensor of {dtype} {shape} at compilation, got {_got(tensor)}")
-        found = [_plain(tensor) for tensor in (z, *tensors, *[find() for find in self._own])]
-        for tensor, (shape, dtype) in zip(found[1 + len(tensors) :], self._own_examples, strict=True):
-            if tensor.shape != shape or tensor.dtype is not dtype:
-                raise ValueError(f"fn had a tensor of {dtype} {shape} at compilation, got {_got(tensor)}")
-        return [found[i] for i in self._order]
+                found.append(leaf)
+            elif not _is_same(leaf, fixed[0]):
+                raise ValueError(
+                    f"the context had {fixed[0]!r} at compilation, got {leaf!r}: pass what changes as a tensor"
+                )
+        found += [find() for find in self._own]
+        pairs = zip(found, self._expected, strict=True)
+        inputs = [_laid_out(tensor, *expected) for tensor, expected in pairs]
+        return [inputs[i] for i in self._order]
 
     def error(self) -> str:
         """Why the last evaluation failed, as far as torch tells."""
@@ -109,10 +117,8 @@ class AheadOfTimeMap:
         last = getattr(self._library, "AOTInductorGetLastError", None)  # not in torch 2.11
         if last is not None:
             last(ctypes.byref(text))
-        reason = (text.value or b"torch has printed why").decode()
-        if "proxy_executor" in reason:
-            return "AOTInductor has no C function for an operator in it, as for those of torch.linalg"
-        return reason
+        reason = (text.value or b"torch has printed why to stderr").decode(errors="replace")
+        return reason.split("\nException raised from", 1)[0]
 
     def _load(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -120,7 +126,7 @@ class AheadOfTimeMap:
         if library.AOTInductorModelContainerCreateWithDevice(ctypes.byref(model), ctypes.c_size_t(1), b"cpu", None):
             raise RuntimeError(f"the compiled map does not load: {self.error()}")
         self.model = model.value
-        self.run = ctypes.cast(library.AOTInductorModelContainerRun, ctypes.c_void_p).value
+        self.run = ctypes.cast(library.AOTInductorModelContainerRunSingleThreaded, ctypes.c_void_p).value
         weakref.finalize(self, library.AOTInductorModelContainerDelete, model).atexit = False
 
 
@@ -130,11 +136,16 @@ class _Flat(nn.Module):
     fn: Callable[..., Any]
 
     def __init__(
-        self, fn: Callable[..., Any], cell: Any, layout: Layout, spec: Any, fixed: Sequence[tuple[Any] | None]
+        self,
+        fn: Callable[..., Any],
+        used: Sequence[nn.Module],
+        layout: Layout,
+        spec: Any,
+        fixed: Sequence[tuple[Any] | None],
     ) -> None:
         super().__init__()
-        self.__dict__["fn"] = fn  # not a submodule: that is ``cell``
-        self.cell = module_of(cell)
+        self.__dict__["fn"] = fn  # not a submodule: those are ``used``
+        self.used = nn.ModuleList(used)  # what torch.export finds here are parameters and buffers, with names
         self.layout, self.spec, self.fixed = layout, spec, fixed
 
     def forward(self, flat: Tensor, *tensors: Tensor) -> Tensor:
@@ -152,30 +163,36 @@ class _Reordered(nn.Module):
         self.graph, self.first = graph, first
 
     def forward(self, z: Tensor, *others: Tensor) -> Tensor:
-        return self.graph(*others[: self.first], z, *others[self.first :])[0]
+        return self.graph(*others[: self.first], z, *others[self.first :])[0].contiguous()
 
 
 def _export(module: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(module, arguments, strict=False)
     except (TypeError, ValueError):  # those of Layout.check
         raise
     except Exception as error:  # of any type
-        raise RuntimeError(f"torch.export cannot record fn: {_first_line(error)}") from error
+        raise RuntimeError(
+            f"torch.export cannot record fn: {_first_line(error)}; if values decide what is computed, take torch.where"
+        ) from error
 
 
 def _check(program: torch.export.ExportedProgram) -> None:
     """Raise if the map draws random numbers or has side effects on tensors."""
-    for node in program.graph.nodes:
+    graphs = [each for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.graph.nodes):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
-            raise ValueError(f"fn draws random numbers ({node.target}), so it has no fixed point: call .eval()")
+            raise ValueError(
+                f"fn draws random numbers ({node.target}), so it has no fixed point: call .eval() on modules"
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         signature = program.run_decompositions({}).graph_signature  # without decompositions it knows no side effects
     if mutated := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
-        raise ValueError(f"fn must not modify tensors ({', '.join(mutated)}): call .eval(), or work on copies")
+        names = ", ".join(_short(name) for name in mutated)
+        raise ValueError(f"fn must not modify tensors ({names}): call .eval(), or work on copies")
 
 
 def _draws(node: torch.fx.Node) -> bool:
@@ -183,22 +200,42 @@ def _draws(node: torch.fx.Node) -> bool:
     names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
     values = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # pyright: ignore
     values |= dict(zip(names, node.args, strict=False)) | node.kwargs
-    return all(values.get(name, True) for name in ("train", "dropout_p"))
+    return all(values.get(name, True) for name in ("train", "training", "p", "dropout", "dropout_p"))
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
+def _short(name: str) -> str:
+    """The name of a tensor in the user's module."""
+    return re.sub("^used[.][0-9]+[.]", "", name)
+
+
+def _modules_of(cell: Any) -> list[nn.Module]:
+    """The modules that a callable is, or refers to."""
+    if isinstance(cell, functools.partial):
+        parts = (cell.func, *cell.args, *cell.keywords.values())
+        return [module for part in parts for module in _modules_of(part)]
+    module = module_of(cell)
+    if module is not None:
+        return [module]
+    try:
+        names = inspect.getclosurevars(cell)
+    except TypeError:  # no function in Python
+        return []
+    return [value for value in (*names.nonlocals.values(), *names.globals.values()) if isinstance(value, nn.Module)]
+
+
 def _finder(root: nn.Module, program: torch.export.ExportedProgram, spec: Any) -> Callable[[], Tensor]:
     """A function that returns the current tensor of an input that is not an argument."""
     kind = spec.kind.name
-    if kind == "PARAMETER" or (kind == "BUFFER" and spec.target not in program.constants):
+    if kind in ("PARAMETER", "BUFFER"):
         path, _, name = spec.target.rpartition(".")
         owner = root.get_submodule(path)
         kept = owner._parameters if kind == "PARAMETER" else owner._buffers
-        return lambda: kept[name]  # pyright: ignore[reportReturnType]
-    if kind not in ("BUFFER", "CONSTANT_TENSOR"):
+        return lambda: kept.get(name)  # pyright: ignore[reportReturnType]
+    if kind != "CONSTANT_TENSOR":
         raise RuntimeError(f"fn uses {spec.target}, which is not a tensor, and cannot be compiled ahead of time")
     tensor: Any = program.constants[spec.target]
     return lambda: tensor
@@ -209,28 +246,70 @@ def _compiled(graph: nn.Module, inputs: list[Tensor], first: int) -> ctypes.CDLL
     from torch._inductor import aoti_compile_and_package
 
     program = _export(_Reordered(graph, first), tuple(inputs))
-    with tempfile.TemporaryDirectory(prefix="pydeq-") as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(prefix="pydeq-", ignore_cleanup_errors=True) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            package = aoti_compile_and_package(program, package_path=f"{folder}/map.pt2", inductor_configs=_OPTIONS)
+            package = aoti_compile_and_package(program, package_path=f"{folder}/map.pt2")
         except Exception as error:  # of any type
-            raise RuntimeError(f"torch cannot compile fn ahead of time: {_first_line(error)}") from error
+            raise RuntimeError(
+                f"torch cannot compile fn ahead of time, for which it needs a C++ compiler: {_first_line(error)}"
+            ) from error
         with zipfile.ZipFile(package) as archive:
+            if missing := _without_c_functions(archive):
+                raise RuntimeError(
+                    f"fn uses {', '.join(missing)}, for which AOTInductor has no C function: use pydeq.fixed_point"
+                )
             (name,) = [name for name in archive.namelist() if name.endswith(".so")]
-            path = Path(archive.extract(name, folder))
-        return ctypes.CDLL(str(path))  # loaded, it does not need its file
+            path = archive.extract(name, folder)
+        try:
+            return ctypes.CDLL(path)  # loaded, it does not need its file
+        except OSError as error:
+            raise RuntimeError(f"the compiled map does not load: {error}") from error
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """``tensor`` as its memory is read by compiled code."""
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided or not tensor.is_cpu:
+def _without_c_functions(archive: zipfile.ZipFile) -> list[str]:
+    """The operators that compiled code would call by their names, through a dispatcher that a solve does not have."""
+    found = []
+    for name in archive.namelist():
+        if name.endswith(".json"):
+            nodes = json.loads(archive.read(name)).get("nodes", [])
+            found += [node["node"]["target"] for node in nodes]
+    return sorted(set(found))
+
+
+def _example(tensor: Tensor) -> Tensor:
+    """A tensor whose strides compiled code is made for."""
+    return _laid_out(tensor, "a tensor of fn", tuple(tensor.shape), tensor.dtype, _dense_strides(tensor))
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor that fills its memory without gaps or overlaps; otherwise those of a contiguous one."""
+    if tensor.layout is not torch.strided:
+        return ()
+    return torch.empty_like(tensor.detach(), memory_format=torch.preserve_format).stride()
+
+
+def _laid_out(tensor: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as its memory is read by compiled code.
+
+    Raises:
+        ValueError: If it is not a plain tensor on the CPU of this shape and dtype.
+    """
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype is not dtype:
         raise ValueError(
-            f"all tensors that fn takes must be dense and on the CPU, got one of {tensor.layout} on {tensor.device}"
+            f"{name} must be as at compilation, {dtype} {shape}, and is {_got(tensor)}: make another CompiledSolve"
         )
+    tensor = tensor.detach()
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or not tensor.is_cpu:
+        kind = f"{type(tensor).__name__}, {tensor.layout}, on {tensor.device}"
+        raise ValueError(f"{name} must be a plain dense tensor on the CPU, got one of {kind}")
     if tensor.is_neg() or tensor.is_conj():
         tensor = tensor.resolve_neg().resolve_conj()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    if tensor.stride() != strides:
+        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu").copy_(tensor)
+    if not tensor.data_ptr() and tensor.numel():
+        raise ValueError(f"{name} must have memory of its own, got {_got(tensor)} without values")
+    return tensor
 
 
 def _describe(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
@@ -239,9 +318,15 @@ def _describe(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], in
     return tensor.dim(), tuple(tensor.shape), tensor.stride(), _NUMBERS[tensor.dtype]
 
 
-def _shown(spec: Any) -> str:
-    return f"{spec.num_children} arguments with {spec.num_leaves} entries"
-
-
 def _got(value: Any) -> str:
-    return f"one of {value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _is_same(value: Any, fixed: Any) -> bool:
+    """Whether a value that is not a tensor is the one that was compiled for."""
+    if isinstance(value, Tensor):
+        return False
+    try:
+        return value is fixed or bool(value == fixed)
+    except (ValueError, RuntimeError):  # arrays
+        return False

@@ -22,6 +22,11 @@ from pydeq.ops.interface import differences
 CPU = "libpydeq_cpu.so"
 CUDA = "libpydeq_cuda.so"
 _PENDING = int(Answer.PENDING)
+_STALE = (
+    "{} was built from other sources than this pydeq (different: {}). Build it again, in pydeq's source folder, by"
+    " python setup.py build_ext --inplace, or by pip install --no-build-isolation --no-deps --force-reinstall . or run"
+    " the plain-torch references with PYDEQ_KERNELS=off"
+)
 
 
 class StaleLibraryError(ImportError):
@@ -42,6 +47,12 @@ class CpuLibrary:
 
     def __init__(self, path: Path, interface: str) -> None:
         library = _load(path, interface)
+        try:
+            self._find_functions(library)
+        except AttributeError as error:  # functions that the interface does not name
+            raise StaleLibraryError(_STALE.format(path, "the functions of the library")) from error
+
+    def _find_functions(self, library: ctypes.CDLL) -> None:
         self.instruction_sets = tuple(_text(library, "pydeq_instruction_sets").split())
         """The compiled instruction sets, from the most basic to the best."""
         supports = _function(library, "pydeq_supports_instruction_set", c_bool, c_int)
@@ -146,11 +157,7 @@ def _load(path: Path, interface: str) -> ctypes.CDLL:
     except AttributeError:
         changed = ["the functions of the library"]
     if changed:
-        raise StaleLibraryError(
-            f"{path} was built from other sources than this pydeq (different: {', '.join(changed)}). Build it again,"
-            " in pydeq's source folder, by python setup.py build_ext --inplace, or by pip install --no-build-isolation"
-            " --no-deps --force-reinstall . or run the plain-torch references with PYDEQ_KERNELS=off"
-        )
+        raise StaleLibraryError(_STALE.format(path, ", ".join(changed)))
     return library
 
 
