@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 import pydeq
 from pydeq.ops import kernels
 
+pytestmark = pytest.mark.skipif(not pydeq.kernels().cpu, reason=pydeq.kernels().cpu_reason)
+
 SOLVERS = [
     pydeq.Picard(),
     pydeq.Picard(damping=0.5),
