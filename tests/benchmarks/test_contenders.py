@@ -391,13 +391,3 @@ def test_a_formula_is_the_map(problem: Problem):
     z = torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(0))
     assert problem.formula is not None
     torch.testing.assert_close(problem.fn(z), problem.formula(torch, z, **problem.constants))
-
-
-def test_a_map_that_cannot_be_compiled_leaves_no_solve_of_another_problem():
-    whole = next(each for each in FOUND if each.key == "pydeq.picard.whole")
-    first = PROBLEMS["tanh"]
-    assert whole.prepare(first)().converged.all()
-    refused = dataclasses.replace(first, fn=lambda z: torch.from_numpy(0.5 * z.numpy()))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"torch.export cannot record fn|did not take the map"):
-            whole.prepare(refused)()

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.contest import standings
 from benchmarks.contest.judge import TIGHTENINGS, Verdict, clock, judge
 from benchmarks.peers.contender import Claim, Contender, Counts
+from benchmarks.peers.pydeq import CONTENDERS as PYDEQ
 from benchmarks.problems.base import Problem, from_formula
 from benchmarks.results import Entry, Results
 from benchmarks.suites import contest
@@ -204,6 +205,17 @@ def test_a_compiled_solve_that_misses_the_tolerance_is_not_timed() -> None:
     entry = contest._entry(wrong, halving(), judge(replace(right, compiled=False), halving()), missing, None)
     assert (entry.status, entry.seconds) == ("unsolved", None)
     assert "missed the tolerance" in entry.note
+
+
+def test_a_map_that_cannot_be_compiled_leaves_no_solve_of_another_problem() -> None:
+    whole = next(each for each in PYDEQ if each.key == "pydeq.picard.whole")
+    claim = whole.prepare(halving())()
+    assert claim.converged is not None
+    assert claim.converged.all()
+    refused = replace(halving(), fn=lambda z: torch.from_numpy(0.5 * z.numpy()))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"torch.export cannot record fn|did not take the map"):
+            whole.prepare(refused)()
 
 
 def test_calls_of_the_equation_are_limited_too() -> None:
