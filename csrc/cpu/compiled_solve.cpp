@@ -19,8 +19,8 @@ PYDEQ_DECLARE_KERNEL(broyden_step, BroydenStepArgs)
 namespace pydeq {
 namespace {
 
-// AOTInductorModelContainerRun of the compiled map. It takes over the handles of its inputs, and gives those of its
-// outputs; 0 for success.
+// AOTInductorModelContainerRunSingleThreaded of the compiled map. It takes over the handles of its inputs, and gives
+// those of its outputs; 0 for success.
 using RunModel = int32_t (*)(void* model, AtenTensorHandle* inputs, size_t input_count, AtenTensorHandle* outputs,
                              size_t output_count, void* stream, void* proxy_executor);
 

@@ -308,7 +308,7 @@ def _laid_out(tensor: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype
     if tensor.stride() != strides:
         tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu").copy_(tensor)
     if not tensor.data_ptr() and tensor.numel():
-        raise ValueError(f"{name} must have memory of its own, got {_got(tensor)} without values")
+        raise ValueError(f"{name} must have values in memory, got {_got(tensor)} without them")
     return tensor
 
 
