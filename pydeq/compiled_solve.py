@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from pydeq.arguments import check_max_steps, shown, unknown_keyword
 from pydeq.cell.adapter import Adapter
 from pydeq.cell.ahead_of_time import AheadOfTimeMap
-from pydeq.cell.torch_compile import Compiler, skipped, uncompiled
+from pydeq.cell.torch_compile import Compiler, compiling, skipped, uncompiled
 from pydeq.ops import kernels
 from pydeq.ops.capture import exporting
 from pydeq.ops.compiled_loop import MAP_FAILED, Input, Loop
@@ -23,11 +26,12 @@ from pydeq.solve.iteration import warn_of_coupling
 from pydeq.solve.solve import stopping_rules
 from pydeq.solvers import Anderson, Broyden, Picard, Solver
 from pydeq.solvers.buffers import empty
-from pydeq.state import Layout, layout_of
+from pydeq.state import Layout, State, layout_of
 
 _OPTIONS = ("solver", "rtol", "atol", "max_steps", "stall")
 _LINE = 64  # bytes of a cache line, at which each buffer starts
 _SCALARS, _COUNTERS = len(Scalar), len(Counter)  # an enum takes long to count its members
+_DOUBLE = 8  # bytes
 
 
 class CompiledSolve:
@@ -52,7 +56,7 @@ class CompiledSolve:
 
     Results have no gradient, also if inputs require grad: train with :class:`pydeq.DEQ`. No warning says that samples
     did not converge. Threads may share the object, and take turns. A solve cannot be interrupted. The object cannot be
-    copied or saved, and its machine code stays in the process.
+    copied or saved. It keeps the memory of a solve, and its machine code stays in the process.
 
     Args:
         fn: As in :func:`pydeq.fixed_point`, without keywords. torch.export must be able to record it: values must not
@@ -126,12 +130,22 @@ class CompiledSolve:
 
     def _complete(self) -> None:
         """Fill in what all calls have in common."""
-        layout, map, rules = self._layout, self._map, self._rules
-        self._template = Loop(
-            bytes=ctypes.sizeof(Loop), run=map.run, model=map.model, inputs=self._inputs, count=len(self._inputs),
-            batch=layout.batch, state=layout.size, single=layout.dtype == torch.float32, rtol=rules.rtol,
-            atol=rules.atol, eps=rules.eps, stall=rules.stall, max_steps=self._max_steps, damping=self._plan.damping,
+        layout, map, rules, plan = self._layout, self._map, self._rules, self._plan
+        self._memory = empty(torch.empty(0), plan.bytes, dtype=torch.uint8)
+        start = self._memory.data_ptr()
+        z, other, best, *own = [None if at is None else start + at for at in plan.places]
+        self._data = (ctypes.c_void_p * len(self._inputs))()
+        loop = self._loop = Loop(
+            bytes=ctypes.sizeof(Loop), run=map.run, model=map.model, inputs=self._inputs, data=self._data,
+            count=len(self._inputs), batch=layout.batch, state=layout.size, single=layout.dtype == torch.float32, z=z,
+            other=other, best=best, rtol=rules.rtol, atol=rules.atol, eps=rules.eps, stall=rules.stall,
+            max_steps=self._max_steps, damping=plan.damping,
         )  # fmt: skip
+        self._arguments = (loop, *own, *plan.settings)
+        shape = (layout.batch, *layout.shapes[0]) if self._structure is None and not layout.is_tuple else None
+        self._usual = shape, layout.dtype
+        self._record = layout.batch * _SCALARS + (layout.batch * _COUNTERS + 1) // 2  # doubles and pairs of int32
+        weakref.finalize(self, kernels.forget_views, loop).atexit = False
 
     def replace(self, **options: Any) -> CompiledSolve:
         """The same solve with other options, by the same compiled map, for the same shapes.
@@ -156,15 +170,54 @@ class CompiledSolve:
     @skipped
     def __call__(self, z0: Any, *context: Any) -> Solution:
         """Solve from ``z0``; see :class:`CompiledSolve`."""
+        if not compiling():
+            return self._solve(z0, context)
         with Compiler():
             return self._solve(z0, context)
 
+    # A system's caches have little of this code when a solve begins. So each call that is saved here counts several
+    # times what it takes in a loop.
     def _solve(self, z0: Any, context: Sequence[Any]) -> Solution:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("a CompiledSolve does not work under torch.func transforms: use pydeq.DEQ, which does")
-        if exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        if exporting() or torch._C._is_tracing():
             raise RuntimeError("a CompiledSolve cannot be exported: use pydeq.DEQ, which can, see pydeq.export_mode")
-        layout, structure = self._layout, self._structure
+        layout, adapter, loop, batch = self._layout, None, self._loop, self._layout.batch
+        shape, dtype = self._usual
+        if type(z0) is Tensor and z0.shape == shape and z0.dtype is dtype and z0.is_cpu and z0.is_contiguous():
+            flat = z0
+        else:
+            adapter, state = self._checked(z0)
+            flat = layout.flatten(state)
+        tensors, addresses = self._map.tensors(flat, context)
+        flat = tensors[0]
+        value, image = torch.empty_like(flat), torch.empty_like(flat)
+        record = flat.new_empty(self._record, dtype=torch.float64)
+        with self._lock:
+            self._data[:] = addresses
+            loop.value, loop.image, loop.scalars = value.data_ptr(), image.data_ptr(), record.data_ptr()
+            loop.counters = loop.scalars + batch * _SCALARS * _DOUBLE
+            if torch._C._is_any_autocast_enabled():
+                with torch._C._DisableAutocast():
+                    nfe = self._function(*self._arguments)
+            else:
+                nfe = self._function(*self._arguments)
+            woken = loop.woken
+        if nfe < 0:
+            why = (
+                self._map.error() if nfe == MAP_FAILED else "pydeq's library is of another version: install pydeq again"
+            )
+            raise RuntimeError(f"the compiled map failed: {why}")
+        if woken:
+            warn_of_coupling(woken, batch)
+        if flat is not z0:
+            value, image = layout.view(value), layout.view(image)
+        solution = _Solution(value, image, nfe, record, batch)
+        return solution if adapter is None else adapter.solution(solution)
+
+    def _checked(self, z0: Any) -> tuple[Adapter | None, State]:
+        """The conversions of an initial state that is not the usual tensor, and its tensors."""
+        structure, layout = self._structure, self._layout
         adapter = None if structure is None else Adapter(z0)
         state = z0 if adapter is None else adapter.z0
         if adapter is not None and structure is not None and _spec(adapter) != structure.spec:
@@ -173,32 +226,7 @@ class CompiledSolve:
             raise ValueError(
                 f"z0 must be as at compilation, {_shown(layout)}, got {_shown(given)}: make another CompiledSolve"
             )
-        flat = layout.flatten(state)
-        tensors = self._map.tensors(flat, context)
-        loop = Loop.from_buffer_copy(self._template)
-        loop.data = (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-        flat, batch = tensors[0], layout.batch
-        best = empty(flat, 2, batch, layout.size)
-        scalars = flat.new_empty(batch, _SCALARS, dtype=torch.float64)
-        counters = flat.new_empty(batch, _COUNTERS, dtype=torch.int32)
-        memory = empty(flat, self._plan.bytes, dtype=torch.uint8)
-        loop.best, loop.scalars, loop.counters = best.data_ptr(), scalars.data_ptr(), counters.data_ptr()
-        start = memory.data_ptr()
-        loop.z, loop.other, *own = [None if at is None else start + at for at in self._plan.places]
-        with self._lock, torch._C._DisableAutocast():
-            nfe = self._function(loop, *own, *self._plan.settings)
-        if nfe < 0:
-            why = (
-                self._map.error() if nfe == MAP_FAILED else "pydeq's library is of another version: install pydeq again"
-            )
-            raise RuntimeError(f"the compiled map failed: {why}")
-        if loop.woken:
-            warn_of_coupling(loop.woken, batch)
-        value, image = best.unbind()
-        if not layout.is_flat:
-            value, image = layout.view(value), layout.view(image)
-        solution = Solution(value, image, nfe, scalars, counters, None)
-        return solution if adapter is None else adapter.solution(solution)
+        return adapter, state
 
     def __reduce__(self) -> Any:
         raise TypeError("a CompiledSolve holds machine code, and cannot be copied or pickled: compile it again")
@@ -211,13 +239,31 @@ class CompiledSolve:
         )
 
 
+class _Solution(Solution):
+    """A solution whose scalars and counters are parts of one tensor, and made when they are read."""
+
+    def __init__(self, value: State, image: State, nfe: int, record: Tensor, batch: int) -> None:
+        super().__init__(value, image, nfe, record, record, None)
+        del self._scalars, self._counters
+        self._record, self._batch = record, batch
+
+    @cached_property
+    def _scalars(self) -> Tensor:
+        return self._record[: self._batch * _SCALARS].view(self._batch, _SCALARS)
+
+    @cached_property
+    def _counters(self) -> Tensor:
+        counters = self._record[self._batch * _SCALARS :].view(torch.int32)
+        return counters[: self._batch * _COUNTERS].view(self._batch, _COUNTERS)
+
+
 class _Plan:
     """The memory of one solve, and the arguments of its C function.
 
     Args:
         function: Its name.
         damping: Of a plain step.
-        sizes: Bytes of the two iterates and the solver's own buffers; None for one that is not needed.
+        sizes: Bytes of the two iterates, the best values and the solver's own buffers; None for one that is not needed.
         settings: The arguments after the buffers.
 
     Attributes:
@@ -237,17 +283,17 @@ class _Plan:
 def _plan(solver: Solver, batch: int, size: int, dtype: torch.dtype, max_steps: int) -> _Plan:
     vector, double = batch * size * dtype.itemsize, torch.float64.itemsize
     if type(solver) is Picard:
-        return _Plan("pydeq_solve_picard", solver.damping, [vector, vector], ())
+        return _Plan("pydeq_solve_picard", solver.damping, [vector, vector, 2 * vector], ())
     if type(solver) is Anderson:
         memory = min(solver.memory, max_steps)
         slots = max(memory, 2)
-        sizes = [vector, vector, slots * vector, slots * vector, batch * slots * slots * double]
+        sizes = [vector, vector, 2 * vector, slots * vector, slots * vector, batch * slots * slots * double]
         return _Plan("pydeq_solve_anderson", solver.damping, sizes, (slots, memory, solver.ridge))
     if type(solver) is Broyden and not solver.line_search:
         capacity = max(1, min(solver.memory + 1, max_steps - 1))
         restart = vector if solver.memory + 2 < max_steps else None
         gram, thetas = batch * capacity * capacity * double, batch * capacity * double
-        sizes = [vector, vector, capacity * vector, restart, gram, thetas]
+        sizes = [vector, vector, 2 * vector, capacity * vector, restart, gram, thetas]
         return _Plan("pydeq_solve_broyden", 1.0, sizes, (capacity, solver.memory))
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver like pydeq.Anderson(), got {shown(solver)}")

@@ -32,6 +32,8 @@ struct Input {
   int64_t dtype;  // torch's number
 };
 
+class Views;
+
 // A solve, whatever the solver. The buffers are those of pydeq/solvers/base.py.
 struct Loop {
   int64_t bytes;  // sizeof(Loop)
@@ -40,9 +42,11 @@ struct Loop {
   const Input* inputs;  // the first one is z0, [B, D]
   void* const* data;    // of the inputs
   int64_t count;
+  Views* views;                  // kept from solve to solve; null before the first one
   int64_t batch, state, single;  // B, D, and whether states are float, not double
   void *z, *other;               // [B, D] each
   void* best;                    // [2, B, D]
+  void *value, *image;           // out: what best has in the end, [B, D] each
   double* scalars;               // [B, SCALAR_SIZE]
   int32_t* counters;             // [B, COUNTER_SIZE]
   double rtol, atol, eps;
@@ -74,20 +78,48 @@ struct Handle {
   }
 };
 
+// The inputs of the map as tensors, without their memory: z, the other inputs, and z's other buffer. Most of them are
+// where they were in the solve before.
+class Views {
+ public:
+  explicit Views(int64_t count) : handles_(count + 1), data_(count + 1) {}
+
+  // Whether all are tensors now.
+  bool update(const Loop& loop) {
+    bool ok = view(0, loop.inputs[0], loop.z) && view(loop.count, loop.inputs[0], loop.other);
+    for (int64_t i = 1; i < loop.count; ++i) ok = ok && view(i, loop.inputs[i], loop.data[i]);
+    return ok;
+  }
+
+  AtenTensorHandle operator[](int64_t i) const { return handles_[i].handle; }
+
+ private:
+  bool view(int64_t i, const Input& input, void* data) {
+    Handle& handle = handles_[i];
+    if (handle.handle && data_[i] == data) return true;
+    handle.reset();
+    data_[i] = data;
+    return handle.view(input, data);
+  }
+
+  std::vector<Handle> handles_;
+  std::vector<void*> data_;
+};
+
 // The images of a compiled map.
 class Map {
  public:
-  explicit Map(const Loop& loop) : loop_(loop), inputs_(loop.count + 1), given_(loop.count) {
-    ok_ = inputs_[0].view(loop.inputs[0], loop.z) && inputs_[loop.count].view(loop.inputs[0], loop.other);
-    for (int64_t i = 1; i < loop.count; ++i) ok_ = ok_ && inputs_[i].view(loop.inputs[i], loop.data[i]);
+  explicit Map(Loop& loop) : loop_(loop), given_(loop.count) {
+    if (!loop.views) loop.views = new Views(loop.count);
+    ok_ = loop.views->update(loop);
   }
 
   // The image of the iterate of step k, valid until the next call; null if the map fails.
   const void* at(int64_t k) {
     image_.reset();
     for (int64_t i = 0; ok_ && i < loop_.count; ++i) {
-      const Handle& from = inputs_[i == 0 && k % 2 == 1 ? loop_.count : i];
-      ok_ = aoti_torch_new_tensor_handle(from.handle, &given_[i]) == 0;
+      const AtenTensorHandle from = (*loop_.views)[i == 0 && k % 2 == 1 ? loop_.count : i];
+      ok_ = aoti_torch_new_tensor_handle(from, &given_[i]) == 0;
       if (!ok_) {
         while (i-- > 0) aoti_torch_delete_tensor_object(given_[i]);
       }
@@ -101,7 +133,6 @@ class Map {
 
  private:
   const Loop& loop_;
-  std::vector<Handle> inputs_;  // z, the other inputs, and z's other buffer
   std::vector<AtenTensorHandle> given_;
   Handle image_;
   bool ok_;
@@ -203,7 +234,10 @@ int64_t solve(Loop* loop, Take take) {
   if (loop->bytes != sizeof(Loop)) return -2;
   loop->woken = 0;
   try {
-    return Solve<Take>(*loop, take).run();
+    const int64_t evaluations = Solve<Take>(*loop, take).run(), bytes = loop->batch * loop->state * loop->item();
+    std::memcpy(loop->value, loop->best, bytes);
+    std::memcpy(loop->image, static_cast<const char*>(loop->best) + bytes, bytes);
+    return evaluations;
   } catch (...) {  // no exception may reach ctypes
     return -1;
   }
@@ -211,6 +245,9 @@ int64_t solve(Loop* loop, Take take) {
 
 }  // namespace
 }  // namespace pydeq
+
+// Frees what a Loop keeps from solve to solve.
+PYDEQ_EXPORT void pydeq_forget_views(pydeq::Views* views) { delete views; }
 
 // Each returns the number of evaluations, -1 if the map failed, or -2 if Loop is another one than here.
 

@@ -32,6 +32,9 @@ _NUMBERS = {
 }  # fmt: skip
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 class AheadOfTimeMap:
     """fn(z, *context) for flat states z [B, D], compiled for these shapes.
 
@@ -81,16 +84,22 @@ class AheadOfTimeMap:
             (name, tuple(each.shape), each.dtype, each.stride()) for name, each in zip(names, examples, strict=True)
         ]
         self.inputs = [_describe(examples[i]) for i in self._order]
+        self._alone = len(self._expected) == 1 and not leaves
         _check(program)
         self._load(_compiled(program.graph_module, [examples[i] for i in self._order], first))
 
-    def tensors(self, z: Tensor, context: Sequence[Any]) -> list[Tensor]:
-        """The inputs of the compiled map for a state [B, D] and a context.
+    def tensors(self, z: Tensor, context: Sequence[Any]) -> tuple[list[Tensor], list[int]]:
+        """The inputs of the compiled map for a contiguous state [B, D] and a context, and their addresses.
 
         Raises:
             ValueError: If the context, or what the map holds, is not as at compilation in more than values.
         """
-        found = [z]
+        if z.is_neg():
+            z = z.resolve_neg()
+        inputs, addresses = [z], [z.data_ptr()]
+        if self._alone and not context:  # nearly all that a system of equations needs
+            return inputs, addresses
+        found = []
         if self._flat and len(context) == len(self._fixed):
             leaves = context
         else:
@@ -107,9 +116,24 @@ class AheadOfTimeMap:
                     f"the context had {fixed[0]!r} at compilation, got {leaf!r}: pass what changes as a tensor"
                 )
         found += [find() for find in self._own]
-        pairs = zip(found, self._expected, strict=True)
-        inputs = [_laid_out(tensor, *expected) for tensor, expected in pairs]
-        return [inputs[i] for i in self._order]
+        for tensor, (name, shape, dtype, strides) in zip(found, self._expected[1:], strict=True):
+            if (
+                type(tensor) in _PLAIN
+                and tensor.shape == shape
+                and tensor.dtype is dtype
+                and tensor.is_cpu
+                and tensor.layout is torch.strided
+                and tensor.stride() == strides
+                and not tensor.is_neg()
+                and not tensor.is_conj()
+                and (address := tensor.data_ptr())
+            ):  # nearly always
+                inputs.append(tensor)
+                addresses.append(address)
+            else:
+                inputs.append(_laid_out(tensor, name, shape, dtype, strides))
+                addresses.append(inputs[-1].data_ptr())
+        return inputs, [addresses[i] for i in self._order]
 
     def error(self) -> str:
         """Why the last evaluation failed, as far as torch tells."""

@@ -77,6 +77,13 @@ class Compiler:
         return _without_history(call)
 
 
+@skipped
+def compiling() -> bool:
+    """Whether the compiler's hook is on: functions that are called would be compiled."""
+    hook = eval_frame.get_eval_frame_callback()
+    return not (hook is None or hook is False)
+
+
 def interpreted(fn: F) -> F:
     """Decorate a function that autograd calls, maybe in a compiled step: the compiler's hook is off inside."""
 

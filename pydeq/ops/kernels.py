@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from pydeq.ops import constants
+from pydeq.ops.compiled_loop import Loop
 from pydeq.ops.constants import Answer, CudaPath
 from pydeq.ops.interface import interface
 from pydeq.ops.libraries import CPU, CUDA, CpuLibrary, CudaLibrary
@@ -330,6 +331,12 @@ def compiled_solve(name: str) -> Callable[..., int]:
     if _library is None:
         raise RuntimeError(f"CompiledSolve needs pydeq's compiled kernels, and there are none ({_cpu_reason})")
     return _library.compiled_solves[name]
+
+
+def forget_views(loop: Loop) -> None:
+    """Free what a solve of :mod:`pydeq.ops.compiled_loop` keeps for the next one."""
+    if _library is not None and loop.views:
+        _library.forget_views(loop.views)
 
 
 def trust_region_search() -> Callable[..., int] | None:
