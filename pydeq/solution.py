@@ -22,11 +22,12 @@ _CONTRACT = "make fn more contractive (pydeq.nn.spectral_norm, pydeq.JacobianPen
 ADVICE = {
     Status.MAX_STEPS: f"increase max_steps, try pydeq.Broyden(), or {_CONTRACT}",
     Status.STALLED: "rounding is the limit: loosen rtol or use a wider dtype",
-    Status.DIVERGED: f"try pydeq.Broyden() or a smaller damping (pydeq.Anderson(damping=0.5)), or {_CONTRACT}",
+    Status.DIVERGED: "try pydeq.Broyden(), also with line_search=True, or a smaller damping"
+    f" (pydeq.Anderson(damping=0.5)), or {_CONTRACT}",
     Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: check its inputs and parameters, or iterate with"
     " pydeq.Picard(damping=0.5)",
 }
-_STUCK = f"try pydeq.Broyden(), pydeq.Anderson(memory=20) or pydeq.NewtonKrylov(), or {_CONTRACT}"
+_STUCK = f"try pydeq.Broyden(line_search=True), pydeq.Anderson(memory=20) or pydeq.NewtonKrylov(), or {_CONTRACT}"
 _STATUS = int(Counter.STATUS)
 _CONVERGED = int(Status.CONVERGED).to_bytes(4, sys.byteorder)
 # Fewer evaluations do not show whether a residual still falls.

@@ -38,6 +38,7 @@ FURTHER: tuple[Solver, ...] = (
     Anderson(memory=10, damping=0.2),
     Anderson(memory=40),
     Anderson(memory=20, damping=0.5, ridge=1e-4),
+    Broyden(line_search=True),
     NewtonKrylov(),
 )
 # A residual within this factor of the tolerance may still reach it.
