@@ -111,7 +111,8 @@ class Comparison:
         changes: Figures in both.
         appeared, disappeared: Names of figures in only one.
         warnings: Why the comparison may mislead.
-        failures: What failed in the second run and not in the first one: suites, and figures without a value.
+        failures: What failed in the second run and not in the first one: suites, figures without a value, and pydeq's
+            figures that are missing although the run should have them.
     """
 
     changes: tuple[Change, ...]
@@ -154,13 +155,27 @@ def compare(before: Results, after: Results) -> Comparison:
     old, new = ({each.name: each for each in _measured(results, names)} for results in (before, after))
     if machine:
         old, new = ({name: each for name, each in found.items() if each.unit not in NOISY} for found in (old, new))
+    disappeared = tuple(name for name in old if name not in new)
+    expected = _expected(before, after)
+    missing = [name for name in disappeared if old[name].lower is not None and name in expected]
     return Comparison(
         tuple(Change(old[name], new[name]) for name in old if name in new),
         tuple(name for name in new if name not in old),
-        tuple(name for name in old if name not in new),
+        disappeared,
         tuple(warnings),
-        tuple(_failures(before, after)),
+        (*_failures(before, after), *([f"Missing: {_some(missing)}"] if missing else [])),
     )
+
+
+def _expected(before: Results, after: Results) -> set[str]:
+    """Names of the first run that the second one should have, too: if it ran the same suites with the same libraries,
+    all figures, and of each problem that it solved the status of each solver."""
+    problems = {entry.problem for entry in after.entries}
+    names = {f"{_contest_name(entry)}.status" for entry in before.entries if entry.problem in problems}
+    if before.seconds.keys() <= after.seconds.keys() and _peers(before) <= _peers(after):
+        there = {figure.name for figure in after.figures}  # some without a value, which are failures of their own
+        names |= {figure.name for figure in before.figures} - there
+    return names
 
 
 def _failures(before: Results, after: Results) -> Iterator[str]:
@@ -211,8 +226,12 @@ def _rule(name: str, unit: str) -> tuple[bool | None, float]:
     return None, EXACT
 
 
+def _contest_name(entry: Entry) -> str:
+    return f"contest.{entry.problem}.{entry.contender}"
+
+
 def _of_entry(entry: Entry) -> Iterator[Measured]:
-    name = f"contest.{entry.problem}.{entry.contender}"
+    name = _contest_name(entry)
     lower = True if entry.library == BASELINE else None
     rank = next(rank for rank, group in enumerate(STATUSES) if entry.status in group)
     yield Measured(f"{name}.status", rank, None, None, "", lower, EXACT, entry.status)
@@ -251,8 +270,7 @@ def show(console: Console, found: Comparison) -> None:
         console.print(table)
     for title, names in (("Appeared", found.appeared), ("Disappeared", found.disappeared)):
         if names:
-            more = f", and {len(names) - 5} more" if len(names) > 5 else ""
-            console.print(Text(f"{title}: {', '.join(names[:5])}{more}"))
+            console.print(Text(f"{title}: {_some(names)}"))
     counts = Counter(change.verdict for change in found.changes)
     compared = len(found.changes) - counts["not judged"]
     console.print(
@@ -263,6 +281,10 @@ def show(console: Console, found: Comparison) -> None:
             " is better."
         )
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def load(path: Path) -> Results:
@@ -287,7 +309,7 @@ def main(paths: Sequence[Path]) -> int:
     """Print the comparison of two files.
 
     Returns:
-        1 if a figure got worse or a suite failed, 2 if the files cannot be compared, else 0.
+        1 if a figure got worse or is missing, or a suite failed, 2 if the files cannot be compared, else 0.
     """
     console = Console()
     if not console.is_terminal:

@@ -99,6 +99,29 @@ def test_what_appears_and_disappears_is_named():
     assert found.disappeared == ("old",)
 
 
+def test_a_figure_of_pydeq_that_is_missing_is_a_failure(tmp_path, capsys):
+    before = run(
+        timed(1.0), timed(1.0, name="time.torchdeq"), entries=[entry("solved"), entry("solved", contender="pydeq.b")]
+    )
+    before.seconds = {"a": 1.0, "contest": 1.0}
+    after = run(timed(1.0, name="time.torchdeq"), entries=[entry("solved")])
+    after.seconds = before.seconds
+    found = compare(before, after)
+    assert found.failures == ("Missing: time.pydeq, contest.p.pydeq.b.status",)
+    assert compare_files(tmp_path, before, after) == 1
+    assert "Missing: time.pydeq" in capsys.readouterr().out
+    # What was not asked for is not missing: other suites, other problems, fewer libraries, another library's figures.
+    other = run(timed(1.0), entries=[Entry("q", "f", "pydeq.anderson", "pydeq", "solved")])
+    other.seconds = {"contest": 1.0}
+    assert compare(before, other).failures == ()
+    without = run(timed(1.0, name="new"), peers=["pydeq"])
+    without.seconds = before.seconds
+    assert compare(before, without).failures == ()
+    lacks = run(timed(1.0), entries=before.entries)
+    lacks.seconds = before.seconds
+    assert compare(before, lacks).failures == ()
+
+
 def test_times_of_another_machine_are_not_compared():
     count = Figure("nfe.pydeq", 3.0, "calls")
     found = compare(run(timed(1.0), count), run(timed(9.0), count, cpu="another"))
