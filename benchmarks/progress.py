@@ -14,7 +14,8 @@ class Estimate:
     """The time left in a run, from the seconds that each suite took before.
 
     As suites finish, the earlier seconds are scaled to this run: by the time of the finished suites over their earlier
-    time. A suite without earlier seconds counts as the mean of the other suites.
+    time. A suite without earlier seconds counts as the mean of the other suites. A suite that has begun goes on as fast
+    as so far, since it may have more or less to do than before.
 
     Args:
         names: The suites to run.
@@ -33,20 +34,24 @@ class Estimate:
         self._took[name] = seconds
         self._known = True
 
-    def left(self, running: str | None = None, elapsed: float = 0.0) -> float | None:
+    def left(self, running: str | None = None, elapsed: float = 0.0, done: float = 0.0) -> float | None:
         """Seconds left; None if nothing is known yet.
 
         Args:
             running: The suite that runs.
             elapsed: Its seconds so far.
+            done: The share of it that is done.
         """
-        if not self._known:
+        whole = elapsed / done if done else None
+        if not self._known and whole is None:
             return None
         expected = sum(self._expected[name] for name in self._took)
         scale = sum(self._took.values()) / expected if expected else 1.0
+        if not self._known and whole is not None:
+            scale = whole  # all suites take as long as the first one
         rest = {name: scale * seconds for name, seconds in self._expected.items() if name not in self._took}
         if running in rest:
-            rest[running] = max(rest[running] - elapsed, 0.0)
+            rest[running] = max((rest[running] if whole is None else whole) - elapsed, 0.0)
         return sum(rest.values())
 
 
@@ -115,7 +120,7 @@ class Board(Progress):
         self.start_task(task)
         self.update(task, doing="")
         try:
-            yield Bar(self, task, lambda: self._show_left(name, time.perf_counter() - begin))
+            yield Bar(self, task, lambda: self._show_left(name, time.perf_counter() - begin, self._done(task)))
             ended = "done"
         finally:
             seconds = time.perf_counter() - begin
@@ -127,11 +132,14 @@ class Board(Progress):
             if self.disable:
                 self.console.print(f"{name}: {ended} after {seconds:.1f} s", highlight=False)
 
-    def _show_left(self, running: str | None = None, elapsed: float = 0.0) -> None:
-        self.update(self._whole, doing=self._left_text(running, elapsed))
+    def _done(self, task: TaskID) -> float:
+        return next(each.percentage for each in self.tasks if each.id == task) / 100
 
-    def _left_text(self, running: str | None = None, elapsed: float = 0.0) -> str:
-        left = self._estimate.left(running, elapsed)
+    def _show_left(self, running: str | None = None, elapsed: float = 0.0, done: float = 0.0) -> None:
+        self.update(self._whole, doing=self._left_text(running, elapsed, done))
+
+    def _left_text(self, running: str | None = None, elapsed: float = 0.0, done: float = 0.0) -> str:
+        left = self._estimate.left(running, elapsed, done)
         return f"{about(left)} left" if left else ""
 
 

@@ -266,6 +266,15 @@ def test_the_time_left_follows_this_machine():
     assert unknown.left() == 5.0
 
 
+def test_the_time_left_of_a_suite_follows_what_is_done_of_it():
+    estimate = Estimate(["contest", "b"], {"contest": 100.0, "b": 20.0})
+    assert estimate.left("contest", 30.0, 0.01) == 2990.0  # more problems than in the run before
+    assert estimate.left("contest", 30.0, 0.6) == 40.0  # fewer
+    unknown = Estimate(["contest", "b"], {})
+    assert unknown.left("contest", 10.0) is None
+    assert unknown.left("contest", 10.0, 0.25) == 70.0  # b counts as long as this one
+
+
 def test_times_are_rough():
     shown = [about(seconds) for seconds in (1, 34, 70, 400, 9000)]
     assert shown == [
