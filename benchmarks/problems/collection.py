@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from benchmarks.problems import burkardt, cells, more, no_fixed_point, scipy_tests, sizes, spectra
+from benchmarks.problems import burkardt, cells, maps, more, no_fixed_point, scipy_tests, sizes, spectra
 from benchmarks.problems.base import Problem
 
 FAMILIES: dict[str, Callable[[], Iterable[Problem]]] = {
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Callable[[], Iterable[Problem]]] = {
     "more.given": partial(more.family, given=True),
     "scipy": scipy_tests.family,
     "scipy.given": partial(scipy_tests.family, given=True),
+    "radius": maps.family,
     "spectra": spectra.family,
     "runaway": no_fixed_point.runaway,
     "false_friends": no_fixed_point.false_friends,

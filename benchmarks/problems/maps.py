@@ -5,6 +5,8 @@ Their ``fn`` is fused: it equals the formula up to rounding, and is faster.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.problems.base import BATCH, Problem
+
+FAMILY = "radius"
+RADII = (0.5, 0.8, 0.95, 1.5)  # of the weights; tanh flattens them
 
 
 def _affine(xp: Any, z: Any, weight: Any, x: Any) -> Any:
@@ -81,6 +86,12 @@ def symmetric_linear(seed: int, dim: int = 50, rho: float = 0.95, batch: int = B
         constants={"weight": matrix, "x": x},
         sample_axes={"x": 0},
     )
+
+
+def family() -> Iterator[Problem]:
+    """The maps of the suite ``nfe``, for all solvers: tanh(W z + x) of several spectral radii, and a symmetric map."""
+    for problem in (*(tanh_map(128, rho, seed=0) for rho in RADII), symmetric_linear(seed=0)):
+        yield replace(problem, key=f"{FAMILY}.{problem.key}", family=FAMILY, source="pydeq's benchmarks")
 
 
 def elementwise(batch: int, dim: int) -> Problem:
