@@ -53,6 +53,12 @@ def facts(profile: Profile, peers: Mapping[str, str], device: str = "cpu") -> di
         "caches": _caches(),
         "memory_gib": _memory_gib(),
         "threads": list(thread_counts(profile)),
+        # Of suites that repeat with other seeds. Every other random number has a seed in the code.
+        "seeds": {
+            "nfe": list(range(profile.nfe_seeds)),
+            "digits": list(range(profile.digits_seeds)),
+            "differences": list(range(profile.differences_seeds)),
+        },
         "peers": list(peers),
         "load_at_start": load(),
         "platform": platform.platform(),

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from benchmarks.timing import Spread
 
 SCHEMA = 1
+# Panels of the plot "precision" whose titles end like this have seconds on their axis, the other panels evaluations.
+IN_TIME = ", time"
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,15 @@ class Entry:
         evaluations, products: Calls of the map, and products with its Jacobian, of one solve. None if nothing was
             counted.
         seconds, seconds_low, seconds_high: Median and quartiles of the timed solves. None if nothing was timed.
+        samples: Number of timed solves.
         tighten: The factor on the library's own tolerance with which this was reached, at most 1.
-        first_seconds: The first call, which may compile.
+        after_others_seconds: The median of the first solves after those of all other solvers. If a solve is short,
+            ``seconds`` are those of further ones.
+        first_seconds: The first call, which may compile; with the compilation of the map if that is done before.
+            Solvers of a problem share a compiled map, so only the first of them compiles it.
         overhead_seconds: Time of a solve per call of the map, minus that of a call in a loop without a solver; None for
-            solvers that use products, and for maps that are not in torch.
+            solvers that use products or evaluate several points in a call, and for maps that are compiled or not in
+            torch.
         peak_bytes: The most memory that a solve holds at once, of what it allocates itself. Measured for large states
             of solvers in torch.
         solvable: Whether the problem has a fixed point.
@@ -158,6 +165,8 @@ class Entry:
     seconds: float | None = None
     seconds_low: float | None = None
     seconds_high: float | None = None
+    samples: int | None = None
+    after_others_seconds: float | None = None
     tighten: float = 1.0
     first_seconds: float | None = None
     overhead_seconds: float | None = None

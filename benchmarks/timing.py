@@ -171,15 +171,29 @@ class Counted:
 
 
 class Recorded:
-    """A map that keeps the relative residuals ||f(z) - z|| / ||f(z)|| of its calls, each [B]."""
+    """A map that keeps the relative residuals of its calls, and when they were known.
+
+    Attributes:
+        residuals: ||f(z) - z|| / ||f(z)|| of each call, [B].
+        seconds: The time from the start to the end of each call, without the time that recording took.
+    """
 
     def __init__(self, fn: Map) -> None:
         self.fn = fn
+        self.start()
+
+    def start(self) -> None:
+        """Forget all calls, and start to measure time."""
         self.residuals: list[Tensor] = []
+        self.seconds: list[float] = []
+        self._begin = time.perf_counter()
 
     def __call__(self, z: Tensor) -> Tensor:
         result = self.fn(z)
+        end = time.perf_counter()
+        self.seconds.append(end - self._begin)
         self.residuals.append(relative_residual(z, result))
+        self._begin += time.perf_counter() - end
         return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ TIGHTENINGS = (1.0, 0.1, 0.01, 1e-3)
 FALSE_CLAIM = 10.0
 # A library whose cap counts something else than calls may make more of them than the problem allows.
 EXTRA_CALLS = 1.5
+# A solve that takes less time than this is repeated within its turn until so much has passed; seconds.
+SHORT = 2e-3
 
 
 class GivenUpError(Exception):
@@ -99,9 +102,23 @@ def judge(contender: Contender, problem: Problem, seconds: float = 20.0) -> Verd
     return verdict
 
 
-def clock(
-    sides: Sequence[tuple[Contender, Problem, float]], repeats: int, seconds: float
-) -> list[tuple[Spread, float] | None]:
+@dataclass(frozen=True)
+class Clocked:
+    """The times of a solver, in seconds.
+
+    Args:
+        solve: Of a solve. Short ones are repeated within a turn, whose median counts once.
+        first: Of the first call, which may compile, with the compilation of its map if that is done before; None if
+            there was none.
+        after_others: Of the first solve in a turn: a median. The caches are full of the work of the other solvers.
+    """
+
+    solve: Spread
+    first: float | None
+    after_others: float
+
+
+def clock(sides: Sequence[tuple[Contender, Problem, float]], repeats: int, seconds: float) -> list[Clocked | None]:
     """Time solves in turns, on one problem or several.
 
     Args:
@@ -110,29 +127,48 @@ def clock(
         seconds: ... or as many as it can do in this time. A solve that takes longer is measured once, after a warm-up.
 
     Returns:
-        For each side, seconds of a solve and of the first call, which may compile; None if a solve raised, or if it is
-        compiled and its value misses the tolerance: it was judged without the compiler.
+        The times of each side; None if a solve raised, or if it is compiled and its value misses the tolerance: it was
+        judged without the compiler.
     """
     turns: list[tuple[int, Callable[[], Claim], int]] = []
     first: dict[int, float] = {}
-    measured: dict[int, list[float]] = {}
+    measured: dict[int, list[tuple[float, float]]] = {}
     with collected():
         for index, (contender, problem, tighten) in enumerate(sides):
             try:
-                solve = contender.prepare(problem, tighten)
-                first[index] = _seconds(solve, problem)
-                again = _seconds(solve, problem)
+                with contender.session(problem):
+                    begin = time.perf_counter()
+                    solve = contender.prepare(problem, tighten)
+                    prepared = time.perf_counter() - begin
+                    first[index] = _seconds(solve, problem) + (prepared if contender.compiled else 0.0)
+                    again = _seconds(solve, problem)
                 if contender.compiled and problem.solvable and _compare(problem, solve())[0] > 1.0:
                     continue
             except Exception:  # it did not raise when it was judged
                 continue
-            measured[index] = [again] if again > seconds else []
+            measured[index] = [(again, again)] if again > seconds else []
             turns.append((index, solve, min(repeats, int(seconds / max(again, 1e-9)))))
         for turn in range(repeats):
             for index, solve, count in turns if turn % 2 == 0 else reversed(turns):
                 if turn < count:
-                    measured[index].append(_seconds(solve, sides[index][1]))
-    return [(spread(measured[index]), first[index]) if measured.get(index) else None for index in range(len(sides))]
+                    contender, problem, _ = sides[index]
+                    with contender.session(problem):
+                        measured[index].append(_turn(solve, problem))
+    clocked: list[Clocked | None] = [None] * len(sides)
+    for index, times in measured.items():
+        if times:
+            solves, firsts = zip(*times, strict=True)
+            clocked[index] = Clocked(spread(solves), first[index], statistics.median(firsts))
+    return clocked
+
+
+def _turn(solve: Callable[[], Claim], problem: Problem) -> tuple[float, float]:
+    """Seconds of a solve, and of the first one in this turn."""
+    first = _seconds(solve, problem)
+    if first >= SHORT:
+        return first, first
+    again = math.ceil(SHORT / first)
+    return statistics.median(_seconds(solve, problem) for _ in range(again)), first
 
 
 def _seconds(solve: Callable[[], Claim], problem: Problem) -> float:

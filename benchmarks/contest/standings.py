@@ -29,6 +29,12 @@ def time_of(entry: Entry) -> float:
     return entry.seconds if entry.status == "solved" and entry.seconds is not None else math.inf
 
 
+def time_after_others_of(entry: Entry) -> float:
+    """The same for the first solve after those of other solvers."""
+    seconds = entry.after_others_seconds
+    return seconds if entry.status == "solved" and seconds is not None else math.inf
+
+
 def work_of(entry: Entry) -> float:
     """Evaluations and products of a solve; infinite if the problem was not solved, or not counted."""
     if entry.status != "solved" or entry.evaluations is None:

@@ -46,6 +46,7 @@ class Calls:
         self.calls += points
         if self.counts is not None:
             self.counts.evaluations += points
+            self.counts.batched |= points > 1
         return image
 
 
@@ -144,9 +145,17 @@ def passes(residual: Tensor, image: Tensor, problem: Problem, tighten: float) ->
     return distance.isfinite() & (distance <= tighten * (problem.rtol * norm).clamp(min=problem.atol))
 
 
-def uniform(value: Tensor, converged: bool, problem: Problem) -> Claim:
-    """What a solver hands on that says the same of all samples."""
-    return Claim(value.detach().reshape(problem.z0.shape), torch.full((len(problem.z0),), converged))
+def uniform(value: Any, converged: Any, problem: Problem) -> Claim:
+    """What a solver hands on that says the same of all samples.
+
+    Args:
+        value: A tensor or an array of the size of z0.
+        converged: What it says: True or False, or an array or a tensor with one of them.
+    """
+    return Claim(
+        lambda: torch.as_tensor(value, dtype=problem.z0.dtype).detach().reshape(problem.z0.shape),
+        lambda: torch.full((len(problem.z0),), bool(converged)),
+    )
 
 
 def refusal_of_history(problem: Problem) -> str | None:

@@ -5,6 +5,7 @@ A solver sees the whole batch as one state, or one sample: then ``jax.vmap`` map
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -107,36 +108,25 @@ def jitted(
         allowed = array(tolerance.to(problem.z0.dtype))
     if kept is None or kept.problem is not problem or kept.contender != contender:
         kept = _kept[key] = _compiled(contender, problem, run, allowed, counts is not None, mapped)
-    share = len(problem.z0) if mapped else 1
+    share, wide = len(problem.z0) if mapped else 1, problem.z0.dtype == torch.float64
 
     def solve() -> Claim:
-        before = Counts(kept.counts.evaluations, kept.counts.products)
-        with precision(problem):
-            claim = _Claim(*jax.block_until_ready(kept.solve(allowed)), shape=problem.z0.shape)
-        if counts is not None:
+        before = dataclasses.replace(kept.counts) if counts is not None else None
+        if jax.config.jax_enable_x64 == wide:  # pyright: ignore[reportAttributeAccessIssue]
+            value, converged = jax.block_until_ready(kept.solve(allowed))
+        else:  # entering the context takes as long as a short solve: see Contender.session
+            with precision(problem):
+                value, converged = jax.block_until_ready(kept.solve(allowed))
+        if counts is not None and before is not None:
             jax.effects_barrier()
             counts.evaluations += (kept.counts.evaluations - before.evaluations) // share
             counts.products += (kept.counts.products - before.products) // share
-        return claim
+        return Claim(
+            lambda: tensor(value).reshape(problem.z0.shape),
+            lambda: torch.from_numpy(np.array(converged)).expand(len(problem.z0)),
+        )
 
     return solve
-
-
-class _Claim(Claim):
-    """A claim in JAX's arrays, converted when it is read: JAX's users have no use for tensors of torch."""
-
-    def __init__(self, value: jax.Array, converged: jax.Array, shape: torch.Size) -> None:
-        object.__setattr__(self, "_arrays", (value, converged))
-        object.__setattr__(self, "_shape", shape)
-
-    @property
-    def value(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return tensor(self._arrays[0]).reshape(self._shape)  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def converged(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        claims = torch.from_numpy(np.array(self._arrays[1]))  # pyright: ignore[reportAttributeAccessIssue]
-        return claims.expand(self._shape[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _compiled(

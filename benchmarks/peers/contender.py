@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,23 +27,36 @@ class Counts:
     Args:
         evaluations: Calls of the map, or of r.
         products: Products of its Jacobian with a vector, from either side.
+        batched: Whether a call evaluated several points at once.
     """
 
     evaluations: int = 0
     products: int = 0
+    batched: bool = False
 
 
-@dataclass(frozen=True)
 class Claim:
     """What a solver hands on.
 
+    The time of a solve ends with what the library returns. What the suite makes of it is computed when it is read.
+
     Args:
-        value: Its solution, of the shape of z0.
-        converged: Whether it says that a sample converged, bool [B]; None if it says nothing.
+        value: Its solution, of the shape of z0, or a function that returns it.
+        converged: Whether it says that a sample converged, bool [B], or a function that returns it; None if it says
+            nothing.
     """
 
-    value: Tensor
-    converged: Tensor | None
+    def __init__(self, value: Tensor | Callable[[], Tensor], converged: Tensor | Callable[[], Tensor] | None) -> None:
+        self._value, self._converged = value, converged
+
+    @property
+    def value(self) -> Tensor:
+        return self._value if isinstance(self._value, Tensor) else self._value()
+
+    @property
+    def converged(self) -> Tensor | None:
+        said = self._converged
+        return said if said is None or isinstance(said, Tensor) else said()
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,10 @@ class Contender(ABC):
     def is_twin_of(self, compiled: Contender) -> bool:
         """Whether it is the same solver with the same settings, on the map that is not compiled."""
         return not self.compiled and replace(compiled, key=self.key, title=self.title, compiled=False) == self
+
+    def session(self, problem: Problem) -> AbstractContextManager[Any]:
+        """Context in which solves are timed: what a user of the library sets once, such as JAX's precision."""
+        return nullcontext()
 
     @abstractmethod
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:

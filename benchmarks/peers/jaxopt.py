@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jaxopt
 
 from benchmarks.peers.calling import allowed, refusal_of_history
-from benchmarks.peers.calling_jax import Maps, jitted, refusal_to_map
+from benchmarks.peers.calling_jax import Maps, jitted, precision, refusal_to_map
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -36,6 +37,9 @@ class _Contender(Contender):
         if refusal is None and self.solver == "Broyden" and "history_size" not in self.settings:
             return refusal_of_history(problem)
         return refusal
+
+    def session(self, problem: Problem) -> AbstractContextManager[Any]:
+        return precision(problem)
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         fixed = self.solver != "Broyden"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optimistix
 
 from benchmarks.peers.calling import allowed, allowed_of_equation
-from benchmarks.peers.calling_jax import Maps, jitted, refusal_to_map
+from benchmarks.peers.calling_jax import Maps, jitted, precision, refusal_to_map
 from benchmarks.peers.contender import Claim, Contender, Counts, Grids
 from benchmarks.problems.base import Problem
 
@@ -43,6 +44,9 @@ class _Contender(Contender):
         if refusal is None and self.solver != "FixedPointIteration" and size > _DENSE:
             return f"it forms a dense Jacobian of {size / 2**20:.0f} MiB"
         return refusal
+
+    def session(self, problem: Problem) -> AbstractContextManager[Any]:
+        return precision(problem)
 
     def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
         fixed = self.solver == "FixedPointIteration"

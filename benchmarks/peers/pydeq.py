@@ -136,10 +136,13 @@ class _Contender(Contender):
             if calls is not None and counts is not None:
                 # Products by differences are calls already, but no evaluations to pydeq.
                 counts.products += solution.products - (calls.calls - solution.nfe)
-            assert isinstance(solution.value, Tensor)
-            return Claim(solution.value, solution.converged)
+            return _claim(solution)
 
         return solve
+
+
+def _claim(solution: pydeq.Solution) -> Claim:
+    return Claim(solution.value, lambda: solution.converged)
 
 
 def _compiled_solve(problem: Problem, **options: Any) -> Callable[[], Claim]:
@@ -149,8 +152,7 @@ def _compiled_solve(problem: Problem, **options: Any) -> Callable[[], Claim]:
     def solve() -> Claim:
         if not made:
             made.append(_MAPS.of(problem).replace(**options))
-        solution = made[0](problem.z0)
-        return Claim(solution.value, solution.converged)
+        return _claim(made[0](problem.z0))
 
     return solve
 
@@ -222,6 +224,12 @@ CONTENDERS: tuple[Contender, ...] = (
     _Contender(key="pydeq.broyden", title="Broyden", solver="Broyden"),
     _Contender(key="pydeq.broyden.compiled", title="Broyden, compiled map", solver="Broyden", compiled=True),
     _Contender(key="pydeq.broyden.whole", title="Broyden, compiled solve", solver="Broyden", compiled=True, whole=True),
+    _Contender(
+        key="pydeq.broyden.line_search",
+        title="Broyden, line search",
+        solver="Broyden",
+        settings={"line_search": True},
+    ),
     _Contender(key="pydeq.newton_krylov.default", title="Newton-Krylov", solver="NewtonKrylov", differences=True),
     _Contender(
         key="pydeq.newton_krylov.best",

@@ -61,9 +61,9 @@ class _Contender(Contender):
                     result = root(residual, start.copy(), method=self.method, options=options)
                 except ExhaustedError:
                     return uniform(calls.last, False, problem)
-            claim = uniform(torch.from_numpy(result.x.astype(start.dtype)), bool(result.success), problem)
-            # Success of a method of least squares may be a minimum of ||F||.
-            return Claim(claim.value, None) if self.method == "lm" else claim
+            if self.method == "lm":  # success may be a minimum of ||F||
+                return Claim(lambda: uniform(result.x, False, problem).value, None)
+            return uniform(result.x, result.success, problem)
 
         return solve
 

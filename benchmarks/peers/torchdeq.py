@@ -129,7 +129,7 @@ class _Contender(Contender):
         @torch.no_grad()
         def solve() -> Claim:
             value, _, info = run(fn, problem.z0, max_iter=cap, tol=tolerance, stop_mode=mode, **self.settings)
-            return Claim(value, info[f"{mode}_lowest"] < tolerance)
+            return Claim(value, lambda: info[f"{mode}_lowest"] < tolerance)
 
         return solve
 

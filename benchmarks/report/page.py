@@ -89,7 +89,7 @@ SECTIONS = {
     "training": Section(
         "A training step",
         "Forward, backward and the Jacobian penalty around the same cell, to the same caps and tolerances: two cells in"
-        " which f dominates, and one in which it does not.",
+        " which f takes most of the time, and one in which it does not.",
     ),
     "jacobian": Section(
         "The Jacobian penalty",

@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from benchmarks.contest.standings import time_of, work_of
 from benchmarks.report import growth
 from benchmarks.report.contest import OWN, Step, all_problems, common_problems, costs, profile_curves
-from benchmarks.results import Curve, Entry, Results, number
+from benchmarks.results import IN_TIME, Curve, Entry, Results, number
 
 # Colors that color-blind readers can tell apart (Okabe and Ito 2008). In bars each library has a color; in plots where
 # colors mark solvers, each library has a line style.
@@ -70,8 +70,6 @@ AXES = {
     "Test accuracy at a hard stop": ("evaluations of the cell allowed", "test accuracy, %", False),
     "Spectral radius of the cell": ("epoch", "mean spectral radius at the equilibrium", False),
 }
-# Panels of the plot "precision" whose titles end like this have seconds on their axis, the other panels evaluations.
-IN_TIME = ", time"
 RESIDUAL_AXES = ("evaluations of f", "largest relative residual in the batch", True)
 SHOWN = "conv cell"
 """README shows the panel of the plot "residual" whose title begins like this."""
@@ -379,13 +377,13 @@ def _draw_step(panel: Axes, step: Step, end: float, options: dict[str, Any]) -> 
 
 
 def _precision(results: Results) -> Figure | None:
-    """Residual against work, a row of panels for each problem, in rows of three."""
+    """Residual against evaluations and against time, a row of panels for each problem."""
     curves = [curve for curve in results.curves if curve.plot == "precision"]
     if not curves:
         return None
     titles = list(dict.fromkeys(curve.panel for curve in curves))
     looks = _looks(list(dict.fromkeys((curve.series, curve.side) for curve in curves)))
-    across = min(3, len(titles))
+    across = min(2, len(titles))
     rows = math.ceil(len(titles) / across)
     figure, axes = plt.subplots(rows, across, figsize=(4.4 * across, 3.7 * rows), squeeze=False)
     for panel, title in zip(axes.flat, titles, strict=False):

@@ -19,14 +19,14 @@ import torch
 
 from benchmarks.allocations import peak_bytes
 from benchmarks.contest import standings
-from benchmarks.contest.judge import Verdict, clock, judge
+from benchmarks.contest.judge import Clocked, Verdict, clock, judge
 from benchmarks.peers import REQUIREMENTS, contenders, loop
 from benchmarks.peers.contender import Contender
 from benchmarks.problems.base import Problem
 from benchmarks.problems.collection import problems
-from benchmarks.results import Entry, number, times
+from benchmarks.results import IN_TIME, Entry, number, times
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.timing import Recorded, Spread, one_core, spread, threads
+from benchmarks.timing import Recorded, one_core, spread, threads
 from pydeq.solvers import buffers
 
 JAX = ("jaxopt", "optimistix")
@@ -37,6 +37,13 @@ PROFILED_CALLS = 200  # a profiler keeps every allocation of a solve
 # then that of the counted solve.
 LATE, LATE_FACTOR = 5.0, 10.0
 FLOOR_CALLS = 20  # of a loop without a solver, whose time per call is the floor
+# What compiles -> the part of a contender's key, or its library, that says so.
+COMPILED = {
+    "map, by torch.compile": "compiled",
+    "solve, by pydeq.CompiledSolve": "whole",
+    "solve, by jaxopt": "jaxopt",
+    "solve, by optimistix": "optimistix",
+}
 
 
 def run(context: Context) -> None:
@@ -80,13 +87,12 @@ def compete(context: Context, problem: Problem, solvers: Sequence[Contender]) ->
         clocked = clock(sides, profile.contest_repeats, profile.contest_seconds / 10)
         ran = [side[0] for side, found in zip(sides, clocked, strict=True) if found is not None]
         peaks = {solver.key: _peak(solver, problem, verdicts[solver.key]) for solver in timed if solver in ran}
-    measured: dict[str, tuple[Spread, float | None]] = {
-        side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None
-    }
+    measured = {side[0].key: found for side, found in zip(sides, clocked, strict=True) if found is not None}
     for key in late:
-        measured[key] = spread([verdicts[key].seconds]), None
+        seconds = verdicts[key].seconds
+        measured[key] = Clocked(spread([seconds]), None, seconds)
     floor = measured.get(sides[-1][0].key) if sides else None
-    call = floor[0].median / FLOOR_CALLS if floor else None
+    call = floor.solve.median / FLOOR_CALLS if floor else None
     entries = [_entry(solver, problem, verdicts[solver.key], measured.get(solver.key), call) for solver in solvers]
     return [dataclasses.replace(entry, peak_bytes=peaks.get(entry.contender)) for entry in entries]
 
@@ -114,22 +120,17 @@ def _entry(
     solver: Contender,
     problem: Problem,
     verdict: Verdict,
-    measured: tuple[Spread, float | None] | None,
+    measured: Clocked | None,
     call: float | None,
 ) -> Entry:
     """What a solver did; ``call`` is the time of a call of the map in torch, in a loop without a solver."""
     counts = verdict.counts
     untimed = verdict.status == "solved" and measured is None
     counted = counts.evaluations + counts.products > 0
-    seconds, first = measured or (None, None)
+    seconds = measured and measured.solve
     overhead = None
-    if (
-        seconds is not None
-        and call is not None
-        and solver.language != "jax"
-        and counts.evaluations
-        and not counts.products
-    ):
+    calls_the_map = solver.language != "jax" and not solver.compiled and not counts.products and not counts.batched
+    if seconds is not None and call is not None and counts.evaluations and calls_the_map:
         overhead = seconds.median / counts.evaluations - call
     return Entry(
         problem=problem.key,
@@ -142,8 +143,10 @@ def _entry(
         seconds=seconds and seconds.median,
         seconds_low=seconds and seconds.low,
         seconds_high=seconds and seconds.high,
+        samples=seconds and seconds.samples,
         tighten=verdict.tighten,
-        first_seconds=first,
+        after_others_seconds=measured and measured.after_others,
+        first_seconds=measured and measured.first,
         overhead_seconds=overhead,
         solvable=problem.solvable,
         false_claim=verdict.false_claim,
@@ -154,9 +157,10 @@ def _entry(
 
 
 def _precision(context: Context, chosen: Sequence[Problem], solvers: Sequence[Contender]) -> None:
-    """The smallest residual so far against calls of the map, for the plot; recorded by the map, so for torch's maps."""
-    shown = [problem for problem in chosen if problem.family in SHOWN][: len(SHOWN)]
-    for problem in shown:
+    """The smallest residual so far against calls of the map and against time, for the plot, on one problem of each
+    family; recorded by the map, so for torch's maps."""
+    first = {problem.family: problem for problem in reversed(chosen)}
+    for problem in (first[family] for family in SHOWN if family in first):
         for solver in solvers:
             # A compiled map has the curve of the map itself.
             if solver.language == "jax" or solver.compiled or solver.refusal(problem) is not None:
@@ -164,18 +168,17 @@ def _precision(context: Context, chosen: Sequence[Problem], solvers: Sequence[Co
             fn = Recorded(problem.fn)
             with threads(1), contextlib.suppress(Exception):  # how it ends is in the tables
                 solve = solver.prepare(dataclasses.replace(problem, fn=fn, root=None, max_calls=SHOWN_CALLS))
-                fn.residuals.clear()  # those of calls that prepared it
-                solve()
-            worst = [residual.max().item() for residual in fn.residuals if len(residual) == len(problem.z0)]
-            calls = tuple(float(call) for call in range(1, len(worst) + 1))
-            context.results.curve(
-                "precision",
-                problem.title,
-                solver.library,
-                f"{solver.library} {_title(solver)}",
-                calls,
-                tuple(itertools.accumulate(worst, min)),
-            )
+                for _ in range(2):  # the first one is a warm-up
+                    fn.start()
+                    with contextlib.suppress(Exception):
+                        solve()
+            kept = [index for index, residual in enumerate(fn.residuals) if len(residual) == len(problem.z0)]
+            best = tuple(itertools.accumulate((fn.residuals[index].max().item() for index in kept), min))
+            series = solver.library, f"{solver.library} {_title(solver)}"
+            calls = tuple(float(call) for call in range(1, len(kept) + 1))
+            context.results.curve("precision", problem.title, *series, calls, best)
+            seconds = tuple(fn.seconds[index] for index in kept)
+            context.results.curve("precision", problem.title + IN_TIME, *series, seconds, best)
 
 
 def _tables(context: Context) -> None:
@@ -183,6 +186,7 @@ def _tables(context: Context) -> None:
     grouped = standings.by_problem(entries)
     with_solution = [rows for rows in grouped.values() if standings.solvable(rows)]
     _robustness(context, [entry for rows in with_solution for entry in rows])
+    _compiling(context, with_solution)
     _without_solution(context, [entry for rows in grouped.values() if not standings.solvable(rows) for entry in rows])
     flat = [entry for rows in with_solution for entry in rows]
     for libraries, name in ((_torch_and_scipy(entries), "a PyTorch or SciPy peer"), (JAX, "a JAX peer, jitted,")):
@@ -240,8 +244,32 @@ def _robustness(context: Context, entries: Sequence[Entry]) -> None:
         " its own tolerance, it says that a sample converged that is more than ten times the tolerance away. Work:"
         " evaluations and products with the Jacobian, time: of a solve without compilation; medians over the problems"
         " that it solved, in multiples of the best solver's there. Overhead: the time of a solve per call of the map,"
-        " minus that of a call in a loop without a solver; for solvers that use no products, on maps in torch.",
+        " minus that of a call in a loop without a solver; for solvers that use no products, on maps in torch that are"
+        " not compiled.",
     )
+
+
+def _compiling(context: Context, problems: Sequence[Sequence[Entry]]) -> None:
+    """A row for each way to compile: the time of a problem's first call, which compiles."""
+    rows = []
+    for what, part in COMPILED.items():
+        firsts = [
+            max(found)
+            for entries in problems
+            if (found := [e.first_seconds for e in entries if part in e.contender.split(".") and e.first_seconds])
+        ]
+        if firsts:
+            found = spread(firsts)
+            rows.append((what, str(len(firsts)), number(found.median), f"{number(found.low)} to {number(found.high)}"))
+    if rows:
+        context.results.table(
+            "contest",
+            "Compiling, which is not in the times of solves",
+            ("what compiles", "problems", "first call, s", "quartiles"),
+            rows,
+            "The slowest first call of each problem; medians over the problems. The solvers of a problem share one"
+            " compiled map, or one pydeq.CompiledSolve. JAX compiles each solver on its own.",
+        )
 
 
 def _without_solution(context: Context, entries: Sequence[Entry]) -> None:
@@ -317,6 +345,8 @@ def _targets(context: Context) -> None:
             first / total if total and libraries else None,
             "1",
         )
+        after, total = standings.first_or_tied(comparable, BASELINE, libraries, standings.time_after_others_of)
+        context.results.figure(f"{name}.after_others", after / total if total and libraries else None, "1")
     context.results.target(
         "contest.failures",
         f"Problems that another library solves and {BASELINE} does not",

@@ -98,8 +98,8 @@ def _time(context: Context) -> None:
         context.bar.advance()
     results.target(
         "jacobian.probes",
-        f"A penalty with {PROBES} probes by differences and its gradients: share of the time of torchdeq's loop, worst"
-        " of the cells in which f dominates",
+        f"A penalty with {PROBES} probes by differences and its gradients: share of the time of torchdeq's loop, in the"
+        " worst case of the cells that spend most of a step in f",
         "<=",
         LIMIT,
         max(shares) if shares else None,
@@ -189,8 +189,8 @@ def _in_a_layer(context: Context) -> None:
     ):
         results.target(
             f"jacobian.{name}",
-            f"Time that a penalty by differences adds to a layer's step: share of {statement}, worst of the cells in"
-            " which f dominates",
+            f"Time that a penalty by differences adds to a layer's step: share of {statement}, in the worst case"
+            " of the cells that spend most of a step in f",
             "<=",
             HALF,
             max(values) if values else None,

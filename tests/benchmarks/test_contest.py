@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -18,8 +20,9 @@ from benchmarks.contest.judge import TIGHTENINGS, Verdict, clock, judge
 from benchmarks.peers.contender import Claim, Contender, Counts
 from benchmarks.peers.pydeq import CONTENDERS as PYDEQ
 from benchmarks.problems.base import Problem, from_formula
-from benchmarks.results import Entry, Results
+from benchmarks.results import IN_TIME, Entry, Results
 from benchmarks.suites import contest
+from benchmarks.timing import Recorded
 
 
 def halving(**fields: object) -> Problem:
@@ -252,9 +255,25 @@ def test_curves_of_residuals_leave_out_what_prepares_a_solve() -> None:
     made = Prepared("made.up", "made", "Made up", answer=says(2.0, True))
     context = SimpleNamespace(results=Results({}))
     contest._precision(context, [halving(family="cell")], [made])  # type: ignore[arg-type]
-    (curve,) = context.results.curves
-    assert curve.x == (1.0, 2.0, 3.0)
-    assert curve.y == (1.0, 1.0, 1.0)  # ||1 - 0|| / ||1|| in each of its calls
+    work, clock = context.results.curves
+    assert work.x == (1.0, 2.0, 3.0)
+    assert work.y == clock.y == (1.0, 1.0, 1.0)  # ||1 - 0|| / ||1|| in each of its calls
+    assert clock.panel == work.panel + IN_TIME
+    assert 0 < clock.x[0] < clock.x[1] < clock.x[2]
+
+
+def test_the_time_of_a_recorded_map_is_without_the_recording() -> None:
+    wide = torch.zeros(1, 3_000_000)
+    fn = Recorded(lambda z: z)  # the residual takes far longer than the map
+    for _ in range(3):
+        fn(wide)
+    begin = time.perf_counter()
+    fn(wide)
+    recording = time.perf_counter() - begin
+    assert fn.seconds[-1] < recording
+    assert fn.seconds == sorted(fn.seconds)
+    fn.start()
+    assert fn.seconds == fn.residuals == []
 
 
 @pytest.mark.parametrize(
@@ -293,10 +312,11 @@ def test_clock_times_every_side_and_leaves_out_what_raises() -> None:
     assert failed is None
     for found in (measured, again):
         assert found is not None
-        spread, first = found
-        assert spread.samples == 4
-        assert 0 < spread.low <= spread.median <= spread.high
-        assert first > 0
+        assert found.solve.samples == 4
+        assert 0 < found.solve.low <= found.solve.median <= found.solve.high
+        assert found.first is not None
+        assert found.first > 0
+        assert found.after_others > 0
 
 
 def test_clock_takes_a_slow_solve_once_after_a_warm_up() -> None:
@@ -308,9 +328,117 @@ def test_clock_takes_a_slow_solve_once_after_a_warm_up() -> None:
 
     (measured,) = clock([(made_up(slow), halving(), 1.0)], 4, 1e-12)
     assert measured is not None
-    assert measured[0].samples == 1
-    assert measured[0].median > 0
+    assert measured.solve.samples == 1
+    assert measured.solve.median == measured.after_others > 0
     assert len(solves) == 2
+
+
+def test_clock_repeats_a_short_solve_within_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    solves = []
+
+    def answer(problem: Problem, tighten: float) -> Claim:
+        solves.append(tighten)
+        return says(2.0, True)(problem, tighten)
+
+    seconds = iter([9.0, 1e-3, *(turn for _ in range(3) for turn in (1e-3, 4e-4, 5e-4))])
+    monkeypatch.setattr("benchmarks.contest.judge._seconds", lambda solve, problem: (solve(), next(seconds))[1])
+    (found,) = clock([(made_up(answer), halving(), 1.0)], 3, 1.0)
+    assert found is not None
+    assert (found.solve.samples, found.solve.median) == (3, pytest.approx(4.5e-4))  # without the first of each turn
+    assert (found.first, found.after_others) == (9.0, 1e-3)
+    assert len(solves) == 2 + 3 * 3
+    long = iter([9.0, *[3e-3] * 4])
+    monkeypatch.setattr("benchmarks.contest.judge._seconds", lambda solve, problem: (solve(), next(long))[1])
+    (found,) = clock([(made_up(says(2.0, True)), halving(), 1.0)], 3, 1.0)
+    assert found is not None
+    assert found.solve.median == found.after_others == 3e-3
+
+
+def test_clock_times_in_the_session_of_the_library() -> None:
+    inside = []
+
+    class InSession(MadeUp):
+        def session(self, problem: Problem) -> contextlib.AbstractContextManager[Any]:
+            @contextlib.contextmanager
+            def session() -> Any:
+                inside.append(True)
+                yield
+                inside.pop()
+
+            return session()
+
+    def answer(problem: Problem, tighten: float) -> Claim:
+        assert len(inside) == 1
+        return says(2.0, True)(problem, tighten)
+
+    (found,) = clock([(InSession("made.up", "made", "Made up", answer=answer), halving(), 1.0)], 3, 1.0)
+    assert found is not None
+    assert inside == []
+
+
+def test_the_first_time_of_a_compiled_solver_has_the_compilation_of_its_map() -> None:
+    class Compiling(MadeUp):
+        def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+            time.sleep(0.05)
+            return super().prepare(problem, tighten, counts)
+
+    sides = [
+        (Compiling("made.up", "made", "Made up", answer=says(2.0, True), compiled=compiled), halving(), 1.0)
+        for compiled in (True, False)
+    ]
+    compiled, plain = clock(sides, 1, 1.0)
+    assert compiled is not None
+    assert plain is not None
+    assert compiled.first is not None
+    assert plain.first is not None
+    assert compiled.first >= 0.05 > compiled.solve.median
+    assert plain.first < compiled.first
+
+
+def test_the_time_beside_the_map_is_that_of_solvers_that_call_it_one_by_one() -> None:
+    @dataclass(frozen=True)
+    class Batched(MadeUp):
+        batched: bool = False
+
+        def prepare(self, problem: Problem, tighten: float = 1.0, counts: Counts | None = None) -> Callable[[], Claim]:
+            if counts is not None:
+                counts.batched = self.batched
+            return super().prepare(problem, tighten, counts)
+
+    def made(key: str, **fields: Any) -> Batched:
+        return Batched(key, "made", "Made up", answer=says(2.0, True), **fields)
+
+    context: Any = SimpleNamespace(profile=SimpleNamespace(contest_seconds=2.0, contest_repeats=3))
+    solvers = [made("plain"), made("batched", batched=True), made("mapped.compiled", compiled=True)]
+    entries = {entry.contender: entry for entry in contest.compete(context, halving(), solvers)}
+    assert entries["plain"].overhead_seconds is not None
+    assert entries["batched"].overhead_seconds is entries["mapped.compiled"].overhead_seconds is None
+    assert all(entry.status == "solved" and entry.samples == 3 for entry in entries.values())
+
+
+def test_compiling_has_a_table_of_its_own() -> None:
+    def first(problem: str, contender: str, seconds: float) -> Entry:
+        return Entry(problem, "family", contender, contender.split(".")[0], "solved", first_seconds=seconds)
+
+    context: Any = SimpleNamespace(results=Results({}))
+    contest._compiling(
+        context,
+        [
+            [
+                first("a", "pydeq.picard.compiled", 8.0),  # compiles the map
+                first("a", "loop.picard.compiled", 0.1),  # gets it
+                first("a", "pydeq.broyden.whole", 12.0),
+                first("a", "pydeq.broyden", 99.0),
+            ],
+            [first("b", "jaxopt.broyden.best", 3.0), first("b", "loop.picard.compiled", 6.0)],
+        ],
+    )
+    (table,) = context.results.tables
+    assert [row[:3] for row in table.rows] == [
+        ("map, by torch.compile", "2", "7"),
+        ("solve, by pydeq.CompiledSolve", "1", "12"),
+        ("solve, by jaxopt", "1", "3"),
+    ]
 
 
 def test_a_solver_that_is_far_too_slow_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
