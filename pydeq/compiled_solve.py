@@ -131,7 +131,7 @@ class CompiledSolve:
     def _complete(self) -> None:
         """Fill in what all calls have in common."""
         layout, map, rules, plan = self._layout, self._map, self._rules, self._plan
-        self._memory = empty(torch.empty(0), plan.bytes, dtype=torch.uint8)
+        self._memory = empty(torch.empty(0, device="cpu"), plan.bytes, dtype=torch.uint8)
         start = self._memory.data_ptr()
         z, other, best, *own = [None if at is None else start + at for at in plan.places]
         self._data = (ctypes.c_void_p * len(self._inputs))()
@@ -184,8 +184,9 @@ class CompiledSolve:
             raise RuntimeError("a CompiledSolve cannot be exported: use pydeq.DEQ, which can, see pydeq.export_mode")
         layout, adapter, loop, batch = self._layout, None, self._loop, self._layout.batch
         shape, dtype = self._usual
-        if type(z0) is Tensor and z0.shape == shape and z0.dtype is dtype and z0.is_cpu and z0.is_contiguous():
-            flat = z0
+        usual = type(z0) is Tensor and z0.shape == shape and z0.dtype is dtype and z0.layout is torch.strided
+        if usual and z0.is_cpu and z0.is_contiguous():
+            flat = z0 if z0.dim() == 2 else z0.view(batch, layout.size)
         else:
             adapter, state = self._checked(z0)
             flat = layout.flatten(state)
@@ -210,7 +211,7 @@ class CompiledSolve:
             raise RuntimeError(f"the compiled map failed: {why}")
         if woken:
             warn_of_coupling(woken, batch)
-        if flat is not z0:
+        if not layout.is_flat:
             value, image = layout.view(value), layout.view(image)
         solution = _Solution(value, image, nfe, record, batch)
         return solution if adapter is None else adapter.solution(solution)

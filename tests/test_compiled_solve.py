@@ -15,6 +15,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
 import pydeq
+from pydeq.cell import ahead_of_time
 from pydeq.ops import kernels
 
 pytestmark = pytest.mark.skipif(not pydeq.kernels().cpu, reason=pydeq.kernels().cpu_reason)
@@ -363,6 +364,110 @@ def test_solves_keep_no_memory(compiled_cosine):
     for _ in range(20_000):
         compiled_cosine(z0, x)
     assert resident() - before < 2_000_000  # a tensor's handle for each evaluation would take ten times this
+
+
+def test_tensors_at_other_addresses_are_read_there(compiled_layer):
+    z0, gain = torch.zeros(5, 7).double(), torch.full((5, 1), 0.5).double()
+    inputs = [torch.full((5, 7), float(i)).double() for i in range(3)]
+    expected = [pydeq.fixed_point(layer, z0, x, gain, rtol=1e-9) for x in inputs]
+    solve = compiled_layer.replace(rtol=1e-9)
+    for i in (0, 1, 0, 2, 2, 1):
+        same(solve(z0, inputs[i], gain), expected[i])
+        same(solve(z0, inputs[i].clone(), gain.clone()), expected[i])  # freed afterwards, and its address used again
+    inputs[0].data = inputs[1].clone()
+    same(solve(z0, inputs[0], gain), expected[1])
+
+
+def test_tensors_that_are_replaced_during_a_solve_are_kept(compiled_layer):
+    x, gain = torch.ones(5, 7).double(), nn.Parameter(torch.ones(5, 1).double())
+    inputs, addresses = compiled_layer._map.tensors(torch.zeros(5, 7).double(), (x, gain))
+    before = gain.data_ptr()
+    gain.data = torch.zeros(5, 1).double()
+    assert inputs[2].data_ptr() == before in addresses
+    assert inputs[2].eq(1.0).all()
+
+
+def test_unusual_initial_states(compiled_layer):
+    x, gain = torch.ones(5, 7).double(), torch.full((5, 1), 0.5).double()
+    z0 = torch.linspace(-1, 1, 35).double().reshape(5, 7)
+    expected = compiled_layer(z0, x, gain)
+    negative = torch._neg_view(-z0)
+    assert negative.is_neg()
+    for start in (negative, z0.T.contiguous().T, nn.Parameter(z0), z0.clone().requires_grad_(), z0.expand(1, 5, 7)[0]):
+        found = compiled_layer(start, x, gain)
+        same(found, expected, rtol=0.0)
+        assert type(found.value) is torch.Tensor
+        assert not found.value.requires_grad
+    with torch.inference_mode():
+        same(compiled_layer.replace()(z0, x, gain), expected, rtol=0.0)
+    first = compiled_layer.replace()
+    with torch.inference_mode():
+        first(z0, x, gain)
+    same(first(z0, x, gain), expected, rtol=0.0)
+    emptied = z0.clone()
+    emptied.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="z0 must have values in memory"):
+        compiled_layer(emptied, x, gain)
+    with pytest.raises(ValueError, match="z0 must be a plain dense tensor on the CPU"):
+        compiled_layer(z0.as_subclass(type("Named", (torch.Tensor,), {})), x, gain)
+    with pytest.raises((ValueError, RuntimeError), match=r"z0|sparse"):
+        compiled_layer(z0.to_sparse(), x, gain)
+
+
+def test_a_default_device_changes_nothing(compiled_layer):
+    z0, x, gain = torch.zeros(5, 7).double(), torch.ones(5, 7).double(), torch.full((5, 1), 0.5).double()
+    expected = compiled_layer(z0, x, gain)
+    with torch.device("meta"):
+        solve = compiled_layer.replace()
+        found = solve(z0, x, gain)
+        assert found.converged.device.type == "cpu"
+    same(found, expected, rtol=0.0)
+    same(solve(z0, x, gain), expected, rtol=0.0)
+
+
+def test_solutions_can_be_copied_and_saved(compiled_layer):
+    z0, x, gain = torch.zeros(5, 7).double(), torch.ones(5, 7).double(), torch.full((5, 1), 0.5).double()
+    found = compiled_layer(z0, x, gain)
+    expected = pydeq.fixed_point(layer, z0, x, gain)
+    for copied in (copy.copy(found), copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        same(copied, expected)
+        torch.testing.assert_close(copied.relative_residual, found.relative_residual)
+    same(found, expected)
+
+
+def test_another_solve_frees_what_it_keeps(compiled_layer, monkeypatch):
+    freed = []
+    monkeypatch.setattr(kernels, "forget_views", lambda loop, forget=kernels.forget_views: freed.append(forget(loop)))
+    other = compiled_layer.replace()
+    other(torch.zeros(5, 7).double(), torch.ones(5, 7).double(), torch.ones(5, 1).double() / 2)
+    del other
+    assert len(freed) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export
+@pytest.mark.parametrize(("entries", "most"), [(2, True), (40, False)])
+def test_concatenations_of_few_and_of_many_entries(entries, most):
+    def fn(z, x):
+        a, b = 0.5 * torch.cos(z), 0.25 * torch.sin(z)
+        parts = [a[:, i] * b[:, -1 - i] + x[:, 0] for i in range(entries)]
+        mixed = torch.cat([a[:, :1] * b[:, 1:2], b[:, 1:].sqrt().nan_to_num(0.0)], 1)
+        return torch.stack(parts, 1) + mixed
+
+    z0 = torch.linspace(-1, 1, entries).double()[None]
+    x = torch.tensor([[0.3]]).double()
+    solve = pydeq.CompiledSolve(fn, z0, x, rtol=1e-9)
+    same(solve(z0, x), pydeq.fixed_point(fn, z0, x, rtol=1e-9))
+    program = torch.export.export(Wrapped(fn), (z0, x)).run_decompositions({})
+    assert ahead_of_time._joins_few(program) is most
+
+
+class Wrapped(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *arguments):
+        return self.fn(*arguments)
 
 
 def test_in_a_compiled_function(compiled_cosine):

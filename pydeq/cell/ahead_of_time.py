@@ -33,6 +33,8 @@ _NUMBERS = {
 
 
 _PLAIN = (Tensor, nn.Parameter)
+_JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
+_MOST_JOINED, _MOST_ENTRIES = 32, 256
 
 
 class AheadOfTimeMap:
@@ -84,9 +86,12 @@ class AheadOfTimeMap:
             (name, tuple(each.shape), each.dtype, each.stride()) for name, each in zip(names, examples, strict=True)
         ]
         self.inputs = [_describe(examples[i]) for i in self._order]
-        self._alone = len(self._expected) == 1 and not leaves
-        _check(program)
-        self._load(_compiled(program.graph_module, [examples[i] for i in self._order], first))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            core = program.run_decompositions({})
+        _check(program, core.graph_signature)
+        options = {"force_pointwise_cat": True} if _joins_few(core) else {}
+        self._load(_compiled(program.graph_module, [examples[i] for i in self._order], first, options))
 
     def tensors(self, z: Tensor, context: Sequence[Any]) -> tuple[list[Tensor], list[int]]:
         """The inputs of the compiled map for a contiguous state [B, D] and a context, and their addresses.
@@ -94,12 +99,7 @@ class AheadOfTimeMap:
         Raises:
             ValueError: If the context, or what the map holds, is not as at compilation in more than values.
         """
-        if z.is_neg():
-            z = z.resolve_neg()
-        inputs, addresses = [z], [z.data_ptr()]
-        if self._alone and not context:  # nearly all that a system of equations needs
-            return inputs, addresses
-        found = []
+        found = [z]
         if self._flat and len(context) == len(self._fixed):
             leaves = context
         else:
@@ -116,19 +116,22 @@ class AheadOfTimeMap:
                     f"the context had {fixed[0]!r} at compilation, got {leaf!r}: pass what changes as a tensor"
                 )
         found += [find() for find in self._own]
-        for tensor, (name, shape, dtype, strides) in zip(found, self._expected[1:], strict=True):
+        inputs, addresses = [], []
+        for tensor, (name, shape, dtype, strides) in zip(found, self._expected, strict=True):
+            # An alias: another thread may give the tensor other memory while the solve reads the old one.
+            alias = tensor.detach() if type(tensor) in _PLAIN else None
             if (
-                type(tensor) in _PLAIN
-                and tensor.shape == shape
-                and tensor.dtype is dtype
-                and tensor.is_cpu
-                and tensor.layout is torch.strided
-                and tensor.stride() == strides
-                and not tensor.is_neg()
-                and not tensor.is_conj()
-                and (address := tensor.data_ptr())
+                alias is not None
+                and alias.shape == shape
+                and alias.dtype is dtype
+                and alias.is_cpu
+                and alias.layout is torch.strided
+                and alias.stride() == strides
+                and not alias.is_neg()
+                and not alias.is_conj()
+                and (address := alias.data_ptr())
             ):  # nearly always
-                inputs.append(tensor)
+                inputs.append(alias)
                 addresses.append(address)
             else:
                 inputs.append(_laid_out(tensor, name, shape, dtype, strides))
@@ -203,20 +206,35 @@ def _export(module: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Ex
         ) from error
 
 
-def _check(program: torch.export.ExportedProgram) -> None:
-    """Raise if the map draws random numbers or has side effects on tensors."""
+def _check(program: torch.export.ExportedProgram, signature: Any) -> None:
+    """Raise if the map draws random numbers or has side effects on tensors.
+
+    Args:
+        signature: Of the program after decompositions: without them it knows no side effects.
+    """
     graphs = [each for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.graph.nodes):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
             raise ValueError(
                 f"fn draws random numbers ({node.target}), so it has no fixed point: call .eval() on modules"
             )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        signature = program.run_decompositions({}).graph_signature  # without decompositions it knows no side effects
     if mutated := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
         names = ", ".join(_short(name) for name in mutated)
         raise ValueError(f"fn must not modify tensors ({names}): call .eval(), or work on copies")
+
+
+def _joins_few(program: torch.export.ExportedProgram) -> bool:
+    """Whether all concatenations have few inputs and entries.
+
+    Then each entry is computed where it belongs: a test of its index for each input is cheaper than the memory and the
+    views that each part would take.
+    """
+    from torch._inductor import config
+
+    joins = [node for node in program.graph.nodes if node.target in _JOINS]
+    return hasattr(config, "force_pointwise_cat") and all(
+        len(node.args[0]) <= _MOST_JOINED and node.meta["val"].numel() <= _MOST_ENTRIES for node in joins
+    )
 
 
 def _draws(node: torch.fx.Node) -> bool:
@@ -265,15 +283,15 @@ def _finder(root: nn.Module, program: torch.export.ExportedProgram, spec: Any) -
     return lambda: tensor
 
 
-def _compiled(graph: nn.Module, inputs: list[Tensor], first: int) -> ctypes.CDLL:
-    """The library of a graph with these inputs."""
+def _compiled(graph: nn.Module, inputs: list[Tensor], first: int, options: dict[str, Any]) -> ctypes.CDLL:
+    """The library of a graph with these inputs, compiled with these options of Inductor."""
     from torch._inductor import aoti_compile_and_package
 
     program = _export(_Reordered(graph, first), tuple(inputs))
     with tempfile.TemporaryDirectory(prefix="pydeq-", ignore_cleanup_errors=True) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            package = aoti_compile_and_package(program, package_path=f"{folder}/map.pt2")
+            package = aoti_compile_and_package(program, package_path=f"{folder}/map.pt2", inductor_configs=options)
         except Exception as error:  # of any type
             raise RuntimeError(
                 f"torch cannot compile fn ahead of time, for which it needs a C++ compiler: {_first_line(error)}"

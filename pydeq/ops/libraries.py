@@ -80,8 +80,9 @@ class CpuLibrary:
         self.compiled_solves = {
             name: _function(library, name, c_int64, ctypes.POINTER(Loop), *own) for name, own in SOLVERS.items()
         }
-        self.forget_views = _function(library, "pydeq_forget_views", None, c_void_p)
         """See :mod:`pydeq.ops.compiled_loop`."""
+        self.forget_views = _function(library, "pydeq_forget_views", None, c_void_p)
+        """Free ``Loop.views``."""
 
     def instruction_set(self) -> str:
         """The instruction set of the kernels that run."""
