@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,9 @@ TIGHTENINGS = (1.0, 0.1, 0.01, 1e-3)
 FALSE_CLAIM = 10.0
 # A library whose cap counts something else than calls may make more of them than the problem allows.
 EXTRA_CALLS = 1.5
-# A solve that takes less time than this is repeated within its turn until so much has passed; seconds.
-SHORT = 2e-3
+# A solve that takes less time than SHORT is repeated within its turn until LASTS has passed; seconds. For a longer one,
+# it hardly matters what is in the caches.
+SHORT, LASTS = 10e-3, 2e-3
 
 
 class GivenUpError(Exception):
@@ -107,10 +109,10 @@ class Clocked:
     """The times of a solver, in seconds.
 
     Args:
-        solve: Of a solve. Short ones are repeated within a turn, whose median counts once.
+        solve: Of a solve. A short one is repeated within a turn, after a first one; their median counts once.
         first: Of the first call, which may compile, with the compilation of its map if that is done before; None if
             there was none.
-        after_others: Of the first solve in a turn: a median. The caches are full of the work of the other solvers.
+        after_others: Of the first solve in a turn: a median. The caches are full of the work of other libraries.
     """
 
     solve: Spread
@@ -119,7 +121,7 @@ class Clocked:
 
 
 def clock(sides: Sequence[tuple[Contender, Problem, float]], repeats: int, seconds: float) -> list[Clocked | None]:
-    """Time solves in turns, on one problem or several.
+    """Time solves in turns, on one problem or several. Solvers of one library do not follow each other, if possible.
 
     Args:
         sides: Solver, problem and the factor on its tolerance.
@@ -130,7 +132,7 @@ def clock(sides: Sequence[tuple[Contender, Problem, float]], repeats: int, secon
         The times of each side; None if a solve raised, or if it is compiled and its value misses the tolerance: it was
         judged without the compiler.
     """
-    turns: list[tuple[int, Callable[[], Claim], int]] = []
+    turns: list[tuple[int, Callable[[], Claim], int, bool]] = []
     first: dict[int, float] = {}
     measured: dict[int, list[tuple[float, float]]] = {}
     with collected():
@@ -147,13 +149,14 @@ def clock(sides: Sequence[tuple[Contender, Problem, float]], repeats: int, secon
             except Exception:  # it did not raise when it was judged
                 continue
             measured[index] = [(again, again)] if again > seconds else []
-            turns.append((index, solve, min(repeats, int(seconds / max(again, 1e-9)))))
+            turns.append((index, solve, min(repeats, int(seconds / max(again, 1e-9))), again < SHORT))
+        turns = _apart(turns, [sides[index][0].library for index, *_ in turns])
         for turn in range(repeats):
-            for index, solve, count in turns if turn % 2 == 0 else reversed(turns):
+            for index, solve, count, short in turns if turn % 2 == 0 else reversed(turns):
                 if turn < count:
                     contender, problem, _ = sides[index]
                     with contender.session(problem):
-                        measured[index].append(_turn(solve, problem))
+                        measured[index].append(_turn(solve, problem, short))
     clocked: list[Clocked | None] = [None] * len(sides)
     for index, times in measured.items():
         if times:
@@ -162,13 +165,25 @@ def clock(sides: Sequence[tuple[Contender, Problem, float]], repeats: int, secon
     return clocked
 
 
-def _turn(solve: Callable[[], Claim], problem: Problem) -> tuple[float, float]:
+def _apart(items: Sequence[Any], groups: Sequence[str]) -> list[Any]:
+    """The items in an order in which those of each group are spread evenly."""
+    count, place = Counter(groups), Counter[str]()
+    spots = []
+    for item, group in zip(items, groups, strict=True):
+        place[group] += 1
+        spots.append(((place[group] - 0.5) / count[group], item))
+    return [item for _, item in sorted(spots, key=lambda spot: spot[0])]
+
+
+def _turn(solve: Callable[[], Claim], problem: Problem, short: bool) -> tuple[float, float]:
     """Seconds of a solve, and of the first one in this turn."""
     first = _seconds(solve, problem)
-    if first >= SHORT:
+    if not short:
         return first, first
-    again = math.ceil(SHORT / first)
-    return statistics.median(_seconds(solve, problem) for _ in range(again)), first
+    again: list[float] = []
+    while sum(again) < LASTS:
+        again.append(_seconds(solve, problem))
+    return statistics.median(again), first
 
 
 def _seconds(solve: Callable[[], Claim], problem: Problem) -> float:

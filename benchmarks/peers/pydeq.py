@@ -122,7 +122,7 @@ class _Contender(Contender):
         share = tighten * (0.5 if problem.rtol > 0 and problem.atol > 0 else 1.0)
         rtol, atol = share * problem.rtol, share * problem.atol
         if self.whole and counts is None:
-            return _compiled_solve(problem, solver=solver, rtol=rtol, atol=atol)
+            return _CompiledSolve(problem, solver=solver, rtol=rtol, atol=atol)
         fn = COMPILER.map(problem) if self.compiled and counts is None else problem.fn
 
         if counts is not None and self.solver == "NewtonKrylov":
@@ -145,16 +145,21 @@ def _claim(solution: pydeq.Solution) -> Claim:
     return Claim(solution.value, lambda: solution.converged)
 
 
-def _compiled_solve(problem: Problem, **options: Any) -> Callable[[], Claim]:
+class _CompiledSolve:
     """A solve whose first call compiles; the map of a problem is compiled once for all solvers."""
-    made: list[pydeq.CompiledSolve] = []
 
-    def solve() -> Claim:
-        if not made:
-            made.append(_MAPS.of(problem).replace(**options))
-        return _claim(made[0](problem.z0))
+    def __init__(self, problem: Problem, **options: Any) -> None:
+        self._problem, self._options = problem, options
+        self._solve: pydeq.CompiledSolve | None = None
 
-    return solve
+    def __call__(self) -> Claim:
+        if self._solve is None:
+            self._solve = _MAPS.of(self._problem).replace(**self._options)
+        return _claim(self._solve(self._problem.z0))
+
+    def forget(self) -> None:
+        """Free the memory that it keeps from solve to solve."""
+        self._solve = None
 
 
 class _Maps:

@@ -155,6 +155,12 @@ CONTENDERS: tuple[Contender, ...] = (
         settings={"LBFGS_thres": 100},
         compiled=True,
     ),
+    _Contender(
+        key="torchdeq.broyden.line_search",
+        title="Broyden, line search",
+        solver="broyden",
+        settings={"LBFGS_thres": 100, "ls": True},
+    ),
 )
 
 GRIDS: Grids = {

@@ -26,7 +26,7 @@ from benchmarks.problems.base import Problem
 from benchmarks.problems.collection import problems
 from benchmarks.results import IN_TIME, Entry, number, times
 from benchmarks.suites.base import BASELINE, Context
-from benchmarks.timing import Recorded, one_core, spread, threads
+from benchmarks.timing import Recorded, collected, one_core, spread, threads
 from pydeq.solvers import buffers
 
 JAX = ("jaxopt", "optimistix")
@@ -61,7 +61,8 @@ def run(context: Context) -> None:
                 raise ValueError(f"{problem.key} was solved by other solvers in the run that it was taken from")
             context.results.entries.extend(Entry(**row) for row in rows)
             context.bar.advance()
-    _precision(context, chosen, solvers)
+        with collected():
+            _precision(context, chosen, solvers)
     _tables(context)
     _targets(context)
 
@@ -113,7 +114,8 @@ def _peak(solver: Contender, problem: Problem, verdict: Verdict) -> int | None:
     small = problem.z0.numel() < LARGE or problem.z0.device.type != "cpu"
     if solver.language != "torch" or small or calls > PROFILED_CALLS:
         return None
-    return peak_bytes(solver.prepare(problem, verdict.tighten), buffers.clear)
+    solve = solver.prepare(problem, verdict.tighten)
+    return peak_bytes(solve, getattr(solve, "forget", buffers.clear))
 
 
 def _entry(
@@ -166,8 +168,11 @@ def _precision(context: Context, chosen: Sequence[Problem], solvers: Sequence[Co
             if solver.language == "jax" or solver.compiled or solver.refusal(problem) is not None:
                 continue
             fn = Recorded(problem.fn)
-            with threads(1), contextlib.suppress(Exception):  # how it ends is in the tables
-                solve = solver.prepare(dataclasses.replace(problem, fn=fn, root=None, max_calls=SHOWN_CALLS))
+            with threads(1):
+                try:  # how a solve ends is in the tables
+                    solve = solver.prepare(dataclasses.replace(problem, fn=fn, root=None, max_calls=SHOWN_CALLS))
+                except Exception:
+                    continue
                 for _ in range(2):  # the first one is a warm-up
                     fn.start()
                     with contextlib.suppress(Exception):
