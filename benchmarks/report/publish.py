@@ -33,7 +33,8 @@ def publish(path: Path, root: Path = ROOT) -> Path:
     if "experiment" in facts:
         name = path.name
     else:
-        device, alone = facts["device"], not facts["figures"]  # a run of the contest alone
+        device = facts["device"]
+        alone = all(each["name"].startswith("contest.") for each in facts["figures"])  # a run of the contest alone
         name = f"contest-{device}.json" if alone else f"{device}.json"
         if alone:
             facts, plots = measured.without_curves(facts), CONTEST_PLOTS
