@@ -175,8 +175,8 @@ class CompiledSolve:
         with Compiler():
             return self._solve(z0, context)
 
-    # A system's caches have little of this code when a solve begins. So each call that is saved here counts several
-    # times what it takes in a loop.
+    # When a solve begins, little of this code is in the caches. So a call that is saved here saves several times what
+    # it takes in a loop.
     def _solve(self, z0: Any, context: Sequence[Any]) -> Solution:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("a CompiledSolve does not work under torch.func transforms: use pydeq.DEQ, which does")

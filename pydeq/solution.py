@@ -27,7 +27,9 @@ ADVICE = {
     Status.NONFINITE: "fn returned NaN or Inf, also for shorter steps: check its inputs and parameters, or iterate with"
     " pydeq.Picard(damping=0.5)",
 }
-_STUCK = f"try pydeq.Broyden(line_search=True), pydeq.Anderson(memory=20) or pydeq.NewtonKrylov(), or {_CONTRACT}"
+_STUCK = (
+    f"try pydeq.Broyden(), also with line_search=True, pydeq.Anderson(memory=20), pydeq.NewtonKrylov(), or {_CONTRACT}"
+)
 _STATUS = int(Counter.STATUS)
 _CONVERGED = int(Status.CONVERGED).to_bytes(4, sys.byteorder)
 # Fewer evaluations do not show whether a residual still falls.
@@ -168,8 +170,7 @@ class Solution:
         stuck = (self.status == Status.MAX_STEPS) & (2 * self._counters[:, Counter.SINCE_BEST] > self.sample_nfe)
         if wandering := int((stuck & (self.sample_nfe >= _LONG)).sum()):
             texts[Status.MAX_STEPS] = (
-                f"the residual of {wandering} has not fallen for half of the evaluations, so more may not help:"
-                f" {_STUCK}"
+                f"the residual of {wandering} has not fallen for half of the evaluations: {_STUCK}"
             )
         if Status.MAX_STEPS in texts and Status.DIVERGED in texts:  # say it once
             texts[Status.MAX_STEPS] = texts[Status.MAX_STEPS].removesuffix(f", or {_CONTRACT}")

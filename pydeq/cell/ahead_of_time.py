@@ -30,11 +30,9 @@ _NUMBERS = {
     torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6,
     torch.float64: 7, torch.complex64: 9, torch.complex128: 10, torch.bool: 11, torch.bfloat16: 15,
 }  # fmt: skip
-
-
 _PLAIN = (Tensor, nn.Parameter)
 _JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
-_MOST_JOINED, _MOST_ENTRIES = 32, 256
+_MOST_JOINED, _MOST_ENTRIES = 32, 256  # inputs and entries of a concatenation whose entries are computed in place
 
 
 class AheadOfTimeMap:
